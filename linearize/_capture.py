@@ -1,0 +1,366 @@
+"""Floor 2: running f once.
+
+`capture` runs f under grad mode on detached aliases of the primals and keeps what the
+linear maps are recorded from: the autograd graph, and what was seen of the contexts of
+custom Functions. It owns everything that must be known while f runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from ._functions import ContextRecords, CustomNode
+from ._space import Space, TensorSpec, differentiable
+from ._torch import (
+    Node,
+    batched_or_wrapped,
+    eager_compiled_functions,
+    functorch_active,
+    is_custom,
+    key_string,
+    pytree,
+    saved_attributes,
+)
+from .errors import StructureError, UnsupportedError
+
+Edge: TypeAlias = tuple[Node, int]
+
+
+class Graph:
+    """The part of an autograd graph that leads from some outputs to some leaves.
+
+    Attributes
+    ----------
+    roots
+        One edge per output; None for an output that does not depend on the leaves.
+    leaves
+        The `AccumulateGrad` node of each leaf.
+    order
+        The nodes between, from the roots to the leaves, each before all that it leads to.
+    custom
+        The custom Functions' nodes among them.
+    """
+
+    __slots__ = ("custom", "leaves", "order", "roots")
+
+    def __init__(
+        self,
+        roots: Sequence[Edge | None],
+        leaves: Sequence[Node],
+        records: ContextRecords | None = None,
+    ) -> None:
+        self.leaves = tuple(leaves)
+        self.order = _between([edge[0] for edge in roots if edge is not None], self.leaves)
+        reached = set(self.order)
+        self.roots = tuple(e if e is not None and e[0] in reached else None for e in roots)
+        records = records or ContextRecords()
+        self.custom = {n: CustomNode(n, records.get(n)) for n in self.order if is_custom(n)}
+
+    def saved_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that the graph keeps for its backward."""
+        for node in self.order:
+            if node in self.custom:
+                yield from self.custom[node].kept()
+                continue
+            for name in saved_attributes(node):
+                saved = getattr(node, name, None)
+                for t in saved if isinstance(saved, (tuple, list)) else (saved,):
+                    if isinstance(t, torch.Tensor):
+                        yield t
+
+
+def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
+    """Return the nodes on paths from `roots` to `leaves`, in topological order.
+
+    Iterative, because graphs are deeper than Python's recursion limit.
+    """
+    reaches: dict[Node, bool] = dict.fromkeys(leaves, True)
+    # A leaf ends the walk; it is listed when it is met, so that the order is complete.
+    post_order: list[Node] = []
+    seen: set[Node] = set()
+    for root in roots:
+        if root in seen:
+            continue
+        stack: list[tuple[Node, Iterator[Any]]] = [(root, iter(root.next_functions))]
+        seen.add(root)
+        while stack:
+            node, edges = stack[-1]
+            for child, _ in edges:
+                if child is None:
+                    continue
+                if child not in seen:
+                    seen.add(child)
+                    stack.append((child, iter(child.next_functions)))
+                    break
+            else:
+                stack.pop()
+                if not reaches.get(node, False):
+                    reaches[node] = any(
+                        reaches.get(child, False) for child, _ in node.next_functions if child
+                    )
+                if reaches[node]:
+                    post_order.append(node)
+    return post_order[::-1]
+
+
+class _Reads(TorchFunctionMode):
+    """Notes every tensor that PyTorch's Python interface is given while f runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, weakref.ref[torch.Tensor]] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        seen = self._seen
+        for a in args:
+            if isinstance(a, torch.Tensor):
+                ref = seen.get(id(a))
+                if ref is None or ref() is not a:
+                    seen[id(a)] = weakref.ref(a)
+            elif type(a) in (list, tuple):
+                self._note(a)
+        if not kwargs:
+            return func(*args)
+        self._note(kwargs.values())
+        return func(*args, **kwargs)
+
+    def _note(self, items: Iterable[Any]) -> None:
+        for a in items:
+            if isinstance(a, torch.Tensor):
+                self._seen[id(a)] = weakref.ref(a)
+            elif type(a) in (list, tuple):
+                self._note(a)
+
+    def stamps(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
+        """Return the tensors still alive with their versions now."""
+        alive = ((ref, ref()) for ref in self._seen.values())
+        return [
+            (ref, t._version)
+            for ref, t in alive
+            if t is not None and not batched_or_wrapped(t) and not t.is_inference()
+        ]
+
+
+@dataclasses.dataclass(slots=True)
+class Capture:
+    """What one run of f left.
+
+    Attributes
+    ----------
+    value
+        f's output in its structure, tensors detached.
+    aux
+        What f returned beside it (`has_aux`), tensors detached.
+    in_space, out_space
+        The spaces of tangents and cotangents.
+    edges
+        The gradient edge of each differentiable output leaf, None where there is no graph.
+    leaves
+        The detached alias of each differentiable primal leaf, with its node.
+    records
+        What was seen of custom Functions' contexts.
+    reads
+        The tensors that f read, with their versions after the run.
+    """
+
+    value: Any
+    aux: Any
+    in_space: Space
+    out_space: Space
+    edges: list[Edge | None]
+    leaves: list[tuple[torch.Tensor, Node]]
+    records: ContextRecords
+    reads: list[tuple[weakref.ref[torch.Tensor], int]]
+
+    def graph(self) -> Graph:
+        """Return the graph between value and primals."""
+        return Graph(self.edges, [node for _, node in self.leaves], self.records)
+
+
+def capture(
+    f: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    argnums: Sequence[int],
+    *,
+    has_aux: bool = False,
+    watch: bool = False,
+    copy: bool = False,
+) -> Capture:
+    """Run f once and keep its graph.
+
+    Parameters
+    ----------
+    f
+        The function.
+    args, kwargs
+        Its arguments.
+    argnums
+        The positions of the arguments that are differentiated, all in range.
+    has_aux
+        Whether f returns `(value, aux)`.
+    watch
+        Whether to note which tensors f reads (costs some microseconds per operation of f).
+    copy
+        Whether f gets copies of the tensors, for callers that overwrite theirs unseen.
+
+    Raises
+    ------
+    StructureError
+        If no argument is differentiable, or f returns something that is not a tensor.
+    UnsupportedError
+        If a primal or an output has a layout that cannot be linearized.
+    """
+    if functorch_active():
+        raise UnsupportedError(
+            "a Linearizer cannot run inside torch.func transforms (vmap, grad, jvp, ...); "
+            "linearize the transformed function instead, or use linearize.func"
+        )
+    primals = tuple(args[i] for i in argnums)
+    in_space = Space.of_tree(primals, "tangent", "primals")
+    _check_primals(primals, in_space)
+    records, reads = ContextRecords(), _Reads() if watch else None
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves: list[torch.Tensor] = []
+
+        def alias(x: Any, differentiate: bool) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            t = x.clone().detach() if copy or x.is_inference() else x.detach()
+            if differentiate and differentiable(t):
+                leaves.append(t.requires_grad_())
+            return t
+
+        # Arguments that are not differentiated are aliased too: the graph may keep them,
+        # and must not keep the caller's own objects alive.
+        chosen = set(argnums)
+        by_position: dict[int, Any] = {
+            i: pytree.tree_map(lambda x: alias(x, True), args[i]) for i in argnums
+        }
+        arguments = [
+            by_position[i] if i in chosen else pytree.tree_map(lambda x: alias(x, False), a)
+            for i, a in enumerate(args)
+        ]
+        keywords = {k: pytree.tree_map(lambda x: alias(x, False), v) for k, v in kwargs.items()}
+        nodes = [get_gradient_edge(t).node for t in leaves]
+        with records.watching(), eager_compiled_functions():
+            if reads is None:
+                result = f(*arguments, **keywords)
+            else:
+                with reads:
+                    result = f(*arguments, **keywords)
+        aux = None
+        if has_aux:
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise StructureError(
+                    "has_aux=True: f must return a tuple (value, aux), got "
+                    f"{type(result).__name__}"
+                )
+            result, aux = result
+            aux = pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, aux)
+        outputs, out_space = _outputs(result)
+        # A custom Function may overwrite or free what its outputs alias.
+        own = len(records) > 0
+        detached = [
+            (x.detach().clone() if own else x.detach()) if isinstance(x, torch.Tensor) else x
+            for x in outputs
+        ]
+        edges = [
+            _edge(x)
+            for x, leaf in zip(outputs, out_space.leaves, strict=True)
+            if leaf is not None
+        ]
+    return Capture(
+        value=pytree.tree_unflatten(detached, out_space.spec),
+        aux=aux,
+        in_space=in_space,
+        out_space=out_space,
+        edges=edges,
+        leaves=list(zip(leaves, nodes, strict=True)),
+        records=records,
+        reads=[] if reads is None else reads.stamps(),
+    )
+
+
+def _edge(output: torch.Tensor) -> Edge | None:
+    if not output.requires_grad:
+        return None
+    edge = get_gradient_edge(output)
+    return edge.node, edge.output_nr
+
+
+def _check_primals(primals: tuple[Any, ...], space: Space) -> None:
+    for leaf, path in zip(pytree.tree_leaves(primals), space.paths, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            _check_tensor(leaf, f"primal{path}")
+    if not space.tensors:
+        kinds = ", ".join(
+            f"primal{path}: {_kind(leaf)}"
+            for leaf, path in zip(pytree.tree_leaves(primals), space.paths, strict=True)
+        )
+        raise StructureError(
+            "no differentiable primal: at least one must be a floating point or complex tensor; "
+            f"got {kinds or 'no arguments'}"
+        )
+
+
+def _kind(leaf: Any) -> str:
+    return str(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+
+
+def _check_tensor(t: torch.Tensor, what: str) -> None:
+    if t.is_nested:
+        raise UnsupportedError(f"{what}: nested tensors are not supported; pad to a dense one")
+    if t.is_quantized:
+        raise UnsupportedError(
+            f"{what}: quantized tensors have no derivative; call dequantize() first"
+        )
+    if t.layout != torch.strided:
+        raise UnsupportedError(
+            f"{what}: layout {t.layout} is not supported; pass its values as a dense primal and "
+            "build the sparse tensor inside f"
+        )
+    if t.device.type == "meta":
+        raise UnsupportedError(f"{what}: a meta tensor has no numbers to linearize at")
+    if batched_or_wrapped(t):
+        raise UnsupportedError(f"{what}: is a tensor of a torch.func transform that has ended")
+    if type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise UnsupportedError(
+            f"{what}: the tensor subclass {type(t).__name__} is not supported; pass its plain "
+            "tensors and build it inside f"
+        )
+
+
+def _outputs(result: Any) -> tuple[list[Any], Space]:
+    with_paths, _ = pytree.tree_flatten_with_path(result)
+    for path, x in with_paths:
+        name = f"output{key_string(path)}"
+        if isinstance(x, torch.Tensor):
+            _check_tensor(x, name)
+        elif isinstance(x, (float, complex)):
+            raise StructureError(
+                f"{name}: f returned the number {x!r}, whose derivative would be lost; return a "
+                "tensor, or return it beside the value with has_aux=True"
+            )
+    space = Space.of_tree(result, "cotangent", "value")
+    if not any(isinstance(x, torch.Tensor) for _, x in with_paths):
+        raise StructureError(
+            f"f returned {type(result).__name__}, which contains no tensor; expected a tensor or "
+            "a pytree of tensors"
+        )
+    return [x for _, x in with_paths], space
+
+

@@ -1,0 +1,241 @@
+"""Floor 3: running linear programs.
+
+An `Executor` prepares a program for repeated runs: where each argument comes from, when each
+intermediate is last used, which results must be copied so that they share memory with
+nothing that is kept or owned by somebody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ._linearity import schema_of
+from ._program import Equation, Operation, Program, Residual, Var, map_leaves
+from ._torch import OpOverload, aten
+
+
+class _Slot:
+    """Stands in an argument list for a value that is known at run time."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class _Step:
+    """One equation, prepared."""
+
+    __slots__ = ("call", "free", "many", "nested", "op", "outs", "plain", "specs", "tail")
+
+    def __init__(self, eq: Equation, slots: dict[Var, int]) -> None:
+        def place(x: Any) -> Any:
+            if isinstance(x, Residual):
+                return x.tensor
+            return _Slot(slots[x]) if isinstance(x, Var) else x
+
+        args = [map_leaves(place, a) for a in eq.args]
+        kwargs = {k: map_leaves(place, a) for k, a in eq.kwargs.items()}
+        self.op = eq.op
+        #: Positional arguments that are a value, and those that contain one.
+        self.plain = [(i, a.index) for i, a in enumerate(args) if isinstance(a, _Slot)]
+        self.nested = [(i, a) for i, a in enumerate(args) if _contains(a)]
+        self.tail = {k: a for k, a in kwargs.items() if isinstance(a, _Slot) or _contains(a)}
+        self.call = (args, {k: a for k, a in kwargs.items() if k not in self.tail})
+        self.outs = [-1 if v is None else slots[v] for v in eq.outputs]
+        self.many = len(eq.outputs) != 1 or isinstance(eq.op, Operation) or _returns_list(eq.op)
+        self.free: list[int] = []
+        self.specs = {slots[v]: v.spec for v in eq.inputs()}
+
+    def with_undefined(self, args: list[Any], keywords: dict[str, Any]) -> Any:
+        """Run the operation with some values undefined; all undefined gives undefined."""
+        template, _ = self.call
+        positional = all(map(_all_undefined, template, args))
+        if positional and all(_all_undefined(a, keywords[k]) for k, a in self.tail.items()):
+            return (None,) * len(self.outs) if self.many else None
+        if isinstance(self.op, Operation):
+            return self.op(*args, **keywords)
+        return _with_zeros(self, args, keywords)
+
+
+def _returns_list(op: Any) -> bool:
+    if not isinstance(op, OpOverload):
+        return False
+    returns = op._schema.returns
+    return len(returns) != 1 or str(returns[0].type) == "List[Tensor]"
+
+
+def _contains(a: Any) -> bool:
+    if isinstance(a, (list, tuple)):
+        return any(isinstance(x, _Slot) or _contains(x) for x in a)
+    return False
+
+
+class Executor:
+    """Runs a program on tensors.
+
+    Parameters
+    ----------
+    program
+        With no method missing (see `resolve`).
+    """
+
+    __slots__ = ("_copies", "_inputs", "_outputs", "_residuals", "_size", "_steps", "program")
+
+    def __init__(self, program: Program) -> None:
+        program.check()
+        self.program = program
+        slots: dict[Var, int] = {}
+        for v in (*program.inputs, *(v for eq in program.equations for v in eq.outputs if v)):
+            slots[v] = len(slots)
+        self._size = len(slots)
+        self._inputs = [slots[v] for v in program.inputs]
+        self._outputs = [-1 if v is None else slots[v] for v in program.outputs]
+        self._steps = [_Step(eq, slots) for eq in program.equations]
+        self._residuals = program.residuals()
+        self._free(program, slots)
+        self._copies = self._to_copy(program)
+
+    def _free(self, program: Program, slots: dict[Var, int]) -> None:
+        """Note after which step each intermediate can go."""
+        last: dict[int, _Step] = {}
+        for eq, step in zip(program.equations, self._steps, strict=True):
+            for v in (*eq.inputs(), *(v for v in eq.outputs if v is not None)):
+                last[slots[v]] = step
+        keep = {*self._outputs}
+        for slot, step in last.items():
+            if slot not in keep:
+                step.free.append(slot)
+
+    def _to_copy(self, program: Program) -> list[bool]:
+        """Tell which results may share memory with an argument, a residual or a user's tensor."""
+        fresh: set[Var] = set()
+        for eq in program.equations:
+            if isinstance(eq.op, Operation):
+                if not eq.op.may_alias:
+                    fresh.update(v for v in eq.outputs if v is not None)
+            elif not _may_alias(eq.op) or all(v in fresh for v in eq.inputs()):
+                fresh.update(v for v in eq.outputs if v is not None)
+        copies, seen = [], set()
+        for v in program.outputs:
+            copies.append(v is not None and (v not in fresh or v in seen))
+            seen.add(v)
+        return copies
+
+    def check_residuals(self) -> None:
+        """Raise `StalenessError` if a residual was changed in place."""
+        for r in self._residuals:
+            if r.tensor._version != r.version and r.version is not None:
+                r.check()
+
+    def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Run the program.
+
+        Parameters
+        ----------
+        arguments
+            One tensor per input.
+
+        Returns
+        -------
+        list
+            One tensor per output; None for one that is zero.
+        """
+        self.check_residuals()
+        values: list[Any] = [None] * self._size
+        for slot, t in zip(self._inputs, arguments, strict=True):
+            values[slot] = t
+        for step in self._steps:
+            template, keywords = step.call
+            args = template.copy()
+            undefined = False
+            for i, slot in step.plain:
+                value = values[slot]
+                args[i] = value
+                if value is None:
+                    undefined = True
+            if step.nested or step.tail:
+                keywords = dict(keywords)
+                undefined |= _fill(step, args, keywords, values)
+            if undefined:
+                # A custom Function returned None: an undefined tangent, which is zero.
+                out: Any = step.with_undefined(args, keywords)
+            else:
+                out = step.op(*args, **keywords)
+            if step.many:
+                for slot, t in zip(step.outs, out, strict=True):
+                    if slot >= 0:
+                        values[slot] = t
+            else:
+                values[step.outs[0]] = out
+            for slot in step.free:
+                values[slot] = None
+        results = [None if slot < 0 else values[slot] for slot in self._outputs]
+        return [
+            t.clone() if copy and t is not None else t
+            for t, copy in zip(results, self._copies, strict=True)
+        ]
+
+
+def _fill(step: _Step, args: list[Any], keywords: dict[str, Any], values: list[Any]) -> bool:
+    undefined = False
+
+    def value(x: Any) -> Any:
+        nonlocal undefined
+        if isinstance(x, _Slot):
+            undefined |= values[x.index] is None
+            return values[x.index]
+        return x
+
+    for i, a in step.nested:
+        args[i] = map_leaves(value, a)
+    for k, a in step.tail.items():
+        keywords[k] = map_leaves(value, a)
+    return undefined
+
+
+def _with_zeros(step: _Step, args: list[Any], keywords: dict[str, Any]) -> Any:
+    """Run an operation some of whose variables are undefined, that is zero."""
+    def fill(placed: Any, now: Any) -> Any:
+        if isinstance(placed, _Slot):
+            return step.specs[placed.index].zeros() if now is None else now
+        if isinstance(placed, (list, tuple)):
+            return type(placed)(fill(p, n) for p, n in zip(placed, now, strict=True))
+        return now
+
+    template, _ = step.call
+    filled = [fill(p, n) for p, n in zip(template, args, strict=True)]
+    return step.op(*filled, **{k: fill(step.tail.get(k), v) for k, v in keywords.items()})
+
+
+def _all_undefined(placed: Any, now: Any) -> bool:
+    if isinstance(placed, _Slot):
+        return now is None
+    if isinstance(placed, (list, tuple)) and _contains(placed):
+        return all(_all_undefined(p, n) for p, n in zip(placed, now, strict=True))
+    return True
+
+
+_COPYING = {aten.clone.default, aten._to_copy.default}
+
+
+def _may_alias(op: Callable[..., Any]) -> bool:
+    """Whether an operation's result may share memory with its argument."""
+    if not isinstance(op, OpOverload):
+        return True
+    if op in _COPYING:
+        return False
+    if schema_of(op).is_view:
+        return True
+    aliases = any(r.alias_info is not None for r in op._schema.returns)
+    # Composite operations (`reshape`) return a view where they can, without saying so.
+    return aliases or op.name() in _MAYBE_VIEW
+
+
+_MAYBE_VIEW = frozenset(
+    {"aten::reshape", "aten::resolve_conj", "aten::resolve_neg", "aten::contiguous",
+     "aten::_unsafe_view", "aten::lift_fresh", "aten::_reshape_alias"}
+)

@@ -1,0 +1,407 @@
+"""Floor 2: calling the `jvp` and `backward` of custom Functions directly.
+
+`y.grad_fn` of a custom `torch.autograd.Function` is the context `ctx` that its `forward`
+saw. A `CustomNode` calls the user's methods with that context, with the arguments that
+PyTorch itself would pass (https://docs.pytorch.org/docs/stable/notes/extending.html), and
+never calls `forward`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ._program import Operation, Residual, leaves
+from ._space import TensorSpec
+from ._torch import (
+    ContextWatcher,
+    Node,
+    OpOverload,
+    forward_class,
+    input_metadata,
+    materialized_arguments,
+    pytree,
+)
+from .errors import FunctionContractError
+
+_REGISTERED: dict[str, Callable[..., Any]] = {}
+
+
+def register_jvp(op: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a `torch.library` custom operator its own Jacobian-vector product.
+
+    Parameters
+    ----------
+    op
+        A `torch.library.custom_op` (or an overload such as `torch.ops.mylib.myop.default`)
+        whose backward was registered with `register_autograd`.
+    fn
+        `fn(ctx, *tangents)`, with the contract of `torch.autograd.Function.jvp`: `ctx` is the
+        one that `setup_context` filled; one tangent per argument of the operator, None for
+        arguments that are not tensors; returns the tangent of each output. May be opaque.
+
+    Returns
+    -------
+    callable
+        `fn`, so that this can be used through `functools.partial` as a decorator.
+
+    Raises
+    ------
+    TypeError
+        If `op` is not a custom operator.
+    """
+    overload = getattr(op, "_opoverload", op)
+    if not isinstance(overload, OpOverload):
+        overload = getattr(op, "default", None)
+    if not isinstance(overload, OpOverload):
+        raise TypeError(f"register_jvp: expected a torch.library custom op, got {op!r}")
+    namespace, _, name = overload._schema.name.partition("::")
+    key = f"GeneratedBackwardFor_{namespace}_{name}_{overload._overloadname}"
+    _REGISTERED[key] = fn
+    return fn
+
+
+@dataclasses.dataclass(slots=True)
+class ContextRecord:
+    """What was seen of one context while `forward` ran."""
+
+    inputs: tuple[TensorSpec | None, ...] | None = None
+    saved_for_forward: tuple[Residual | None, ...] | None = None
+    materialize: bool = True
+
+
+class ContextRecords:
+    """Records of the contexts made during one forward run, keyed weakly by context."""
+
+    def __init__(self) -> None:
+        self._records: weakref.WeakKeyDictionary[Any, ContextRecord]
+        self._records = weakref.WeakKeyDictionary()
+
+    def watching(self) -> ContextWatcher:
+        """Return the context manager inside which contexts are recorded."""
+        return ContextWatcher(self._created, self._saved, self._materialize)
+
+    def get(self, ctx: Any) -> ContextRecord:
+        """Return the record of `ctx`, an empty one if none was made."""
+        return self._records.get(ctx) or ContextRecord()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
+        record = self._records[ctx] = ContextRecord()
+        if arguments is not None:
+            record.inputs = tuple(
+                TensorSpec.of(a) if isinstance(a, torch.Tensor) else None for a in arguments
+            )
+
+    def _saved(self, ctx: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        # Aliases without history: a saved output would otherwise hold its own node alive.
+        source = f"{_name(forward_class(ctx))} (save_for_forward)"
+        self._records.setdefault(ctx, ContextRecord()).saved_for_forward = tuple(
+            None if t is None else Residual(t.detach(), source) for t in tensors
+        )
+
+    def _materialize(self, ctx: Any, value: bool) -> None:
+        self._records.setdefault(ctx, ContextRecord()).materialize = value
+
+
+def _name(cls: Any) -> str:
+    name: str = cls.__name__
+    if name.startswith("GeneratedBackwardFor_"):
+        return name.removeprefix("GeneratedBackwardFor_")
+    return str(cls.__qualname__).replace("<locals>.", "")
+
+
+class CustomNode:
+    """A context of a custom Function, callable in both directions.
+
+    Inputs are the arguments of `forward` that required grad, in order; outputs are all that
+    `forward` returned. Calls are serialised per node, as PyTorch's engine does: user code
+    may keep things on its context.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_attributes",
+        "_lock",
+        "_record",
+        "_saved",
+        "cls",
+        "ctx",
+        "inputs",
+        "name",
+        "outputs",
+        "positions",
+    )
+
+    def __init__(self, ctx: Node, record: ContextRecord) -> None:
+        self.ctx: Any = ctx
+        self.cls = forward_class(ctx)
+        self.name = _name(self.cls)
+        self._record = record
+        self._lock = threading.RLock()
+        needs: Sequence[bool] = self.ctx.needs_input_grad
+        self.positions = tuple(i for i, need in enumerate(needs) if need)
+        edges = [edge for edge in ctx.next_functions if edge[0] is not None]
+        self.inputs = tuple(_received(input_metadata(node)[nr]) for node, nr in edges)
+        self.outputs: tuple[TensorSpec | None, ...] = tuple(
+            _received(meta) for meta in input_metadata(ctx)
+        )
+        source = f"{self.name} (saved tensors)"
+        self._saved = [Residual(t.detach(), source) for t in self._saved_tensors()]
+        self._attributes: list[Residual] = []
+        self._stamp()
+
+    def know_outputs(self, used: int) -> None:
+        """Learn what stands for each output without a gradient; `used` is one that has one."""
+        if len(self.outputs) > 1:
+            arguments = materialized_arguments(self.ctx, used)
+            self.outputs = tuple(
+                own if i == used else (None if got is None else TensorSpec.of(got))
+                for i, (got, own) in enumerate(zip(arguments, self.outputs, strict=True))
+            )
+
+    @property
+    def registered_jvp(self) -> Callable[..., Any] | None:
+        """The jvp registered for a `torch.library` operator."""
+        return _REGISTERED.get(self.cls.__name__)
+
+    @property
+    def has_jvp(self) -> bool:
+        """Whether the author gave a jvp."""
+        own = self.cls.jvp is not torch.autograd.Function.jvp
+        return own or self.registered_jvp is not None
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether the author gave a backward (or a `vjp` staticmethod, its other name)."""
+        base = torch.autograd.Function
+        return self.cls.backward is not base.backward or self.cls.vjp is not base.vjp
+
+    def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Call the user's `backward` once.
+
+        Parameters
+        ----------
+        grads
+            One cotangent per output; None where undefined.
+
+        Returns
+        -------
+        list
+            One cotangent per input; None where undefined.
+        """
+        with self._calling():
+            given = [
+                self._argument(g, spec) for g, spec in zip(grads, self.outputs, strict=True)
+            ]
+            result = self.ctx.apply(*given)
+        if not isinstance(result, tuple):
+            result = tuple(result) if isinstance(result, list) else (result,)
+        count = len(self.ctx.needs_input_grad)
+        if len(result) > count and all(r is None for r in result[count:]):
+            result = result[:count]
+        if len(result) != count:
+            raise FunctionContractError(
+                f"{self.name}.backward returned {len(result)} gradients, expected {count} (one "
+                "per argument of forward)"
+            )
+        return [
+            None if result[i] is None else self._fit(result[i], spec, f"gradient {i}")
+            for i, spec in zip(self.positions, self.inputs, strict=True)
+        ]
+
+    def jvp(
+        self, tangents: Sequence[torch.Tensor | None], wanted: Sequence[bool]
+    ) -> list[torch.Tensor | None]:
+        """Call the user's `jvp` once.
+
+        Parameters
+        ----------
+        tangents
+            One tangent per input; None where there is none.
+        wanted
+            Which outputs have a tangent that is used.
+
+        Returns
+        -------
+        list
+            One tangent per output; None for outputs that are not wanted.
+        """
+        given = dict(zip(self.positions, zip(tangents, self.inputs, strict=True), strict=True))
+        seen = self._record.inputs or (None,) * len(self.ctx.needs_input_grad)
+        arguments: list[torch.Tensor | None] = []
+        with self._calling():
+            for i, spec in enumerate(seen):
+                if i in given:
+                    arguments.append(self._argument(*given[i]))
+                elif spec is not None and (spec.dtype.is_floating_point or spec.dtype.is_complex):
+                    arguments.append(self._argument(None, spec))
+                else:
+                    arguments.append(None)
+            result = self._call_jvp(arguments)
+        if not isinstance(result, tuple):
+            result = tuple(result) if isinstance(result, list) else (result,)
+        if len(result) != len(self.outputs):
+            raise FunctionContractError(
+                f"{self.name}.jvp returned {len(result)} tangents, expected {len(self.outputs)} "
+                "(one per output of forward)"
+            )
+        some_missing = any(t is None for t in tangents) and not self._record.materialize
+        out: list[torch.Tensor | None] = []
+        for i, (t, spec) in enumerate(zip(result, self.outputs, strict=True)):
+            if not wanted[i]:
+                out.append(None)
+            elif t is None and not some_missing:
+                raise FunctionContractError(
+                    f"{self.name}.jvp returned None as the tangent of output {i}, which is "
+                    f"differentiable: expected a tensor {spec}"
+                )
+            else:
+                out.append(None if t is None else self._exact(t, spec, i))
+        return out
+
+    def kept(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that the context keeps."""
+        for r in (*self._saved, *self._attributes, *(self._record.saved_for_forward or ())):
+            if r is not None:
+                yield r.tensor
+
+    def _call_jvp(self, arguments: list[torch.Tensor | None]) -> Any:
+        fn = self.registered_jvp
+        saved = self._record.saved_for_forward
+        if saved is not None:
+            self.ctx.saved_for_forward = tuple(None if r is None else r.tensor for r in saved)
+        try:
+            if fn is None:
+                return self.cls.jvp(self.ctx, *arguments)
+            return fn(self.ctx, *self._operator_arguments(arguments))
+        finally:
+            if saved is not None:
+                self.ctx.saved_for_forward = None
+
+    def _operator_arguments(self, arguments: list[torch.Tensor | None]) -> Sequence[Any]:
+        """Undo what `torch.library` does to an operator's arguments."""
+        lists = getattr(self.ctx, "_pt_metadata", None)
+        if lists is None:
+            return arguments[:-1]
+        return pytree.tree_unflatten(arguments[:-1], lists.input_spec)[:-1]  # type: ignore[no-any-return]
+
+    def _argument(self, t: torch.Tensor | None, spec: TensorSpec | None) -> torch.Tensor | None:
+        # A copy, because user code was seen to overwrite what it is handed.
+        if t is not None:
+            return t.clone()
+        return spec.zeros() if spec is not None and self._record.materialize else None
+
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        with self._lock:
+            for r in (*self._saved, *self._attributes, *(self._record.saved_for_forward or ())):
+                if r is not None:
+                    r.check()
+            yield
+            # What the user's own method changed on its context is its own affair.
+            self._stamp()
+
+    def _saved_tensors(self) -> Iterable[torch.Tensor]:
+        return (t for t in self.ctx.saved_tensors if t is not None)
+
+    def _stamp(self) -> None:
+        source = f"{self.name} (an attribute of ctx)"
+        self._attributes = [
+            Residual(t.detach(), source)
+            for t in leaves(dict(vars(self.ctx)))
+            if isinstance(t, torch.Tensor)
+        ]
+
+    def _fit(self, t: Any, spec: TensorSpec, what: str) -> torch.Tensor:
+        """Sum and cast a gradient as the engine does."""
+        if not isinstance(t, torch.Tensor):
+            raise FunctionContractError(
+                f"{self.name}.backward returned a {type(t).__name__} as {what}, expected a tensor "
+                f"{spec} or None"
+            )
+        if t.shape != spec.shape:
+            try:
+                t = t.sum_to_size(spec.shape)
+            except RuntimeError:
+                raise FunctionContractError(
+                    f"{self.name}.backward returned {what} of shape {tuple(t.shape)}, expected "
+                    f"{spec.shape}"
+                ) from None
+        if t.is_complex() and not spec.dtype.is_complex:
+            t = t.real
+        return t if t.dtype == spec.dtype and t.device == spec.device else t.to(
+            device=spec.device, dtype=spec.dtype
+        )
+
+    def _exact(self, t: Any, spec: TensorSpec | None, i: int) -> torch.Tensor:
+        if not isinstance(t, torch.Tensor):
+            raise FunctionContractError(
+                f"{self.name}.jvp returned a {type(t).__name__} as the tangent of output {i}, "
+                f"expected a tensor {spec}"
+            )
+        if spec is not None and not spec.matches(t):
+            raise FunctionContractError(
+                f"{self.name}.jvp returned {TensorSpec.of(t)} as the tangent of output {i}, "
+                f"expected {spec}"
+            )
+        return t
+
+
+def _received(meta: Any) -> TensorSpec:
+    return TensorSpec(tuple(meta.shape), meta.dtype, meta.device)
+
+
+class CustomBackward(Operation):
+    """The pullback of a custom Function: cotangents of its outputs to those of its inputs."""
+
+    __slots__ = ("node",)
+    may_return_none = True
+
+    def __init__(self, node: CustomNode) -> None:
+        self.node = node
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"{self.node.name}.backward"
+
+    def __call__(self, *grads: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Call the user's `backward`."""
+        return self.node.backward(grads)
+
+    def bytes_kept(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that the context keeps."""
+        return self.node.kept()
+
+
+class CustomJvp(Operation):
+    """The pushforward of a custom Function: tangents of its inputs to those of its outputs."""
+
+    __slots__ = ("node", "wanted")
+    may_return_none = True
+
+    def __init__(self, node: CustomNode, wanted: Sequence[bool]) -> None:
+        self.node = node
+        self.wanted = tuple(wanted)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"{self.node.name}.jvp"
+
+    def __call__(self, *tangents: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Call the user's `jvp`."""
+        return self.node.jvp(tangents, self.wanted)
+
+    def bytes_kept(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that the context keeps."""
+        return self.node.kept()

@@ -1,0 +1,191 @@
+"""Floor 2: what is known of ATen operations: schemas, zeros, linearity.
+
+An operation is recorded only if it is linear in its variable arguments jointly. For most
+operations of PyTorch's backward formulas that is known here by name; for any other it is
+tested on numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ._program import leaves, map_leaves
+from ._torch import OpOverload, aten
+
+#: Operations whose result does not depend on the numbers in their tensor argument.
+CONSTANT = frozenset(
+    op
+    for packet in (
+        "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones "
+        "new_full new_empty new_empty_strided"
+    ).split()
+    for op in (getattr(aten, packet).default,)
+)
+UNINITIALIZED = frozenset(
+    {
+        aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+    }
+)
+#: Operations that hand the numbers of a tensor to the host.
+READS_NUMBERS = frozenset(
+    {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
+)
+
+_VIEWS_AND_MOVES = (
+    "alias detach clone _to_copy view _unsafe_view _reshape_alias reshape t transpose permute "
+    "unsqueeze squeeze expand slice select diagonal as_strided split split_with_sizes unbind "
+    "unfold roll flip tril triu slice_backward select_backward diagonal_backward unfold_backward "
+    "view_as_real view_as_complex _conj conj_physical _neg_view real imag lift_fresh neg "
+    "resolve_conj resolve_neg contiguous _efficientzerotensor movedim narrow squeeze_ "
+    "repeat pixel_shuffle pixel_unshuffle rot90 take gather index index_select trace diag "
+    "diag_embed sum mean cumsum nansum as_strided_copy fft_fft _fft_c2c _fft_r2c _fft_c2r "
+)
+_LINEAR_FIRST = frozenset((_VIEWS_AND_MOVES + " embedding_dense_backward").split())
+_JOINTLY_LINEAR = frozenset(("add sub cat stack").split())
+_BILINEAR = frozenset(("mul mm bmm mv dot vdot").split())
+_GRADIENT_FIRST = frozenset(
+    (
+        "tanh_backward sigmoid_backward silu_backward gelu_backward threshold_backward "
+        "softplus_backward hardtanh_backward leaky_relu_backward elu_backward mish_backward "
+        "hardswish_backward hardsigmoid_backward logit_backward native_dropout_backward "
+        "_softmax_backward_data _log_softmax_backward_data native_layer_norm_backward "
+        "native_batch_norm_backward native_group_norm_backward convolution_backward "
+        "avg_pool2d_backward max_pool2d_with_indices_backward _adaptive_avg_pool2d_backward "
+        "nll_loss_backward mse_loss_backward"
+    ).split()
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Schema:
+    """The parts of an operation's schema that recording needs."""
+
+    name: str
+    writes: tuple[tuple[int, str], ...]
+    is_view: bool
+    pointwise: bool
+
+
+@functools.cache
+def schema_of(op: OpOverload) -> Schema:
+    """Return what an operation writes, and of what kind it is."""
+    writes = tuple(
+        (-1 if a.kwarg_only else i, a.name)
+        for i, a in enumerate(op._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    )
+    name = op._schema.name.partition("::")[2]
+    return Schema(name, writes, bool(op.is_view), torch.Tag.pointwise in op.tags)
+
+
+@functools.cache
+def functional_variant(op: OpOverload) -> OpOverload | None:
+    """Return the operation that computes the same without writing to its arguments."""
+    if op.namespace != "aten":
+        return None
+    schema = schema_of(op)
+    written = {name for _, name in schema.writes}
+    out_style = all(position == -1 for position, _ in schema.writes)
+    packet = getattr(aten, schema.name if out_style else schema.name.rstrip("_"), None)
+    if packet is None:
+        return None
+
+    def signature(o: OpOverload, skip: set[str]) -> list[tuple[str, str]]:
+        return [(a.name, str(a.type)) for a in o._schema.arguments if a.name not in skip]
+
+    wanted = signature(op, written if out_style else set())
+    for overload in packet.overloads():
+        candidate = getattr(packet, overload)
+        if not schema_of(candidate).writes and signature(candidate, set()) == wanted:
+            return candidate  # type: ignore[no-any-return]
+    return None
+
+
+def known_linear(op: OpOverload, variable: Sequence[bool]) -> bool:
+    """Whether an operation is known to be linear in its variable arguments.
+
+    Parameters
+    ----------
+    op
+        The operation.
+    variable
+        For each positional argument, whether it is or contains a variable.
+    """
+    if op.namespace != "aten":
+        return False
+    name = schema_of(op).name
+    count = sum(variable)
+    first_only = count == 1 and variable[0]
+    if name in _LINEAR_FIRST or name in _GRADIENT_FIRST:
+        return first_only
+    if name in _BILINEAR:
+        return count == 1
+    if name == "div":
+        return first_only and op._overloadname in ("Tensor", "Scalar")
+    # `add(g, constant)` is affine: only a constant that is zero makes it linear.
+    return name in _JOINTLY_LINEAR and count == len(variable) and op._overloadname != "Scalar"
+
+
+_TOLERANCE = {
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+    torch.float32: 1e-3,
+    torch.complex64: 1e-3,
+    torch.complex32: 2e-2,
+}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative error within which two results of this dtype count as equal."""
+    return _TOLERANCE.get(dtype, 1e-8)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors agree within the tolerance of their dtype, relative to the largest.
+
+    Numbers that are not finite must stand at the same places.
+    """
+    if a.shape != b.shape or a.numel() == 0:
+        return a.shape == b.shape
+    limit = max(tolerance(a.dtype), tolerance(b.dtype))
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    a, b = a.detach().to(wide), b.detach().to(wide)
+    finite = torch.isfinite(a)
+    if not torch.equal(finite, torch.isfinite(b)):
+        return False
+    a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
+    return bool((a - b).abs().max() <= limit * (a.abs().max() + b.abs().max()) + 1e-300)
+
+
+def tested_linear(
+    op: Callable[..., Any], args: Any, kwargs: Any, is_variable: Callable[[Any], bool]
+) -> bool:
+    """Test on random numbers whether an operation is linear in its variable arguments."""
+    generator = torch.Generator().manual_seed(20)
+
+    def at(alpha: float, beta: float) -> list[torch.Tensor]:
+        def combine(x: Any) -> Any:
+            if not is_variable(x):
+                return x.clone() if isinstance(x, torch.Tensor) else x
+            state = torch.Generator().manual_seed(generator.initial_seed() + x.numel())
+            noise = torch.randn(x.shape, generator=state, dtype=torch.float64)
+            return alpha * x + beta * noise.to(device=x.device, dtype=x.dtype)
+
+        result = op(*map_leaves(combine, args), **map_leaves(combine, kwargs))
+        return [t for t in leaves(result) if isinstance(t, torch.Tensor)]
+
+    both, first, second, twice = at(1.0, 1.0), at(1.0, 0.0), at(0.0, 1.0), at(2.0, 0.0)
+    return all(
+        close(b, x + y) and close(t, 2 * x)
+        for b, x, y, t in zip(both, first, second, twice, strict=True)
+        if x.is_floating_point() or x.is_complex()
+    )

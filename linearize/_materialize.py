@@ -1,0 +1,158 @@
+"""Floor 3: the matrix of one opaque operation, built from unit vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ._program import Emitter, Program, Residual, Var
+from ._space import TensorSpec
+from ._torch import aten
+from .errors import MissingDerivativeError
+
+
+def progress(steps: Iterable[int], total: int, what: str) -> Iterable[int]:
+    """Return `steps` with a progress bar where tqdm is installed; short work shows none."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return steps
+    return tqdm(steps, total=total, desc=what, delay=1.0, leave=False)  # type: ignore[no-any-return]
+
+
+def _reals(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * (2 if spec.dtype.is_complex else 1)
+
+
+def _flat_real(t: torch.Tensor) -> torch.Tensor:
+    return (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1)
+
+
+def dense_transpose(
+    fn: Callable[..., Sequence[torch.Tensor | None]],
+    ins: Sequence[TensorSpec],
+    outs: Sequence[TensorSpec],
+    present: Sequence[bool],
+    wanted: Sequence[bool],
+    name: str,
+    limit: int,
+) -> Program:
+    """Return the transpose of the linear function `fn` as a program around its matrix.
+
+    Complex numbers count as pairs of real ones, so that maps that are only real-linear come
+    out right.
+
+    Parameters
+    ----------
+    fn
+        Maps one tensor per `ins` to one per `outs`; called once per scalar of `ins`.
+    ins, outs
+        The specifications of its arguments and results.
+    present
+        Which of `outs` are variables of the transpose.
+    wanted
+        Which of `ins` are results of the transpose.
+    name
+        Whose matrix it is, for the progress bar and errors.
+    limit
+        The most bytes that the matrix may take.
+
+    Raises
+    ------
+    MissingDerivativeError
+        If the matrix would be larger than `limit`.
+    """
+    rows = [spec for spec, want in zip(ins, wanted, strict=True) if want]
+    columns = [spec for spec, here in zip(outs, present, strict=True) if here]
+    dtype = torch.float32
+    for spec in (*rows, *columns):
+        dtype = torch.promote_types(dtype, spec.dtype.to_real())
+    height, width = sum(map(_reals, rows)), sum(map(_reals, columns))
+    size = height * width * dtype.itemsize
+    if size > limit:
+        raise MissingDerivativeError(
+            f"{name}: its matrix of {height} by {width} would take {size:,} bytes, more than the "
+            f"limit of {limit:,} (opaque_limit)"
+        )
+    device = columns[0].device
+    matrix = torch.empty((height, width), dtype=dtype, device=device)
+    units = _units(ins, wanted)
+    with torch.inference_mode(False), torch.no_grad():
+        for row in progress(range(height), height, f"matrix of {name}"):
+            results = fn(*next(units))
+            parts = [
+                torch.zeros(_reals(spec), dtype=dtype, device=device)
+                if t is None
+                else _flat_real(t).to(dtype=dtype, device=device)
+                for t, spec, here in zip(results, outs, present, strict=True)
+                if here
+            ]
+            matrix[row] = torch.cat(parts)
+    return _around(matrix, rows, columns, [spec for spec in ins], wanted, name)
+
+
+def _units(ins: Sequence[TensorSpec], wanted: Sequence[bool]) -> Any:
+    for k, (spec, want) in enumerate(zip(ins, wanted, strict=True)):
+        if not want:
+            continue
+        for i in range(_reals(spec)):
+            arguments = [s.zeros() for s in ins]
+            flat = (
+                torch.view_as_real(arguments[k]) if spec.dtype.is_complex else arguments[k]
+            ).view(-1)
+            flat[i] = 1
+            yield arguments
+
+
+def _around(
+    matrix: torch.Tensor,
+    rows: Sequence[TensorSpec],
+    columns: Sequence[TensorSpec],
+    all_rows: Sequence[TensorSpec],
+    wanted: Sequence[bool],
+    name: str,
+) -> Program:
+    e = Emitter(f"matrix of {name}")
+    device, dtype = matrix.device, matrix.dtype
+    inputs = [Var(spec) for spec in columns]
+    parts = []
+    for v in inputs:
+        spec = v.spec
+        if spec.dtype.is_complex:
+            v = e.emit(aten.resolve_conj.default, (v,), spec)
+            spec = TensorSpec((*spec.shape, 2), spec.dtype.to_real(), spec.device)
+            v = e.emit(aten.view_as_real.default, (v,), spec)
+        flat = TensorSpec((math.prod(spec.shape),), spec.dtype, spec.device)
+        v = e.emit(aten.reshape.default, (v, [flat.shape[0]]), flat)
+        parts.append(_cast(e, v, TensorSpec(flat.shape, dtype, device)))
+    joined = TensorSpec((matrix.shape[1],), dtype, device)
+    vector = e.emit(aten.cat.default, (parts,), joined)
+    result = TensorSpec((matrix.shape[0],), dtype, device)
+    vector = e.emit(aten.mv.default, (Residual(matrix, e.source), vector), result)
+    outputs: list[Var | None] = []
+    start = 0
+    for spec, want in zip(all_rows, wanted, strict=True):
+        if not want:
+            outputs.append(None)
+            continue
+        end = start + _reals(spec)
+        part = TensorSpec((end - start,), dtype, device)
+        v = e.emit(aten.slice.Tensor, (vector, 0, start, end), part)
+        real = spec.dtype.to_real()
+        shape = (*spec.shape, 2) if spec.dtype.is_complex else spec.shape
+        v = e.emit(aten.reshape.default, (v, list(shape)), TensorSpec(shape, dtype, device))
+        v = _cast(e, v, TensorSpec(shape, real, spec.device))
+        if spec.dtype.is_complex:
+            v = e.emit(aten.view_as_complex.default, (v,), spec)
+        outputs.append(v)
+        start = end
+    return Program(inputs, e.equations, outputs, list(all_rows), e.source)
+
+
+def _cast(e: Emitter, v: Var, spec: TensorSpec) -> Var:
+    if v.spec == spec:
+        return v
+    return e.emit(aten._to_copy.default, (v,), spec, dtype=spec.dtype, device=spec.device)

@@ -1,0 +1,382 @@
+"""Floor 1: linear programs.
+
+A `Program` is a list of equations in static single assignment form. Each equation applies
+one operation, linear in its `Var` arguments jointly, with everything else held fixed:
+`Residual`s (tensors kept from the forward run) and static arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ._space import TensorSpec
+from .errors import LinearizeError, StalenessError
+
+
+class Var:
+    """A value of a linear program that depends on the program's inputs."""
+
+    __slots__ = ("spec",)
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+
+
+class Residual:
+    """A tensor kept from the forward run, with the version that it had then.
+
+    Both directions share one `Residual` for one tensor.
+    """
+
+    __slots__ = ("source", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, source: str = "") -> None:
+        self.tensor = tensor
+        self.source = source
+        self.version = None if tensor.is_inference() else tensor._version
+
+    def check(self) -> None:
+        """Raise `StalenessError` if the tensor was changed in place."""
+        if self.version is not None and self.tensor._version != self.version:
+            raise StalenessError(
+                f"a residual {TensorSpec.of(self.tensor)} kept for {self.source or 'a product'} "
+                f"was changed in place after the linearization (version {self.version}, now "
+                f"{self.tensor._version}); linearize anew with at(...), or change a copy"
+            )
+
+
+class Operation:
+    """An operation that is not an ATen operator. Subclasses say what it does."""
+
+    __slots__ = ()
+    name: str = "operation"
+    #: Whether the operation can return None for an output (an undefined tangent).
+    may_return_none: bool = False
+    #: Whether outputs may alias something that the operation's author owns.
+    may_alias: bool = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the operation."""
+        raise NotImplementedError
+
+    def bytes_kept(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that the operation keeps alive."""
+        return ()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Equation:
+    """One step: `outputs = op(*args, **kwargs)`.
+
+    Attributes
+    ----------
+    op
+        An ATen overload or an `Operation`.
+    args, kwargs
+        May contain `Var` and `Residual` leaves, also inside lists and tuples.
+    outputs
+        One `Var` per output of the operation; None for one that is not used or has no tangent.
+    source
+        The graph node that the equation comes from, for printing and errors.
+    """
+
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Var | None, ...]
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        """Printable name of the operation."""
+        return op_name(self.op)
+
+    def inputs(self) -> Iterator[Var]:
+        """Yield the variables that the equation reads, repeated as they are."""
+        return (x for x in leaves((self.args, self.kwargs)) if isinstance(x, Var))
+
+    def residuals(self) -> Iterator[Residual]:
+        """Yield the residuals that the equation reads."""
+        return (x for x in leaves((self.args, self.kwargs)) if isinstance(x, Residual))
+
+
+def zero_residual(spec: TensorSpec) -> Residual:
+    """Return zeros of a shape, expanded from one zero: they take no memory."""
+    t = torch.zeros((), dtype=spec.dtype, device=spec.device)
+    return Residual(t.expand(spec.shape), "zeros")
+
+
+def _other_term(eq: Equation, zero: set[Var]) -> Var | None:
+    """Return a in `a + 0` where that is the sum as it stands."""
+    if eq.op is not torch.ops.aten.add.Tensor or eq.kwargs:
+        return None
+    (other,) = [v for v in eq.inputs() if v not in zero] or [None]
+    return other if other is not None and other.spec == eq.outputs[0].spec else None  # type: ignore[union-attr]
+
+
+def op_name(op: Any) -> str:
+    """Return the printable name of an operation."""
+    if isinstance(op, Operation):
+        return op.name
+    return str(op).removeprefix("aten.").removesuffix(".default")
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """Yield the leaves of nested lists, tuples and dicts."""
+    if isinstance(tree, (list, tuple)):
+        for x in tree:
+            yield from leaves(x)
+    elif isinstance(tree, dict):
+        for x in tree.values():
+            yield from leaves(x)
+    else:
+        yield tree
+
+
+def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply `fn` to each leaf of nested lists, tuples and dicts."""
+    kind = type(tree)
+    if kind is list or kind is tuple:
+        return kind(map_leaves(fn, x) for x in tree)
+    if kind is dict:
+        return {k: map_leaves(fn, x) for k, x in tree.items()}
+    return fn(tree)
+
+
+class Program:
+    """A linear map as a list of equations.
+
+    Attributes
+    ----------
+    inputs
+        The variables that stand for the argument.
+    equations
+        In order of execution.
+    outputs
+        One variable per component of the result; None for one that is always zero.
+    specs
+        Shape, dtype and device of each component of the result.
+    """
+
+    __slots__ = ("__weakref__", "equations", "inputs", "name", "outputs", "specs")
+
+    def __init__(
+        self,
+        inputs: Sequence[Var],
+        equations: Sequence[Equation],
+        outputs: Sequence[Var | None],
+        specs: Sequence[TensorSpec],
+        name: str = "program",
+    ) -> None:
+        self.inputs = tuple(inputs)
+        self.equations = tuple(equations)
+        self.outputs = tuple(outputs)
+        self.specs = tuple(specs)
+        self.name = name
+
+    def live(self) -> Program:
+        """Return the program without the equations that no output depends on."""
+        needed = {v for v in self.outputs if v is not None}
+        kept: list[Equation] = []
+        for eq in reversed(self.equations):
+            if any(v in needed for v in eq.outputs if v is not None):
+                kept.append(eq)
+                needed.update(eq.inputs())
+        return Program(self.inputs, kept[::-1], self.outputs, self.specs, self.name)
+
+    def restricted(self, present: Sequence[bool]) -> Program:
+        """Return the program for arguments of which some are zero.
+
+        Parameters
+        ----------
+        present
+            For each input, whether it remains one; the others are zero.
+        """
+        zero = {v for v, here in zip(self.inputs, present, strict=True) if not here}
+        same: dict[Var, Var] = {}
+        kept: list[Equation] = []
+
+        def replaced(x: Any) -> Any:
+            if not isinstance(x, Var):
+                return x
+            return zero_residual(x.spec) if x in zero else same.get(x, x)
+
+        for eq in self.equations:
+            absent = [v in zero for v in eq.inputs()]
+            if absent and all(absent):
+                zero.update(v for v in eq.outputs if v is not None)
+                continue
+            if not any(absent):
+                args, kwargs = map_leaves(replaced, eq.args), map_leaves(replaced, eq.kwargs)
+                kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+            elif isinstance(eq.op, Operation):
+                # A custom Function is told that there is no tangent.
+                args = tuple(None if a in zero else replaced(a) for a in eq.args)
+                kept.append(Equation(eq.op, args, {}, eq.outputs, eq.source))
+            elif (other := _other_term(eq, zero)) is not None and eq.outputs[0] is not None:
+                same[eq.outputs[0]] = same.get(other, other)
+            else:
+                args, kwargs = map_leaves(replaced, eq.args), map_leaves(replaced, eq.kwargs)
+                kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+        inputs = [v for v, here in zip(self.inputs, present, strict=True) if here]
+        outputs = [None if v is None or v in zero else same.get(v, v) for v in self.outputs]
+        return Program(inputs, kept, outputs, self.specs, self.name).live()
+
+    def residuals(self) -> list[Residual]:
+        """Return the residuals that the equations read, each once."""
+        seen: dict[int, Residual] = {}
+        for eq in self.equations:
+            for r in eq.residuals():
+                seen.setdefault(id(r), r)
+        return list(seen.values())
+
+    def kept_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor that the program keeps alive; one may come several times."""
+        for r in self.residuals():
+            yield r.tensor
+        for eq in self.equations:
+            if isinstance(eq.op, Operation):
+                yield from eq.op.bytes_kept()
+
+    def check(self) -> None:
+        """Raise if a variable is read before it is defined, or defined twice.
+
+        Raises
+        ------
+        LinearizeError
+            Naming the program, the equation and the variable.
+        """
+        defined = set(self.inputs)
+        if len(defined) != len(self.inputs):
+            raise LinearizeError(f"{self.name}: an input stands twice")
+        for i, eq in enumerate(self.equations):
+            for v in eq.inputs():
+                if v not in defined:
+                    raise LinearizeError(
+                        f"{self.name}: equation {i} ({eq.name}) reads an undefined variable"
+                    )
+            for v in eq.outputs:
+                if v is not None and v in defined:
+                    raise LinearizeError(
+                        f"{self.name}: equation {i} ({eq.name}) defines a variable again"
+                    )
+                if v is not None:
+                    defined.add(v)
+        for v, spec in zip(self.outputs, self.specs, strict=True):
+            if v is not None and v not in defined:
+                raise LinearizeError(f"{self.name}: an output is never defined")
+            if v is not None and v.spec != spec:
+                raise LinearizeError(f"{self.name}: an output is {v.spec}, expected {spec}")
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def __repr__(self) -> str:
+        return f"<Program {self.name}: {len(self.equations)} equations>"
+
+
+class Emitter:
+    """Collects equations while a program is being built."""
+
+    __slots__ = ("equations", "source")
+
+    def __init__(self, source: str = "") -> None:
+        self.equations: list[Equation] = []
+        self.source = source
+
+    def emit(
+        self, op: Callable[..., Any], args: tuple[Any, ...], spec: TensorSpec, **kwargs: Any
+    ) -> Var:
+        """Append an equation with one output and return that output."""
+        out = Var(spec)
+        self.equations.append(Equation(op, args, kwargs, (out,), self.source))
+        return out
+
+    def inline(self, program: Program, arguments: Sequence[Var]) -> list[Var | None]:
+        """Append a program's equations with its inputs replaced, and return its outputs.
+
+        The program's own variables are renamed, so that it can be inlined any number of times.
+        """
+        names: dict[Var, Var] = dict(zip(program.inputs, arguments, strict=True))
+
+        def rename(x: Any) -> Any:
+            return names[x] if isinstance(x, Var) else x
+
+        for eq in program.equations:
+            args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
+            outs = []
+            for v in eq.outputs:
+                if v is not None:
+                    names[v] = Var(v.spec)
+                outs.append(None if v is None else names[v])
+            source = eq.source or self.source
+            self.equations.append(Equation(eq.op, args, kwargs, tuple(outs), source))
+        return [None if v is None else names[v] for v in program.outputs]
+
+
+def total_bytes(tensors: Iterable[torch.Tensor], excluding: Iterable[int] = ()) -> int:
+    """Return the bytes of the distinct storages of `tensors`.
+
+    Parameters
+    ----------
+    tensors
+        Views of one storage count once.
+    excluding
+        Data pointers of storages that do not count.
+    """
+    seen: set[int] = set(excluding)
+    count = 0
+    for t in tensors:
+        if t.layout != torch.strided:
+            continue
+        storage = t.untyped_storage()
+        pointer = storage.data_ptr()
+        if pointer not in seen:
+            seen.add(pointer)
+            count += storage.nbytes()
+    return count
+
+
+def _lines(program: Program) -> Iterator[str]:
+    names: dict[Any, str] = {}
+    kept: list[Residual] = program.residuals()
+    for i, r in enumerate(kept):
+        names[r] = f"r{i}"
+    for v in program.inputs:
+        names[v] = f"v{len(names) - len(kept)}"
+
+    def show(x: Any) -> str:
+        if isinstance(x, (Var, Residual)):
+            return names[x]
+        if isinstance(x, (list, tuple)):
+            return "[" + ", ".join(show(y) for y in x) + "]"
+        if isinstance(x, float):
+            return f"{x:.6g}"
+        return str(x)
+
+    arguments = ", ".join(f"{names[v]}: {v.spec}" for v in program.inputs)
+    size = total_bytes(r.tensor for r in kept)
+    yield f"{program.name} ({arguments})   # {len(program.equations)} equations, {size:,} bytes kept"
+    for r in kept:
+        yield f"  {names[r]}: {TensorSpec.of(r.tensor)} = residual of {r.source or 'the run'}"
+    for eq in program.equations:
+        outs = []
+        for v in eq.outputs:
+            if v is None:
+                outs.append("_")
+            else:
+                names[v] = f"v{len(names) - len(kept)}"
+                outs.append(f"{names[v]}: {v.spec}")
+        args = [show(a) for a in eq.args] + [f"{k}={show(a)}" for k, a in eq.kwargs.items()]
+        text = f"  {', '.join(outs)} = {eq.name}({', '.join(args)})"
+        yield f"{text}   # {eq.source}" if eq.source else text
+    results = ", ".join(
+        "zero" if v is None else names[v] for v in program.outputs
+    )
+    yield f"  return {results}"
+
+

@@ -1,0 +1,238 @@
+"""Floor 1: one side of a linear map.
+
+A `Space` is a pytree structure with a shape, dtype and device per differentiable leaf. It
+turns what a user passes into a flat list of tensors, with errors that name the leaf, and
+turns a flat list back into the user's structure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ._torch import key_string, pytree, spec_children
+from .errors import SpaceError, StructureError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape, dtype and device of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, t: torch.Tensor) -> TensorSpec:
+        """Return the specification that `t` meets."""
+        return cls(tuple(t.shape), t.dtype, t.device)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        where = "" if self.device.type == "cpu" else f" {self.device}"
+        return f"{dtype}[{','.join(map(str, self.shape))}]{where}"
+
+    def matches(self, t: torch.Tensor) -> bool:
+        """Whether `t` has this shape, dtype and device."""
+        return t.shape == self.shape and t.dtype == self.dtype and t.device == self.device
+
+    def zeros(self) -> torch.Tensor:
+        """Return a tensor of zeros."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    def random(self, generator: torch.Generator) -> torch.Tensor:
+        """Return normally distributed numbers, drawn on the CPU from `generator`.
+
+        The global random state stays untouched, and every device sees the same numbers.
+        """
+        drawn = torch.complex128 if self.dtype.is_complex else torch.float64
+        t = torch.randn(self.shape, dtype=drawn, generator=generator)
+        return t.to(device=self.device, dtype=self.dtype)
+
+
+def differentiable(leaf: Any) -> bool:
+    """Whether a pytree leaf has tangents: a floating point or complex tensor."""
+    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+class Space:
+    """A pytree of tensors, as seen from outside.
+
+    Parameters
+    ----------
+    spec
+        The pytree structure.
+    leaves
+        One `TensorSpec` per leaf; None for a leaf without tangents.
+    paths
+        One printable path per leaf, used in errors.
+    word
+        What an element is called in errors: "tangent" or "cotangent".
+    of
+        What the structure is that of: "primals" or "value".
+    """
+
+    __slots__ = ("_all_differentiable", "leaves", "of", "paths", "spec", "tensors", "word")
+
+    def __init__(
+        self,
+        spec: pytree.TreeSpec,
+        leaves: Sequence[TensorSpec | None],
+        paths: Sequence[str],
+        word: str,
+        of: str,
+    ) -> None:
+        self.spec = spec
+        self.leaves = tuple(leaves)
+        self.paths = tuple(paths)
+        self.word = word
+        self.of = of
+        self.tensors = tuple(leaf for leaf in self.leaves if leaf is not None)
+        self._all_differentiable = len(self.tensors) == len(self.leaves)
+
+    @classmethod
+    def of_tree(cls, tree: Any, word: str, of: str) -> Space:
+        """Return the space of the tangents of `tree`."""
+        with_paths, spec = pytree.tree_flatten_with_path(tree)
+        leaves = [TensorSpec.of(x) if differentiable(x) else None for _, x in with_paths]
+        return cls(spec, leaves, [key_string(path) for path, _ in with_paths], word, of)
+
+    def __repr__(self) -> str:
+        inside = ", ".join(
+            f"{path or 'value'}: {leaf if leaf is not None else 'no tangent'}"
+            for path, leaf in zip(self.paths, self.leaves, strict=True)
+        )
+        return f"Space({inside})"
+
+    @property
+    def size(self) -> int:
+        """Number of scalars in an element."""
+        return sum(torch.Size(leaf.shape).numel() for leaf in self.tensors)
+
+    def flatten(self, tree: Any) -> list[torch.Tensor | None]:
+        """Return the tensors of `tree`, one per differentiable leaf, None for zero.
+
+        Raises
+        ------
+        StructureError
+            If the structure differs, or a leaf is not a tensor, or has no tangents.
+        SpaceError
+            If a leaf has another shape, dtype or device.
+        """
+        leaves, spec = pytree.tree_flatten(tree)
+        if spec != self.spec:
+            leaves = []
+            self._flatten_up_to(tree, self.spec, "", leaves)
+        if self._all_differentiable:
+            for given, expected, path in zip(leaves, self.leaves, self.paths, strict=True):
+                if given is not None:
+                    self._check(given, expected, path)
+            return leaves
+        flat = []
+        for given, expected, path in zip(leaves, self.leaves, self.paths, strict=True):
+            if given is not None:
+                self._check(given, expected, path)
+            if expected is not None:
+                flat.append(given)
+        return flat
+
+    def unflatten(self, tensors: Sequence[torch.Tensor | None], others: Any = None) -> Any:
+        """Return a pytree with `tensors` at the differentiable leaves.
+
+        The other leaves are taken from the list `others`, or are None.
+        """
+        if self._all_differentiable:
+            return pytree.tree_unflatten(tensors, self.spec)
+        rest = iter(tensors)
+        leaves = [
+            next(rest) if leaf is not None else (None if others is None else others[i])
+            for i, leaf in enumerate(self.leaves)
+        ]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def _check(self, given: Any, expected: TensorSpec | None, path: str) -> None:
+        if expected is None:
+            raise StructureError(
+                f"{self.word}{path}: the leaf of the {self.of} there is not a floating point or "
+                f"complex tensor and has no {self.word}; pass None, not {_describe(given)}"
+            )
+        if not isinstance(given, torch.Tensor):
+            raise StructureError(
+                f"{self.word}{path}: expected a tensor {expected} or None (zero), "
+                f"got {_describe(given)}"
+            )
+        if not expected.matches(given) or given.layout != torch.strided:
+            layout = "" if given.layout == torch.strided else f" of layout {given.layout}"
+            raise SpaceError(
+                f"{self.word}{path}: expected {expected}, got {TensorSpec.of(given)}{layout}"
+                f" ({self._differing(given, expected)})"
+            )
+
+    @staticmethod
+    def _differing(given: torch.Tensor, expected: TensorSpec) -> str:
+        pairs = (
+            ("shape", tuple(given.shape), expected.shape),
+            ("dtype", given.dtype, expected.dtype),
+            ("device", given.device, expected.device),
+            ("layout", given.layout, torch.strided),
+        )
+        return "; ".join(f"{n}: expected {e}, got {g}" for n, g, e in pairs if g != e)
+
+    def _flatten_up_to(self, tree: Any, spec: Any, path: str, leaves: list[Any]) -> None:
+        """Flatten `tree` along `spec`, a None standing for all leaves below it."""
+        if spec.is_leaf():
+            leaves.append(tree)
+            return
+        if tree is None:
+            leaves.extend([None] * spec.num_leaves)
+            return
+        children, own = pytree.tree_flatten(tree, is_leaf=lambda x: x is not tree)
+        expected = spec_children(spec)
+        mappings = isinstance(tree, dict) and issubclass(spec.type, dict)
+        if own.is_leaf() or (own.type is not spec.type and not mappings):
+            raise StructureError(
+                f"{self.word}{path}: expected a {spec.type.__name__} of {len(expected)} as in the "
+                f"{self.of}, got {_describe(tree)}"
+            )
+        if mappings:
+            keys = list(spec.context[1] if spec.type.__name__ == "defaultdict" else spec.context)
+            if set(keys) != set(tree):
+                missing, extra = sorted(map(repr, set(keys) - set(tree))), sorted(
+                    map(repr, set(tree) - set(keys))
+                )
+                raise StructureError(
+                    f"{self.word}{path}: keys differ from those of the {self.of}: "
+                    f"missing {', '.join(missing) or 'none'}, unexpected {', '.join(extra) or 'none'}"
+                )
+            for key, child in zip(keys, expected, strict=True):
+                self._flatten_up_to(tree[key], child, f"{path}[{key!r}]", leaves)
+            return
+        if len(children) != len(expected):
+            raise StructureError(
+                f"{self.word}{path}: expected {len(expected)} {self._items(path, len(expected))} as "
+                f"in the {self.of}, got {len(children)}"
+            )
+        if own.context != spec.context:
+            raise StructureError(
+                f"{self.word}{path}: expected a {spec.type.__name__} {spec.context!r} as in the "
+                f"{self.of}, got {own.context!r}"
+            )
+        for i, (part, child) in enumerate(zip(children, expected, strict=True)):
+            self._flatten_up_to(part, child, f"{path}[{i}]", leaves)
+
+    def _items(self, path: str, count: int) -> str:
+        noun = "item" if path else self.word
+        return noun if count == 1 else f"{noun}s"
+
+
+def _describe(x: Any) -> str:
+    if isinstance(x, torch.Tensor):
+        return f"a tensor {TensorSpec.of(x)}"
+    if isinstance(x, (int, float, complex, str, bool)):
+        return f"{type(x).__name__} {x!r}"
+    if isinstance(x, (list, tuple, dict)):
+        return f"a {type(x).__name__} of {len(x)}"
+    return f"a {type(x).__name__}"

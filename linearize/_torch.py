@@ -1,0 +1,246 @@
+"""Floor 0: the only home of PyTorch names that are private or not stable.
+
+Everything that may change from one PyTorch release to the next is reached through here,
+so that a new release is met by editing one file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch._ops import OpOverload as OpOverload
+from torch.autograd.function import BackwardCFunction, FunctionCtx
+from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import Node as Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+__all__ = [
+    "ContextWatcher",
+    "Node",
+    "OpOverload",
+    "TorchDispatchMode",
+    "aten",
+    "batched_or_wrapped",
+    "decompositions",
+    "eager_compiled_functions",
+    "forward_class",
+    "functorch_active",
+    "input_metadata",
+    "is_custom",
+    "is_view_op",
+    "key_string",
+    "leaf_variable",
+    "materialized_arguments",
+    "pytree",
+    "saved_attributes",
+    "spec_children",
+]
+
+aten: Any = torch.ops.aten
+
+KeyPath: TypeAlias = tuple[Any, ...]
+
+
+def key_string(path: KeyPath) -> str:
+    """Return `['a'][0].b` for a pytree key path."""
+    return str(pytree.keystr(path))
+
+
+def spec_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    """Return the structures of the children of a pytree node."""
+    return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
+
+
+def functorch_active() -> bool:
+    """Whether a `torch.func` transform is running around the caller."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def batched_or_wrapped(t: torch.Tensor) -> bool:
+    """Whether `t` belongs to a `torch.func` transform (a batched or tracked tensor)."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
+
+
+def is_custom(node: Node) -> bool:
+    """Whether a graph node is the context of a custom `torch.autograd.Function`."""
+    return isinstance(node, BackwardCFunction)
+
+
+def forward_class(node: Node) -> Any:
+    """Return the `torch.autograd.Function` subclass that made a custom node."""
+    return node._forward_cls  # type: ignore[attr-defined]
+
+
+def leaf_variable(node: Node) -> torch.Tensor | None:
+    """Return the leaf tensor behind an `AccumulateGrad` node, None for other nodes."""
+    return getattr(node, "variable", None)
+
+
+def input_metadata(node: Node) -> Sequence[Any]:
+    """Return shape, dtype and device of each gradient that the node receives."""
+    return node._input_metadata  # type: ignore[no-any-return, attr-defined]
+
+
+def decompositions(op: Any) -> Callable[..., Any] | None:
+    """Return the function that computes `op` by simpler operations, None if there is none."""
+    from torch._decomp import decomposition_table  # loads slowly and is seldom needed
+
+    return decomposition_table.get(op)
+
+
+def is_view_op(op: OpOverload) -> bool:
+    """Whether an operation returns a view of its first argument and writes nothing."""
+    return bool(op.is_view)
+
+
+_SAVED: dict[type, tuple[str, ...]] = {}
+
+
+def saved_attributes(node: Node) -> tuple[str, ...]:
+    """Return the names under which a built-in node keeps what it saved."""
+    kind = type(node)
+    if kind not in _SAVED:
+        _SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_saved_"))
+    return _SAVED[kind]
+
+
+def materialized_arguments(node: Node, output_nr: int) -> tuple[torch.Tensor | None, ...]:
+    """Return what PyTorch's engine hands to `backward` of a custom node, zeros throughout.
+
+    The engine runs this one node with `apply` shadowed, so that the user's `backward` is not
+    called: the result tells what stands for each output that has no gradient (zeros of its
+    shape, or None), information that a node does not show otherwise.
+    """
+    received: list[tuple[torch.Tensor | None, ...]] = []
+    count = len(node.needs_input_grad)  # type: ignore[attr-defined]
+
+    def probe(*grads: torch.Tensor | None) -> tuple[None, ...]:
+        received.append(grads)
+        return (None,) * count
+
+    meta = input_metadata(node)[output_nr]
+    zero = torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device)
+    edges = [GradientEdge(*edge) for edge in node.next_functions if edge[0] is not None]
+    attributes = node.__dict__
+    attributes["apply"] = probe
+    try:
+        torch.autograd.grad(
+            [GradientEdge(node, output_nr)], edges[:1], [zero], retain_graph=True, allow_unused=True
+        )
+    finally:
+        del attributes["apply"]
+    return received[0]
+
+
+@contextlib.contextmanager
+def eager_compiled_functions() -> Iterator[None]:
+    """Run `torch.compile`d functions eagerly, so that they leave an ordinary graph.
+
+    `torch._dynamo` is costly to import; where it is not loaded nothing can be compiled.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class ContextWatcher:
+    """Learns what the contexts of custom Functions do not tell after `forward`.
+
+    While it is active, in this thread only, it is told of each new context, of the arguments
+    of its `forward`, and of calls of `save_for_forward` (PyTorch drops those tensors after
+    `forward`) and `set_materialize_grads` (which can be set but not read).
+
+    The hooks are installed on PyTorch's context classes while at least one watcher is active
+    in any thread, and removed with the last one.
+
+    Parameters
+    ----------
+    on_create
+        Called with `(context, arguments)`; arguments is None where they cannot be seen.
+    on_save_for_forward
+        Called with `(context, tensors)`.
+    on_materialize
+        Called with `(context, flag)`.
+    """
+
+    _lock = threading.Lock()
+    _users = 0
+    _local = threading.local()
+    _save_for_forward: Callable[..., None] = FunctionCtx.save_for_forward
+    _set_materialize: Callable[..., None] = FunctionCtx.set_materialize_grads
+
+    def __init__(
+        self,
+        on_create: Callable[[Any, tuple[Any, ...] | None], None],
+        on_save_for_forward: Callable[[Any, tuple[Any, ...]], None],
+        on_materialize: Callable[[Any, bool], None],
+    ) -> None:
+        self.on_create = on_create
+        self.on_save_for_forward = on_save_for_forward
+        self.on_materialize = on_materialize
+
+    def __enter__(self) -> ContextWatcher:
+        cls = ContextWatcher
+        with cls._lock:
+            if cls._users == 0:
+                BackwardCFunction.__init__ = _created  # type: ignore[method-assign]
+                FunctionCtx.save_for_forward = _saving  # type: ignore[method-assign]
+                FunctionCtx.set_materialize_grads = _materializing  # type: ignore[method-assign]
+            cls._users += 1
+        stack = cls._local.__dict__.setdefault("stack", [])
+        stack.append(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        cls = ContextWatcher
+        cls._local.stack.pop()
+        with cls._lock:
+            cls._users -= 1
+            if cls._users == 0:
+                del BackwardCFunction.__init__
+                FunctionCtx.save_for_forward = cls._save_for_forward  # type: ignore[method-assign]
+                FunctionCtx.set_materialize_grads = cls._set_materialize  # type: ignore[method-assign]
+
+    @classmethod
+    def current(cls) -> ContextWatcher | None:
+        """Return the innermost watcher of this thread."""
+        stack = cls._local.__dict__.get("stack")
+        return stack[-1] if stack else None
+
+
+_APPLY_CODE = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def _created(self: Any) -> None:
+    watcher = ContextWatcher.current()
+    if watcher is None:
+        return
+    # The C++ part of `Function.apply` makes the context; its Python part is the caller and
+    # holds the arguments.
+    frame = sys._getframe(1)
+    arguments = frame.f_locals.get("args") if frame.f_code is _APPLY_CODE else None
+    watcher.on_create(self, arguments)
+
+
+def _saving(self: Any, *tensors: torch.Tensor) -> None:
+    ContextWatcher._save_for_forward(self, *tensors)
+    watcher = ContextWatcher.current()
+    if watcher is not None:
+        watcher.on_save_for_forward(self, tensors)
+
+
+def _materializing(self: Any, value: bool) -> None:
+    ContextWatcher._set_materialize(self, value)
+    watcher = ContextWatcher.current()
+    if watcher is not None:
+        watcher.on_materialize(self, value)
+
+

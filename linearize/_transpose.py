@@ -1,0 +1,352 @@
+"""Floor 3: turning a linear program around.
+
+`transpose` walks the equations backwards. Each is transposed by its rule (`_rules`), else by
+PyTorch's own derivative of that one operation, recorded in its turn, else by transposing
+what it decomposes into. A custom Function's `backward` becomes its `jvp` and the other way
+round. A custom operation whose author gave only one direction is resolved before execution:
+the given one is recorded and transposed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+from ._capture import Graph
+from ._execute import Executor
+from ._functions import CustomBackward, CustomJvp, CustomNode
+from ._linearity import close
+from ._materialize import dense_transpose
+from ._program import Emitter, Equation, Program, Residual, Var, map_leaves
+from ._record import NodeBackward, OpaqueError, record_function, record_pullback
+from ._rules import fit, rule_for
+from ._space import TensorSpec
+from ._torch import aten, decompositions
+from .errors import LinearizeError, MissingDerivativeError, UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Policy:
+    """What to do about opaque operations that lack a direction.
+
+    Attributes
+    ----------
+    materialize
+        Whether to build the matrix of such an operation from unit vectors.
+    limit
+        The most bytes that one such matrix may take.
+    """
+
+    materialize: bool = False
+    limit: int = 1 << 28
+
+
+def transpose(program: Program, name: str = "pushforward") -> Program:
+    """Return the transpose of a linear program.
+
+    Raises
+    ------
+    UnsupportedError
+        If an operation cannot be transposed; the message names it.
+    """
+    e = Emitter()
+    inputs = [Var(spec) for spec in program.specs]
+    cotangents: dict[Var, Var] = {}
+
+    def add(v: Var, ct: Var) -> None:
+        known = cotangents.get(v)
+        cotangents[v] = ct if known is None else e.emit(aten.add.Tensor, (known, ct), v.spec)
+
+    for v, ct in zip(program.outputs, inputs, strict=True):
+        if v is not None:
+            add(v, ct)
+    for eq in reversed(program.equations):
+        cts = [None if v is None else cotangents.pop(v, None) for v in eq.outputs]
+        if any(ct is not None for ct in cts):
+            e.source = eq.source
+            for v, ct in _transposed(e, eq, cts):
+                add(v, ct)
+    outputs = [cotangents.get(v) for v in program.inputs]
+    return Program(inputs, e.equations, outputs, [v.spec for v in program.inputs], name).live()
+
+
+def _transposed(
+    e: Emitter, eq: Equation, cts: Sequence[Var | None]
+) -> list[tuple[Var, Var]]:
+    if isinstance(eq.op, (CustomBackward, CustomJvp, NodeBackward, TransposedNode)):
+        return _turned(e, eq, cts)
+    rule = rule_for(eq.op)
+    if rule is not None:
+        mark = len(e.equations)
+        result = rule(e, eq, cts)
+        if result is not None:
+            return list(result)
+        del e.equations[mark:]
+    return _by_autograd(e, eq, cts)
+
+
+# -- opaque operations ------------------------------------------------------------------------
+
+
+class TransposedNode(NodeBackward):
+    """The transpose of a `NodeBackward`, not known until it is resolved."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"transposed {self.label}"
+
+
+def _turned(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
+    """Emit the other direction of an opaque operation."""
+    op: Any = eq.op
+    if isinstance(op, CustomBackward):
+        wanted = [isinstance(a, Var) for a in eq.args]
+        turned: Any = CustomJvp(op.node, wanted)
+    elif isinstance(op, CustomJvp):
+        turned = CustomBackward(op.node)
+    else:
+        kind = NodeBackward if isinstance(op, TransposedNode) else TransposedNode
+        turned = kind(op.node, op.inputs, op.outputs)
+    outs = tuple(Var(a.spec) if isinstance(a, Var) else None for a in eq.args)
+    e.equations.append(Equation(turned, tuple(cts), {}, outs, eq.source))
+    return [
+        (a, out) for a, out in zip(eq.args, outs, strict=True) if isinstance(a, Var) and out
+    ]
+
+
+def resolve(program: Program, policy: Policy) -> Program:
+    """Replace what an author did not give: calls of missing methods.
+
+    Raises
+    ------
+    MissingDerivativeError
+        If a custom Function lacks the method and its other one cannot be transposed.
+    """
+    if not any(_missing(eq.op) for eq in program.equations):
+        return program
+    e = Emitter()
+    names: dict[Var, Var] = {}
+
+    def rename(x: Any) -> Any:
+        return names.get(x, x) if isinstance(x, Var) else x
+
+    for eq in program.equations:
+        args = map_leaves(rename, eq.args)
+        if not _missing(eq.op):
+            kwargs = map_leaves(rename, eq.kwargs)
+            e.equations.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+            continue
+        e.source = eq.source
+        replacement = _replacement(eq, policy)
+        results = e.inline(replacement, [a for a in args if isinstance(a, Var)])
+        for out, got in zip(eq.outputs, results, strict=True):
+            if out is not None:
+                # A direction on which the output does not depend is a zero of its shape.
+                names[out] = got if got is not None else _zero(e, out.spec, args)
+    outputs = [None if v is None else names.get(v, v) for v in program.outputs]
+    return Program(program.inputs, e.equations, outputs, program.specs, program.name).live()
+
+
+def _zero(e: Emitter, spec: TensorSpec, args: Sequence[Any]) -> Var:
+    like = next(a for a in args if isinstance(a, Var))
+    return e.emit(
+        aten.new_zeros.default, (like, list(spec.shape)), spec, dtype=spec.dtype, device=spec.device
+    )
+
+
+def _missing(op: Any) -> bool:
+    if isinstance(op, CustomJvp):
+        return not op.node.has_jvp
+    if isinstance(op, CustomBackward):
+        return not op.node.has_backward
+    return isinstance(op, TransposedNode)
+
+
+def _replacement(eq: Equation, policy: Policy) -> Program:
+    """Return a program from the equation's variables to its outputs."""
+    op: Any = eq.op
+    present = [isinstance(a, Var) for a in eq.args]
+    wanted = [v is not None for v in eq.outputs]
+    if isinstance(op, CustomJvp):
+        fn, ins, outs = _backward_of(op.node, op.wanted)
+        has, lacks = "backward", "jvp"
+        if not op.node.has_backward:
+            raise MissingDerivativeError(
+                f"{op.node.name} has neither a backward nor a jvp: give it one"
+            )
+        name = op.node.name
+    elif isinstance(op, CustomBackward):
+        fn, ins, outs = _jvp_of(op.node, present)
+        has, lacks, name = "jvp", "backward", op.node.name
+        if not op.node.has_jvp:
+            raise MissingDerivativeError(f"{name} has neither a backward nor a jvp: give it one")
+    else:
+        fn, ins, outs = op, list(op.outputs), list(op.inputs)
+        has, lacks, name = "backward", "jvp", op.label
+    # `fn` maps the equation's outputs to its arguments: it is the given direction.
+    try:
+        if isinstance(op, TransposedNode):
+            raise OpaqueError("it is not written in PyTorch operations")
+        given = _recorded(fn, ins, outs, name, has)
+    except OpaqueError as reason:
+        if not policy.materialize:
+            raise MissingDerivativeError(
+                f"{name} has no {lacks}, and its {has} cannot be transposed ({reason}): give it a "
+                f'{lacks}, or pass opaque="materialize" to build its matrix from unit vectors'
+            ) from None
+        return dense_transpose(fn, ins, outs, present, wanted, name, policy.limit)
+    turned = transpose(given, f"transpose of {name}.{has}")
+    keep = [v if want else None for v, want in zip(turned.outputs, wanted, strict=True)]
+    whole = Program(turned.inputs, turned.equations, keep, turned.specs, turned.name)
+    return whole.restricted(present)
+
+
+Direction = tuple[Callable[..., Sequence[torch.Tensor | None]], list[Any], list[Any]]
+
+
+def _backward_of(node: CustomNode, wanted: Sequence[bool]) -> Direction:
+    specs = [s if s is not None else _nothing() for s in node.outputs]
+
+    def fn(*grads: torch.Tensor) -> list[torch.Tensor | None]:
+        return node.backward([g if w else None for g, w in zip(grads, wanted, strict=True)])
+
+    return fn, specs, list(node.inputs)
+
+
+def _jvp_of(node: CustomNode, present: Sequence[bool]) -> Direction:
+    def fn(*tangents: torch.Tensor) -> list[torch.Tensor | None]:
+        return node.jvp(tangents, present)
+
+    return fn, list(node.inputs), [s if s is not None else _nothing() for s in node.outputs]
+
+
+def _nothing() -> TensorSpec:
+    """Stand for an output that is not a tensor."""
+    return TensorSpec((), torch.float32, torch.device("cpu"))
+
+
+def _recorded(
+    fn: Callable[..., Sequence[torch.Tensor | None]],
+    ins: list[TensorSpec],
+    outs: list[TensorSpec],
+    name: str,
+    method: str,
+) -> Program:
+    """Record the given direction, and test it with other numbers.
+
+    Code that leaves PyTorch half-way leaves a program that is right only for the numbers it
+    was recorded with.
+    """
+    source = f"{name}.{method}"
+    program, _, _ = record_function(fn, ins, outs, name=source, source=source)
+    generator = torch.Generator().manual_seed(1)
+    numbers = [spec.random(generator) for spec in ins]
+    with torch.inference_mode(False), torch.no_grad():
+        expected = fn(*(t.clone() for t in numbers))
+        from_program = Executor(program)(numbers)
+    for e, got, spec in zip(expected, from_program, outs, strict=True):
+        want = spec.zeros() if e is None else e
+        have = spec.zeros() if got is None else got
+        if not close(have, want):
+            raise OpaqueError("the result depends on its argument in a way not seen by PyTorch")
+    return program
+
+
+# -- operations without a rule ----------------------------------------------------------------
+
+
+def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
+    """Transpose one operation by recording PyTorch's own derivative of it."""
+    variables = list(dict.fromkeys(eq.inputs()))
+    generator = torch.Generator().manual_seed(2)
+    with torch.inference_mode(False), torch.enable_grad():
+        numbers = {v: v.spec.random(generator).requires_grad_() for v in variables}
+
+        def number(x: Any) -> Any:
+            if isinstance(x, Residual):
+                return x.tensor
+            return numbers[x] if isinstance(x, Var) else x
+
+        arguments, keywords = map_leaves(number, eq.args), map_leaves(number, eq.kwargs)
+        try:
+            out = eq.op(*arguments, **keywords)
+            program = _pullback_of(out, [numbers[v] for v in variables], cts)
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            decomposed = _by_decomposition(e, eq, cts, variables)
+            if decomposed is not None:
+                return decomposed
+            raise UnsupportedError(
+                f"{eq.name} (from {eq.source or 'the graph'}) has no transpose rule, and PyTorch "
+                f"has no derivative of it: {error}"
+            ) from error
+    return _inlined(e, program, variables, cts)
+
+
+def _pullback_of(out: Any, leaves: list[torch.Tensor], cts: Sequence[Var | None]) -> Program:
+    outs = out if isinstance(out, (tuple, list)) else (out,)
+    roots = []
+    specs = []
+    for t, ct in zip(outs, cts, strict=True):
+        if ct is None:
+            continue
+        if not t.requires_grad:
+            raise RuntimeError("its result does not depend on its argument for autograd")
+        edge = get_gradient_edge(t)
+        roots.append((edge.node, edge.output_nr))
+        specs.append(ct.spec)
+    graph = Graph(roots, [get_gradient_edge(x).node for x in leaves])
+    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves])
+
+
+def _inlined(
+    e: Emitter, program: Program, variables: Sequence[Var], cts: Sequence[Var | None]
+) -> list[tuple[Var, Var]]:
+    results = e.inline(program, [ct for ct in cts if ct is not None])
+    return [
+        (v, fit(e, got, v.spec))
+        for v, got in zip(variables, results, strict=True)
+        if got is not None
+    ]
+
+
+def _by_decomposition(
+    e: Emitter, eq: Equation, cts: Sequence[Var | None], variables: Sequence[Var]
+) -> list[tuple[Var, Var]] | None:
+    """Transpose one operation through the operations that it decomposes into."""
+    parts = decompositions(eq.op)
+    if parts is None:
+        return None
+
+    def fn(*numbers: torch.Tensor) -> Sequence[torch.Tensor | None]:
+        given = dict(zip(variables, numbers, strict=True))
+
+        def number(x: Any) -> Any:
+            if isinstance(x, Residual):
+                return x.tensor
+            return given[x] if isinstance(x, Var) else x
+
+        out = parts(*map_leaves(number, eq.args), **map_leaves(number, eq.kwargs))
+        return out if isinstance(out, (tuple, list)) else (out,)
+
+    specs = [None if v is None else v.spec for v in eq.outputs]
+    try:
+        program, _, _ = record_function(
+            fn, [v.spec for v in variables], specs, name=eq.name, source=eq.source
+        )
+        turned = transpose(program)
+    except LinearizeError:
+        return None
+    present = [ct for v, ct in zip(eq.outputs, cts, strict=True) if v is not None]
+    turned = turned.restricted([ct is not None for ct in present])
+    return _inlined(e, turned, variables, cts)
+
+

@@ -1,0 +1,74 @@
+"""The exception family: every error that the package raises on purpose.
+
+Each class also derives from the built-in exception that a caller would expect
+(`TypeError`, `ValueError`, `RuntimeError`), so code that catches those keeps working.
+"""
+
+
+class LinearizeError(Exception):
+    """Base class of every error raised by this package."""
+
+
+class StructureError(LinearizeError, TypeError):
+    """A pytree does not have the structure, or a leaf not the kind, that is expected.
+
+    Raised for a wrong number of tangents, a container of another type or length, a leaf
+    that is no tensor, a tangent for a leaf that has none. Remedy: pass a pytree structured
+    like the primals (tangents) or like the value (cotangents); `None` stands for zero.
+    """
+
+
+class SpaceError(LinearizeError, ValueError):
+    """A leaf has a shape, dtype or device other than its space's.
+
+    Remedy: convert the leaf that the message names; nothing is cast or broadcast silently.
+    """
+
+
+class UnsupportedError(LinearizeError, RuntimeError):
+    """An operation, layout or situation that cannot be linearized correctly here.
+
+    The message names the operation and, where there is one, the way around it.
+    """
+
+
+class MissingDerivativeError(UnsupportedError):
+    """A product needs a method that a custom Function lacks and that cannot be derived.
+
+    Raised at the product that needs it; the other product still works. Remedy: give the
+    Function that method, register one (`linearize.register_jvp`), or pass
+    `opaque="materialize"`.
+    """
+
+
+class NotLinearError(LinearizeError, RuntimeError):
+    """A derivative that must be a linear map is not one, or a function given as linear is not.
+
+    The message names the operation or the Function at fault.
+    """
+
+
+class FunctionContractError(LinearizeError, RuntimeError):
+    """A custom Function's `jvp` or `backward` returned something that its contract forbids.
+
+    For instance None for an output that has a tangent, a wrong number of results, or a
+    result of another shape.
+    """
+
+
+class StalenessError(LinearizeError, RuntimeError):
+    """A tensor that the products need was changed in place since the linearization.
+
+    Remedy: linearize anew at the changed point, or change a copy.
+    """
+
+
+class ClosedError(LinearizeError, RuntimeError):
+    """A linearization, or a closure of one, was used after it was closed.
+
+    Remedy: use it inside its `with` block, or linearize anew.
+    """
+
+
+class CheckFailure(LinearizeError, AssertionError):  # noqa: N818 - reads like AssertionError
+    """`linearize.testing.check_linearization` found a product that is not right."""

@@ -1,0 +1,390 @@
+"""Floor 4: `Linearization`, a function linearized at one point, and its two products."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ._capture import Capture
+from ._execute import Executor
+from ._program import Program, Residual, total_bytes
+from ._record import record_pullback
+from ._space import Space
+from ._torch import pytree
+from ._transpose import Policy, resolve, transpose
+from .errors import ClosedError
+
+
+class _Source:
+    """Makes the two programs of one point when they are first needed, each once."""
+
+    def __init__(self, captured: Capture) -> None:
+        self.lock = threading.RLock()
+        # The graph is made now: it stamps what contexts keep, before anybody changes it.
+        self._graph: Any = captured.graph()
+        self._leaves: Any = [t for t, _ in captured.leaves]
+        self._specs = (captured.out_space.tensors, captured.in_space.tensors)
+        self._pullback: Program | None = None
+
+    def pullback(self) -> Program:
+        with self.lock:
+            if self._pullback is None:
+                self._pullback = record_pullback(self._graph, *self._specs)
+                self._graph = self._leaves = None
+            return self._pullback
+
+    def pushforward(self) -> Program:
+        with self.lock:
+            return transpose(self.pullback(), "pushforward")
+
+    def kept(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that are kept for programs still to be made."""
+        graph, pullback = self._graph, self._pullback
+        if graph is not None:
+            yield from graph.saved_tensors()
+        elif pullback is not None:
+            yield from pullback.kept_tensors()
+
+
+class _Lifetime:
+    """Whether a point is open, and what to release when it closes."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._products: weakref.WeakSet[Product] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def register(self, product: Product) -> None:
+        with self._lock:
+            self._products.add(product)
+
+    def close(self) -> None:
+        with self._lock:
+            self.closed = True
+            products = list(self._products)
+        for product in products:
+            product._release()
+
+
+class Product:
+    """A linear map as a function: the common part of `jvp_fn` and `vjp_fn`.
+
+    A product outlives the objects that made it, and keeps only what it needs itself. It may
+    be called from several threads, under `torch.no_grad` and in inference mode. If an
+    argument requires grad, the result is differentiable with respect to the argument.
+    """
+
+    #: Name in messages.
+    _name = "product"
+
+    def __init__(
+        self,
+        make: Callable[[], Program],
+        arguments: Space,
+        results: Space,
+        lifetime: _Lifetime,
+        policy: Policy,
+        notify: Callable[[], None] | None = None,
+        program: Program | None = None,
+    ) -> None:
+        self._make: Callable[[], Program] | None = make
+        self._arguments = arguments
+        self._results = results
+        self._lifetime = lifetime
+        self._policy = policy
+        self._notify = notify
+        self._lock = threading.RLock()
+        self._program = program
+        self._executors: dict[tuple[bool, ...], Executor] = {}
+        self._turned: Product | None = None
+        lifetime.register(self)
+
+    @property
+    def program(self) -> Program:
+        """The linear program, recorded when first needed."""
+        self._check_open()
+        with self._lock:
+            if self._program is None:
+                assert self._make is not None
+                program = self._make()
+                self._check_open()
+                self._program, self._make = program, None
+                if self._notify is not None:
+                    self._notify()
+            return self._program
+
+    def __repr__(self) -> str:
+        state = "closed" if self._lifetime.closed else f"from {self._arguments}"
+        return f"<{self._name} {state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"a {self._name} cannot be copied or pickled: it holds graph contexts")
+
+    def _check_open(self) -> None:
+        if self._lifetime.closed:
+            raise ClosedError(
+                f"{self._name}: its linearization was closed (at the end of a `with` block, or by "
+                "close()); linearize anew with at(...)"
+            )
+
+    def _release(self) -> None:
+        with self._lock:
+            self._make = self._program = self._turned = None
+            self._executors = {}
+
+    def _executor(self, present: tuple[bool, ...]) -> Executor:
+        """Return what runs the program for arguments of which some are zero."""
+        executor = self._executors.get(present)
+        if executor is None:
+            with self._lock:
+                program = self.program
+                if not all(present):
+                    program = program.restricted(present)
+                executor = Executor(resolve(program, self._policy))
+                self._check_open()
+                self._executors[present] = executor
+        return executor
+
+    def _apply(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Apply the map to flat lists of tensors, None for zero."""
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return list(_DifferentiableProduct.apply(self, *tensors))
+        present = tuple(t is not None for t in tensors)
+        self._check_open()
+        executor = self._executor(present)
+        with torch.no_grad():
+            results = executor([t for t in tensors if t is not None])
+        return [
+            spec.zeros() if t is None else t
+            for t, spec in zip(results, self._results.tensors, strict=True)
+        ]
+
+    def _transposed(self) -> Product:
+        """Return the other product."""
+        with self._lock:
+            if self._turned is None:
+                self._turned = Product(
+                    lambda: transpose(self.program, f"transpose of {self.program.name}"),
+                    self._results,
+                    self._arguments,
+                    self._lifetime,
+                    self._policy,
+                )
+            return self._turned
+
+    def _kept(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that this product keeps alive."""
+        program, executors = self._program, list(self._executors.values())
+        if program is not None:
+            yield from program.kept_tensors()
+        for executor in executors:
+            yield from executor.program.kept_tensors()
+
+
+class _DifferentiableProduct(torch.autograd.Function):
+    """A product as a function of its argument: its derivative is the other product."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(product: Product, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        return tuple(product._apply([None if t is None else t.detach() for t in tensors]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.product = inputs[0]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        return (None, *ctx.product._transposed()._apply(grads))
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
+        return tuple(ctx.product._apply(tangents))
+
+
+class JvpFn(Product):
+    """The pushforward of a linearization: tangents of the primals to the tangent of the value.
+
+    Call it with one tangent per primal, each structured like the primal; None, for a whole
+    primal or any part of it, is zero. The result is structured like the value; leaves that
+    have no tangent (integers, strings) are None.
+
+    Raises
+    ------
+    StructureError, SpaceError
+        If a tangent does not fit; the message names it.
+    StalenessError
+        If a residual was changed in place since the linearization.
+    ClosedError
+        If the linearization was closed.
+    MissingDerivativeError
+        If a custom Function has no `jvp` and its `backward` cannot be transposed.
+    """
+
+    _name = "jvp_fn"
+
+    def __call__(self, *tangents: Any) -> Any:
+        """Return J·v."""
+        self._check_open()
+        flat = self._arguments.flatten(tangents)
+        return self._results.unflatten(self._apply(flat))
+
+
+class VjpFn(Product):
+    """The pullback of a linearization: a cotangent of the value to those of the primals.
+
+    Call it with one cotangent structured like the value; None, for all or any part of it, is
+    zero. The result is a tuple with one entry per primal; leaves that have no tangent are
+    None. For complex numbers this is Jᴴ·u, PyTorch's convention for gradients.
+
+    Raises
+    ------
+    StructureError, SpaceError
+        If the cotangent does not fit; the message names the leaf.
+    StalenessError
+        If a residual was changed in place since the linearization.
+    ClosedError
+        If the linearization was closed.
+    MissingDerivativeError
+        If a custom Function has no `backward` and its `jvp` cannot be transposed.
+    """
+
+    _name = "vjp_fn"
+
+    def __call__(self, cotangent: Any) -> Any:
+        """Return Jᵀ·u (Jᴴ·u for complex numbers)."""
+        self._check_open()
+        flat = self._arguments.flatten(cotangent)
+        return self._results.unflatten(self._apply(flat))
+
+
+class ProgramPair:
+    """The two linear programs of a point; prints both.
+
+    Attributes
+    ----------
+    pushforward, pullback
+        The programs of `jvp_fn` and `vjp_fn`.
+    """
+
+    __slots__ = ("pullback", "pushforward")
+
+    def __init__(self, pushforward: Program, pullback: Program) -> None:
+        self.pushforward = pushforward
+        self.pullback = pullback
+
+    def __str__(self) -> str:
+        return f"{self.pushforward}\n\n{self.pullback}"
+
+    def __repr__(self) -> str:
+        return f"ProgramPair({self.pushforward!r}, {self.pullback!r})"
+
+
+class Linearization:
+    """A function linearized at one point: its value and its two products.
+
+    Made by `Linearizer.at`. Can be used as a context manager, which closes it at the end.
+
+    Attributes
+    ----------
+    jvp_fn : JvpFn
+        `jvp_fn(*tangents)` is J·v.
+    vjp_fn : VjpFn
+        `vjp_fn(cotangent)` is Jᵀ·u.
+    in_space, out_space : Space
+        The spaces of tangents and of cotangents.
+    aux
+        What f returned beside its value (`has_aux=True`), detached; else None.
+    """
+
+    def __init__(
+        self,
+        captured: Capture,
+        policy: Policy | None = None,
+        notify: Callable[[], None] | None = None,
+    ) -> None:
+        policy = policy or Policy()
+        source = _Source(captured)
+        self._lifetime = _Lifetime()
+        self.in_space = captured.in_space
+        self.out_space = captured.out_space
+        self.aux = captured.aux
+        self._value = captured.value
+        self._stamps = [
+            Residual(t, "the value")
+            for t in pytree.tree_leaves(captured.value)
+            if isinstance(t, torch.Tensor)
+        ]
+        self._external = {t.untyped_storage().data_ptr() for t, _ in captured.leaves}
+        self._source = weakref.ref(source)
+        common = (self._lifetime, policy, notify)
+        self.jvp_fn = JvpFn(source.pushforward, self.in_space, self.out_space, *common)
+        self.vjp_fn = VjpFn(source.pullback, self.out_space, self.in_space, *common)
+
+    @property
+    def value(self) -> Any:
+        """f at the point, detached, in f's output structure. Not to be changed in place.
+
+        Raises
+        ------
+        StalenessError
+            If a tensor of it was changed in place, or shares memory with one that was.
+        ClosedError
+            If the linearization was closed.
+        """
+        self._check_open()
+        for r in self._stamps:
+            r.check()
+        return self._value
+
+    @property
+    def program(self) -> ProgramPair:
+        """The two linear programs, recorded if they are not yet. Readable by `print`."""
+        self._check_open()
+        return ProgramPair(self.jvp_fn.program, self.vjp_fn.program)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the residuals, each storage once, without the primals' own."""
+        source = self._source()
+        kept = [*self.jvp_fn._kept(), *self.vjp_fn._kept(), *(source.kept() if source else ())]
+        return total_bytes(kept, excluding=self._external)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the linearization was closed."""
+        return self._lifetime.closed
+
+    def close(self) -> None:
+        """Release everything that is kept for the products; they cannot be used any more."""
+        self._lifetime.close()
+        self._value = self.aux = None
+        self._stamps = []
+
+    def _check_open(self) -> None:
+        if self._lifetime.closed:
+            raise ClosedError(
+                "this linearization was closed (at the end of a `with` block, or by close()); "
+                "linearize anew with at(...)"
+            )
+
+    def __enter__(self) -> Linearization:
+        self._check_open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<Linearization closed>"
+        return f"<Linearization {self.in_space} -> {self.out_space}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Linearization cannot be copied or pickled: it holds graph contexts")

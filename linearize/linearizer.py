@@ -1,0 +1,295 @@
+"""Floor 5: `Linearizer`, which runs a function once per point and remembers the points."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from ._capture import capture
+from ._memo import Memo, Stats, content_key
+from ._torch import pytree
+from ._transpose import Policy
+from .errors import StructureError
+from .linearization import Linearization
+
+
+class Linearizer:
+    """Linearizes a function at points, running it once per point.
+
+    Parameters
+    ----------
+    f
+        Any function of tensors, or of pytrees of them, that returns tensors or a pytree of
+        them. It just runs: control flow, `.item()`, prints and custom
+        `torch.autograd.Function`s are all fine.
+    argnums
+        Which positional arguments are differentiated: a position or a sequence of them.
+        None means all. The others, and keyword arguments, are passed through.
+    has_aux
+        Whether f returns `(value, aux)`; aux is not differentiated.
+    maxsize
+        The most points that the memo keeps, least recently used dropped first. None for any
+        number, 0 for none.
+    max_bytes
+        The most bytes of residuals that the memo keeps. None for no limit.
+    match
+        When `at` takes a point for one that it has seen: "identity" compares tensor objects
+        and their version counters; "value" compares contents, for callers that pass a fresh
+        or a reused buffer each time (f then runs on copies). Comparing contents synchronises
+        with the device.
+    opaque
+        What to do when a product needs a method that a custom Function lacks and that cannot
+        be derived: "error" raises `MissingDerivativeError`; "materialize" builds the matrix of
+        that Function from unit vectors.
+    opaque_limit
+        The most bytes that one such matrix may take.
+
+    Notes
+    -----
+    The memo sees in-place changes of primals, module parameters and buffers, and of other
+    tensors that f read. It cannot see a Python variable rebound, a module switched to `eval`,
+    a file, a random draw, or a write that PyTorch does not see (through NumPy or `.data`).
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        *,
+        argnums: int | Sequence[int] | None = None,
+        has_aux: bool = False,
+        maxsize: int | None = 64,
+        max_bytes: int | None = None,
+        match: Literal["identity", "value"] = "identity",
+        opaque: Literal["error", "materialize"] = "error",
+        opaque_limit: int = 1 << 28,
+    ) -> None:
+        if not callable(f):
+            raise TypeError(f"Linearizer: f must be callable, got {type(f).__name__}")
+        if match not in ("identity", "value"):
+            raise ValueError(f'match must be "identity" or "value", got {match!r}')
+        if opaque not in ("error", "materialize"):
+            raise ValueError(f'opaque must be "error" or "materialize", got {opaque!r}')
+        for name, limit in (("maxsize", maxsize), ("max_bytes", max_bytes)):
+            if limit is not None and limit < 0:
+                raise ValueError(f"{name} must not be negative, got {limit}")
+        self.f = f
+        self._argnums = argnums
+        self._has_aux = has_aux
+        self._by_value = match == "value"
+        self._policy = Policy(opaque == "materialize", opaque_limit)
+        self._keeps = maxsize != 0
+        self._memo: Memo[Linearization] = Memo(maxsize, max_bytes, lambda point: point.nbytes)
+        self._open: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._scopes: list[weakref.WeakSet[Any]] = []
+        self._lock = threading.Lock()
+        self._running: dict[Hashable, _Run] = {}
+
+    def at(self, *args: Any, **kwargs: Any) -> Linearization:
+        """Linearize f at a point, or return the linearization made there before.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            The arguments of f.
+
+        Raises
+        ------
+        StructureError
+            If no argument is differentiable, or f's output is not made of tensors.
+        UnsupportedError
+            If a primal or an output has a layout that is not supported.
+        Exception
+            Whatever f raises; nothing is kept then.
+        """
+        argnums = self._positions(len(args))
+        found = self._key(args, kwargs) if self._keeps else None
+        if found is None:
+            self._memo.missed()
+            return self._run(args, kwargs, argnums, None)
+        key, structure, owners, stamps = found
+        while True:
+            point = self._memo.get(key, (structure, [v for _, v in stamps]))
+            if point is not None and not point.closed:
+                return point
+            with self._lock:
+                run = self._running.get(key)
+                mine = run is None
+                if run is None:
+                    run = self._running[key] = _Run()
+            if mine or run.thread == threading.get_ident():
+                break  # a call of `at` from inside f itself does not wait for itself
+            run.done.wait()
+        try:
+            self._memo.missed()
+            return self._run(args, kwargs, argnums, found)
+        finally:
+            if mine:
+                with self._lock:
+                    del self._running[key]
+                run.done.set()
+
+    def stats(self) -> Stats:
+        """Return the memo's counters."""
+        return self._memo.stats()
+
+    def clear(self) -> None:
+        """Forget all points. Those still held elsewhere go on working."""
+        self._memo.clear()
+
+    def close(self) -> None:
+        """Close every point made so far, wherever it is held, and forget it."""
+        self._memo.clear()
+        for lifetime in list(self._open):
+            lifetime.close()
+
+    def __enter__(self) -> Linearizer:
+        self._scopes.append(weakref.WeakSet())
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for lifetime in list(self._scopes.pop()):
+            lifetime.close()
+        self._memo.discard(lambda point: point.closed)
+
+    def __repr__(self) -> str:
+        name = getattr(self.f, "__qualname__", None) or repr(self.f)
+        return f"<Linearizer of {name}: {self._memo.stats()}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Linearizer cannot be copied or pickled: make one from its function")
+
+    # -- one point ----------------------------------------------------------------------
+
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int], found: Any
+    ) -> Linearization:
+        point, reads = self._linearize(args, kwargs, argnums, watch=found is not None)
+        with self._lock:
+            for group in (self._open, *self._scopes):
+                group.add(point._lifetime)
+        if found is not None:
+            key, structure, owners, stamps = found
+            self._memo.put(
+                key, (structure, [v for _, v in stamps]), point, owners, [*stamps, *reads]
+            )
+        return point
+
+    def _linearize(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int], watch: bool
+    ) -> tuple[Linearization, Any]:
+        def once() -> tuple[Linearization, Any]:
+            captured = capture(
+                self.f,
+                args,
+                kwargs,
+                argnums,
+                has_aux=self._has_aux,
+                watch=watch,
+                copy=self._by_value,
+            )
+            return Linearization(captured, self._policy, self._shrinker()), captured.reads
+
+        try:
+            return once()
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+        # What the memo keeps is the first thing to give up; the error, with the frames that
+        # it holds, is gone by now.
+        self._memo.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return once()
+
+    def _shrinker(self) -> Callable[[], None]:
+        memo = weakref.ref(self._memo)
+
+        def shrink() -> None:
+            known = memo()
+            if known is not None:
+                known.shrink()
+
+        return shrink
+
+    def _positions(self, count: int) -> Sequence[int]:
+        given = self._argnums
+        if given is None:
+            return range(count)
+        positions = [given] if isinstance(given, int) else list(given)
+        resolved = [p + count if p < 0 else p for p in positions]
+        for p, r in zip(positions, resolved, strict=True):
+            if not 0 <= r < count:
+                raise StructureError(
+                    f"argnums={given!r}: position {p} is out of range, at() got {count} positional "
+                    "arguments"
+                )
+        if len(set(resolved)) != len(resolved):
+            raise StructureError(f"argnums={given!r}: a position stands twice")
+        return resolved
+
+    def _key(self, args: Any, kwargs: Any) -> Any:
+        """Return the memo's key, the structure, the owners of the key and their versions.
+
+        None if the arguments cannot be recognised again.
+        """
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        parts: list[Hashable] = [_ambient()]
+        owners: list[Any] = []
+        stamps: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                if leaf.layout != torch.strided or leaf.is_nested or leaf.device.type == "meta":
+                    return None  # `capture` has the words for it
+                if self._by_value:
+                    parts.append(content_key(leaf))
+                    continue
+                if leaf.is_inference():
+                    return None  # has no version: a change could not be seen
+                parts.append(id(leaf))
+                owners.append(leaf)
+                stamps.append((weakref.ref(leaf), leaf._version))
+            elif isinstance(leaf, _PLAIN):
+                parts.append((type(leaf), repr(leaf)))
+            elif hasattr(leaf, "__array_interface__"):
+                data = torch.as_tensor(leaf)
+                parts.append((type(leaf), *content_key(data)))
+            else:
+                parts.append((type(leaf), id(leaf)))
+                owners.append(leaf)
+        return tuple(parts), structure, owners, stamps
+
+
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
+
+
+class _Run:
+    """A run of f in progress."""
+
+    __slots__ = ("done", "thread")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.thread = threading.get_ident()
+
+
+def _ambient() -> Hashable:
+    """Return the ambient settings that change what f computes."""
+    cast = tuple(
+        (device, torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    )
+    return torch.get_default_dtype(), cast
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text or "not enough memory" in text
