@@ -25,6 +25,7 @@ from ._torch import (
     functorch_active,
     is_custom,
     key_string,
+    leaf_variable,
     pytree,
     saved_attributes,
 )
@@ -82,13 +83,18 @@ def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
     Iterative, because graphs are deeper than Python's recursion limit.
     """
     reaches: dict[Node, bool] = dict.fromkeys(leaves, True)
-    # A leaf ends the walk; it is listed when it is met, so that the order is complete.
+    ends = set(leaves)
+
+    def below(node: Node) -> Iterator[Any]:
+        return iter(()) if node in ends else iter(node.next_functions)
+
     post_order: list[Node] = []
+    # The walk does not go below the leaves, which end it.
     seen: set[Node] = set()
     for root in roots:
         if root in seen:
             continue
-        stack: list[tuple[Node, Iterator[Any]]] = [(root, iter(root.next_functions))]
+        stack: list[tuple[Node, Iterator[Any]]] = [(root, below(root))]
         seen.add(root)
         while stack:
             node, edges = stack[-1]
@@ -97,7 +103,7 @@ def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
                     continue
                 if child not in seen:
                     seen.add(child)
-                    stack.append((child, iter(child.next_functions)))
+                    stack.append((child, below(child)))
                     break
             else:
                 stack.pop()
@@ -108,6 +114,23 @@ def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
                 if reaches[node]:
                     post_order.append(node)
     return post_order[::-1]
+
+
+def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[torch.Tensor]:
+    """Return the leaf tensors that a graph leads to besides `leaves`."""
+    seen: set[Node] = set(leaves)
+    stack = [edge[0] for edge in edges if edge is not None]
+    found = []
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = leaf_variable(node)
+        if variable is not None:
+            found.append(variable)
+        stack.extend(child for child, _ in node.next_functions if child is not None)
+    return found
 
 
 class _Reads(TorchFunctionMode):
@@ -174,6 +197,8 @@ class Capture:
         What was seen of custom Functions' contexts.
     reads
         The tensors that f read, with their versions after the run.
+    outputs
+        The differentiable outputs with their history.
     """
 
     value: Any
@@ -184,6 +209,7 @@ class Capture:
     leaves: list[tuple[torch.Tensor, Node]]
     records: ContextRecords
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
+    outputs: list[torch.Tensor]
 
     def graph(self) -> Graph:
         """Return the graph between value and primals."""
@@ -199,6 +225,7 @@ def capture(
     has_aux: bool = False,
     watch: bool = False,
     copy: bool = False,
+    records: ContextRecords | None = None,
 ) -> Capture:
     """Run f once and keep its graph.
 
@@ -216,6 +243,8 @@ def capture(
         Whether to note which tensors f reads (costs some microseconds per operation of f).
     copy
         Whether f gets copies of the tensors, for callers that overwrite theirs unseen.
+    records
+        Where to note what is seen of custom Functions' contexts.
 
     Raises
     ------
@@ -232,7 +261,8 @@ def capture(
     primals = tuple(args[i] for i in argnums)
     in_space = Space.of_tree(primals, "tangent", "primals")
     _check_primals(primals, in_space)
-    records, reads = ContextRecords(), _Reads() if watch else None
+    records = ContextRecords() if records is None else records
+    reads = _Reads() if watch else None
     with torch.inference_mode(False), torch.enable_grad():
         leaves: list[torch.Tensor] = []
 
@@ -279,9 +309,7 @@ def capture(
             for x in outputs
         ]
         edges = [
-            _edge(x)
-            for x, leaf in zip(outputs, out_space.leaves, strict=True)
-            if leaf is not None
+            _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
         ]
     return Capture(
         value=pytree.tree_unflatten(detached, out_space.spec),
@@ -292,6 +320,7 @@ def capture(
         leaves=list(zip(leaves, nodes, strict=True)),
         records=records,
         reads=[] if reads is None else reads.stamps(),
+        outputs=[x for x in outputs if differentiable(x)],
     )
 
 
@@ -362,5 +391,3 @@ def _outputs(result: Any) -> tuple[list[Any], Space]:
             "a pytree of tensors"
         )
     return [x for _, x in with_paths], space
-
-

@@ -199,6 +199,7 @@ def _fill(step: _Step, args: list[Any], keywords: dict[str, Any], values: list[A
 
 def _with_zeros(step: _Step, args: list[Any], keywords: dict[str, Any]) -> Any:
     """Run an operation some of whose variables are undefined, that is zero."""
+
     def fill(placed: Any, now: Any) -> Any:
         if isinstance(placed, _Slot):
             return step.specs[placed.index].zeros() if now is None else now
@@ -236,6 +237,13 @@ def _may_alias(op: Callable[..., Any]) -> bool:
 
 
 _MAYBE_VIEW = frozenset(
-    {"aten::reshape", "aten::resolve_conj", "aten::resolve_neg", "aten::contiguous",
-     "aten::_unsafe_view", "aten::lift_fresh", "aten::_reshape_alias"}
+    {
+        "aten::reshape",
+        "aten::resolve_conj",
+        "aten::resolve_neg",
+        "aten::contiguous",
+        "aten::_unsafe_view",
+        "aten::lift_fresh",
+        "aten::_reshape_alias",
+    }
 )

@@ -199,9 +199,7 @@ class CustomNode:
             One cotangent per input; None where undefined.
         """
         with self._calling():
-            given = [
-                self._argument(g, spec) for g, spec in zip(grads, self.outputs, strict=True)
-            ]
+            given = [self._argument(g, spec) for g, spec in zip(grads, self.outputs, strict=True)]
             result = self.ctx.apply(*given)
         if not isinstance(result, tuple):
             result = tuple(result) if isinstance(result, list) else (result,)
@@ -338,8 +336,10 @@ class CustomNode:
                 ) from None
         if t.is_complex() and not spec.dtype.is_complex:
             t = t.real
-        return t if t.dtype == spec.dtype and t.device == spec.device else t.to(
-            device=spec.device, dtype=spec.dtype
+        return (
+            t
+            if t.dtype == spec.dtype and t.device == spec.device
+            else t.to(device=spec.device, dtype=spec.dtype)
         )
 
     def _exact(self, t: Any, spec: TensorSpec | None, i: int) -> torch.Tensor:

@@ -374,9 +374,5 @@ def _lines(program: Program) -> Iterator[str]:
         args = [show(a) for a in eq.args] + [f"{k}={show(a)}" for k, a in eq.kwargs.items()]
         text = f"  {', '.join(outs)} = {eq.name}({', '.join(args)})"
         yield f"{text}   # {eq.source}" if eq.source else text
-    results = ", ".join(
-        "zero" if v is None else names[v] for v in program.outputs
-    )
+    results = ", ".join("zero" if v is None else names[v] for v in program.outputs)
     yield f"  return {results}"
-
-

@@ -27,7 +27,17 @@ from ._linearity import (
     schema_of,
     tested_linear,
 )
-from ._program import Emitter, Equation, Operation, Program, Residual, Var, leaves, map_leaves, zero_residual
+from ._program import (
+    Emitter,
+    Equation,
+    Operation,
+    Program,
+    Residual,
+    Var,
+    leaves,
+    map_leaves,
+    zero_residual,
+)
 from ._space import TensorSpec
 from ._torch import Node, OpOverload, TorchDispatchMode, aten, input_metadata
 from .errors import LinearizeError, StalenessError, UnsupportedError
@@ -295,7 +305,10 @@ class Recorder(TorchDispatchMode):
             keywords = {k: v for k, v in kwargs.items() if k not in out_names or variant is None}
             operation: Any = variant if variant is not None else Functionalized(func)
             if not tested_linear(
-                operation, map_leaves(number, list(args)), map_leaves(number, keywords), is_variable
+                operation,
+                map_leaves(number, list(args)),
+                map_leaves(number, keywords),
+                is_variable,
             ):
                 raise OpaqueError(f"{name} is not linear in the cotangent")
         outputs = [Var(TensorSpec.of(t)) for t in written]
@@ -494,7 +507,9 @@ class _Walk:
                 ) from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise UnsupportedError(f"{name}: PyTorch cannot apply its derivative: {text}") from error
+            raise UnsupportedError(
+                f"{name}: PyTorch cannot apply its derivative: {text}"
+            ) from error
         return result if isinstance(result, (tuple, list)) else (result,)
 
     def is_opaque(self, result: Sequence[torch.Tensor | None]) -> bool:

@@ -56,9 +56,7 @@ def fit(e: Emitter, ct: Var, spec: TensorSpec) -> Var:
         dims += [lead + i for i, n in enumerate(to) if n == 1 and shape[lead + i] != 1]
         if dims:
             kept = [1 if i in dims else n for i, n in enumerate(shape)]
-            ct = e.emit(
-                aten.sum.dim_IntList, (ct, dims, True), _with(ct.spec, shape=tuple(kept))
-            )
+            ct = e.emit(aten.sum.dim_IntList, (ct, dims, True), _with(ct.spec, shape=tuple(kept)))
         if ct.spec.shape != to:
             ct = e.emit(aten.reshape.default, (ct, list(to)), _with(ct.spec, shape=to))
     if ct.spec.dtype.is_complex and not spec.dtype.is_complex:
@@ -67,9 +65,7 @@ def fit(e: Emitter, ct: Var, spec: TensorSpec) -> Var:
         ct = e.emit(aten.view_as_real.default, (ct,), pairs)
         ct = e.emit(aten.select.int, (ct, -1, 0), _with(pairs, shape=to))
     if ct.spec != spec:
-        ct = e.emit(
-            aten._to_copy.default, (ct,), spec, dtype=spec.dtype, device=spec.device
-        )
+        ct = e.emit(aten._to_copy.default, (ct,), spec, dtype=spec.dtype, device=spec.device)
     return ct
 
 
@@ -306,9 +302,7 @@ def _cat(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
         if isinstance(x, Var):
             ct = cts[0]
             assert ct is not None
-            part = e.emit(
-                aten.slice.Tensor, (ct, dim, start, end), _with(ct.spec, shape=shape)
-            )
+            part = e.emit(aten.slice.Tensor, (ct, dim, start, end), _with(ct.spec, shape=shape))
             results.append((x, fit(e, part, x.spec)))
         start = end
     return results

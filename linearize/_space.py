@@ -200,8 +200,9 @@ class Space:
         if mappings:
             keys = list(spec.context[1] if spec.type.__name__ == "defaultdict" else spec.context)
             if set(keys) != set(tree):
-                missing, extra = sorted(map(repr, set(keys) - set(tree))), sorted(
-                    map(repr, set(tree) - set(keys))
+                missing, extra = (
+                    sorted(map(repr, set(keys) - set(tree))),
+                    sorted(map(repr, set(tree) - set(keys))),
                 )
                 raise StructureError(
                     f"{self.word}{path}: keys differ from those of the {self.of}: "

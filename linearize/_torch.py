@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch._ops import OpOverload as OpOverload
+from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.autograd.graph import GradientEdge
 from torch.autograd.graph import Node as Node
@@ -31,6 +32,7 @@ __all__ = [
     "eager_compiled_functions",
     "forward_class",
     "functorch_active",
+    "has_forward_tangent",
     "input_metadata",
     "is_custom",
     "is_view_op",
@@ -60,6 +62,13 @@ def spec_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
 def functorch_active() -> bool:
     """Whether a `torch.func` transform is running around the caller."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def has_forward_tangent(t: Any) -> bool:
+    """Whether `t` is a dual tensor of an open `torch.autograd.forward_ad` level."""
+    if not isinstance(t, torch.Tensor) or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def batched_or_wrapped(t: torch.Tensor) -> bool:
@@ -131,7 +140,11 @@ def materialized_arguments(node: Node, output_nr: int) -> tuple[torch.Tensor | N
     attributes["apply"] = probe
     try:
         torch.autograd.grad(
-            [GradientEdge(node, output_nr)], edges[:1], [zero], retain_graph=True, allow_unused=True
+            [GradientEdge(node, output_nr)],
+            edges[:1],
+            [zero],
+            retain_graph=True,
+            allow_unused=True,
         )
     finally:
         del attributes["apply"]
@@ -242,5 +255,3 @@ def _materializing(self: Any, value: bool) -> None:
     watcher = ContextWatcher.current()
     if watcher is not None:
         watcher.on_materialize(self, value)
-
-

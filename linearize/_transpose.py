@@ -74,9 +74,7 @@ def transpose(program: Program, name: str = "pushforward") -> Program:
     return Program(inputs, e.equations, outputs, [v.spec for v in program.inputs], name).live()
 
 
-def _transposed(
-    e: Emitter, eq: Equation, cts: Sequence[Var | None]
-) -> list[tuple[Var, Var]]:
+def _transposed(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
     if isinstance(eq.op, (CustomBackward, CustomJvp, NodeBackward, TransposedNode)):
         return _turned(e, eq, cts)
     rule = rule_for(eq.op)
@@ -116,9 +114,7 @@ def _turned(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[V
         turned = kind(op.node, op.inputs, op.outputs)
     outs = tuple(Var(a.spec) if isinstance(a, Var) else None for a in eq.args)
     e.equations.append(Equation(turned, tuple(cts), {}, outs, eq.source))
-    return [
-        (a, out) for a, out in zip(eq.args, outs, strict=True) if isinstance(a, Var) and out
-    ]
+    return [(a, out) for a, out in zip(eq.args, outs, strict=True) if isinstance(a, Var) and out]
 
 
 def resolve(program: Program, policy: Policy) -> Program:
@@ -157,7 +153,11 @@ def resolve(program: Program, policy: Policy) -> Program:
 def _zero(e: Emitter, spec: TensorSpec, args: Sequence[Any]) -> Var:
     like = next(a for a in args if isinstance(a, Var))
     return e.emit(
-        aten.new_zeros.default, (like, list(spec.shape)), spec, dtype=spec.dtype, device=spec.device
+        aten.new_zeros.default,
+        (like, list(spec.shape)),
+        spec,
+        dtype=spec.dtype,
+        device=spec.device,
     )
 
 
@@ -348,5 +348,3 @@ def _by_decomposition(
     present = [ct for v, ct in zip(eq.outputs, cts, strict=True) if v is not None]
     turned = turned.restricted([ct is not None for ct in present])
     return _inlined(e, turned, variables, cts)
-
-

@@ -197,11 +197,13 @@ class _DifferentiableProduct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.product = inputs[0]
+        ctx.given = [t is not None for t in inputs[1:]]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        return (None, *ctx.product._transposed()._apply(grads))
+        results = ctx.product._transposed()._apply(grads)
+        return (None, *(r if w else None for r, w in zip(results, ctx.given, strict=True)))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
@@ -329,7 +331,7 @@ class Linearization:
 
     @property
     def value(self) -> Any:
-        """f at the point, detached, in f's output structure. Not to be changed in place.
+        """F at the point, detached, in f's output structure. Not to be changed in place.
 
         Raises
         ------

@@ -26,7 +26,7 @@ class Linearizer:
     f
         Any function of tensors, or of pytrees of them, that returns tensors or a pytree of
         them. It just runs: control flow, `.item()`, prints and custom
-        `torch.autograd.Function`s are all fine.
+        `torch.autograd.Function` objects are all fine.
     argnums
         Which positional arguments are differentiated: a position or a sequence of them.
         None means all. The others, and keyword arguments, are passed through.

@@ -1,0 +1,100 @@
+# The one door to everything that is run on this repository.
+#
+#   make PYTHON=/path/to/python venv    build the environment with that interpreter
+#   make PY=python test                 use an environment that exists already
+#                                       (a GPU machine with its own torch, say)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+
+# An environment of the user's own is taken as it is; ours is built on demand.
+ifdef PY
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(STAMP)
+endif
+
+IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
+say = @printf '\n==> %s\n' '$(1)'
+
+.PHONY: help venv demo test check format-check lint layering types docs format clean
+
+help: ## show this list
+	@echo 'Usage: make TARGET'
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(READY) ## create .venv and install the package with its tools
+	@echo 'The environment is ready: $(PY)'
+
+# Interpreters are tried by running them: a name on the PATH proves nothing.
+$(STAMP): pyproject.toml constraints-dev.txt
+	$(call say,Creating the environment in $(VENV))
+	@if [ ! -x $(VENV)/bin/python ]; then \
+	  found=''; \
+	  for name in $(or $(PYTHON),python3 python python3.14 python3.13 python3.12 python3.11); do \
+	    if "$$name" -c '$(IS_SUPPORTED)' >/dev/null 2>&1; then found="$$name"; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo 'Python 3.11 or later is needed, and none was found ($(or $(PYTHON),tried python3, python, python3.11 to python3.14)).' >&2; \
+	    echo 'Install one, or name it: make PYTHON=/path/to/python3 venv' >&2; \
+	    exit 1; \
+	  fi; \
+	  "$$found" --version; \
+	  "$$found" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; \
+	fi
+	@$(VENV)/bin/python -c '$(IS_SUPPORTED)' || { \
+	  echo '$(VENV) was made with a Python older than 3.11; remove it and try again.' >&2; exit 1; }
+	$(call say,Installing linearize and its tools (torch is large; this can take minutes))
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints-dev.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## fit the NIST regression problems and plot the fits
+	$(call say,Fitting the NIST regression problems)
+	$(PY) examples/nist_regression.py
+
+test: $(READY) ## run the tests and the code blocks of README and docs
+	$(call say,Running the tests)
+	$(PY) -m pytest
+
+# The tests come last, so that their closing line is the last thing seen.
+check: format-check lint layering types docs demo test ## run everything that must pass before a change goes in
+
+format-check: $(READY) ## check the formatting
+	$(call say,Checking the formatting)
+	$(PY) -m ruff format --check .
+
+lint: $(READY) ## lint code and docstrings
+	$(call say,Linting)
+	$(PY) -m ruff check .
+
+layering: $(READY) ## check which module imports which
+	$(call say,Checking the layering of the modules)
+	$(PY) tools/layering.py
+
+types: $(READY) ## check the types of the package, strictly
+	$(call say,Checking the types)
+	$(PY) -m mypy
+
+docs: $(READY) ## build the documentation; a warning is an error
+	$(call say,Building the documentation)
+	$(PY) -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -b html docs docs/_build/html
+	@echo 'Written to docs/_build/html/index.html'
+
+format: $(READY) ## format the code and mend what the linter can mend
+	$(call say,Formatting)
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format .
+
+clean: ## remove what was built, but not .venv
+	$(call say,Removing build products and caches)
+	rm -rf build dist examples/out docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,45 @@
+"""Set-up shared by all tests, those made of code blocks in pages and docstrings included."""
+
+from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+# A machine lent for its GPU may have torch and pytest only: no code blocks there.
+if find_spec("sybil"):
+    from sybil import Sybil
+    from sybil.document import PythonDocStringDocument
+    from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+    from sybil.parsers.rest import DocTestParser
+    from sybil.sybil import SybilCollection
+
+    flags = ELLIPSIS | NORMALIZE_WHITESPACE
+    pages = Sybil(
+        parsers=[PythonCodeBlockParser(doctest_optionflags=flags), SkipParser()],
+        patterns=["README.md", "docs/*.md"],
+    )
+    docstrings = Sybil(
+        parsers=[DocTestParser(flags)],
+        patterns=["linearize/*.py"],
+        document_types={".py": PythonDocStringDocument},
+    )
+    # One namespace for each page and each module: its blocks run from top to bottom.
+    pytest_collect_file = SybilCollection([pages, docstrings]).pytest()
+
+
+def pytest_report_header() -> list[str]:
+    """Say what the results depend on, and whether the code blocks are run."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    blocks = [] if find_spec("sybil") else ["code blocks: not run, sybil is not installed"]
+    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}", *blocks]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked ``gpu`` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

@@ -1,0 +1,37 @@
+"""Sphinx configuration. Neither the build nor the pages need the network."""
+
+from importlib.metadata import version as installed_version
+
+project = "linearize"
+author = "the linearize developers"
+copyright = "2026, the linearize developers"
+release = version = installed_version("linearize")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 3
+
+# Single backquotes in docstrings mean code.
+default_role = "code"
+napoleon_google_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+
+# Links into the package must lead somewhere; names of other packages are not resolved.
+nitpicky = True
+nitpick_ignore_regex = [(r"py:.*", r"(?!linearize\.).*"), (r"py:.*", r"linearize\._.*")]
+
+html_theme = "furo"
+html_title = f"linearize {release}"
+html_static_path = ["_static"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False

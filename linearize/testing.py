@@ -1,0 +1,292 @@
+"""Floor 7: checks of linearizations, for users' own functions and custom Functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ._capture import capture
+from ._functions import ContextRecords, CustomNode
+from ._space import TensorSpec, differentiable
+from ._torch import pytree
+from .errors import CheckFailure, LinearizeError
+from .linearization import Linearization
+from .linearizer import Linearizer
+
+__all__ = ["Report", "check_linearization"]
+
+Tensors = list[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `check_linearization` measured.
+
+    Attributes
+    ----------
+    runs
+        How often f ran for the linearization and all products.
+    jvp_error
+        Largest difference of J·v from central finite differences, relative to the largest
+        entry.
+    adjoint_error
+        ⟨u, J·v⟩ - ⟨Jᵀ·u, v⟩, relative to ‖u‖·‖J·v‖ + ‖Jᵀ·u‖·‖v‖.
+    functions
+        The custom Functions between value and primals, in order.
+    """
+
+    runs: int
+    jvp_error: float
+    adjoint_error: float
+    functions: tuple[str, ...]
+
+
+def check_linearization(
+    f: Callable[..., Any],
+    *primals: Any,
+    dtype: torch.dtype | None = torch.float64,
+    rtol: float = 1e-5,
+    step: float = 1e-4,
+    directions: int = 2,
+    seed: int = 0,
+    opaque: Any = "error",
+) -> Report:
+    """Check value, products and number of runs of a function linearized at a point.
+
+    J·v is compared with fourth-order central finite differences of f, Jᵀ·u with J·v through
+    the adjoint identity ⟨u, J·v⟩ = ⟨Jᵀ·u, v⟩ (the real part, for complex numbers), each at
+    random directions and twice, because a second call must give what the first gave.
+
+    Parameters
+    ----------
+    f
+        The function. It must compute the same each time.
+    *primals
+        The point; pytrees of tensors and other leaves.
+    dtype
+        Floating point primals are converted to it (complex ones to its complex partner),
+        because finite differences need double precision. None leaves them as they are.
+    rtol
+        The largest `jvp_error` that passes. The adjoint identity must hold to 1e-3 of it.
+    step
+        The step of the finite differences, relative to the size of a primal's entries.
+    directions
+        How many random pairs (v, u) are tried.
+    seed
+        Of the random directions. The global random state stays untouched.
+    opaque
+        As for `Linearizer`.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    CheckFailure
+        If a check fails. The message names the custom Function at fault where there is one.
+    MissingDerivativeError
+        If a custom Function lacks a method that cannot be derived.
+    """
+    primals = pytree.tree_map(lambda x: _converted(x, dtype), primals)
+    runs = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return f(*args)
+
+    here = Linearizer(counted, maxsize=0, opaque=opaque).at(*primals)
+    generator = torch.Generator().manual_seed(seed)
+    _check_value(f, primals, here)
+    functions = tuple(node.name for node, _ in _custom_nodes(f, primals))
+    jvp_error = adjoint_error = 0.0
+    for _ in range(directions):
+        v = [spec.random(generator) for spec in here.in_space.tensors]
+        u = [spec.random(generator) for spec in here.out_space.tensors]
+        jv = _twice(here.jvp_fn._apply, v, "jvp_fn")
+        jtu = _twice(here.vjp_fn._apply, u, "vjp_fn")
+        expected = _finite_difference(lambda x: _values(f, primals, x), _flat(primals), v, step)
+        jvp_error = max(jvp_error, _difference(jv, expected))
+        adjoint_error = max(adjoint_error, _adjoint_error(u, jv, jtu, v))
+    report = Report(runs, jvp_error, adjoint_error, functions)
+    if jvp_error > rtol or adjoint_error > rtol * 1e-3:
+        _explain(f, primals, report, rtol, step)
+    if runs != 1:
+        raise CheckFailure(f"f ran {runs} times for one point")
+    return report
+
+
+def _explain(
+    f: Callable[..., Any], primals: Any, report: Report, rtol: float, step: float
+) -> None:
+    """Raise with the name of what is at fault."""
+    faults = []
+    for node, arguments in _custom_nodes(f, primals):
+        faults.extend(_faults(node, arguments, rtol, step))
+    if not faults and report.functions:
+        faults = [f"no single custom Function is at fault (in f: {', '.join(report.functions)})"]
+    if report.jvp_error > rtol:
+        what = f"J·v differs from finite differences by {report.jvp_error:.1e} (relative)"
+    else:
+        what = f"J·v and Jᵀ·u are not adjoint: {report.adjoint_error:.1e} (relative)"
+    raise CheckFailure("; ".join([what, *dict.fromkeys(faults)]))
+
+
+def _faults(
+    node: CustomNode, arguments: tuple[Any, ...] | None, rtol: float, step: float
+) -> Iterator[str]:
+    """Compare one custom Function's methods with finite differences of its forward."""
+    generator = torch.Generator().manual_seed(1)
+    v = [spec.random(generator) for spec in node.inputs]
+    if arguments is None:
+        return
+    inside = [
+        TensorSpec.of(y) if differentiable(y) else None for y in _outputs(node, arguments, {})
+    ]
+    u = [spec.random(generator) if spec is not None else None for spec in inside]
+
+    def run(x: Tensors) -> Tensors:
+        given = dict(zip(node.positions, x, strict=True))
+        return [y for y in _outputs(node, arguments, given) if differentiable(y)]
+
+    at = [arguments[i].detach() for i in node.positions]
+    expected = _finite_difference(run, at, v, step)
+    known = [t for t in u if t is not None]
+    with torch.no_grad():
+        if node.has_jvp:
+            try:
+                got = node.jvp(v, [spec is not None for spec in inside])
+            except LinearizeError as error:
+                yield str(error)
+                return
+            jv = [t for t, spec in zip(got, inside, strict=True) if spec is not None]
+            error = _difference([t for t in jv if t is not None], expected)
+            if error > rtol:
+                yield f"{node.name}.jvp differs from finite differences of its forward by {error:.1e}"
+        if node.has_backward:
+            back = node.backward(u)
+            jtu = [
+                spec.zeros() if t is None else t for t, spec in zip(back, node.inputs, strict=True)
+            ]
+            error = _adjoint_error(known, expected, jtu, v)
+            if error > rtol:
+                yield (
+                    f"{node.name}.backward is not the transpose of finite differences of its "
+                    f"forward: off by {error:.1e}"
+                )
+
+
+def _outputs(node: CustomNode, arguments: tuple[Any, ...], given: dict[int, Any]) -> list[Any]:
+    call = [
+        given.get(i, a).clone().detach() if isinstance(a, torch.Tensor) else a
+        for i, a in enumerate(arguments)
+    ]
+    with torch.no_grad():
+        result = node.cls.apply(*call)
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+class _Arguments(ContextRecords):
+    """Records that also keep what `forward` was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[int, tuple[Any, ...] | None] = {}
+
+    def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
+        super()._created(ctx, arguments)
+        kept = arguments
+        if arguments is not None:
+            kept = tuple(
+                a.detach().clone() if isinstance(a, torch.Tensor) else a for a in arguments
+            )
+        self.arguments[id(ctx)] = kept
+
+
+def _custom_nodes(
+    f: Callable[..., Any], primals: Any
+) -> list[tuple[CustomNode, tuple[Any, ...] | None]]:
+    """Run f once more and return its custom nodes with their arguments, in order."""
+    records = _Arguments()
+    captured = capture(f, primals, {}, range(len(primals)), records=records)
+    graph = captured.graph()
+    nodes = [graph.custom[n] for n in reversed(graph.order) if n in graph.custom]
+    return [(node, records.arguments.get(id(node.ctx))) for node in nodes]
+
+
+def _check_value(f: Callable[..., Any], primals: Any, here: Linearization) -> None:
+    with torch.no_grad():
+        again = [t for t in pytree.tree_leaves(f(*primals)) if isinstance(t, torch.Tensor)]
+    value = [t for t in pytree.tree_leaves(here.value) if isinstance(t, torch.Tensor)]
+    for i, (a, b) in enumerate(zip(value, again, strict=True)):
+        if not torch.allclose(a, b, rtol=1e-6, equal_nan=True):
+            raise CheckFailure(
+                f"the value (leaf {i}) differs from that of a second run of f: f must be "
+                "deterministic to be checked"
+            )
+
+
+def _twice(product: Callable[[Tensors], Tensors], argument: Tensors, name: str) -> Tensors:
+    first = product([t.clone() for t in argument])
+    again = product([t.clone() for t in argument])
+    if _difference(first, again) > 1e-12:
+        raise CheckFailure(f"{name} gave another result when it was called a second time")
+    return first
+
+
+def _converted(x: Any, dtype: torch.dtype | None) -> Any:
+    if not isinstance(x, torch.Tensor) or dtype is None or not differentiable(x):
+        return x
+    return x.detach().to(dtype.to_complex() if x.is_complex() else dtype)
+
+
+def _flat(tree: Any) -> Tensors:
+    return [t.detach() for t in pytree.tree_leaves(tree) if differentiable(t)]
+
+
+def _values(f: Callable[..., Any], primals: Any, flat: Tensors) -> Tensors:
+    rest = iter(flat)
+    moved = pytree.tree_map(lambda x: next(rest) if differentiable(x) else x, primals)
+    with torch.no_grad():
+        return _flat(f(*moved))
+
+
+def _finite_difference(
+    run: Callable[[Tensors], Tensors], at: Tensors, v: Tensors, step: float
+) -> Tensors:
+    """Return (8 (f₊ - f₋) - (f₊₊ - f₋₋)) / 12h, Fornberg (1988), table 1."""
+    size = max((float(x.abs().max()) for x in at if x.numel()), default=1.0)
+    h = step * max(size, 1e-2) / max((float(t.abs().max()) for t in v if t.numel()), default=1.0)
+
+    def moved(k: int) -> Tensors:
+        return run([x + k * h * t for x, t in zip(at, v, strict=True)])
+
+    return [
+        (8 * (p1 - m1) - (p2 - m2)) / (12 * h)
+        for p1, m1, p2, m2 in zip(moved(1), moved(-1), moved(2), moved(-2), strict=True)
+    ]
+
+
+def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    scale = max((float(t.abs().max()) for t in (*a, *b) if t.numel()), default=0.0)
+    off = max(
+        (float((x - y).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0
+    )
+    return math.inf if math.isnan(off) else (off / scale if scale else off)
+
+
+def _dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    return sum(
+        float(torch.vdot(x.reshape(-1), y.reshape(-1)).real) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _adjoint_error(u: Tensors, jv: Tensors, jtu: Tensors, v: Tensors) -> float:
+    scale = math.sqrt(_dot(u, u) * _dot(jv, jv)) + math.sqrt(_dot(jtu, jtu) * _dot(v, v))
+    off = abs(_dot(u, jv) - _dot(jtu, v))
+    return math.inf if math.isnan(off) else (off / scale if scale else off)

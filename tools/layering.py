@@ -1,0 +1,76 @@
+"""Check that every module of the package imports only modules on lower floors.
+
+The table below is read as one long list: a module may import those listed before it, at
+the top of the file or inside a function. Private parts of torch may be imported or named
+in ``_torch`` only.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = "linearize"
+FLOORS = (
+    ("errors", "_torch"),
+    ("_space", "_program", "_memo"),
+    ("_functions", "_capture", "_linearity", "_record"),
+    ("_execute", "_materialize", "_rules", "_transpose", "_simplify"),
+    ("linearization",),
+    ("linearizer",),
+    ("func", "operators"),
+    ("testing", "scipy", "cupy", "__init__"),
+)
+RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield the line and the full name of everything that is imported."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # The package is flat: one dot is the package itself.
+            parts = [PACKAGE] * bool(node.level) + [node.module] * bool(node.module)
+            base = ".".join(str(part) for part in parts)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def private_torch(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield the line and the name of every use of a private part of torch."""
+    named = ((n.lineno, ast.unparse(n)) for n in ast.walk(tree) if isinstance(n, ast.Attribute))
+    for line, name in [*imports(tree), *named]:
+        root, *rest = name.split(".")
+        if root == "torch" and any(p[:1] == "_" and p[:2] != "__" for p in rest):
+            yield line, name
+
+
+def faults(path: Path) -> Iterator[str]:
+    """Yield one message for each rule that the module breaks."""
+    module = path.stem
+    if module not in RANK:
+        yield f"{path}: {module} has no place in the table of {Path(__file__).name}"
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    for line, name in imports(tree):
+        root, *rest = name.split(".")
+        if root != PACKAGE:
+            continue
+        target = rest[0] if rest and rest[0] in RANK else "__init__"
+        if RANK[target] >= RANK[module]:
+            yield f"{path}:{line}: {module} must not import {target}, which is not below it"
+    if module != "_torch":
+        for line, name in private_torch(tree):
+            yield f"{path}:{line}: {name} is private to torch; reach it through _torch"
+
+
+def main() -> int:
+    """Print the faults and return the exit status."""
+    paths = sorted((Path(__file__).parents[1] / PACKAGE).glob("**/*.py"))
+    found = [message for path in paths for message in faults(path)]
+    print("\n".join(found) if found else f"{len(paths)} modules, each importing only lower ones.")
+    return bool(found) or not paths
+
+
+if __name__ == "__main__":
+    sys.exit(main())
