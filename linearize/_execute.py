@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from ._linearity import schema_of
-from ._program import Equation, Operation, Program, Residual, Var, map_leaves
+from ._program import Equation, Operation, Program, Residual, Var, map_leaves, op_name
+from ._space import TensorSpec
 from ._torch import OpOverload, aten
+from .errors import LinearizeError
 
 
 class _Slot:
@@ -29,7 +31,19 @@ class _Slot:
 class _Step:
     """One equation, prepared."""
 
-    __slots__ = ("call", "free", "many", "nested", "op", "outs", "plain", "specs", "tail")
+    __slots__ = (
+        "call",
+        "expected",
+        "free",
+        "many",
+        "nested",
+        "op",
+        "outs",
+        "plain",
+        "source",
+        "specs",
+        "tail",
+    )
 
     def __init__(self, eq: Equation, slots: dict[Var, int]) -> None:
         def place(x: Any) -> Any:
@@ -48,7 +62,17 @@ class _Step:
         self.outs = [-1 if v is None else slots[v] for v in eq.outputs]
         self.many = len(eq.outputs) != 1 or isinstance(eq.op, Operation) or _returns_list(eq.op)
         self.free: list[int] = []
+        self.expected, self.source = eq.outputs, eq.source
         self.specs = {slots[v]: v.spec for v in eq.inputs()}
+
+    def verify(self, out: Any) -> None:
+        """Raise if a result has not the shape and dtype that the program says."""
+        for v, t in zip(self.expected, out if self.many else (out,), strict=True):
+            if v is not None and t is not None and not v.spec.matches(t):
+                raise LinearizeError(
+                    f"{op_name(self.op)} (from {self.source or 'the graph'}) gave "
+                    f"{TensorSpec.of(t)}, the linear program expects {v.spec}; please report this"
+                )
 
     def with_undefined(self, args: list[Any], keywords: dict[str, Any]) -> Any:
         """Run the operation with some values undefined; all undefined gives undefined."""
@@ -83,7 +107,16 @@ class Executor:
         With no method missing (see `resolve`).
     """
 
-    __slots__ = ("_copies", "_inputs", "_outputs", "_residuals", "_size", "_steps", "program")
+    __slots__ = (
+        "_copies",
+        "_inputs",
+        "_outputs",
+        "_residuals",
+        "_size",
+        "_steps",
+        "_verified",
+        "program",
+    )
 
     def __init__(self, program: Program) -> None:
         program.check()
@@ -98,6 +131,7 @@ class Executor:
         self._residuals = program.residuals()
         self._free(program, slots)
         self._copies = self._to_copy(program)
+        self._verified = False
 
     def _free(self, program: Program, slots: dict[Var, int]) -> None:
         """Note after which step each intermediate can go."""
@@ -165,6 +199,8 @@ class Executor:
                 out: Any = step.with_undefined(args, keywords)
             else:
                 out = step.op(*args, **keywords)
+            if not self._verified:
+                step.verify(out)
             if step.many:
                 for slot, t in zip(step.outs, out, strict=True):
                     if slot >= 0:
@@ -173,6 +209,7 @@ class Executor:
                 values[step.outs[0]] = out
             for slot in step.free:
                 values[slot] = None
+        self._verified = True
         results = [None if slot < 0 else values[slot] for slot in self._outputs]
         return [
             t.clone() if copy and t is not None else t

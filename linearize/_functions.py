@@ -21,7 +21,6 @@ from ._program import Operation, Residual, leaves
 from ._space import TensorSpec
 from ._torch import (
     ContextWatcher,
-    Node,
     OpOverload,
     forward_class,
     input_metadata,
@@ -141,8 +140,8 @@ class CustomNode:
         "positions",
     )
 
-    def __init__(self, ctx: Node, record: ContextRecord) -> None:
-        self.ctx: Any = ctx
+    def __init__(self, ctx: Any, record: ContextRecord) -> None:
+        self.ctx = ctx
         self.cls = forward_class(ctx)
         self.name = _name(self.cls)
         self._record = record
@@ -319,13 +318,14 @@ class CustomNode:
             if isinstance(t, torch.Tensor)
         ]
 
-    def _fit(self, t: Any, spec: TensorSpec, what: str) -> torch.Tensor:
+    def _fit(self, result: Any, spec: TensorSpec, what: str) -> torch.Tensor:
         """Sum and cast a gradient as the engine does."""
-        if not isinstance(t, torch.Tensor):
+        if not isinstance(result, torch.Tensor):
             raise FunctionContractError(
-                f"{self.name}.backward returned a {type(t).__name__} as {what}, expected a tensor "
-                f"{spec} or None"
+                f"{self.name}.backward returned a {type(result).__name__} as {what}, expected a "
+                f"tensor {spec} or None"
             )
+        t: torch.Tensor = result
         if t.shape != spec.shape:
             try:
                 t = t.sum_to_size(spec.shape)

@@ -168,8 +168,15 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def tested_linear(
     op: Callable[..., Any], args: Any, kwargs: Any, is_variable: Callable[[Any], bool]
-) -> bool:
-    """Test on random numbers whether an operation is linear in its variable arguments."""
+) -> list[bool] | None:
+    """Test on random numbers whether an operation is linear in its variable arguments.
+
+    Returns
+    -------
+    list of bool, or None
+        For each output that is a tensor: True if it is linear, False if it does not depend on
+        the variables at all. None if one is neither.
+    """
     generator = torch.Generator().manual_seed(20)
 
     def at(alpha: float, beta: float) -> list[torch.Tensor]:
@@ -184,8 +191,14 @@ def tested_linear(
         return [t for t in leaves(result) if isinstance(t, torch.Tensor)]
 
     both, first, second, twice = at(1.0, 1.0), at(1.0, 0.0), at(0.0, 1.0), at(2.0, 0.0)
-    return all(
-        close(b, x + y) and close(t, 2 * x)
-        for b, x, y, t in zip(both, first, second, twice, strict=True)
-        if x.is_floating_point() or x.is_complex()
-    )
+    linear = []
+    for b, x, y, t in zip(both, first, second, twice, strict=True):
+        if not (x.is_floating_point() or x.is_complex()) or (
+            bool(x[torch.isfinite(x)].any()) and close(b, x) and close(y, x) and close(t, x)
+        ):
+            linear.append(False)
+        elif close(b, x + y) and close(t, 2 * x):
+            linear.append(True)
+        else:
+            return None
+    return linear

@@ -20,7 +20,7 @@ def progress(steps: Iterable[int], total: int, what: str) -> Iterable[int]:
         from tqdm.auto import tqdm
     except ImportError:
         return steps
-    return tqdm(steps, total=total, desc=what, delay=1.0, leave=False)  # type: ignore[no-any-return]
+    return tqdm(steps, total=total, desc=what, delay=1.0, leave=False)
 
 
 def _reals(spec: TensorSpec) -> int:

@@ -223,5 +223,5 @@ def content_key(t: torch.Tensor) -> tuple[Any, ...]:
     """Return a key that is equal for tensors of equal dtype, shape, device and bytes."""
     plain = t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     data = plain.view(torch.uint8).numpy()
-    digest = hashlib.blake2b(data, digest_size=32).digest()
+    digest = hashlib.blake2b(data.tobytes(), digest_size=32).digest()
     return (tuple(t.shape), t.dtype, t.device, digest)

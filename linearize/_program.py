@@ -114,7 +114,8 @@ def _other_term(eq: Equation, zero: set[Var]) -> Var | None:
     """Return a in `a + 0` where that is the sum as it stands."""
     if eq.op is not torch.ops.aten.add.Tensor or eq.kwargs:
         return None
-    (other,) = [v for v in eq.inputs() if v not in zero] or [None]
+    terms = [v for v in eq.inputs() if v not in zero]
+    other = terms[0] if len(terms) == 1 else None
     return other if other is not None and other.spec == eq.outputs[0].spec else None  # type: ignore[union-attr]
 
 
@@ -259,18 +260,18 @@ class Program:
                     raise LinearizeError(
                         f"{self.name}: equation {i} ({eq.name}) reads an undefined variable"
                     )
-            for v in eq.outputs:
-                if v is not None and v in defined:
+            for out in eq.outputs:
+                if out is not None and out in defined:
                     raise LinearizeError(
                         f"{self.name}: equation {i} ({eq.name}) defines a variable again"
                     )
-                if v is not None:
-                    defined.add(v)
-        for v, spec in zip(self.outputs, self.specs, strict=True):
-            if v is not None and v not in defined:
+                if out is not None:
+                    defined.add(out)
+        for out, spec in zip(self.outputs, self.specs, strict=True):
+            if out is not None and out not in defined:
                 raise LinearizeError(f"{self.name}: an output is never defined")
-            if v is not None and v.spec != spec:
-                raise LinearizeError(f"{self.name}: an output is {v.spec}, expected {spec}")
+            if out is not None and out.spec != spec:
+                raise LinearizeError(f"{self.name}: an output is {out.spec}, expected {spec}")
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -360,17 +361,18 @@ def _lines(program: Program) -> Iterator[str]:
 
     arguments = ", ".join(f"{names[v]}: {v.spec}" for v in program.inputs)
     size = total_bytes(r.tensor for r in kept)
-    yield f"{program.name} ({arguments})   # {len(program.equations)} equations, {size:,} bytes kept"
+    count = len(program.equations)
+    yield f"{program.name} ({arguments})   # {count} equations, {size:,} bytes kept"
     for r in kept:
         yield f"  {names[r]}: {TensorSpec.of(r.tensor)} = residual of {r.source or 'the run'}"
     for eq in program.equations:
         outs = []
-        for v in eq.outputs:
-            if v is None:
+        for out in eq.outputs:
+            if out is None:
                 outs.append("_")
             else:
-                names[v] = f"v{len(names) - len(kept)}"
-                outs.append(f"{names[v]}: {v.spec}")
+                names[out] = f"v{len(names) - len(kept)}"
+                outs.append(f"{names[out]}: {out.spec}")
         args = [show(a) for a in eq.args] + [f"{k}={show(a)}" for k, a in eq.kwargs.items()]
         text = f"  {', '.join(outs)} = {eq.name}({', '.join(args)})"
         yield f"{text}   # {eq.source}" if eq.source else text

@@ -10,394 +10,36 @@ Random cotangents, because real backward formulas branch on zeros.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ._capture import Graph
+from ._capture import Edge, Graph
 from ._functions import CustomBackward, CustomNode
-from ._linearity import (
-    CONSTANT,
-    READS_NUMBERS,
-    UNINITIALIZED,
-    functional_variant,
-    known_linear,
-    schema_of,
-    tested_linear,
-)
-from ._program import (
-    Emitter,
-    Equation,
-    Operation,
-    Program,
-    Residual,
-    Var,
-    leaves,
-    map_leaves,
-    zero_residual,
-)
+from ._program import Emitter, Equation, Operation, Program, Var
+from ._recorder import OpaqueError, Recorder
 from ._space import TensorSpec
-from ._torch import Node, OpOverload, TorchDispatchMode, aten, input_metadata
+from ._torch import Node, call_node, input_metadata
 from .errors import LinearizeError, StalenessError, UnsupportedError
-
-
-class OpaqueError(LinearizeError):
-    """Raised inside a recording that meets code which it cannot follow."""
-
-
-class _Entry:
-    """A tensor met while recording: its variable (None for a constant)."""
-
-    __slots__ = ("ref", "uninitialized", "var")
-
-    def __init__(self, t: torch.Tensor, var: Var | None, uninitialized: bool = False) -> None:
-        self.ref = weakref.ref(t)
-        self.var = var
-        self.uninitialized = uninitialized
-
-
-class Functionalized(Operation):
-    """An operation that writes to its arguments, run on copies; returns what it wrote."""
-
-    __slots__ = ("op", "writes")
-    may_alias = False
-
-    def __init__(self, op: OpOverload) -> None:
-        self.op = op
-        self.writes = schema_of(op).writes
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """Printable name."""
-        return f"functional {schema_of(self.op).name}"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the operation on copies."""
-        arguments, keywords = list(args), dict(kwargs)
-        written = []
-        for position, name in self.writes:
-            if position >= 0 and position < len(arguments):
-                arguments[position] = t = arguments[position].clone()
-            else:
-                keywords[name] = t = keywords[name].clone()
-            written.append(t)
-        self.op(*arguments, **keywords)
-        return written[0] if len(written) == 1 else written
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down what is done to variables.
-
-    Parameters
-    ----------
-    emitter
-        Receives the equations.
-    """
-
-    def __init__(self, emitter: Emitter) -> None:
-        super().__init__()
-        self.emitter = emitter
-        self._entries: dict[int, _Entry] = {}
-        self._residuals: dict[int, Residual] = {}
-
-    def define(self, t: torch.Tensor, var: Var | None, uninitialized: bool = False) -> None:
-        """Let `t` stand for `var` from now on."""
-        self._entries[id(t)] = _Entry(t, var, uninitialized)
-
-    def variable(self, t: Any) -> Var | None:
-        """Return the variable that `t` stands for, None for a constant."""
-        entry = self._entries.get(id(t))
-        return entry.var if entry is not None and entry.ref() is t else None
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        schema = schema_of(func)
-        derived = any(
-            isinstance(x, torch.Tensor) and self.variable(x) is not None
-            for x in leaves((args, kwargs))
-        )
-        if not derived or func in CONSTANT:
-            out = func(*args, **kwargs)
-            for t in leaves(out):
-                if isinstance(t, torch.Tensor) and self.variable(t) is None:
-                    self.define(t, None, func in UNINITIALIZED)
-            return out
-        if func in READS_NUMBERS:
-            raise OpaqueError(f"reads the numbers in its argument ({schema.name})")
-        if schema.writes:
-            return self._mutation(func, args, kwargs)
-        self._must_be_linear(func, args, kwargs)
-        out = func(*args, **kwargs)
-        self._write_down(func, args, kwargs, out)
-        return out
-
-    # -- one operation ------------------------------------------------------------------
-
-    def _must_be_linear(self, func: OpOverload, args: Any, kwargs: Any) -> None:
-        holds = [any(self.variable(x) is not None for x in leaves(a)) for a in args]
-        keyword = any(self.variable(x) is not None for x in leaves(kwargs))
-        if not keyword and known_linear(func, self._without_zeros(func, args, holds)):
-            return
-        with torch.no_grad():
-            if not tested_linear(func, args, kwargs, lambda x: self.variable(x) is not None):
-                raise OpaqueError(f"{schema_of(func).name} is not linear in the cotangent")
-
-    def _without_zeros(self, func: OpOverload, args: Any, holds: list[bool]) -> list[bool]:
-        """Count constants that are zero as variables in sums: `0 + g` is linear."""
-        name = schema_of(func).name
-        if name in ("add", "sub") and len(args) == 2 and not all(holds):
-            other = args[holds.index(False)]
-            zero = not bool(other.any()) if isinstance(other, torch.Tensor) else other == 0
-            return [True, True] if zero else holds
-        if name in ("cat", "stack"):
-            parts = args[0]
-            fine = all(self.variable(x) is not None or not bool(x.any()) for x in parts)
-            return [True] if fine else holds
-        return holds
-
-    def _argument(self, x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
-        var = self.variable(x)
-        return self.residual(x) if var is None else var
-
-    def residual(self, t: torch.Tensor) -> Residual:
-        """Return the residual for a constant, one for each tensor."""
-        known = self._residuals.get(id(t))
-        if known is None or known.tensor is not t:
-            # Without history: an unpacked output would hold the graph alive.
-            known = Residual(t.detach() if t.requires_grad else t, self.emitter.source)
-            self._residuals[id(known.tensor)] = known
-            if known.tensor is not t:
-                self.define(known.tensor, None)
-        return known
-
-    def _write_down(
-        self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any
-    ) -> list[Var | None]:
-        outputs: list[Var | None] = []
-        flat = list(out) if isinstance(out, (tuple, list)) else [out]
-        for t in flat:
-            if not isinstance(t, torch.Tensor) or not (t.is_floating_point() or t.is_complex()):
-                # A comparison with the cotangent is frozen as it is at a random one; that it
-                # does not matter elsewhere is tested with a second one.
-                outputs.append(None)
-                if isinstance(t, torch.Tensor):
-                    self.define(t, None)
-                continue
-            var = Var(TensorSpec.of(t))
-            outputs.append(var)
-            self.define(t, var)
-        if any(v is not None for v in outputs):
-            arguments = map_leaves(self._argument, list(args))
-            self.emitter.equations.append(
-                Equation(
-                    func,
-                    tuple(arguments),
-                    map_leaves(self._argument, dict(kwargs)),
-                    tuple(outputs),
-                    self.emitter.source,
-                )
-            )
-        return outputs
-
-    # -- operations that write to their arguments ----------------------------------------
-
-    def _mutation(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        schema = schema_of(func)
-        written = [
-            args[position] if 0 <= position < len(args) else kwargs[name]
-            for position, name in schema.writes
-        ]
-        aliases = [self._aliases(t) for t in written]
-        before = [[(a, a.clone()) for a in group] for group in aliases]
-        contents = [self._content(t) for t in written]
-        values = self._functional(func, args, kwargs, written, contents)
-        out = func(*args, **kwargs)
-        for t, var, group in zip(written, values, before, strict=True):
-            changed = [a for a, old in group if not torch.equal(_bits(a), _bits(old))]
-            flat = self._flat_content(t, [*(a for a, _ in group), t]) if changed else None
-            self.define(t, var)
-            if flat is not None and var is not None:
-                self._propagate(t, var, changed, flat)
-            elif changed and var is None:
-                for a in changed:
-                    self._overwritten(a)
-        return out
-
-    def _overwritten(self, a: torch.Tensor) -> None:
-        if self.variable(a) is not None:
-            raise OpaqueError("overwrites a part of something derived from the cotangent")
-
-    def _aliases(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """Return the other live tensors on the same storage."""
-        storage = t.untyped_storage().data_ptr()
-        found = []
-        for key, entry in list(self._entries.items()):
-            other = entry.ref()
-            if other is None:
-                del self._entries[key]
-            elif other is not t and other.untyped_storage().data_ptr() == storage:
-                found.append(other)
-        return found
-
-    def _content(self, t: torch.Tensor) -> Var | Residual:
-        """Return what a tensor holds before it is written to."""
-        var = self.variable(t)
-        if var is not None:
-            return var
-        entry = self._entries.get(id(t))
-        empty = entry is not None and entry.uninitialized
-        if empty or not bool(t.any()):
-            # One zero, expanded: it costs no memory.
-            return zero_residual(TensorSpec.of(t))
-        return Residual(t.clone(), self.emitter.source)
-
-    def _functional(
-        self,
-        func: OpOverload,
-        args: Any,
-        kwargs: Any,
-        written: list[torch.Tensor],
-        contents: list[Var | Residual],
-    ) -> list[Var | None]:
-        """Write down a writing operation as one that returns new values."""
-        name = schema_of(func).name
-        target = written[0]
-        if name in ("zero_", "fill_"):
-            if name == "fill_" and self.variable(args[1]) is not None:
-                raise OpaqueError("fill_ with a number derived from the cotangent")
-            return [None]
-        if name == "copy_":
-            source = args[1]
-            if self.variable(source) is None:
-                return [None]
-            return [self._shaped(self.variable(source), target)]
-
-        def replaced(x: Any) -> Any:
-            for t, content in zip(written, contents, strict=True):
-                if x is t:
-                    return content
-            return self._argument(x)
-
-        variant = functional_variant(func)
-        out_names = {n for position, n in schema_of(func).writes if position == -1}
-        with torch.no_grad():
-            copies = {id(t): t.clone() for t in written}
-
-            def number(x: Any) -> Any:
-                return copies.get(id(x), x)
-
-            def is_variable(x: Any) -> bool:
-                for t, content in zip(written, contents, strict=True):
-                    if x is copies[id(t)] or x is t:
-                        return isinstance(content, Var) or content.source == "zeros"
-                return self.variable(x) is not None
-
-            keywords = {k: v for k, v in kwargs.items() if k not in out_names or variant is None}
-            operation: Any = variant if variant is not None else Functionalized(func)
-            if not tested_linear(
-                operation,
-                map_leaves(number, list(args)),
-                map_leaves(number, keywords),
-                is_variable,
-            ):
-                raise OpaqueError(f"{name} is not linear in the cotangent")
-        outputs = [Var(TensorSpec.of(t)) for t in written]
-        self.emitter.equations.append(
-            Equation(
-                operation,
-                tuple(map_leaves(replaced, list(args))),
-                map_leaves(replaced, keywords),
-                tuple(outputs),
-                self.emitter.source,
-            )
-        )
-        return list(outputs)
-
-    def _shaped(self, var: Var | None, like: torch.Tensor) -> Var:
-        """Write down the broadcast and cast of `var` to the shape and dtype of `like`."""
-        assert var is not None
-        spec = TensorSpec.of(like)
-        if var.spec.shape != spec.shape:
-            middle = TensorSpec(spec.shape, var.spec.dtype, var.spec.device)
-            var = self.emitter.emit(aten.expand.default, (var, list(spec.shape)), middle)
-        if var.spec != spec:
-            var = self.emitter.emit(
-                aten._to_copy.default, (var,), spec, dtype=spec.dtype, device=spec.device
-            )
-        return var
-
-    def _flat_content(self, t: torch.Tensor, group: Sequence[torch.Tensor]) -> Var | Residual:
-        """Return the whole storage under `t`, as it was before, as a flat value."""
-        count = t.untyped_storage().nbytes() // t.element_size()
-        spec = TensorSpec((count,), t.dtype, t.device)
-        for a in group:
-            if a.dtype != t.dtype:
-                raise OpaqueError("writes through a view of another dtype")
-            var = self.variable(a)
-            if var is not None and a.numel() == count and a.is_contiguous():
-                return self._flattened(var, spec)
-        flat: Var | Residual = zero_residual(spec)
-        for a in group:
-            var = self.variable(a)
-            if var is not None:
-                flat = self.emitter.emit(
-                    aten.as_strided_scatter.default,
-                    (flat, var, list(a.shape), list(a.stride()), a.storage_offset()),
-                    spec,
-                )
-        return flat
-
-    def _flattened(self, var: Var, spec: TensorSpec) -> Var:
-        # Contiguous, because the strides at a later run may be others.
-        dense = self.emitter.emit(
-            aten.clone.default, (var,), var.spec, memory_format=torch.contiguous_format
-        )
-        return self.emitter.emit(aten.view.default, (dense, list(spec.shape)), spec)
-
-    def _propagate(
-        self, t: torch.Tensor, var: Var, changed: list[torch.Tensor], flat: Var | Residual
-    ) -> None:
-        """After a write to `t`, let the changed tensors on its storage stand for the result."""
-        count = t.untyped_storage().nbytes() // t.element_size()
-        spec = TensorSpec((count,), t.dtype, t.device)
-        flat = self.emitter.emit(
-            aten.as_strided_scatter.default,
-            (flat, var, list(t.shape), list(t.stride()), t.storage_offset()),
-            spec,
-        )
-        for a in changed:
-            view = self.emitter.emit(
-                aten.as_strided.default,
-                (flat, list(a.shape), list(a.stride()), a.storage_offset()),
-                TensorSpec.of(a),
-            )
-            self.define(a, view)
-
-
-def _bits(t: torch.Tensor) -> torch.Tensor:
-    return torch.nan_to_num(t.detach().resolve_conj().resolve_neg())
 
 
 class NodeBackward(Operation):
     """The pullback of a graph node that is not written in PyTorch operations (C++ extensions)."""
 
-    __slots__ = ("inputs", "label", "node", "outputs")
+    __slots__ = ("inputs", "label", "node", "outputs", "reason")
 
     def __init__(
-        self, node: Node, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+        self,
+        node: Node,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        reason: str,
     ) -> None:
         self.node = node
         self.label = node.name()
+        #: Why it could not be written down in PyTorch operations.
+        self.reason = reason
         #: Specs of the gradients that it returns, and of those that it takes.
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
 
@@ -409,8 +51,7 @@ class NodeBackward(Operation):
     def __call__(self, *grads: torch.Tensor | None) -> Any:
         """Call the node."""
         with torch.inference_mode(False), torch.no_grad():
-            result = self.node(*(None if g is None else g.clone() for g in grads))
-        return result if isinstance(result, (tuple, list)) else (result,)
+            return call_node(self.node, [None if g is None else g.clone() for g in grads])
 
 
 def _metadata_spec(meta: Any) -> TensorSpec:
@@ -450,7 +91,7 @@ class _Walk:
         arrived = (self.pending.get(leaf, {}) for leaf in self.graph.leaves)
         return [got.get(0) for got in arrived]
 
-    def deliver(self, edge: tuple[Node, int], grad: torch.Tensor) -> None:
+    def deliver(self, edge: Edge, grad: torch.Tensor) -> None:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
         grad = _fitted(grad, _metadata_spec(input_metadata(node)[nr]))
@@ -470,21 +111,18 @@ class _Walk:
         try:
             result = self.call(node, grads)
             opaque = self.is_opaque(result)
-        except OpaqueError:
-            opaque = True
-        if opaque:
+            reason = "its result does not descend from the cotangent" if opaque else ""
+        except OpaqueError as error:
+            reason = str(error)
+        if reason:
             del self.emitter.equations[mark:]
-            self.opaque(node, grads)
+            self.opaque(node, grads, reason)
             return
-        for edge, grad in zip(node.next_functions, result, strict=False):
-            if edge[0] is None or grad is None or not self.wanted(edge[0]):
+        for (target, nr), grad in zip(node.next_functions, result, strict=False):
+            if target is None or grad is None or target not in self.reached:
                 continue
             if self.recorder.variable(grad) is not None:
-                self.deliver(edge, grad)
-
-    def wanted(self, node: Node) -> bool:
-        """Whether a node leads to a leaf."""
-        return node in self.reached
+                self.deliver((target, nr), grad)
 
     def call(self, node: Node, grads: list[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
         """Call a built-in node."""
@@ -495,7 +133,7 @@ class _Walk:
                 "operator, call register_autograd)"
             )
         try:
-            result = node(*grads)
+            return call_node(node, grads)
         except LinearizeError:
             raise
         except RuntimeError as error:
@@ -510,7 +148,6 @@ class _Walk:
             raise UnsupportedError(
                 f"{name}: PyTorch cannot apply its derivative: {text}"
             ) from error
-        return result if isinstance(result, (tuple, list)) else (result,)
 
     def is_opaque(self, result: Sequence[torch.Tensor | None]) -> bool:
         """Whether a gradient does not descend from the cotangents although it is not zero."""
@@ -518,13 +155,13 @@ class _Walk:
             g is not None and self.recorder.variable(g) is None and bool(g.any()) for g in result
         )
 
-    def opaque(self, node: Node, grads: list[torch.Tensor | None]) -> None:
-        """Write down a node as one operation."""
+    def opaque(self, node: Node, grads: list[torch.Tensor | None], reason: str) -> None:
+        """Write down a node as one operation, because of `reason`."""
         edges = node.next_functions
         specs = [None if n is None else _metadata_spec(input_metadata(n)[nr]) for n, nr in edges]
         takes = [_metadata_spec(m) for m in input_metadata(node)]
         gives = [s for s in specs if s is not None]
-        self.place(NodeBackward(node, gives, takes), edges, specs, grads)
+        self.place(NodeBackward(node, gives, takes, reason), edges, specs, grads)
 
     def custom(self, custom: CustomNode, node: Node, received: dict[int, torch.Tensor]) -> None:
         """Write down a custom Function's node as one operation."""
@@ -542,10 +179,10 @@ class _Walk:
     ) -> None:
         """Write down an operation that is not executed, and let random numbers stand for it."""
         outputs: list[Var | None] = []
-        after: list[tuple[tuple[Node, int], torch.Tensor]] = []
+        after: list[tuple[Edge, torch.Tensor]] = []
         for edge, spec in zip(edges, specs, strict=True):
             node, nr = edge
-            if node is None or spec is None or not self.wanted(node):
+            if node is None or spec is None or node not in self.reached:
                 outputs.append(None)
                 continue
             var = Var(spec)
@@ -640,12 +277,12 @@ def record_function(
         results = list(fn(*arguments))
     outputs: list[Var | None] = []
     specs: list[TensorSpec] = []
-    for t, spec in zip(results, out_specs, strict=True):
+    for got, spec in zip(results, out_specs, strict=True):
         if spec is None:
             continue
         specs.append(spec)
-        var = None if t is None else recorder.variable(t)
-        if t is not None and var is None and bool(t.any()):
+        var = None if got is None else recorder.variable(got)
+        if got is not None and var is None and bool(got.any()):
             raise OpaqueError("returns something that does not descend from its argument")
         outputs.append(var)
     return Program(inputs, emitter.equations, outputs, specs, name).live(), arguments, results

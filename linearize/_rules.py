@@ -69,6 +69,11 @@ def fit(e: Emitter, ct: Var, spec: TensorSpec) -> Var:
     return ct
 
 
+def _filled(args: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return positional arguments after the first with defaults for those that are absent."""
+    return args + defaults[len(args) - 1 :]
+
+
 def _with(spec: TensorSpec, **changes: Any) -> TensorSpec:
     fields = {"shape": spec.shape, "dtype": spec.dtype, "device": spec.device, **changes}
     return TensorSpec(**fields)
@@ -255,7 +260,7 @@ def _expand(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
 
 @rule(aten.slice.Tensor)
 def _slice(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    x, dim, start, end, step = (*eq.args, *(0, None, None, 1)[len(eq.args) - 1 :])
+    x, dim, start, end, step = _filled(eq.args, (0, None, None, 1))
     size = x.spec.shape[dim]
     start, end, _ = slice(start, end).indices(size)
     args = (cts[0], list(x.spec.shape), dim, start, max(start, end), step)
@@ -319,6 +324,49 @@ def _roll(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
 def _flip(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
     x, dims = eq.args
     return [(x, e.emit(aten.flip.default, (cts[0], dims), x.spec))]
+
+
+@rule(aten.as_strided.default)
+def _as_strided(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    # Only on a flat argument, where size, stride and offset mean the same at every run.
+    x, size, stride, offset = _filled(eq.args, (None, None, 0))
+    ct = cts[0]
+    assert ct is not None
+    if len(x.spec.shape) != 1 or offset is None or _overlaps(size, stride):
+        return None
+    args = (zero_residual(x.spec), ct, size, stride, offset)
+    return [(x, e.emit(aten.as_strided_scatter.default, args, x.spec))]
+
+
+@rule(aten.as_strided_scatter.default)
+def _as_strided_scatter(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    # PyTorch's own derivative with respect to the first argument is not its transpose.
+    x, src, size, stride, offset = eq.args
+    ct = cts[0]
+    assert ct is not None
+    if len(ct.spec.shape) != 1 or _overlaps(size, stride):
+        return None
+    ct = e.emit(aten.clone.default, (ct,), ct.spec, memory_format=torch.contiguous_format)
+    results = []
+    if isinstance(x, Var):
+        hole = zero_residual(_with(ct.spec, shape=tuple(size)))
+        args = (ct, hole, size, stride, offset)
+        results.append((x, e.emit(aten.as_strided_scatter.default, args, x.spec)))
+    if isinstance(src, Var):
+        args = (ct, size, stride, offset)
+        results.append((src, e.emit(aten.as_strided.default, args, src.spec)))
+    return results
+
+
+def _overlaps(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether two indices may lead to one place (never wrongly denied)."""
+    reach = 0
+    for step, count in sorted(zip(stride, size, strict=True)):
+        if count > 1:
+            if step <= reach:
+                return True
+            reach += step * (count - 1)
+    return False
 
 
 # -- reductions -------------------------------------------------------------------------------

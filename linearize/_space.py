@@ -206,15 +206,16 @@ class Space:
                 )
                 raise StructureError(
                     f"{self.word}{path}: keys differ from those of the {self.of}: "
-                    f"missing {', '.join(missing) or 'none'}, unexpected {', '.join(extra) or 'none'}"
+                    f"missing {', '.join(missing) or 'none'}, "
+                    f"unexpected {', '.join(extra) or 'none'}"
                 )
             for key, child in zip(keys, expected, strict=True):
                 self._flatten_up_to(tree[key], child, f"{path}[{key!r}]", leaves)
             return
         if len(children) != len(expected):
             raise StructureError(
-                f"{self.word}{path}: expected {len(expected)} {self._items(path, len(expected))} as "
-                f"in the {self.of}, got {len(children)}"
+                f"{self.word}{path}: expected {len(expected)} "
+                f"{self._items(path, len(expected))} as in the {self.of}, got {len(children)}"
             )
         if own.context != spec.context:
             raise StructureError(

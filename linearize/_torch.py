@@ -28,6 +28,7 @@ __all__ = [
     "TorchDispatchMode",
     "aten",
     "batched_or_wrapped",
+    "call_node",
     "decompositions",
     "eager_compiled_functions",
     "forward_class",
@@ -37,6 +38,7 @@ __all__ = [
     "is_custom",
     "is_view_op",
     "key_string",
+    "lazy_bits_respected",
     "leaf_variable",
     "materialized_arguments",
     "pytree",
@@ -81,6 +83,12 @@ def is_custom(node: Node) -> bool:
     return isinstance(node, BackwardCFunction)
 
 
+def call_node(node: Any, grads: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+    """Call a built-in graph node with gradients of its outputs."""
+    result = node(*grads)
+    return result if isinstance(result, (tuple, list)) else (result,)
+
+
 def forward_class(node: Node) -> Any:
     """Return the `torch.autograd.Function` subclass that made a custom node."""
     return node._forward_cls  # type: ignore[attr-defined]
@@ -91,9 +99,23 @@ def leaf_variable(node: Node) -> torch.Tensor | None:
     return getattr(node, "variable", None)
 
 
-def input_metadata(node: Node) -> Sequence[Any]:
+def input_metadata(node: Any) -> Sequence[Any]:
     """Return shape, dtype and device of each gradient that the node receives."""
-    return node._input_metadata  # type: ignore[no-any-return, attr-defined]
+    metadata: Sequence[Any] = node._input_metadata
+    return metadata
+
+
+def lazy_bits_respected() -> contextlib.AbstractContextManager[Any]:
+    """Let operations inside `__torch_dispatch__` see conjugate, negative and zero bits.
+
+    PyTorch hands over below the keys that resolve these bits, so that there
+    `x.conj() * 2` would be `x * 2`, also inside composite operations such as `linalg.pinv`.
+    """
+    key = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for lazy in (key.Conjugate, key.Negative, key.ZeroTensor):
+        excluded = excluded.remove(lazy)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def decompositions(op: Any) -> Callable[..., Any] | None:
@@ -135,7 +157,7 @@ def materialized_arguments(node: Node, output_nr: int) -> tuple[torch.Tensor | N
 
     meta = input_metadata(node)[output_nr]
     zero = torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device)
-    edges = [GradientEdge(*edge) for edge in node.next_functions if edge[0] is not None]
+    edges = [GradientEdge(n, nr) for n, nr in node.next_functions if n is not None]
     attributes = node.__dict__
     attributes["apply"] = probe
     try:

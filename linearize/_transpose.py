@@ -22,7 +22,8 @@ from ._functions import CustomBackward, CustomJvp, CustomNode
 from ._linearity import close
 from ._materialize import dense_transpose
 from ._program import Emitter, Equation, Program, Residual, Var, map_leaves
-from ._record import NodeBackward, OpaqueError, record_function, record_pullback
+from ._record import NodeBackward, record_function, record_pullback
+from ._recorder import OpaqueError
 from ._rules import fit, rule_for
 from ._space import TensorSpec
 from ._torch import aten, decompositions
@@ -111,7 +112,7 @@ def _turned(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[V
         turned = CustomBackward(op.node)
     else:
         kind = NodeBackward if isinstance(op, TransposedNode) else TransposedNode
-        turned = kind(op.node, op.inputs, op.outputs)
+        turned = kind(op.node, op.inputs, op.outputs, op.reason)
     outs = tuple(Var(a.spec) if isinstance(a, Var) else None for a in eq.args)
     e.equations.append(Equation(turned, tuple(cts), {}, outs, eq.source))
     return [(a, out) for a, out in zip(eq.args, outs, strict=True) if isinstance(a, Var) and out]
@@ -193,7 +194,7 @@ def _replacement(eq: Equation, policy: Policy) -> Program:
     # `fn` maps the equation's outputs to its arguments: it is the given direction.
     try:
         if isinstance(op, TransposedNode):
-            raise OpaqueError("it is not written in PyTorch operations")
+            raise OpaqueError(op.reason)
         given = _recorded(fn, ins, outs, name, has)
     except OpaqueError as reason:
         if not policy.materialize:
@@ -343,7 +344,7 @@ def _by_decomposition(
             fn, [v.spec for v in variables], specs, name=eq.name, source=eq.source
         )
         turned = transpose(program)
-    except LinearizeError:
+    except (LinearizeError, RuntimeError):
         return None
     present = [ct for v, ct in zip(eq.outputs, cts, strict=True) if v is not None]
     turned = turned.restricted([ct is not None for ct in present])

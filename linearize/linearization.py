@@ -152,7 +152,7 @@ class Product:
     def _apply(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Apply the map to flat lists of tensors, None for zero."""
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return list(_DifferentiableProduct.apply(self, *tensors))
+            return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
         present = tuple(t is not None for t in tensors)
         self._check_open()
         executor = self._executor(present)

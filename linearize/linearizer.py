@@ -111,7 +111,7 @@ class Linearizer:
         if found is None:
             self._memo.missed()
             return self._run(args, kwargs, argnums, None)
-        key, structure, owners, stamps = found
+        key, structure, _, stamps = found
         while True:
             point = self._memo.get(key, (structure, [v for _, v in stamps]))
             if point is not None and not point.closed:
@@ -226,8 +226,8 @@ class Linearizer:
         for p, r in zip(positions, resolved, strict=True):
             if not 0 <= r < count:
                 raise StructureError(
-                    f"argnums={given!r}: position {p} is out of range, at() got {count} positional "
-                    "arguments"
+                    f"argnums={given!r}: position {p} is out of range, at() got {count} "
+                    "positional arguments"
                 )
         if len(set(resolved)) != len(resolved):
             raise StructureError(f"argnums={given!r}: a position stands twice")

@@ -125,7 +125,7 @@ def _explain(
     f: Callable[..., Any], primals: Any, report: Report, rtol: float, step: float
 ) -> None:
     """Raise with the name of what is at fault."""
-    faults = []
+    faults: list[str] = []
     for node, arguments in _custom_nodes(f, primals):
         faults.extend(_faults(node, arguments, rtol, step))
     if not faults and report.functions:
@@ -161,13 +161,16 @@ def _faults(
         if node.has_jvp:
             try:
                 got = node.jvp(v, [spec is not None for spec in inside])
-            except LinearizeError as error:
-                yield str(error)
+            except LinearizeError as failure:
+                yield str(failure)
                 return
             jv = [t for t, spec in zip(got, inside, strict=True) if spec is not None]
             error = _difference([t for t in jv if t is not None], expected)
             if error > rtol:
-                yield f"{node.name}.jvp differs from finite differences of its forward by {error:.1e}"
+                yield (
+                    f"{node.name}.jvp differs from finite differences of its forward by "
+                    f"{error:.1e}"
+                )
         if node.has_backward:
             back = node.backward(u)
             jtu = [

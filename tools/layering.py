@@ -14,7 +14,7 @@ PACKAGE = "linearize"
 FLOORS = (
     ("errors", "_torch"),
     ("_space", "_program", "_memo"),
-    ("_functions", "_capture", "_linearity", "_record"),
+    ("_functions", "_capture", "_linearity", "_recorder", "_record"),
     ("_execute", "_materialize", "_rules", "_transpose", "_simplify"),
     ("linearization",),
     ("linearizer",),

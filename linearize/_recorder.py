@@ -1,0 +1,413 @@
+"""Floor 2: the recorder, which writes down what is done to variables.
+
+A `Recorder` is a dispatch mode: it sees every ATen operation that runs under it. Operations
+on variables become equations; operations on constants just run. Writes into tensors are
+turned into operations that return new values, also through views.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ._linearity import (
+    CONSTANT,
+    READS_NUMBERS,
+    UNINITIALIZED,
+    Schema,
+    functional_variant,
+    known_linear,
+    schema_of,
+    tested_linear,
+)
+from ._program import (
+    Emitter,
+    Equation,
+    Operation,
+    Residual,
+    Var,
+    leaves,
+    map_leaves,
+    zero_residual,
+)
+from ._space import TensorSpec
+from ._torch import OpOverload, TorchDispatchMode, aten, lazy_bits_respected
+from .errors import LinearizeError
+
+
+class OpaqueError(LinearizeError):
+    """Raised inside a recording that meets code which it cannot follow."""
+
+
+class _Entry:
+    """A tensor met while recording: its variable (None for a constant)."""
+
+    __slots__ = ("ref", "uninitialized", "var")
+
+    def __init__(self, t: torch.Tensor, var: Var | None, uninitialized: bool = False) -> None:
+        self.ref = weakref.ref(t)
+        self.var = var
+        self.uninitialized = uninitialized
+
+
+class Functionalized(Operation):
+    """An operation that writes to its arguments, run on copies; returns what it wrote."""
+
+    __slots__ = ("op", "writes")
+    may_alias = False
+
+    def __init__(self, op: OpOverload) -> None:
+        self.op = op
+        self.writes = schema_of(op).writes
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"functional {schema_of(self.op).name}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the operation on copies."""
+        arguments, keywords = list(args), dict(kwargs)
+        written = []
+        for position, name in self.writes:
+            if position >= 0 and position < len(arguments):
+                arguments[position] = t = arguments[position].clone()
+            else:
+                keywords[name] = t = keywords[name].clone()
+            written.append(t)
+        self.op(*arguments, **keywords)
+        return written[0] if len(written) == 1 else written
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down what is done to variables.
+
+    Parameters
+    ----------
+    emitter
+        Receives the equations.
+    """
+
+    def __init__(self, emitter: Emitter) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.emitter = emitter
+        self._entries: dict[int, _Entry] = {}
+        self._residuals: dict[int, Residual] = {}
+
+    def define(self, t: torch.Tensor, var: Var | None, uninitialized: bool = False) -> None:
+        """Let `t` stand for `var` from now on."""
+        self._entries[id(t)] = _Entry(t, var, uninitialized)
+
+    def variable(self, t: Any) -> Var | None:
+        """Return the variable that `t` stands for, None for a constant."""
+        entry = self._entries.get(id(t))
+        return entry.var if entry is not None and entry.ref() is t else None
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        with lazy_bits_respected():
+            return self._see(func, args, kwargs or {})
+
+    def _see(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        schema = schema_of(func)
+        derived = any(
+            isinstance(x, torch.Tensor) and self.variable(x) is not None
+            for x in leaves((args, kwargs))
+        )
+        if not derived or func in CONSTANT:
+            if schema.writes and self._residuals:
+                self._keep_residuals(schema, args, kwargs)
+            out = func(*args, **kwargs)
+            for t in leaves(out):
+                if isinstance(t, torch.Tensor) and self.variable(t) is None:
+                    self.define(t, None, func in UNINITIALIZED)
+            return out
+        if func in READS_NUMBERS:
+            raise OpaqueError(f"reads the numbers in its argument ({schema.name})")
+        if schema.writes:
+            return self._mutation(func, args, kwargs)
+        linear = self._linear_outputs(func, args, kwargs)
+        out = func(*args, **kwargs)
+        self._write_down(func, args, kwargs, out, linear)
+        return out
+
+    # -- one operation ------------------------------------------------------------------
+
+    def _linear_outputs(self, func: OpOverload, args: Any, kwargs: Any) -> list[bool] | None:
+        """Return which outputs are linear in the variables, the rest being constants.
+
+        None stands for all. Raises `OpaqueError` if an output is neither.
+        """
+        holds = [any(self.variable(x) is not None for x in leaves(a)) for a in args]
+        keyword = any(self.variable(x) is not None for x in leaves(kwargs))
+        if not keyword and known_linear(func, self._without_zeros(func, args, holds)):
+            return None
+        with torch.no_grad():
+            linear = tested_linear(func, args, kwargs, lambda x: self.variable(x) is not None)
+        if linear is None:
+            raise OpaqueError(f"{schema_of(func).name} is not linear in the cotangent")
+        return linear
+
+    def _without_zeros(self, func: OpOverload, args: Any, holds: list[bool]) -> list[bool]:
+        """Count constants that are zero as variables in sums: `0 + g` is linear."""
+        name = schema_of(func).name
+        if name in ("add", "sub") and len(args) == 2 and not all(holds):
+            other = args[holds.index(False)]
+            zero = not bool(other.any()) if isinstance(other, torch.Tensor) else other == 0
+            return [True, True] if zero else holds
+        if name in ("cat", "stack"):
+            parts = args[0]
+            fine = all(self.variable(x) is not None or not bool(x.any()) for x in parts)
+            return [True] if fine else holds
+        return holds
+
+    def _argument(self, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        var = self.variable(x)
+        return self.residual(x) if var is None else var
+
+    def residual(self, t: torch.Tensor) -> Residual:
+        """Return the residual for a constant, one for each tensor."""
+        known = self._residuals.get(id(t))
+        if known is None or known.tensor is not t:
+            # Without history: an unpacked output would hold the graph alive.
+            known = Residual(t.detach() if t.requires_grad else t, self.emitter.source)
+            self._residuals[id(known.tensor)] = known
+            if known.tensor is not t:
+                self.define(known.tensor, None)
+        return known
+
+    def _keep_residuals(self, schema: Schema, args: Any, kwargs: Any) -> None:
+        """Give residuals copies of their own before a constant is overwritten."""
+        written = {
+            (args[i] if 0 <= i < len(args) else kwargs[name]).untyped_storage().data_ptr()
+            for i, name in schema.writes
+        }
+        for key, r in list(self._residuals.items()):
+            if r.tensor.untyped_storage().data_ptr() in written:
+                del self._residuals[key]
+                r.tensor = r.tensor.clone()
+                r.version = r.tensor._version
+
+    def _write_down(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any, linear: list[bool] | None
+    ) -> None:
+        outputs: list[Var | None] = []
+        flat = list(out) if isinstance(out, (tuple, list)) else [out]
+        known = iter(linear if linear is not None else [True] * len(flat))
+        for t in flat:
+            depends = isinstance(t, torch.Tensor) and next(known)
+            if not depends or not (t.is_floating_point() or t.is_complex()):
+                # A comparison with the cotangent is frozen as it is at a random one; that it
+                # does not matter elsewhere is tested with a second one.
+                outputs.append(None)
+                if isinstance(t, torch.Tensor):
+                    self.define(t, None)
+                continue
+            var = Var(TensorSpec.of(t))
+            outputs.append(var)
+            self.define(t, var)
+        if any(v is not None for v in outputs):
+            arguments = map_leaves(self._argument, list(args))
+            self.emitter.equations.append(
+                Equation(
+                    func,
+                    tuple(arguments),
+                    map_leaves(self._argument, dict(kwargs)),
+                    tuple(outputs),
+                    self.emitter.source,
+                )
+            )
+
+    # -- operations that write to their arguments ----------------------------------------
+
+    def _mutation(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        schema = schema_of(func)
+        written = [
+            args[position] if 0 <= position < len(args) else kwargs[name]
+            for position, name in schema.writes
+        ]
+        aliases = [self._aliases(t) for t in written]
+        before = [[(a, a.clone()) for a in group] for group in aliases]
+        contents = [self._content(t) for t in written]
+        values = self._functional(func, args, kwargs, written, contents)
+        out = func(*args, **kwargs)
+        for t, var, group in zip(written, values, before, strict=True):
+            changed = [a for a, old in group if not torch.equal(_bits(a), _bits(old))]
+            flat = self._flat_content(t, [*(a for a, _ in group), t]) if changed else None
+            if var is not None:
+                var.spec = TensorSpec.of(t)  # `unsqueeze_` and the like change the shape
+            self.define(t, var)
+            if flat is None:
+                continue
+            if var is not None:
+                self._propagate(t, var, changed, flat)
+            elif isinstance(flat, Var):
+                if bool(t.any()):
+                    raise OpaqueError("writes a constant into something linear in the cotangent")
+                self._propagate(t, zero_residual(TensorSpec.of(t)), changed, flat)
+        return out
+
+    def _aliases(self, t: torch.Tensor) -> list[torch.Tensor]:
+        """Return the other live tensors on the same storage."""
+        storage = t.untyped_storage().data_ptr()
+        found = []
+        for key, entry in list(self._entries.items()):
+            other = entry.ref()
+            if other is None:
+                del self._entries[key]
+            elif other is not t and other.untyped_storage().data_ptr() == storage:
+                found.append(other)
+        return found
+
+    def _content(self, t: torch.Tensor) -> Var | Residual:
+        """Return what a tensor holds before it is written to."""
+        var = self.variable(t)
+        if var is not None:
+            return var
+        entry = self._entries.get(id(t))
+        empty = entry is not None and entry.uninitialized
+        if empty or not bool(t.any()):
+            # One zero, expanded: it costs no memory.
+            return zero_residual(TensorSpec.of(t))
+        return Residual(t.clone(), self.emitter.source)
+
+    def _functional(
+        self,
+        func: OpOverload,
+        args: Any,
+        kwargs: Any,
+        written: list[torch.Tensor],
+        contents: list[Var | Residual],
+    ) -> list[Var | None]:
+        """Write down a writing operation as one that returns new values."""
+        name = schema_of(func).name
+        target = written[0]
+        if name in ("zero_", "fill_"):
+            if name == "fill_" and self.variable(args[1]) is not None:
+                raise OpaqueError("fill_ with a number derived from the cotangent")
+            return [None]
+        if name == "copy_":
+            source = args[1]
+            if self.variable(source) is None:
+                return [None]
+            return [self._shaped(self.variable(source), target)]
+
+        def replaced(x: Any) -> Any:
+            for t, content in zip(written, contents, strict=True):
+                if x is t:
+                    return content
+            return self._argument(x)
+
+        variant = functional_variant(func)
+        out_names = {n for position, n in schema_of(func).writes if position == -1}
+        with torch.no_grad():
+            copies = {id(t): t.clone() for t in written}
+
+            def number(x: Any) -> Any:
+                return copies.get(id(x), x)
+
+            def is_variable(x: Any) -> bool:
+                for t, content in zip(written, contents, strict=True):
+                    if x is copies[id(t)] or x is t:
+                        return isinstance(content, Var) or content.source == "zeros"
+                return self.variable(x) is not None
+
+            keywords = {k: v for k, v in kwargs.items() if k not in out_names or variant is None}
+            operation: Any = variant if variant is not None else Functionalized(func)
+            linear = tested_linear(
+                operation,
+                map_leaves(number, list(args)),
+                map_leaves(number, keywords),
+                is_variable,
+            )
+            if linear is None or not all(linear):
+                raise OpaqueError(f"{name} is not linear in the cotangent")
+        outputs = [Var(TensorSpec.of(t)) for t in written]
+        self.emitter.equations.append(
+            Equation(
+                operation,
+                tuple(map_leaves(replaced, list(args))),
+                map_leaves(replaced, keywords),
+                tuple(outputs),
+                self.emitter.source,
+            )
+        )
+        return list(outputs)
+
+    def _shaped(self, var: Var | None, like: torch.Tensor) -> Var:
+        """Write down the broadcast and cast of `var` to the shape and dtype of `like`."""
+        assert var is not None
+        spec = TensorSpec.of(like)
+        if var.spec.shape != spec.shape:
+            middle = TensorSpec(spec.shape, var.spec.dtype, var.spec.device)
+            var = self.emitter.emit(aten.expand.default, (var, list(spec.shape)), middle)
+        if var.spec != spec:
+            var = self.emitter.emit(
+                aten._to_copy.default, (var,), spec, dtype=spec.dtype, device=spec.device
+            )
+        return var
+
+    def _flat_content(self, t: torch.Tensor, group: Sequence[torch.Tensor]) -> Var | Residual:
+        """Return the whole storage under `t`, as it was before, as a flat value."""
+        count = t.untyped_storage().nbytes() // t.element_size()
+        spec = TensorSpec((count,), t.dtype, t.device)
+        for a in group:
+            if a.dtype != t.dtype:
+                raise OpaqueError("writes through a view of another dtype")
+            var = self.variable(a)
+            if var is not None and a.numel() == count and a.is_contiguous():
+                return self._flattened(var, spec)
+        flat: Var | Residual = zero_residual(spec)
+        for a in group:
+            var = self.variable(a)
+            if var is not None:
+                flat = self.emitter.emit(
+                    aten.as_strided_scatter.default,
+                    (flat, var, list(a.shape), list(a.stride()), a.storage_offset()),
+                    spec,
+                )
+        return flat
+
+    def _flattened(self, var: Var, spec: TensorSpec) -> Var:
+        # Contiguous, because the strides at a later run may be others.
+        dense = self.emitter.emit(
+            aten.clone.default, (var,), var.spec, memory_format=torch.contiguous_format
+        )
+        return self.emitter.emit(aten.view.default, (dense, list(spec.shape)), spec)
+
+    def _propagate(
+        self,
+        t: torch.Tensor,
+        var: Var | Residual,
+        changed: list[torch.Tensor],
+        flat: Var | Residual,
+    ) -> None:
+        """After a write to `t`, let the changed tensors on its storage stand for the result."""
+        count = t.untyped_storage().nbytes() // t.element_size()
+        spec = TensorSpec((count,), t.dtype, t.device)
+        flat = self.emitter.emit(
+            aten.as_strided_scatter.default,
+            (flat, var, list(t.shape), list(t.stride()), t.storage_offset()),
+            spec,
+        )
+        for a in changed:
+            view = self.emitter.emit(
+                aten.as_strided.default,
+                (flat, list(a.shape), list(a.stride()), a.storage_offset()),
+                TensorSpec.of(a),
+            )
+            self.define(a, view)
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    return torch.nan_to_num(t.detach().resolve_conj().resolve_neg())
