@@ -20,14 +20,16 @@ from ._functions import ContextRecords, CustomNode
 from ._space import Space, TensorSpec, differentiable
 from ._torch import (
     Node,
+    TorchDispatchMode,
     batched_or_wrapped,
     eager_compiled_functions,
     functorch_active,
     is_custom,
     key_string,
+    lazy_bits_respected,
     leaf_variable,
     pytree,
-    saved_attributes,
+    saved_tensors,
 )
 from .errors import StructureError, UnsupportedError
 
@@ -69,12 +71,8 @@ class Graph:
         for node in self.order:
             if node in self.custom:
                 yield from self.custom[node].kept()
-                continue
-            for name in saved_attributes(node):
-                saved = getattr(node, name, None)
-                for t in saved if isinstance(saved, (tuple, list)) else (saved,):
-                    if isinstance(t, torch.Tensor):
-                        yield t
+            else:
+                yield from saved_tensors(node)
 
 
 def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
@@ -134,11 +132,18 @@ def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[t
 
 
 class _Reads(TorchFunctionMode):
-    """Notes every tensor that PyTorch's Python interface is given while f runs."""
+    """Notes every tensor that PyTorch's Python interface is given while f runs.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    thaw
+        Whether to hand on copies of inference tensors, which autograd does not accept.
+    """
+
+    def __init__(self, *, thaw: bool = False) -> None:
         super().__init__()
         self._seen: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._thaw = thaw
 
     def __torch_function__(
         self,
@@ -155,10 +160,15 @@ class _Reads(TorchFunctionMode):
                     seen[id(a)] = weakref.ref(a)
             elif type(a) in (list, tuple):
                 self._note(a)
-        if not kwargs:
-            return func(*args)
-        self._note(kwargs.values())
-        return func(*args, **kwargs)
+        if kwargs:
+            self._note(kwargs.values())
+        if self._thaw and not getattr(func, "__name__", "").endswith("_"):
+            args, kwargs = pytree.tree_map(_thawed, (args, kwargs))
+        if func in _RUNS_BACKWARD:
+            # Python code that runs inside is out of this mode's sight.
+            with _DeepReads(self):
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
     def _note(self, items: Iterable[Any]) -> None:
         for a in items:
@@ -175,6 +185,48 @@ class _Reads(TorchFunctionMode):
             for ref, t in alive
             if t is not None and not batched_or_wrapped(t) and not t.is_inference()
         ]
+
+
+_RUNS_BACKWARD = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+
+
+def _thawed(x: Any) -> Any:
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+
+
+class _DeepReads(TorchDispatchMode):
+    """Notes the tensors that operations are given inside a backward run by f."""
+
+    def __init__(self, reads: _Reads) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._reads = reads
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self._reads._note(args)
+        with lazy_bits_respected():
+            return func(*args, **(kwargs or {}))
+
+
+def _scripted_state(f: Any, arguments: Any) -> Iterator[torch.Tensor]:
+    """Yield parameters and buffers of TorchScript modules in reach, which run out of sight."""
+    inside = [
+        cell.cell_contents for cell in getattr(f, "__closure__", None) or () if _filled(cell)
+    ]
+    for thing in (f, getattr(f, "__self__", None), *inside, *pytree.tree_leaves(arguments)):
+        if isinstance(thing, torch.nn.Module):
+            for module in thing.modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    yield from module.parameters()
+                    yield from module.buffers()
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a closure over a name that has no value yet
+        return False
 
 
 @dataclasses.dataclass(slots=True)
@@ -259,16 +311,18 @@ def capture(
             "linearize the transformed function instead, or use linearize.func"
         )
     primals = tuple(args[i] for i in argnums)
+    _check_layouts(primals)
     in_space = Space.of_tree(primals, "tangent", "primals")
-    _check_primals(primals, in_space)
+    _check_some(primals, in_space)
     records = ContextRecords() if records is None else records
-    reads = _Reads() if watch else None
+    frozen = torch.is_inference_mode_enabled()
+    reads = _Reads(thaw=frozen) if watch or frozen else None
     with torch.inference_mode(False), torch.enable_grad():
         leaves: list[torch.Tensor] = []
 
         def alias(x: Any, differentiate: bool) -> Any:
             if not isinstance(x, torch.Tensor):
-                return x
+                return x.copy() if copy and hasattr(x, "__array_interface__") else x
             t = x.clone().detach() if copy or x.is_inference() else x.detach()
             if differentiate and differentiable(t):
                 leaves.append(t.requires_grad_())
@@ -290,6 +344,7 @@ def capture(
             if reads is None:
                 result = f(*arguments, **keywords)
             else:
+                reads._note(_scripted_state(f, (args, kwargs)))
                 with reads:
                     result = f(*arguments, **keywords)
         aux = None
@@ -331,10 +386,13 @@ def _edge(output: torch.Tensor) -> Edge | None:
     return edge.node, edge.output_nr
 
 
-def _check_primals(primals: tuple[Any, ...], space: Space) -> None:
-    for leaf, path in zip(pytree.tree_leaves(primals), space.paths, strict=True):
+def _check_layouts(primals: tuple[Any, ...]) -> None:
+    for path, leaf in pytree.tree_flatten_with_path(primals)[0]:
         if isinstance(leaf, torch.Tensor):
-            _check_tensor(leaf, f"primal{path}")
+            _check_tensor(leaf, f"primal{key_string(path)}")
+
+
+def _check_some(primals: tuple[Any, ...], space: Space) -> None:
     if not space.tensors:
         kinds = ", ".join(
             f"primal{path}: {_kind(leaf)}"

@@ -146,17 +146,23 @@ class Executor:
 
     def _to_copy(self, program: Program) -> list[bool]:
         """Tell which results may share memory with an argument, a residual or a user's tensor."""
-        fresh: set[Var] = set()
+        #: For each variable, the one whose memory it may share; None for foreign memory.
+        root: dict[Var, Var | None] = dict.fromkeys(program.inputs)
         for eq in program.equations:
+            outs = [v for v in eq.outputs if v is not None]
             if isinstance(eq.op, Operation):
-                if not eq.op.may_alias:
-                    fresh.update(v for v in eq.outputs if v is not None)
-            elif not _may_alias(eq.op) or all(v in fresh for v in eq.inputs()):
-                fresh.update(v for v in eq.outputs if v is not None)
-        copies, seen = [], set()
+                root.update((v, None if eq.op.may_alias else v) for v in outs)
+            elif not _may_alias(eq.op):
+                root.update((v, v) for v in outs)
+            else:
+                roots = {root[v] for v in eq.inputs()}
+                foreign = bool(eq.residuals()) or len(roots) != 1
+                root.update((v, None if foreign else next(iter(roots))) for v in outs)
+        copies, taken = [], set()
         for v in program.outputs:
-            copies.append(v is not None and (v not in fresh or v in seen))
-            seen.add(v)
+            owner = None if v is None else root[v]
+            copies.append(v is not None and (owner is None or owner in taken))
+            taken.add(owner)
         return copies
 
     def check_residuals(self) -> None:

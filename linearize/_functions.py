@@ -27,7 +27,7 @@ from ._torch import (
     materialized_arguments,
     pytree,
 )
-from .errors import FunctionContractError
+from .errors import FunctionContractError, StructureError
 
 _REGISTERED: dict[str, Callable[..., Any]] = {}
 
@@ -52,14 +52,14 @@ def register_jvp(op: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises
     ------
-    TypeError
+    StructureError
         If `op` is not a custom operator.
     """
     overload = getattr(op, "_opoverload", op)
     if not isinstance(overload, OpOverload):
         overload = getattr(op, "default", None)
     if not isinstance(overload, OpOverload):
-        raise TypeError(f"register_jvp: expected a torch.library custom op, got {op!r}")
+        raise StructureError(f"register_jvp: expected a torch.library custom op, got {op!r}")
     namespace, _, name = overload._schema.name.partition("::")
     key = f"GeneratedBackwardFor_{namespace}_{name}_{overload._overloadname}"
     _REGISTERED[key] = fn
@@ -303,9 +303,11 @@ class CustomNode:
             for r in (*self._saved, *self._attributes, *(self._record.saved_for_forward or ())):
                 if r is not None:
                     r.check()
-            yield
-            # What the user's own method changed on its context is its own affair.
-            self._stamp()
+            try:
+                yield
+            finally:
+                # What the user's own method changed on its context is its own affair.
+                self._stamp()
 
     def _saved_tensors(self) -> Iterable[torch.Tensor]:
         return (t for t in self.ctx.saved_tensors if t is not None)

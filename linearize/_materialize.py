@@ -91,7 +91,7 @@ def dense_transpose(
                 if here
             ]
             matrix[row] = torch.cat(parts)
-    return _around(matrix, rows, columns, [spec for spec in ins], wanted, name)
+    return _around(matrix, rows, columns, list(ins), wanted, name)
 
 
 def _units(ins: Sequence[TensorSpec], wanted: Sequence[bool]) -> Any:

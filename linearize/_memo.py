@@ -72,15 +72,22 @@ class Memo(Generic[P]):
         The most bytes that they may keep together; None for no limit.
     size_of
         Returns a point's bytes.
+    fresh
+        Whether a point can still be used.
     """
 
     def __init__(
-        self, maxsize: int | None, max_bytes: int | None, size_of: Callable[[P], int]
+        self,
+        maxsize: int | None,
+        max_bytes: int | None,
+        size_of: Callable[[P], int],
+        fresh: Callable[[P], bool],
     ) -> None:
         limit = float("inf") if maxsize is None else maxsize
         self._entries: cachetools.LRUCache[Hashable, _Entry[P]] = cachetools.LRUCache(limit)
         self._max_bytes = max_bytes
         self._size_of = size_of
+        self._fresh = fresh
         self._lock = threading.Lock()
         self._dead: deque[tuple[Hashable, _Entry[P]]] = deque()
         self._hits = self._misses = self._evictions = 0
@@ -90,7 +97,11 @@ class Memo(Generic[P]):
         gone = None
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and (entry.structure != structure or _changed(entry.stamps)):
+            if entry is not None and not (
+                entry.structure == structure
+                and not _changed(entry.stamps)
+                and self._fresh(entry.point)
+            ):
                 gone = self._entries.pop(key)
                 self._evictions += 1
                 entry = None
@@ -166,14 +177,15 @@ class Memo(Generic[P]):
         gone.clear()
         self._bury()
 
-    def discard(self, unwanted: Callable[[P], bool]) -> None:
-        """Drop the points for which `unwanted` is true."""
+    def tidy(self) -> None:
+        """Drop points that cannot be used any more, and what is over the budget."""
         with self._lock:
-            keys = [key for key, e in self._entries.items() if unwanted(e.point)]
+            keys = [key for key, e in self._entries.items() if not self._fresh(e.point)]
             gone = [self._entries.pop(key) for key in keys]
             self._evictions += len(gone)
         gone.clear()
         self._bury()
+        self.shrink()
 
     def stats(self) -> Stats:
         """Return the counters."""

@@ -39,9 +39,13 @@ class Residual:
         self.source = source
         self.version = None if tensor.is_inference() else tensor._version
 
+    def changed(self) -> bool:
+        """Whether the tensor was changed in place."""
+        return self.version is not None and self.tensor._version != self.version
+
     def check(self) -> None:
         """Raise `StalenessError` if the tensor was changed in place."""
-        if self.version is not None and self.tensor._version != self.version:
+        if self.changed():
             raise StalenessError(
                 f"a residual {TensorSpec.of(self.tensor)} kept for {self.source or 'a product'} "
                 f"was changed in place after the linearization (version {self.version}, now "
@@ -89,19 +93,27 @@ class Equation:
     kwargs: dict[str, Any]
     outputs: tuple[Var | None, ...]
     source: str = ""
+    _reads: tuple[Any, ...] | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
     def name(self) -> str:
         """Printable name of the operation."""
         return op_name(self.op)
 
-    def inputs(self) -> Iterator[Var]:
-        """Yield the variables that the equation reads, repeated as they are."""
-        return (x for x in leaves((self.args, self.kwargs)) if isinstance(x, Var))
+    def inputs(self) -> list[Var]:
+        """Return the variables that the equation reads, repeated as they are."""
+        return [x for x in self.reads() if type(x) is Var]
 
-    def residuals(self) -> Iterator[Residual]:
-        """Yield the residuals that the equation reads."""
-        return (x for x in leaves((self.args, self.kwargs)) if isinstance(x, Residual))
+    def residuals(self) -> list[Residual]:
+        """Return the residuals that the equation reads."""
+        return [x for x in self.reads() if type(x) is Residual]
+
+    def reads(self) -> tuple[Any, ...]:
+        """Return the variables and residuals among the arguments."""
+        if self._reads is None:  # arguments never change once an equation is made
+            found = leaves((self.args, self.kwargs))
+            self._reads = tuple(x for x in found if isinstance(x, (Var, Residual)))
+        return self._reads
 
 
 def zero_residual(spec: TensorSpec) -> Residual:
@@ -126,16 +138,19 @@ def op_name(op: Any) -> str:
     return str(op).removeprefix("aten.").removesuffix(".default")
 
 
-def leaves(tree: Any) -> Iterator[Any]:
-    """Yield the leaves of nested lists, tuples and dicts."""
-    if isinstance(tree, (list, tuple)):
-        for x in tree:
-            yield from leaves(x)
-    elif isinstance(tree, dict):
-        for x in tree.values():
-            yield from leaves(x)
-    else:
-        yield tree
+def leaves(tree: Any) -> list[Any]:
+    """Return the leaves of nested lists, tuples and dicts."""
+    found: list[Any] = []
+    _gather((tree,), found)
+    return found
+
+
+def _gather(tree: Any, found: list[Any]) -> None:
+    for x in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(x, (list, tuple, dict)):
+            _gather(x, found)
+        else:
+            found.append(x)
 
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:

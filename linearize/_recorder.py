@@ -179,12 +179,17 @@ class Recorder(TorchDispatchMode):
         """Return the residual for a constant, one for each tensor."""
         known = self._residuals.get(id(t))
         if known is None or known.tensor is not t:
-            # Without history: an unpacked output would hold the graph alive.
-            known = Residual(t.detach() if t.requires_grad else t, self.emitter.source)
-            self._residuals[id(known.tensor)] = known
-            if known.tensor is not t:
-                self.define(known.tensor, None)
+            known = self._residuals[id(t)] = Residual(t, self.emitter.source)
         return known
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        # Without history: an unpacked output would hold the graph alive. Not before, because
+        # inside a dispatch mode an alias does not share its version counter.
+        for r in self._residuals.values():
+            if r.tensor.requires_grad:
+                r.tensor = r.tensor.detach()
+        self._residuals = {}
 
     def _keep_residuals(self, schema: Schema, args: Any, kwargs: Any) -> None:
         """Give residuals copies of their own before a constant is overwritten."""
@@ -310,29 +315,22 @@ class Recorder(TorchDispatchMode):
 
         variant = functional_variant(func)
         out_names = {n for position, n in schema_of(func).writes if position == -1}
-        with torch.no_grad():
-            copies = {id(t): t.clone() for t in written}
+        keywords = {k: v for k, v in kwargs.items() if k not in out_names or variant is None}
+        operation: Any = Functionalized(func) if variant is None else variant
 
-            def number(x: Any) -> Any:
-                return copies.get(id(x), x)
+        def is_variable(x: Any) -> bool:
+            for t, content in zip(written, contents, strict=True):
+                if x is t:
+                    return isinstance(content, Var) or content.source == "zeros"
+            return self.variable(x) is not None
 
-            def is_variable(x: Any) -> bool:
-                for t, content in zip(written, contents, strict=True):
-                    if x is copies[id(t)] or x is t:
-                        return isinstance(content, Var) or content.source == "zeros"
-                return self.variable(x) is not None
-
-            keywords = {k: v for k, v in kwargs.items() if k not in out_names or variant is None}
-            operation: Any = variant if variant is not None else Functionalized(func)
-            linear = tested_linear(
-                operation,
-                map_leaves(number, list(args)),
-                map_leaves(number, keywords),
-                is_variable,
-            )
+        holds = [any(is_variable(x) for x in leaves(a)) for a in args]
+        if variant is None or keywords or not known_linear(variant, holds):
+            with torch.no_grad():
+                linear = tested_linear(operation, args, keywords, is_variable)
             if linear is None or not all(linear):
                 raise OpaqueError(f"{name} is not linear in the cotangent")
-        outputs = [Var(TensorSpec.of(t)) for t in written]
+        outputs = [Var(self._natural(variant, t, args)) for t in written]
         self.emitter.equations.append(
             Equation(
                 operation,
@@ -342,7 +340,19 @@ class Recorder(TorchDispatchMode):
                 self.emitter.source,
             )
         )
-        return list(outputs)
+        return [self._shaped(var, t) for var, t in zip(outputs, written, strict=True)]
+
+    @staticmethod
+    def _natural(variant: OpOverload | None, t: torch.Tensor, args: Any) -> TensorSpec:
+        """Return what an operation gives that does not have to fit into `t`."""
+        spec = TensorSpec.of(t)
+        others = [x for x in leaves(args) if isinstance(x, torch.Tensor)]
+        if variant is None or all(x.dtype == t.dtype or not x.is_floating_point() for x in others):
+            return spec
+        dtype = t.dtype
+        for x in others:
+            dtype = torch.result_type(torch.empty(t.shape, dtype=dtype), x)
+        return TensorSpec(spec.shape, dtype, spec.device)
 
     def _shaped(self, var: Var | None, like: torch.Tensor) -> Var:
         """Write down the broadcast and cast of `var` to the shape and dtype of `like`."""

@@ -353,8 +353,8 @@ def _as_strided_scatter(e: Emitter, eq: Equation, cts: Cotangents) -> Result | N
         args = (ct, hole, size, stride, offset)
         results.append((x, e.emit(aten.as_strided_scatter.default, args, x.spec)))
     if isinstance(src, Var):
-        args = (ct, size, stride, offset)
-        results.append((src, e.emit(aten.as_strided.default, args, src.spec)))
+        read = (ct, size, stride, offset)
+        results.append((src, e.emit(aten.as_strided.default, read, src.spec)))
     return results
 
 

@@ -164,6 +164,8 @@ class Space:
                 f"{self.word}{path}: expected a tensor {expected} or None (zero), "
                 f"got {_describe(given)}"
             )
+        if given.is_nested:  # has no shape to speak of
+            raise SpaceError(f"{self.word}{path}: expected {expected}, got a nested tensor")
         if not expected.matches(given) or given.layout != torch.strided:
             layout = "" if given.layout == torch.strided else f" of layout {given.layout}"
             raise SpaceError(

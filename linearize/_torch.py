@@ -41,8 +41,9 @@ __all__ = [
     "lazy_bits_respected",
     "leaf_variable",
     "materialized_arguments",
+    "outside_transforms",
     "pytree",
-    "saved_attributes",
+    "saved_tensors",
     "spec_children",
 ]
 
@@ -85,6 +86,17 @@ def is_custom(node: Node) -> bool:
 
 def call_node(node: Any, grads: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
     """Call a built-in graph node with gradients of its outputs."""
+    if getattr(node, "_saved_sparse", False) and len(grads) == 1 and grads[0] is not None:
+        # `embedding(sparse=True)`: the same gradient, dense.
+        return (
+            aten.embedding_dense_backward.default(
+                grads[0],
+                node._saved_indices,
+                node._saved_weight_sym_argsize_0,
+                node._saved_padding_idx,
+                node._saved_scale_grad_by_freq,
+            ),
+        )
     result = node(*grads)
     return result if isinstance(result, (tuple, list)) else (result,)
 
@@ -103,6 +115,11 @@ def input_metadata(node: Any) -> Sequence[Any]:
     """Return shape, dtype and device of each gradient that the node receives."""
     metadata: Sequence[Any] = node._input_metadata
     return metadata
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """Suspend `torch.func` transforms, for work that has nothing to do with them."""
+    return torch._C._DisableFuncTorch()
 
 
 def lazy_bits_respected() -> contextlib.AbstractContextManager[Any]:
@@ -133,12 +150,22 @@ def is_view_op(op: OpOverload) -> bool:
 _SAVED: dict[type, tuple[str, ...]] = {}
 
 
-def saved_attributes(node: Node) -> tuple[str, ...]:
-    """Return the names under which a built-in node keeps what it saved."""
+def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a built-in node keeps, as far as they lie ready.
+
+    What was packed by a hook is left alone: to unpack it may mean to compute it again.
+    """
     kind = type(node)
     if kind not in _SAVED:
-        _SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_saved_"))
-    return _SAVED[kind]
+        _SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_raw_saved_"))
+    for name in _SAVED[kind]:
+        saved = getattr(node, name)
+        for raw in saved if isinstance(saved, (tuple, list)) else (saved,):
+            if raw is None or getattr(raw, "unpack_hook", None) is not None:
+                continue
+            t = getattr(raw, "data", None)
+            if isinstance(t, torch.Tensor):
+                yield t
 
 
 def materialized_arguments(node: Node, output_nr: int) -> tuple[torch.Tensor | None, ...]:

@@ -18,6 +18,20 @@ class StructureError(LinearizeError, TypeError):
     """
 
 
+class OptionError(LinearizeError, ValueError):
+    """An option has a value that it cannot have.
+
+    The message names the option and what it can be.
+    """
+
+
+class CopyError(LinearizeError, TypeError):
+    """A linearization was to be copied or pickled, which cannot be done: it holds a graph.
+
+    Remedy: linearize anew where it is needed.
+    """
+
+
 class SpaceError(LinearizeError, ValueError):
     """A leaf has a shape, dtype or device other than its space's.
 

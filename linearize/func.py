@@ -16,7 +16,7 @@ import torch
 
 from ._capture import Capture, capture, other_leaves
 from ._linearity import close
-from ._space import differentiable
+from ._space import TensorSpec, differentiable
 from ._torch import functorch_active, has_forward_tangent, pytree
 from .errors import NotLinearError, StructureError
 from .linearization import Linearization, Product
@@ -302,7 +302,9 @@ def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
         If no primal is differentiable, or func returns something that is not a tensor.
     """
     if _handed_on(primals):
-        return torch.func.linearize(func, *primals)
+        # `torch.func.linearize` itself is wrong inside other transforms.
+        value = func(*primals)
+        return value, lambda *tangents: torch.func.jvp(func, primals, tangents)[1]
     point = _Point(func, primals, has_aux=False)
 
     def jvp_fn(*tangents: Any) -> Any:
@@ -321,22 +323,29 @@ def linear_transpose(func: Callable[..., Any], *primals: Any) -> Callable[..., A
     Parameters
     ----------
     func
-        A linear function. It runs once, at `primals`.
+        A linear function. It runs once at `primals`, and once at a random point to see that it
+        is linear.
     *primals
         Give structure, shapes, dtypes and devices.
 
     Raises
     ------
     NotLinearError
-        If `func(*primals)` is not J·primals, so that func is not linear.
+        If func at the random point is not its Jacobian at `primals` times that point.
     """
     point = Linearization(capture(func, primals, {}, range(len(primals))))
-    image = point.jvp_fn(*(pytree.tree_map(_tangent, p) for p in primals))
-    for got, want in zip(pytree.tree_leaves(image), pytree.tree_leaves(point.value), strict=True):
+    generator = torch.Generator().manual_seed(7_919)
+    elsewhere = pytree.tree_map(
+        lambda x: TensorSpec.of(x).random(generator) if differentiable(x) else x, primals
+    )
+    image = point.jvp_fn(*(pytree.tree_map(_tangent, p) for p in elsewhere))
+    with torch.no_grad():
+        value = func(*elsewhere)
+    for got, want in zip(pytree.tree_leaves(image), pytree.tree_leaves(value), strict=True):
         if got is not None and not close(got, want):
             raise NotLinearError(
-                "linear_transpose: func is not linear: its value differs from its Jacobian times "
-                "the primals"
+                "linear_transpose: func is not linear: at a random point it differs from its "
+                "Jacobian at the primals times that point"
             )
 
     def transposed(cotangent: Any) -> Any:

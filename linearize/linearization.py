@@ -14,9 +14,9 @@ from ._execute import Executor
 from ._program import Program, Residual, total_bytes
 from ._record import record_pullback
 from ._space import Space
-from ._torch import pytree
+from ._torch import outside_transforms, pytree
 from ._transpose import Policy, resolve, transpose
-from .errors import ClosedError
+from .errors import ClosedError, CopyError, StructureError
 
 
 class _Source:
@@ -53,21 +53,28 @@ class _Source:
 class _Lifetime:
     """Whether a point is open, and what to release when it closes."""
 
-    def __init__(self) -> None:
+    def __init__(self, notify: Callable[[], None] | None) -> None:
         self.closed = False
-        self._products: weakref.WeakSet[Product] = weakref.WeakSet()
+        self._notify = notify
+        self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
 
-    def register(self, product: Product) -> None:
+    def register(self, part: Any) -> None:
         with self._lock:
-            self._products.add(product)
+            self._parts.add(part)
 
     def close(self) -> None:
         with self._lock:
             self.closed = True
-            products = list(self._products)
-        for product in products:
-            product._release()
+            parts = list(self._parts)
+        for part in parts:
+            part._release()
+        self.changed()
+
+    def changed(self) -> None:
+        """Tell the memo that the point has grown or was closed."""
+        if self._notify is not None:
+            self._notify()
 
 
 class Product:
@@ -88,17 +95,14 @@ class Product:
         results: Space,
         lifetime: _Lifetime,
         policy: Policy,
-        notify: Callable[[], None] | None = None,
-        program: Program | None = None,
     ) -> None:
         self._make: Callable[[], Program] | None = make
         self._arguments = arguments
         self._results = results
         self._lifetime = lifetime
         self._policy = policy
-        self._notify = notify
         self._lock = threading.RLock()
-        self._program = program
+        self._program: Program | None = None
         self._executors: dict[tuple[bool, ...], Executor] = {}
         self._turned: Product | None = None
         lifetime.register(self)
@@ -110,11 +114,12 @@ class Product:
         with self._lock:
             if self._program is None:
                 assert self._make is not None
-                program = self._make()
+                # What is kept must be usable everywhere.
+                with outside_transforms(), torch.inference_mode(False):
+                    program = self._make()
                 self._check_open()
                 self._program, self._make = program, None
-                if self._notify is not None:
-                    self._notify()
+                self._lifetime.changed()
             return self._program
 
     def __repr__(self) -> str:
@@ -122,7 +127,7 @@ class Product:
         return f"<{self._name} {state}>"
 
     def __reduce__(self) -> Any:
-        raise TypeError(f"a {self._name} cannot be copied or pickled: it holds graph contexts")
+        raise CopyError(f"a {self._name} cannot be copied or pickled: it holds graph contexts")
 
     def _check_open(self) -> None:
         if self._lifetime.closed:
@@ -142,9 +147,10 @@ class Product:
         if executor is None:
             with self._lock:
                 program = self.program
-                if not all(present):
-                    program = program.restricted(present)
-                executor = Executor(resolve(program, self._policy))
+                with outside_transforms(), torch.inference_mode(False):
+                    if not all(present):
+                        program = program.restricted(present)
+                    executor = Executor(resolve(program, self._policy))
                 self._check_open()
                 self._executors[present] = executor
         return executor
@@ -175,6 +181,11 @@ class Product:
                     self._policy,
                 )
             return self._turned
+
+    def _residuals(self) -> list[Residual]:
+        """Return the residuals of this product, as far as it is recorded."""
+        program = self._program
+        return [] if program is None else program.residuals()
 
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
@@ -259,10 +270,15 @@ class VjpFn(Product):
 
     _name = "vjp_fn"
 
-    def __call__(self, cotangent: Any) -> Any:
+    def __call__(self, *cotangent: Any) -> Any:
         """Return Jᵀ·u (Jᴴ·u for complex numbers)."""
         self._check_open()
-        flat = self._arguments.flatten(cotangent)
+        if len(cotangent) != 1:
+            raise StructureError(
+                "vjp_fn: expected 1 cotangent, structured like the value (for a tuple of outputs, "
+                f"one tuple), got {len(cotangent)}"
+            )
+        flat = self._arguments.flatten(cotangent[0])
         return self._results.unflatten(self._apply(flat))
 
 
@@ -301,8 +317,6 @@ class Linearization:
         `vjp_fn(cotangent)` is Jᵀ·u.
     in_space, out_space : Space
         The spaces of tangents and of cotangents.
-    aux
-        What f returned beside its value (`has_aux=True`), detached; else None.
     """
 
     def __init__(
@@ -313,10 +327,11 @@ class Linearization:
     ) -> None:
         policy = policy or Policy()
         source = _Source(captured)
-        self._lifetime = _Lifetime()
+        self._lifetime = _Lifetime(notify)
+        self._lifetime.register(self)
         self.in_space = captured.in_space
         self.out_space = captured.out_space
-        self.aux = captured.aux
+        self._aux = captured.aux
         self._value = captured.value
         self._stamps = [
             Residual(t, "the value")
@@ -325,7 +340,7 @@ class Linearization:
         ]
         self._external = {t.untyped_storage().data_ptr() for t, _ in captured.leaves}
         self._source = weakref.ref(source)
-        common = (self._lifetime, policy, notify)
+        common = (self._lifetime, policy)
         self.jvp_fn = JvpFn(source.pushforward, self.in_space, self.out_space, *common)
         self.vjp_fn = VjpFn(source.pullback, self.out_space, self.in_space, *common)
 
@@ -344,6 +359,18 @@ class Linearization:
         for r in self._stamps:
             r.check()
         return self._value
+
+    @property
+    def aux(self) -> Any:
+        """What f returned beside its value (`has_aux=True`), detached; else None.
+
+        Raises
+        ------
+        ClosedError
+            If the linearization was closed.
+        """
+        self._check_open()
+        return self._aux
 
     @property
     def program(self) -> ProgramPair:
@@ -366,8 +393,20 @@ class Linearization:
     def close(self) -> None:
         """Release everything that is kept for the products; they cannot be used any more."""
         self._lifetime.close()
-        self._value = self.aux = None
+
+    def _release(self) -> None:
+        self._value = self._aux = None
         self._stamps = []
+
+    def _fresh(self) -> bool:
+        """Whether nothing that the point gives was changed in place, and it is open."""
+        return not self.closed and not any(
+            r.changed()
+            for r in (*self._stamps, *self.jvp_fn._residuals(), *self.vjp_fn._residuals())
+        )
+
+    def _size(self) -> int:
+        return self.nbytes
 
     def _check_open(self) -> None:
         if self._lifetime.closed:
@@ -389,4 +428,4 @@ class Linearization:
         return f"<Linearization {self.in_space} -> {self.out_space}>"
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Linearization cannot be copied or pickled: it holds graph contexts")
+        raise CopyError("a Linearization cannot be copied or pickled: it holds graph contexts")

@@ -14,7 +14,7 @@ from ._capture import capture
 from ._memo import Memo, Stats, content_key
 from ._torch import pytree
 from ._transpose import Policy
-from .errors import StructureError
+from .errors import CopyError, OptionError, StructureError
 from .linearization import Linearization
 
 
@@ -69,21 +69,24 @@ class Linearizer:
         opaque_limit: int = 1 << 28,
     ) -> None:
         if not callable(f):
-            raise TypeError(f"Linearizer: f must be callable, got {type(f).__name__}")
+            raise StructureError(f"Linearizer: f must be callable, got {type(f).__name__}")
+        _check_argnums(argnums)
         if match not in ("identity", "value"):
-            raise ValueError(f'match must be "identity" or "value", got {match!r}')
+            raise OptionError(f'match must be "identity" or "value", got {match!r}')
         if opaque not in ("error", "materialize"):
-            raise ValueError(f'opaque must be "error" or "materialize", got {opaque!r}')
+            raise OptionError(f'opaque must be "error" or "materialize", got {opaque!r}')
         for name, limit in (("maxsize", maxsize), ("max_bytes", max_bytes)):
             if limit is not None and limit < 0:
-                raise ValueError(f"{name} must not be negative, got {limit}")
+                raise OptionError(f"{name} must not be negative, got {limit}")
         self.f = f
         self._argnums = argnums
         self._has_aux = has_aux
         self._by_value = match == "value"
         self._policy = Policy(opaque == "materialize", opaque_limit)
         self._keeps = maxsize != 0
-        self._memo: Memo[Linearization] = Memo(maxsize, max_bytes, lambda point: point.nbytes)
+        self._memo: Memo[Linearization] = Memo(
+            maxsize, max_bytes, Linearization._size, Linearization._fresh
+        )
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scopes: list[weakref.WeakSet[Any]] = []
         self._lock = threading.Lock()
@@ -114,15 +117,18 @@ class Linearizer:
         key, structure, _, stamps = found
         while True:
             point = self._memo.get(key, (structure, [v for _, v in stamps]))
-            if point is not None and not point.closed:
+            if point is not None:
                 return point
             with self._lock:
                 run = self._running.get(key)
                 mine = run is None
                 if run is None:
                     run = self._running[key] = _Run()
-            if mine or run.thread == threading.get_ident():
-                break  # a call of `at` from inside f itself does not wait for itself
+                me = threading.get_ident()
+                inside = any(r.thread == me and r is not run for r in self._running.values())
+            # A call of `at` from inside f waits for nobody: two could wait for each other.
+            if mine or inside or run.thread == me:
+                break
             run.done.wait()
         try:
             self._memo.missed()
@@ -154,14 +160,14 @@ class Linearizer:
     def __exit__(self, *exc: object) -> None:
         for lifetime in list(self._scopes.pop()):
             lifetime.close()
-        self._memo.discard(lambda point: point.closed)
+        self._memo.tidy()
 
     def __repr__(self) -> str:
         name = getattr(self.f, "__qualname__", None) or repr(self.f)
         return f"<Linearizer of {name}: {self._memo.stats()}>"
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Linearizer cannot be copied or pickled: make one from its function")
+        raise CopyError("a Linearizer cannot be copied or pickled: make one from its function")
 
     # -- one point ----------------------------------------------------------------------
 
@@ -192,7 +198,7 @@ class Linearizer:
                 watch=watch,
                 copy=self._by_value,
             )
-            return Linearization(captured, self._policy, self._shrinker()), captured.reads
+            return Linearization(captured, self._policy, self._notifier()), captured.reads
 
         try:
             return once()
@@ -207,15 +213,16 @@ class Linearizer:
             torch.cuda.empty_cache()
         return once()
 
-    def _shrinker(self) -> Callable[[], None]:
+    def _notifier(self) -> Callable[[], None]:
+        """Return what a point calls when it has grown or was closed."""
         memo = weakref.ref(self._memo)
 
-        def shrink() -> None:
+        def notify() -> None:
             known = memo()
             if known is not None:
-                known.shrink()
+                known.tidy()
 
-        return shrink
+        return notify
 
     def _positions(self, count: int) -> Sequence[int]:
         given = self._argnums
@@ -262,10 +269,21 @@ class Linearizer:
             else:
                 parts.append((type(leaf), id(leaf)))
                 owners.append(leaf)
-        return tuple(parts), structure, owners, stamps
+        return (structure, *parts), structure, owners, stamps
 
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
+
+
+def _check_argnums(argnums: Any) -> None:
+    numbers = [argnums] if isinstance(argnums, int) else argnums
+    fine = numbers is None or (
+        isinstance(numbers, (list, tuple, range)) and all(isinstance(n, int) for n in numbers)
+    )
+    if not fine:
+        raise StructureError(
+            f"argnums must be a position, a sequence of positions or None, got {argnums!r}"
+        )
 
 
 class _Run:
@@ -292,4 +310,4 @@ def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
-    return "DefaultCPUAllocator" in text or "not enough memory" in text
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in text
