@@ -49,9 +49,11 @@ class Graph:
         The nodes between, from the roots to the leaves, each before all that it leads to.
     custom
         The custom Functions' nodes among them.
+    hidden
+        Whether there are custom Functions that are not, as inside `CopySlices`.
     """
 
-    __slots__ = ("custom", "leaves", "order", "roots")
+    __slots__ = ("custom", "hidden", "leaves", "order", "roots")
 
     def __init__(
         self,
@@ -65,6 +67,8 @@ class Graph:
         self.roots = tuple(e if e is not None and e[0] in reached else None for e in roots)
         records = records or ContextRecords()
         self.custom = {n: CustomNode(n, records.get(n)) for n in self.order if is_custom(n)}
+        #: Whether contexts were made that are no nodes here: they may be inside others.
+        self.hidden = len(records) > len(self.custom)
 
     def saved_tensors(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the graph keeps for its backward."""
@@ -211,15 +215,23 @@ class _DeepReads(TorchDispatchMode):
 
 def _scripted_state(f: Any, arguments: Any) -> Iterator[torch.Tensor]:
     """Yield parameters and buffers of TorchScript modules in reach, which run out of sight."""
-    inside = [
-        cell.cell_contents for cell in getattr(f, "__closure__", None) or () if _filled(cell)
-    ]
-    for thing in (f, getattr(f, "__self__", None), *inside, *pytree.tree_leaves(arguments)):
+    todo: list[Any] = [f, *pytree.tree_leaves(arguments)]
+    seen: set[int] = set()
+    while todo and len(seen) < 200:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, (torch.Tensor, type)):
+            continue
+        seen.add(id(thing))
         if isinstance(thing, torch.nn.Module):
             for module in thing.modules():
                 if isinstance(module, torch.jit.ScriptModule):
                     yield from module.parameters()
                     yield from module.buffers()
+        elif callable(thing):
+            cells = getattr(thing, "__closure__", None) or ()
+            todo.extend(cell.cell_contents for cell in cells if _filled(cell))
+            todo.extend(getattr(thing, name, None) for name in ("__self__", "func"))
+            todo.extend(getattr(thing, "__dict__", {}).values())
 
 
 def _filled(cell: Any) -> bool:

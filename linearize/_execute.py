@@ -1,4 +1,4 @@
-"""Floor 3: running linear programs.
+"""Floor 2: running linear programs.
 
 An `Executor` prepares a program for repeated runs: where each argument comes from, when each
 intermediate is last used, which results must be copied so that they share memory with
@@ -38,6 +38,7 @@ class _Step:
         "many",
         "nested",
         "op",
+        "opaque",
         "outs",
         "plain",
         "source",
@@ -60,6 +61,7 @@ class _Step:
         self.tail = {k: a for k, a in kwargs.items() if isinstance(a, _Slot) or _contains(a)}
         self.call = (args, {k: a for k, a in kwargs.items() if k not in self.tail})
         self.outs = [-1 if v is None else slots[v] for v in eq.outputs]
+        self.opaque = isinstance(eq.op, Operation)
         self.many = len(eq.outputs) != 1 or isinstance(eq.op, Operation) or _returns_list(eq.op)
         self.free: list[int] = []
         self.expected, self.source = eq.outputs, eq.source
@@ -110,6 +112,7 @@ class Executor:
     __slots__ = (
         "_copies",
         "_inputs",
+        "_opaque",
         "_outputs",
         "_residuals",
         "_size",
@@ -132,6 +135,8 @@ class Executor:
         self._free(program, slots)
         self._copies = self._to_copy(program)
         self._verified = False
+        #: Whether user code runs, which was seen to free memory that it does not own.
+        self._opaque = any(isinstance(eq.op, Operation) for eq in program.equations)
 
     def _free(self, program: Program, slots: dict[Var, int]) -> None:
         """Note after which step each intermediate can go."""
@@ -168,8 +173,14 @@ class Executor:
     def check_residuals(self) -> None:
         """Raise `StalenessError` if a residual was changed in place."""
         for r in self._residuals:
-            if r.tensor._version != r.version and r.version is not None:
+            if r.version is not None and r.tensor._version != r.version:
                 r.check()
+        if self._opaque:
+            self._check_memory()
+
+    def _check_memory(self) -> None:
+        for r in self._residuals:
+            r.check_memory()
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run the program.
@@ -205,6 +216,8 @@ class Executor:
                 out: Any = step.with_undefined(args, keywords)
             else:
                 out = step.op(*args, **keywords)
+                if step.opaque:
+                    self._check_memory()
             if not self._verified:
                 step.verify(out)
             if step.many:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ from ._torch import (
     forward_class,
     input_metadata,
     materialized_arguments,
+    only_raises,
+    packed_by_hooks,
     pytree,
+    without_inference_mode,
 )
-from .errors import FunctionContractError, StructureError
+from .errors import FunctionContractError, StalenessError, StructureError
 
 _REGISTERED: dict[str, Callable[..., Any]] = {}
 
@@ -61,6 +64,8 @@ def register_jvp(op: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(overload, OpOverload):
         raise StructureError(f"register_jvp: expected a torch.library custom op, got {op!r}")
     namespace, _, name = overload._schema.name.partition("::")
+    if namespace in ("aten", "prim", "prims"):
+        raise StructureError(f"register_jvp: {op!r} is PyTorch's own, not a custom op")
     key = f"GeneratedBackwardFor_{namespace}_{name}_{overload._overloadname}"
     _REGISTERED[key] = fn
     return fn
@@ -71,6 +76,7 @@ class ContextRecord:
     """What was seen of one context while `forward` ran."""
 
     inputs: tuple[TensorSpec | None, ...] | None = None
+    versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
     saved_for_forward: tuple[Residual | None, ...] | None = None
     materialize: bool = True
 
@@ -98,6 +104,11 @@ class ContextRecords:
         if arguments is not None:
             record.inputs = tuple(
                 TensorSpec.of(a) if isinstance(a, torch.Tensor) else None for a in arguments
+            )
+            record.versions = tuple(
+                (weakref.ref(a), a._version)
+                for a in arguments
+                if isinstance(a, torch.Tensor) and not a.is_inference()
             )
 
     def _saved(self, ctx: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
@@ -130,8 +141,10 @@ class CustomNode:
         "__weakref__",
         "_attributes",
         "_lock",
+        "_pinned",
         "_record",
         "_saved",
+        "_unusable",
         "cls",
         "ctx",
         "inputs",
@@ -153,17 +166,27 @@ class CustomNode:
         self.outputs: tuple[TensorSpec | None, ...] = tuple(
             _received(meta) for meta in input_metadata(ctx)
         )
-        source = f"{self.name} (saved tensors)"
-        self._saved = [Residual(t.detach(), source) for t in self._saved_tensors()]
+        self._saved: list[Residual] = []
+        self._unusable = ""
+        #: What a hook unpacked (a checkpoint computes it again each time), kept once it was.
+        self._pinned: tuple[torch.Tensor | None, ...] | None = None
+        if not packed_by_hooks(ctx):
+            try:
+                source = f"{self.name} (saved tensors)"
+                kept = [t for t in ctx.saved_tensors if t is not None]
+                self._saved = [Residual(t.detach(), source) for t in kept]
+            except RuntimeError as error:  # the value is right all the same
+                self._unusable = str(error)
         self._attributes: list[Residual] = []
         self._stamp()
+        self._stamp_arguments()
 
-    def know_outputs(self, used: int) -> None:
-        """Learn what stands for each output without a gradient; `used` is one that has one."""
+    def know_outputs(self, used: Collection[int]) -> None:
+        """Learn what stands for each output without a gradient; `used` are those that have one."""
         if len(self.outputs) > 1:
-            arguments = materialized_arguments(self.ctx, used)
+            arguments = materialized_arguments(self.ctx, min(used))
             self.outputs = tuple(
-                own if i == used else (None if got is None else TensorSpec.of(got))
+                own if i in used else (None if got is None else TensorSpec.of(got))
                 for i, (got, own) in enumerate(zip(arguments, self.outputs, strict=True))
             )
 
@@ -182,7 +205,8 @@ class CustomNode:
     def has_backward(self) -> bool:
         """Whether the author gave a backward (or a `vjp` staticmethod, its other name)."""
         base = torch.autograd.Function
-        return self.cls.backward is not base.backward or self.cls.vjp is not base.vjp
+        own = self.cls.backward is not base.backward or self.cls.vjp is not base.vjp
+        return own and not only_raises(self.cls)
 
     def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Call the user's `backward` once.
@@ -210,6 +234,12 @@ class CustomNode:
                 f"{self.name}.backward returned {len(result)} gradients, expected {count} (one "
                 "per argument of forward)"
             )
+        for i, (r, spec) in enumerate(zip(result, self._record.inputs or (), strict=False)):
+            if r is not None and spec is None:
+                raise FunctionContractError(
+                    f"{self.name}.backward returned a gradient for argument {i}, which is not a "
+                    "tensor: expected None"
+                )
         return [
             None if result[i] is None else self._fit(result[i], spec, f"gradient {i}")
             for i, spec in zip(self.positions, self.inputs, strict=True)
@@ -239,7 +269,7 @@ class CustomNode:
             for i, spec in enumerate(seen):
                 if i in given:
                     arguments.append(self._argument(*given[i]))
-                elif spec is not None and (spec.dtype.is_floating_point or spec.dtype.is_complex):
+                elif spec is not None and spec.differentiable:
                     arguments.append(self._argument(None, spec))
                 else:
                     arguments.append(None)
@@ -251,7 +281,11 @@ class CustomNode:
                 f"{self.name}.jvp returned {len(result)} tangents, expected {len(self.outputs)} "
                 "(one per output of forward)"
             )
-        some_missing = any(t is None for t in tangents) and not self._record.materialize
+        # PyTorch takes None for zero; it can only be meant so where a tangent was missing.
+        some_missing = any(
+            t is None and spec is not None and spec.differentiable
+            for t, spec in zip(arguments, seen, strict=True)
+        )
         out: list[torch.Tensor | None] = []
         for i, (t, spec) in enumerate(zip(result, self.outputs, strict=True)):
             if not wanted[i]:
@@ -277,6 +311,8 @@ class CustomNode:
         if saved is not None:
             self.ctx.saved_for_forward = tuple(None if r is None else r.tensor for r in saved)
         try:
+            # Without grad mode, which PyTorch's forward mode leaves on: there the saved tensors
+            # do not require grad, here they do, and NumPy does not take what does.
             if fn is None:
                 return self.cls.jvp(self.ctx, *arguments)
             return fn(self.ctx, *self._operator_arguments(arguments))
@@ -299,35 +335,72 @@ class CustomNode:
 
     @contextlib.contextmanager
     def _calling(self) -> Iterator[None]:
-        with self._lock:
+        with self._lock, without_inference_mode():
+            if self._unusable:
+                raise StalenessError(
+                    f"{self.name}: a tensor that it saved was changed in place inside f: "
+                    f"{self._unusable}"
+                )
             for r in (*self._saved, *self._attributes, *(self._record.saved_for_forward or ())):
                 if r is not None:
-                    r.check()
+                    r.check_memory()
+                    if r.changed() and not _written_by_methods(r.tensor):
+                        r.check()
+            self._pin()
+            before = [(r, r.tensor._version) for r in self._attributes if r.version is not None]
             try:
                 yield
             finally:
                 # What the user's own method changed on its context is its own affair.
+                for r, version in before:
+                    if r.tensor._version != version:
+                        _note_written(r.tensor)
                 self._stamp()
+                if self._pinned is not None:
+                    self.ctx.saved_for_forward = None
 
-    def _saved_tensors(self) -> Iterable[torch.Tensor]:
-        return (t for t in self.ctx.saved_tensors if t is not None)
+    def _pin(self) -> None:
+        """Hand out what hooks unpacked before, instead of having it unpacked again."""
+        if self._pinned is None and packed_by_hooks(self.ctx):
+            self._pinned = tuple(None if t is None else t.detach() for t in self.ctx.saved_tensors)
+        if self._pinned is not None:
+            self.ctx.saved_for_forward = self._pinned
 
     def _stamp(self) -> None:
         source = f"{self.name} (an attribute of ctx)"
+        # The tensors themselves: a context holds them anyway.
         self._attributes = [
-            Residual(t.detach(), source)
+            Residual(t, source)
             for t in leaves(dict(vars(self.ctx)))
             if isinstance(t, torch.Tensor)
         ]
 
+    def _stamp_arguments(self) -> None:
+        """Let attributes that are arguments count from when `forward` was called.
+
+        f may have changed them between that call and its own end. An argument that `forward`
+        itself changed (`mark_dirty`) has this context as its history.
+        """
+        versions = {
+            id(ref()): version for ref, version in self._record.versions if ref() is not None
+        }
+        for r in self._attributes:
+            if id(r.tensor) in versions and r.tensor.grad_fn is not self.ctx:
+                r.version = versions[id(r.tensor)]
+
     def _fit(self, result: Any, spec: TensorSpec, what: str) -> torch.Tensor:
         """Sum and cast a gradient as the engine does."""
-        if not isinstance(result, torch.Tensor):
+        if not isinstance(result, torch.Tensor) or result.layout != torch.strided:
             raise FunctionContractError(
                 f"{self.name}.backward returned a {type(result).__name__} as {what}, expected a "
                 f"tensor {spec} or None"
             )
-        t: torch.Tensor = result
+        # A copy, because user code may write to the same buffer at the next call.
+        t: torch.Tensor = result.clone()
+        if t.device != spec.device and t.dim() > 0:
+            raise FunctionContractError(
+                f"{self.name}.backward returned {what} on {t.device}, expected {spec.device}"
+            )
         if t.shape != spec.shape:
             try:
                 t = t.sum_to_size(spec.shape)
@@ -345,7 +418,7 @@ class CustomNode:
         )
 
     def _exact(self, t: Any, spec: TensorSpec | None, i: int) -> torch.Tensor:
-        if not isinstance(t, torch.Tensor):
+        if not isinstance(t, torch.Tensor) or t.layout != torch.strided:
             raise FunctionContractError(
                 f"{self.name}.jvp returned a {type(t).__name__} as the tangent of output {i}, "
                 f"expected a tensor {spec}"
@@ -355,7 +428,22 @@ class CustomNode:
                 f"{self.name}.jvp returned {TensorSpec.of(t)} as the tangent of output {i}, "
                 f"expected {spec}"
             )
-        return t
+        return t.clone()
+
+
+#: Tensors that methods of custom Functions were seen to write to: workspaces, which several
+#: contexts may share.
+_WORKSPACES: dict[int, weakref.ref[torch.Tensor]] = {}
+
+
+def _note_written(t: torch.Tensor) -> None:
+    key = id(t)
+    _WORKSPACES[key] = weakref.ref(t, lambda _: _WORKSPACES.pop(key, None))
+
+
+def _written_by_methods(t: torch.Tensor) -> bool:
+    ref = _WORKSPACES.get(id(t))
+    return ref is not None and ref() is t
 
 
 def _received(meta: Any) -> TensorSpec:
@@ -367,6 +455,7 @@ class CustomBackward(Operation):
 
     __slots__ = ("node",)
     may_return_none = True
+    may_alias = False
 
     def __init__(self, node: CustomNode) -> None:
         self.node = node
@@ -390,6 +479,7 @@ class CustomJvp(Operation):
 
     __slots__ = ("node", "wanted")
     may_return_none = True
+    may_alias = False
 
     def __init__(self, node: CustomNode, wanted: Sequence[bool]) -> None:
         self.node = node

@@ -32,12 +32,13 @@ class Residual:
     Both directions share one `Residual` for one tensor.
     """
 
-    __slots__ = ("source", "tensor", "version")
+    __slots__ = ("size", "source", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor, source: str = "") -> None:
         self.tensor = tensor
         self.source = source
         self.version = None if tensor.is_inference() else tensor._version
+        self.size = _storage_bytes(tensor)
 
     def changed(self) -> bool:
         """Whether the tensor was changed in place."""
@@ -51,6 +52,22 @@ class Residual:
                 f"was changed in place after the linearization (version {self.version}, now "
                 f"{self.tensor._version}); linearize anew with at(...), or change a copy"
             )
+
+    def check_memory(self) -> None:
+        """Raise `StalenessError` if the tensor's memory was freed: to read it would crash."""
+        if _storage_bytes(self.tensor) != self.size:
+            raise StalenessError(
+                f"the memory of a residual {TensorSpec.of(self.tensor)} kept for "
+                f"{self.source or 'a product'} was freed after the linearization (by a custom "
+                "Function?); linearize anew with at(...)"
+            )
+
+
+def _storage_bytes(t: torch.Tensor) -> int:
+    try:
+        return t.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):  # a sparse tensor, or one of torch.func
+        return 0
 
 
 class Operation:

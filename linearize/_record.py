@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from ._capture import Edge, Graph
+from ._execute import Executor
 from ._functions import CustomBackward, CustomNode
+from ._linearity import close
 from ._program import Emitter, Equation, Operation, Program, Var
 from ._recorder import OpaqueError, Recorder
 from ._space import TensorSpec
-from ._torch import Node, call_node, input_metadata
+from ._torch import Node, call_node, input_metadata, unobserved
 from .errors import LinearizeError, StalenessError, UnsupportedError
 
 
@@ -112,6 +114,8 @@ class _Walk:
             result = self.call(node, grads)
             opaque = self.is_opaque(result)
             reason = "its result does not descend from the cotangent" if opaque else ""
+            if not reason and self.graph.hidden and node.name().endswith("CopySlices"):
+                reason = self.second_opinion(node, grads, result, mark)
         except OpaqueError as error:
             reason = str(error)
         if reason:
@@ -149,6 +153,36 @@ class _Walk:
                 f"{name}: PyTorch cannot apply its derivative: {text}"
             ) from error
 
+    def second_opinion(
+        self,
+        node: Node,
+        grads: Sequence[torch.Tensor | None],
+        result: Sequence[torch.Tensor | None],
+        mark: int,
+    ) -> str:
+        """Compare what was recorded of a node that runs user code with another call of it.
+
+        The in-place operation that `CopySlices` carries may be a custom Function.
+        """
+        inputs = [self.recorder.variable(g) for g in grads if g is not None]
+        outputs = [None if g is None else self.recorder.variable(g) for g in result]
+        specs = [TensorSpec.of(g) for g in result if g is not None]
+        program = Program(
+            [v for v in inputs if v is not None],
+            self.emitter.equations[mark:],
+            [v for v, g in zip(outputs, result, strict=True) if g is not None],
+            specs,
+        )
+        numbers = [None if g is None else TensorSpec.of(g).random(self.generator) for g in grads]
+        with unobserved():
+            again = [g for g in self.call(node, [_clone(t) for t in numbers]) if g is not None]
+            expected = Executor(program)([t for t in numbers if t is not None])
+        same = all(
+            close(spec.zeros() if t is None else t, g)
+            for t, g, spec in zip(expected, again, specs, strict=True)
+        )
+        return "" if same else "it runs a custom Function whose backward leaves PyTorch"
+
     def is_opaque(self, result: Sequence[torch.Tensor | None]) -> bool:
         """Whether a gradient does not descend from the cotangents although it is not zero."""
         return any(
@@ -165,7 +199,7 @@ class _Walk:
 
     def custom(self, custom: CustomNode, node: Node, received: dict[int, torch.Tensor]) -> None:
         """Write down a custom Function's node as one operation."""
-        custom.know_outputs(min(received))
+        custom.know_outputs(received.keys())
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         grads = [received.get(i) for i in range(len(custom.outputs))]
         self.place(CustomBackward(custom), edges, custom.inputs, grads)
@@ -192,6 +226,10 @@ class _Walk:
         self.emitter.equations.append(Equation(op, args, {}, tuple(outputs), self.emitter.source))
         for target, t in after:
             self.deliver(target, t)
+
+
+def _clone(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.clone()
 
 
 def _fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

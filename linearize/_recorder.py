@@ -123,12 +123,13 @@ class Recorder(TorchDispatchMode):
             for x in leaves((args, kwargs))
         )
         if not derived or func in CONSTANT:
-            if schema.writes and self._residuals:
-                self._keep_residuals(schema, args, kwargs)
+            if schema.writes:
+                self._constant_written(schema, args, kwargs)
             out = func(*args, **kwargs)
+            empty = func in UNINITIALIZED or (schema.is_view and self._uninitialized(args[0]))
             for t in leaves(out):
                 if isinstance(t, torch.Tensor) and self.variable(t) is None:
-                    self.define(t, None, func in UNINITIALIZED)
+                    self.define(t, None, empty)
             return out
         if func in READS_NUMBERS:
             raise OpaqueError(f"reads the numbers in its argument ({schema.name})")
@@ -191,12 +192,14 @@ class Recorder(TorchDispatchMode):
                 r.tensor = r.tensor.detach()
         self._residuals = {}
 
-    def _keep_residuals(self, schema: Schema, args: Any, kwargs: Any) -> None:
+    def _constant_written(self, schema: Schema, args: Any, kwargs: Any) -> None:
         """Give residuals copies of their own before a constant is overwritten."""
-        written = {
-            (args[i] if 0 <= i < len(args) else kwargs[name]).untyped_storage().data_ptr()
-            for i, name in schema.writes
-        }
+        targets = [args[i] if 0 <= i < len(args) else kwargs[name] for i, name in schema.writes]
+        for t in targets:
+            for a in (t, *self._aliases(t)):
+                if id(a) in self._entries:
+                    self._entries[id(a)].uninitialized = False
+        written = {t.untyped_storage().data_ptr() for t in targets}
         for key, r in list(self._residuals.items()):
             if r.tensor.untyped_storage().data_ptr() in written:
                 del self._residuals[key]
@@ -242,12 +245,12 @@ class Recorder(TorchDispatchMode):
             for position, name in schema.writes
         ]
         aliases = [self._aliases(t) for t in written]
-        before = [[(a, a.clone()) for a in group] for group in aliases]
+        before = [[(a, self._old(a)) for a in group] for group in aliases]
         contents = [self._content(t) for t in written]
         values = self._functional(func, args, kwargs, written, contents)
         out = func(*args, **kwargs)
         for t, var, group in zip(written, values, before, strict=True):
-            changed = [a for a, old in group if not torch.equal(_bits(a), _bits(old))]
+            changed = self._overlapping(t, group)
             flat = self._flat_content(t, [*(a for a, _ in group), t]) if changed else None
             if var is not None:
                 var.spec = TensorSpec.of(t)  # `unsqueeze_` and the like change the shape
@@ -261,6 +264,34 @@ class Recorder(TorchDispatchMode):
                     raise OpaqueError("writes a constant into something linear in the cotangent")
                 self._propagate(t, zero_residual(TensorSpec.of(t)), changed, flat)
         return out
+
+    def _old(self, a: torch.Tensor) -> torch.Tensor | None:
+        """Return a copy of a constant's content, None for what has none that matters."""
+        return None if self.variable(a) is not None or self._uninitialized(a) else a.clone()
+
+    def _overlapping(
+        self, t: torch.Tensor, group: list[tuple[torch.Tensor, torch.Tensor | None]]
+    ) -> list[torch.Tensor]:
+        """Return the tensors that share memory with `t`, which was written to."""
+        if not group:
+            return []
+        count = t.untyped_storage().nbytes() // t.element_size()
+        touched = torch.zeros(count, dtype=torch.bool, device=t.device)
+        touched.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
+        found = []
+        for a, old in group:
+            if a.element_size() != t.element_size():
+                raise OpaqueError("writes through a view of another dtype")
+            here = touched.as_strided(a.shape, a.stride(), a.storage_offset())
+            if bool(here.any()):
+                found.append(a)
+                if old is not None and bool(old[~here].any()):
+                    raise OpaqueError("writes into a buffer that holds something else")
+        return found
+
+    def _uninitialized(self, t: torch.Tensor) -> bool:
+        entry = self._entries.get(id(t))
+        return entry is not None and entry.ref() is t and entry.uninitialized
 
     def _aliases(self, t: torch.Tensor) -> list[torch.Tensor]:
         """Return the other live tensors on the same storage."""
@@ -279,9 +310,7 @@ class Recorder(TorchDispatchMode):
         var = self.variable(t)
         if var is not None:
             return var
-        entry = self._entries.get(id(t))
-        empty = entry is not None and entry.uninitialized
-        if empty or not bool(t.any()):
+        if self._uninitialized(t) or not bool(t.any()):
             # One zero, expanded: it costs no memory.
             return zero_residual(TensorSpec.of(t))
         return Residual(t.clone(), self.emitter.source)
@@ -417,7 +446,3 @@ class Recorder(TorchDispatchMode):
                 TensorSpec.of(a),
             )
             self.define(a, view)
-
-
-def _bits(t: torch.Tensor) -> torch.Tensor:
-    return torch.nan_to_num(t.detach().resolve_conj().resolve_neg())

@@ -35,6 +35,11 @@ class TensorSpec:
         where = "" if self.device.type == "cpu" else f" {self.device}"
         return f"{dtype}[{','.join(map(str, self.shape))}]{where}"
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether such a tensor has tangents."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
     def matches(self, t: torch.Tensor) -> bool:
         """Whether `t` has this shape, dtype and device."""
         return t.shape == self.shape and t.dtype == self.dtype and t.device == self.device

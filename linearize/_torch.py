@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge
 from torch.autograd.graph import Node as Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "ContextWatcher",
@@ -41,10 +42,14 @@ __all__ = [
     "lazy_bits_respected",
     "leaf_variable",
     "materialized_arguments",
+    "only_raises",
     "outside_transforms",
+    "packed_by_hooks",
     "pytree",
     "saved_tensors",
     "spec_children",
+    "unobserved",
+    "without_inference_mode",
 ]
 
 aten: Any = torch.ops.aten
@@ -93,12 +98,17 @@ def call_node(node: Any, grads: Sequence[torch.Tensor | None]) -> Sequence[torch
                 grads[0],
                 node._saved_indices,
                 node._saved_weight_sym_argsize_0,
-                node._saved_padding_idx,
+                _signed(node._saved_padding_idx),
                 node._saved_scale_grad_by_freq,
             ),
         )
     result = node(*grads)
     return result if isinstance(result, (tuple, list)) else (result,)
+
+
+def _signed(n: int) -> int:
+    # Some nodes hand out a negative number as an unsigned one.
+    return n - (1 << 64) if n >= 1 << 63 else n
 
 
 def forward_class(node: Node) -> Any:
@@ -115,6 +125,21 @@ def input_metadata(node: Any) -> Sequence[Any]:
     """Return shape, dtype and device of each gradient that the node receives."""
     metadata: Sequence[Any] = node._input_metadata
     return metadata
+
+
+@contextlib.contextmanager
+def without_inference_mode() -> Iterator[None]:
+    """Leave inference mode, without grad mode, which leaving alone would switch on."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def unobserved() -> contextlib.AbstractContextManager[Any]:
+    """Suspend dispatch modes."""
+    return _disable_current_modes()
 
 
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
@@ -166,6 +191,28 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
             t = getattr(raw, "data", None)
             if isinstance(t, torch.Tensor):
                 yield t
+
+
+def packed_by_hooks(node: Any) -> bool:
+    """Whether what a custom node saved was packed by saved-tensor hooks."""
+    return any(
+        getattr(raw, "unpack_hook", None) is not None for raw in node._raw_saved_tensors or ()
+    )
+
+
+def only_raises(cls: Any) -> bool:
+    """Whether a Function was made for a `torch.library` operator without autograd."""
+    if not cls.__name__.startswith("GeneratedBackwardFor_"):
+        return False
+    todo = [cls.backward]
+    while todo:
+        for cell in getattr(todo.pop(), "__closure__", None) or ():
+            content = cell.cell_contents
+            if hasattr(content, "_backward_fn"):
+                return content._backward_fn is None
+            if callable(content) and hasattr(content, "__closure__"):
+                todo.append(content)
+    return False
 
 
 def materialized_arguments(node: Node, output_nr: int) -> tuple[torch.Tensor | None, ...]:

@@ -179,15 +179,13 @@ def _replacement(eq: Equation, policy: Policy) -> Program:
         fn, ins, outs = _backward_of(op.node, op.wanted)
         has, lacks = "backward", "jvp"
         if not op.node.has_backward:
-            raise MissingDerivativeError(
-                f"{op.node.name} has neither a backward nor a jvp: give it one"
-            )
+            raise MissingDerivativeError(_neither(op.node.name))
         name = op.node.name
     elif isinstance(op, CustomBackward):
         fn, ins, outs = _jvp_of(op.node, present)
         has, lacks, name = "jvp", "backward", op.node.name
         if not op.node.has_jvp:
-            raise MissingDerivativeError(f"{name} has neither a backward nor a jvp: give it one")
+            raise MissingDerivativeError(_neither(name))
     else:
         fn, ins, outs = op, list(op.outputs), list(op.inputs)
         has, lacks, name = "backward", "jvp", op.label
@@ -207,6 +205,13 @@ def _replacement(eq: Equation, policy: Policy) -> Program:
     keep = [v if want else None for v, want in zip(turned.outputs, wanted, strict=True)]
     whole = Program(turned.inputs, turned.equations, keep, turned.specs, turned.name)
     return whole.restricted(present)
+
+
+def _neither(name: str) -> str:
+    return (
+        f"{name} has neither a backward nor a jvp: give it one (a torch.library operator: call "
+        "register_autograd)"
+    )
 
 
 Direction = tuple[Callable[..., Sequence[torch.Tensor | None]], list[Any], list[Any]]

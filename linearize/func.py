@@ -17,7 +17,7 @@ import torch
 from ._capture import Capture, capture, other_leaves
 from ._linearity import close
 from ._space import TensorSpec, differentiable
-from ._torch import functorch_active, has_forward_tangent, pytree
+from ._torch import batched_or_wrapped, functorch_active, has_forward_tangent, pytree
 from .errors import NotLinearError, StructureError
 from .linearization import Linearization, Product
 
@@ -195,7 +195,7 @@ class _Point:
     def _product(
         self, product: Product, name: str, flat: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        if self.live is None or not torch.is_grad_enabled():
+        if self.live is None or not torch.is_grad_enabled() or any(map(batched_or_wrapped, flat)):
             return product._apply(flat)
         numbers = product._apply([t.detach() for t in flat])
         return self.live.product(numbers, getattr(self.live, name), flat)

@@ -14,8 +14,8 @@ PACKAGE = "linearize"
 FLOORS = (
     ("errors", "_torch"),
     ("_space", "_program", "_memo"),
-    ("_functions", "_capture", "_linearity", "_recorder", "_record"),
-    ("_execute", "_materialize", "_rules", "_transpose", "_simplify"),
+    ("_linearity", "_execute", "_functions", "_capture", "_recorder", "_record"),
+    ("_materialize", "_rules", "_transpose", "_simplify"),
     ("linearization",),
     ("linearizer",),
     ("func", "operators"),
