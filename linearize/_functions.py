@@ -176,7 +176,7 @@ class CustomNode:
                 kept = [t for t in ctx.saved_tensors if t is not None]
                 self._saved = [Residual(t.detach(), source) for t in kept]
             except RuntimeError as error:  # the value is right all the same
-                self._unusable = str(error)
+                self._unusable = f"a tensor that it saved was changed in place inside f: {error}"
         self._attributes: list[Residual] = []
         self._stamp()
         self._stamp_arguments()
@@ -337,10 +337,7 @@ class CustomNode:
     def _calling(self) -> Iterator[None]:
         with self._lock, without_inference_mode():
             if self._unusable:
-                raise StalenessError(
-                    f"{self.name}: a tensor that it saved was changed in place inside f: "
-                    f"{self._unusable}"
-                )
+                raise StalenessError(f"{self.name} cannot be called: {self._unusable}")
             for r in (*self._saved, *self._attributes, *(self._record.saved_for_forward or ())):
                 if r is not None:
                     r.check_memory()
@@ -348,6 +345,7 @@ class CustomNode:
                         r.check()
             self._pin()
             before = [(r, r.tensor._version) for r in self._attributes if r.version is not None]
+            owned = [*self._saved, *self._attributes]
             try:
                 yield
             finally:
@@ -355,6 +353,11 @@ class CustomNode:
                 for r, version in before:
                     if r.tensor._version != version:
                         _note_written(r.tensor)
+                for r in owned:
+                    try:
+                        r.check_memory()
+                    except StalenessError as error:
+                        self._unusable = str(error)
                 self._stamp()
                 if self._pinned is not None:
                     self.ctx.saved_for_forward = None
@@ -392,7 +395,7 @@ class CustomNode:
         """Sum and cast a gradient as the engine does."""
         if not isinstance(result, torch.Tensor) or result.layout != torch.strided:
             raise FunctionContractError(
-                f"{self.name}.backward returned a {type(result).__name__} as {what}, expected a "
+                f"{self.name}.backward returned {_kind(result)} as {what}, expected a "
                 f"tensor {spec} or None"
             )
         # A copy, because user code may write to the same buffer at the next call.
@@ -420,7 +423,7 @@ class CustomNode:
     def _exact(self, t: Any, spec: TensorSpec | None, i: int) -> torch.Tensor:
         if not isinstance(t, torch.Tensor) or t.layout != torch.strided:
             raise FunctionContractError(
-                f"{self.name}.jvp returned a {type(t).__name__} as the tangent of output {i}, "
+                f"{self.name}.jvp returned {_kind(t)} as the tangent of output {i}, "
                 f"expected a tensor {spec}"
             )
         if spec is not None and not spec.matches(t):
@@ -444,6 +447,12 @@ def _note_written(t: torch.Tensor) -> None:
 def _written_by_methods(t: torch.Tensor) -> bool:
     ref = _WORKSPACES.get(id(t))
     return ref is not None and ref() is t
+
+
+def _kind(t: Any) -> str:
+    if isinstance(t, torch.Tensor) and t.layout != torch.strided:
+        return f"a tensor of layout {t.layout}"
+    return f"a {type(t).__name__}"
 
 
 def _received(meta: Any) -> TensorSpec:

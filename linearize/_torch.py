@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._ops import OpOverload as OpOverload
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction, FunctionCtx
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 aten: Any = torch.ops.aten
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 KeyPath: TypeAlias = tuple[Any, ...]
 
@@ -144,7 +146,7 @@ def unobserved() -> contextlib.AbstractContextManager[Any]:
 
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
     """Suspend `torch.func` transforms, for work that has nothing to do with them."""
-    return torch._C._DisableFuncTorch()
+    return temporarily_clear_interpreter_stack() if functorch_active() else _NOTHING
 
 
 def lazy_bits_respected() -> contextlib.AbstractContextManager[Any]:
