@@ -35,7 +35,9 @@ def check(f: Callable[..., Any], *primals: torch.Tensor, forward: bool = True) -
         if forward:
             torch.testing.assert_close(got, torch.func.jvp(f, primals, tuple(v))[1])
         lhs = torch.vdot(u.flatten(), got.flatten()).real
-        rhs = sum(torch.vdot(a.flatten(), b.flatten()).real for a, b in zip(expected, v))
+        rhs = sum(
+            torch.vdot(a.flatten(), b.flatten()).real for a, b in zip(expected, v, strict=True)
+        )
         torch.testing.assert_close(lhs, rhs)
     return here
 
@@ -55,11 +57,17 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "cat and stack": (lambda x, y: torch.cat([torch.stack([x, x * y]), y[None]]), (randn(3),) * 2),
     "index": (lambda x: x[torch.tensor([0, 2, 0])] * x[:1], (randn(3, 2),)),
     "gather and scatter": (
-        lambda x: x.gather(0, torch.tensor([[1, 0]])) + x.scatter_add(0, torch.tensor([[1, 1], [0, 1]]), x),
+        lambda x: (
+            x.gather(0, torch.tensor([[1, 0]]))
+            + x.scatter_add(0, torch.tensor([[1, 1], [0, 1]]), x)
+        ),
         (randn(2, 2),),
     ),
     "where": (lambda x: torch.where(x > 0, x, 2 * x).clamp(min=-0.5), (randn(9),)),
-    "maximum": (lambda x: x.max(1).values + x.amax(0)[:3] + x.sort(0).values[0, :3], (randn(3, 4),)),
+    "maximum": (
+        lambda x: x.max(1).values + x.amax(0)[:3] + x.sort(0).values[0, :3],
+        (randn(3, 4),),
+    ),
     "norm": (lambda x: x / x.norm(dim=1, keepdim=True), (randn(3, 4),)),
     "std": (lambda x: x.std(0), (randn(3, 4),)),
     "cumulative": (lambda x: x.cumsum(0) * x.cumprod(1), (randn(3, 4),)),
@@ -86,14 +94,22 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     ),
     "pooling": (lambda x: F.max_pool2d(x, 2) + F.avg_pool2d(x, 2), (randn(1, 2, 4, 4),)),
     "padding": (lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), (randn(1, 2, 4, 4),)),
-    "interpolate": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), (randn(1, 1, 3, 3),)),
+    "interpolate": (
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+        (randn(1, 1, 3, 3),),
+    ),
     "embedding": (lambda w: F.embedding(torch.tensor([0, 2, 2]), w), (randn(3, 4),)),
     "cross entropy": (lambda x: F.cross_entropy(x, torch.tensor([1, 0]))[None], (randn(2, 3),)),
     "roll and flip": (lambda x: x.roll(1, 0) * x.flip(1).tril(), (randn(3, 3),)),
-    "lstm": (lambda x: torch.lstm_cell(x, (x, x), SQUARE[:, :].repeat(4, 1), SQUARE.repeat(4, 1))[0],
-             (randn(2, 4),)),
+    "lstm": (
+        lambda x: torch.lstm_cell(x, (x, x), SQUARE[:, :].repeat(4, 1), SQUARE.repeat(4, 1))[0],
+        (randn(2, 4),),
+    ),
     "complex product": (lambda x: x * (1 + 2j) * x.conj(), (randn(4, dtype=C),)),
-    "complex matrices": (lambda x, y: (x @ y).abs() + (x.mH @ y).real, (randn(3, 3, dtype=C),) * 2),
+    "complex matrices": (
+        lambda x, y: (x @ y).abs() + (x.mH @ y).real,
+        (randn(3, 3, dtype=C),) * 2,
+    ),
     "complex to real": (lambda x: x.real * x.imag + x.abs(), (randn(4, dtype=C),)),
     "real to complex": (lambda x: torch.complex(x, 2 * x).exp() + x * 1j, (randn(4),)),
     "complex solve": (
@@ -101,7 +117,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
         (randn(2, 3, dtype=C),),
     ),
     "cast": (lambda x: x.to(torch.float32).sin().to(D) * x, (randn(4),)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -186,10 +202,8 @@ def test_deep_graphs_need_no_recursion() -> None:
 
 
 def test_an_operation_without_derivative_is_named() -> None:
+    here = lz.Linearizer(lambda x: F.multi_margin_loss(x, torch.tensor([0, 1]))).at(randn(2, 3))
     with pytest.raises(lz.LinearizeError, match="multi_margin_loss_backward"):
-        here = lz.Linearizer(lambda x: F.multi_margin_loss(x, torch.tensor([0, 1]))).at(
-            randn(2, 3)
-        )
         here.jvp_fn(randn(2, 3))
 
 
