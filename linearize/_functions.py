@@ -9,7 +9,6 @@ never calls `forward`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -17,10 +16,10 @@ from typing import Any
 
 import torch
 
+from ._contexts import ContextRecord, function_name
 from ._program import Operation, Residual, leaves
 from ._space import TensorSpec
 from ._torch import (
-    ContextWatcher,
     OpOverload,
     forward_class,
     input_metadata,
@@ -71,64 +70,6 @@ def register_jvp(op: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
-@dataclasses.dataclass(slots=True)
-class ContextRecord:
-    """What was seen of one context while `forward` ran."""
-
-    inputs: tuple[TensorSpec | None, ...] | None = None
-    versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
-    saved_for_forward: tuple[Residual | None, ...] | None = None
-    materialize: bool = True
-
-
-class ContextRecords:
-    """Records of the contexts made during one forward run, keyed weakly by context."""
-
-    def __init__(self) -> None:
-        self._records: weakref.WeakKeyDictionary[Any, ContextRecord]
-        self._records = weakref.WeakKeyDictionary()
-
-    def watching(self) -> ContextWatcher:
-        """Return the context manager inside which contexts are recorded."""
-        return ContextWatcher(self._created, self._saved, self._materialize)
-
-    def get(self, ctx: Any) -> ContextRecord:
-        """Return the record of `ctx`, an empty one if none was made."""
-        return self._records.get(ctx) or ContextRecord()
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
-        record = self._records[ctx] = ContextRecord()
-        if arguments is not None:
-            record.inputs = tuple(
-                TensorSpec.of(a) if isinstance(a, torch.Tensor) else None for a in arguments
-            )
-            record.versions = tuple(
-                (weakref.ref(a), a._version)
-                for a in arguments
-                if isinstance(a, torch.Tensor) and not a.is_inference()
-            )
-
-    def _saved(self, ctx: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
-        # Aliases without history: a saved output would otherwise hold its own node alive.
-        source = f"{_name(forward_class(ctx))} (save_for_forward)"
-        self._records.setdefault(ctx, ContextRecord()).saved_for_forward = tuple(
-            None if t is None else Residual(t.detach(), source) for t in tensors
-        )
-
-    def _materialize(self, ctx: Any, value: bool) -> None:
-        self._records.setdefault(ctx, ContextRecord()).materialize = value
-
-
-def _name(cls: Any) -> str:
-    name: str = cls.__name__
-    if name.startswith("GeneratedBackwardFor_"):
-        return name.removeprefix("GeneratedBackwardFor_")
-    return str(cls.__qualname__).replace("<locals>.", "")
-
-
 class CustomNode:
     """A context of a custom Function, callable in both directions.
 
@@ -156,7 +97,7 @@ class CustomNode:
     def __init__(self, ctx: Any, record: ContextRecord) -> None:
         self.ctx = ctx
         self.cls = forward_class(ctx)
-        self.name = _name(self.cls)
+        self.name = function_name(self.cls)
         self._record = record
         self._lock = threading.RLock()
         needs: Sequence[bool] = self.ctx.needs_input_grad

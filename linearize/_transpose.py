@@ -196,9 +196,10 @@ def _replacement(eq: Equation, policy: Policy) -> Program:
         given = _recorded(fn, ins, outs, name, has)
     except OpaqueError as reason:
         if not policy.materialize:
+            remedy = "" if isinstance(op, TransposedNode) else f"give it a {lacks}, or "
             raise MissingDerivativeError(
-                f"{name} has no {lacks}, and its {has} cannot be transposed ({reason}): give it a "
-                f'{lacks}, or pass opaque="materialize" to build its matrix from unit vectors'
+                f"{name} has no {lacks}, and its {has} cannot be transposed ({reason}): {remedy}"
+                'pass opaque="materialize" to build its matrix from unit vectors'
             ) from None
         return dense_transpose(fn, ins, outs, present, wanted, name, policy.limit)
     turned = transpose(given, f"transpose of {name}.{has}")

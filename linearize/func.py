@@ -19,7 +19,8 @@ from ._linearity import close
 from ._space import TensorSpec, differentiable
 from ._torch import batched_or_wrapped, functorch_active, has_forward_tangent, pytree
 from .errors import NotLinearError, StructureError
-from .linearization import Linearization, Product
+from .linearization import Linearization
+from .products import Product
 
 __all__ = ["jvp", "linear_transpose", "linearize", "vjp"]
 

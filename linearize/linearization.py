@@ -1,22 +1,21 @@
-"""Floor 4: `Linearization`, a function linearized at one point, and its two products."""
+"""Floor 4: `Linearization`, a function linearized at one point."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from ._capture import Capture
-from ._execute import Executor
 from ._program import Program, Residual, total_bytes
 from ._record import record_pullback
-from ._space import Space
-from ._torch import outside_transforms, pytree
-from ._transpose import Policy, resolve, transpose
-from .errors import ClosedError, CopyError, StructureError
+from ._torch import pytree
+from ._transpose import Policy, transpose
+from .errors import ClosedError, CopyError
+from .products import JvpFn, Lifetime, VjpFn
 
 
 class _Source:
@@ -48,238 +47,6 @@ class _Source:
             yield from graph.saved_tensors()
         elif pullback is not None:
             yield from pullback.kept_tensors()
-
-
-class _Lifetime:
-    """Whether a point is open, and what to release when it closes."""
-
-    def __init__(self, notify: Callable[[], None] | None) -> None:
-        self.closed = False
-        self._notify = notify
-        self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._lock = threading.Lock()
-
-    def register(self, part: Any) -> None:
-        with self._lock:
-            self._parts.add(part)
-
-    def close(self) -> None:
-        with self._lock:
-            self.closed = True
-            parts = list(self._parts)
-        for part in parts:
-            part._release()
-        self.changed()
-
-    def changed(self) -> None:
-        """Tell the memo that the point has grown or was closed."""
-        if self._notify is not None:
-            self._notify()
-
-
-class Product:
-    """A linear map as a function: the common part of `jvp_fn` and `vjp_fn`.
-
-    A product outlives the objects that made it, and keeps only what it needs itself. It may
-    be called from several threads, under `torch.no_grad` and in inference mode. If an
-    argument requires grad, the result is differentiable with respect to the argument.
-    """
-
-    #: Name in messages.
-    _name = "product"
-
-    def __init__(
-        self,
-        make: Callable[[], Program],
-        arguments: Space,
-        results: Space,
-        lifetime: _Lifetime,
-        policy: Policy,
-    ) -> None:
-        self._make: Callable[[], Program] | None = make
-        self._arguments = arguments
-        self._results = results
-        self._lifetime = lifetime
-        self._policy = policy
-        self._lock = threading.RLock()
-        self._program: Program | None = None
-        self._executors: dict[tuple[bool, ...], Executor] = {}
-        self._turned: Product | None = None
-        lifetime.register(self)
-
-    @property
-    def program(self) -> Program:
-        """The linear program, recorded when first needed."""
-        self._check_open()
-        with self._lock:
-            if self._program is None:
-                assert self._make is not None
-                # What is kept must be usable everywhere.
-                with outside_transforms(), torch.inference_mode(False):
-                    program = self._make()
-                self._check_open()
-                self._program, self._make = program, None
-                self._lifetime.changed()
-            return self._program
-
-    def __repr__(self) -> str:
-        state = "closed" if self._lifetime.closed else f"from {self._arguments}"
-        return f"<{self._name} {state}>"
-
-    def __reduce__(self) -> Any:
-        raise CopyError(f"a {self._name} cannot be copied or pickled: it holds graph contexts")
-
-    def _check_open(self) -> None:
-        if self._lifetime.closed:
-            raise ClosedError(
-                f"{self._name}: its linearization was closed (at the end of a `with` block, or by "
-                "close()); linearize anew with at(...)"
-            )
-
-    def _release(self) -> None:
-        with self._lock:
-            self._make = self._program = self._turned = None
-            self._executors = {}
-
-    def _executor(self, present: tuple[bool, ...]) -> Executor:
-        """Return what runs the program for arguments of which some are zero."""
-        executor = self._executors.get(present)
-        if executor is None:
-            with self._lock:
-                program = self.program
-                with outside_transforms(), torch.inference_mode(False):
-                    if not all(present):
-                        program = program.restricted(present)
-                    executor = Executor(resolve(program, self._policy))
-                self._check_open()
-                self._executors[present] = executor
-        return executor
-
-    def _apply(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        """Apply the map to flat lists of tensors, None for zero."""
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
-        present = tuple(t is not None for t in tensors)
-        self._check_open()
-        executor = self._executor(present)
-        with torch.no_grad():
-            results = executor([t for t in tensors if t is not None])
-        return [
-            spec.zeros() if t is None else t
-            for t, spec in zip(results, self._results.tensors, strict=True)
-        ]
-
-    def _transposed(self) -> Product:
-        """Return the other product."""
-        with self._lock:
-            if self._turned is None:
-                self._turned = Product(
-                    lambda: transpose(self.program, f"transpose of {self.program.name}"),
-                    self._results,
-                    self._arguments,
-                    self._lifetime,
-                    self._policy,
-                )
-            return self._turned
-
-    def _residuals(self) -> list[Residual]:
-        """Return the residuals of this product, as far as it is recorded."""
-        program = self._program
-        return [] if program is None else program.residuals()
-
-    def _kept(self) -> Iterator[torch.Tensor]:
-        """Yield the tensors that this product keeps alive."""
-        program, executors = self._program, list(self._executors.values())
-        if program is not None:
-            yield from program.kept_tensors()
-        for executor in executors:
-            yield from executor.program.kept_tensors()
-
-
-class _DifferentiableProduct(torch.autograd.Function):
-    """A product as a function of its argument: its derivative is the other product."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(product: Product, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        return tuple(product._apply([None if t is None else t.detach() for t in tensors]))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.product = inputs[0]
-        ctx.given = [t is not None for t in inputs[1:]]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        results = ctx.product._transposed()._apply(grads)
-        return (None, *(r if w else None for r, w in zip(results, ctx.given, strict=True)))
-
-    @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
-        return tuple(ctx.product._apply(tangents))
-
-
-class JvpFn(Product):
-    """The pushforward of a linearization: tangents of the primals to the tangent of the value.
-
-    Call it with one tangent per primal, each structured like the primal; None, for a whole
-    primal or any part of it, is zero. The result is structured like the value; leaves that
-    have no tangent (integers, strings) are None.
-
-    Raises
-    ------
-    StructureError, SpaceError
-        If a tangent does not fit; the message names it.
-    StalenessError
-        If a residual was changed in place since the linearization.
-    ClosedError
-        If the linearization was closed.
-    MissingDerivativeError
-        If a custom Function has no `jvp` and its `backward` cannot be transposed.
-    """
-
-    _name = "jvp_fn"
-
-    def __call__(self, *tangents: Any) -> Any:
-        """Return J·v."""
-        self._check_open()
-        flat = self._arguments.flatten(tangents)
-        return self._results.unflatten(self._apply(flat))
-
-
-class VjpFn(Product):
-    """The pullback of a linearization: a cotangent of the value to those of the primals.
-
-    Call it with one cotangent structured like the value; None, for all or any part of it, is
-    zero. The result is a tuple with one entry per primal; leaves that have no tangent are
-    None. For complex numbers this is Jᴴ·u, PyTorch's convention for gradients.
-
-    Raises
-    ------
-    StructureError, SpaceError
-        If the cotangent does not fit; the message names the leaf.
-    StalenessError
-        If a residual was changed in place since the linearization.
-    ClosedError
-        If the linearization was closed.
-    MissingDerivativeError
-        If a custom Function has no `backward` and its `jvp` cannot be transposed.
-    """
-
-    _name = "vjp_fn"
-
-    def __call__(self, *cotangent: Any) -> Any:
-        """Return Jᵀ·u (Jᴴ·u for complex numbers)."""
-        self._check_open()
-        if len(cotangent) != 1:
-            raise StructureError(
-                "vjp_fn: expected 1 cotangent, structured like the value (for a tuple of outputs, "
-                f"one tuple), got {len(cotangent)}"
-            )
-        flat = self._arguments.flatten(cotangent[0])
-        return self._results.unflatten(self._apply(flat))
 
 
 class ProgramPair:
@@ -327,7 +94,7 @@ class Linearization:
     ) -> None:
         policy = policy or Policy()
         source = _Source(captured)
-        self._lifetime = _Lifetime(notify)
+        self._lifetime = Lifetime(notify)
         self._lifetime.register(self)
         self.in_space = captured.in_space
         self.out_space = captured.out_space

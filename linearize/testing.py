@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ._capture import capture
-from ._functions import ContextRecords, CustomNode
+from ._contexts import ContextRecords
+from ._functions import CustomNode
 from ._space import TensorSpec, differentiable
 from ._torch import pytree
 from .errors import CheckFailure, LinearizeError
