@@ -15,7 +15,7 @@ import torch
 from ._linearity import schema_of
 from ._program import Equation, Operation, Program, Residual, Var, map_leaves, op_name
 from ._space import TensorSpec
-from ._torch import OpOverload, aten
+from ._torch import OpOverload, aten, batched_or_wrapped
 from .errors import LinearizeError
 
 
@@ -83,7 +83,7 @@ class _Step:
         if positional and all(_all_undefined(a, keywords[k]) for k, a in self.tail.items()):
             return (None,) * len(self.outs) if self.many else None
         if isinstance(self.op, Operation):
-            return self.op(*args, **keywords)
+            return self.op(*args) if not _wrapped(args) else looped(self.op, args)
         return _with_zeros(self, args, keywords)
 
 
@@ -182,13 +182,23 @@ class Executor:
         for r in self._residuals:
             r.check_memory()
 
-    def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def __call__(
+        self,
+        arguments: Sequence[torch.Tensor],
+        tape: list[Any] | None = None,
+        *,
+        replay: bool = False,
+    ) -> list[torch.Tensor | None]:
         """Run the program.
 
         Parameters
         ----------
         arguments
             One tensor per input.
+        tape
+            Receives the results of user code, in order.
+        replay
+            Whether to take these results from the tape instead.
 
         Returns
         -------
@@ -211,13 +221,18 @@ class Executor:
             if step.nested or step.tail:
                 keywords = dict(keywords)
                 undefined |= _fill(step, args, keywords, values)
-            if undefined:
+            if step.opaque and tape is not None and replay:
+                out: Any = tape.pop(0)
+            elif undefined:
                 # A custom Function returned None: an undefined tangent, which is zero.
-                out: Any = step.with_undefined(args, keywords)
+                out = step.with_undefined(args, keywords)
+            elif step.opaque:
+                out = looped(step.op, args) if _wrapped(args) else step.op(*args)
+                self._check_memory()
             else:
                 out = step.op(*args, **keywords)
-                if step.opaque:
-                    self._check_memory()
+            if step.opaque and tape is not None and not replay:
+                tape.append(out)
             if not self._verified:
                 step.verify(out)
             if step.many:
@@ -234,6 +249,46 @@ class Executor:
             t.clone() if copy and t is not None else t
             for t, copy in zip(results, self._copies, strict=True)
         ]
+
+
+def _wrapped(args: Sequence[Any]) -> bool:
+    return any(isinstance(a, torch.Tensor) and batched_or_wrapped(a) for a in args)
+
+
+def looped(op: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """Call an operation on batches of `torch.vmap`, entry by entry."""
+    return _Looped.apply(op, *args)  # type: ignore[no-untyped-call]
+
+
+class _Looped(torch.autograd.Function):
+    """Lets user code, which knows nothing of batches, take part in `torch.vmap`."""
+
+    @staticmethod
+    def forward(op: Callable[..., Any], *args: Any) -> Any:
+        return tuple(op(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, op: Callable[..., Any], *args: Any) -> Any:
+        rows = []
+        for i in range(info.batch_size):
+            given = [
+                a if d is None else a.select(d, i) for a, d in zip(args, in_dims[1:], strict=True)
+            ]
+            wrapped = _wrapped(given)
+            rows.append(looped(op, given) if wrapped else tuple(op(*given)))
+        columns = list(zip(*rows, strict=True))
+        defined = [next((t for t in column if t is not None), None) for column in columns]
+        stacked = tuple(
+            None
+            if like is None
+            else torch.stack([torch.zeros_like(like) if t is None else t for t in column])
+            for column, like in zip(columns, defined, strict=True)
+        )
+        return stacked, tuple(None if t is None else 0 for t in stacked)
 
 
 def _fill(step: _Step, args: list[Any], keywords: dict[str, Any], values: list[Any]) -> bool:

@@ -28,7 +28,7 @@ Rule: TypeAlias = Callable[[Emitter, Equation, Cotangents], Result | None]
 _RULES: dict[OpOverload, Rule] = {}
 
 #: Pointwise, linear in the first argument, without the tag that says so.
-_UNTAGGED_POINTWISE = frozenset(
+UNTAGGED_POINTWISE = frozenset(
     "softplus_backward hardtanh_backward native_dropout_backward masked_fill tril triu "
     "threshold_backward hardsigmoid_backward hardswish_backward mish_backward "
     "leaky_relu_backward elu_backward logit_backward".split()
@@ -42,7 +42,7 @@ def rule_for(op: Any) -> Rule | None:
     rule = _RULES.get(op)
     if rule is None:
         schema = schema_of(op)
-        if schema.pointwise or schema.name in _UNTAGGED_POINTWISE:
+        if schema.pointwise or schema.name in UNTAGGED_POINTWISE:
             return _diagonal
     return rule
 

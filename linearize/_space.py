@@ -117,8 +117,10 @@ class Space:
         """Number of scalars in an element."""
         return sum(torch.Size(leaf.shape).numel() for leaf in self.tensors)
 
-    def flatten(self, tree: Any) -> list[torch.Tensor | None]:
+    def flatten(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
         """Return the tensors of `tree`, one per differentiable leaf, None for zero.
+
+        With `stacked`, each tensor has one more dimension in front, of any length.
 
         Raises
         ------
@@ -134,12 +136,12 @@ class Space:
         if self._all_differentiable:
             for given, expected, path in zip(leaves, self.leaves, self.paths, strict=True):
                 if given is not None:
-                    self._check(given, expected, path)
+                    self._check(given, expected, path, stacked=stacked)
             return leaves
         flat = []
         for given, expected, path in zip(leaves, self.leaves, self.paths, strict=True):
             if given is not None:
-                self._check(given, expected, path)
+                self._check(given, expected, path, stacked=stacked)
             if expected is not None:
                 flat.append(given)
         return flat
@@ -158,7 +160,9 @@ class Space:
         ]
         return pytree.tree_unflatten(leaves, self.spec)
 
-    def _check(self, given: Any, expected: TensorSpec | None, path: str) -> None:
+    def _check(
+        self, given: Any, expected: TensorSpec | None, path: str, *, stacked: bool = False
+    ) -> None:
         if expected is None:
             raise StructureError(
                 f"{self.word}{path}: the leaf of the {self.of} there is not a floating point or "
@@ -171,6 +175,10 @@ class Space:
             )
         if given.is_nested:  # has no shape to speak of
             raise SpaceError(f"{self.word}{path}: expected {expected}, got a nested tensor")
+        if stacked:
+            count = given.shape[0] if given.dim() else 0
+            shape = (count, *expected.shape)
+            expected = TensorSpec(shape, expected.dtype, expected.device)
         if not expected.matches(given) or given.layout != torch.strided:
             layout = "" if given.layout == torch.strided else f" of layout {given.layout}"
             raise SpaceError(

@@ -40,10 +40,13 @@ class Policy:
         Whether to build the matrix of such an operation from unit vectors.
     limit
         The most bytes that one such matrix may take.
+    simplify
+        Whether programs that are run often are simplified.
     """
 
     materialize: bool = False
     limit: int = 1 << 28
+    simplify: bool = True
 
 
 def transpose(program: Program, name: str = "pushforward") -> Program:

@@ -12,6 +12,7 @@ import torch
 from ._capture import Capture
 from ._program import Program, Residual, total_bytes
 from ._record import record_pullback
+from ._simplify import explain, simplify
 from ._torch import pytree
 from ._transpose import Policy, transpose
 from .errors import ClosedError, CopyError
@@ -63,6 +64,14 @@ class ProgramPair:
     def __init__(self, pushforward: Program, pullback: Program) -> None:
         self.pushforward = pushforward
         self.pullback = pullback
+
+    def simplified(self) -> ProgramPair:
+        """Return the programs as they are run when they are run often."""
+        return ProgramPair(simplify(self.pushforward), simplify(self.pullback))
+
+    def explain(self) -> str:
+        """Tell what each simplification does to each program."""
+        return f"{explain(self.pushforward)}\n{explain(self.pullback)}"
 
     def __str__(self) -> str:
         return f"{self.pushforward}\n\n{self.pullback}"

@@ -48,6 +48,9 @@ class Linearizer:
         that Function from unit vectors.
     opaque_limit
         The most bytes that one such matrix may take.
+    simplify
+        Whether a program that is run repeatedly is simplified; the simplified one takes over
+        when it was seen to give the same.
 
     Notes
     -----
@@ -67,6 +70,7 @@ class Linearizer:
         match: Literal["identity", "value"] = "identity",
         opaque: Literal["error", "materialize"] = "error",
         opaque_limit: int = 1 << 28,
+        simplify: bool = True,
     ) -> None:
         if not callable(f):
             raise StructureError(f"Linearizer: f must be callable, got {type(f).__name__}")
@@ -82,7 +86,7 @@ class Linearizer:
         self._argnums = argnums
         self._has_aux = has_aux
         self._by_value = match == "value"
-        self._policy = Policy(opaque == "materialize", opaque_limit)
+        self._policy = Policy(opaque == "materialize", opaque_limit, simplify)
         self._keeps = maxsize != 0
         self._memo: Memo[Linearization] = Memo(
             maxsize, max_bytes, Linearization._size, Linearization._fresh

@@ -10,11 +10,51 @@ from typing import Any
 import torch
 
 from ._execute import Executor
+from ._linearity import close
 from ._program import Program, Residual
+from ._simplify import simplify
 from ._space import Space
-from ._torch import outside_transforms
+from ._torch import functorch_active, outside_transforms
 from ._transpose import Policy, resolve, transpose
 from .errors import ClosedError, CopyError, StructureError
+
+#: At which call a program is simplified: sooner would cost more than it saves.
+SIMPLIFY_AT = 3
+
+
+class _Plan:
+    """How a map is run: as recorded at first, simplified once it is run again and again."""
+
+    def __init__(self, program: Program, *, simplified: bool) -> None:
+        self.executor = Executor(program)
+        self._calls = 0
+        self._settled = not simplified
+        self._lock = threading.Lock()
+
+    def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        if not self._settled and not functorch_active():
+            self._calls += 1
+            if self._calls >= SIMPLIFY_AT and self._lock.acquire(blocking=False):
+                try:
+                    return self._settle(arguments)
+                finally:
+                    self._settled = True
+                    self._lock.release()
+        return self.executor(arguments)
+
+    def _settle(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Run as before, and take the simplified program if it gives the same."""
+        tape: list[Any] = []
+        results = self.executor(arguments, tape)
+        with torch.inference_mode(False), torch.no_grad():
+            smaller = Executor(simplify(self.executor.program))
+        again = smaller(arguments, tape, replay=True)
+        if all(
+            (a is None) == (b is None) and (a is None or b is None or close(a, b))
+            for a, b in zip(again, results, strict=True)
+        ):
+            self.executor = smaller
+        return results
 
 
 class Lifetime:
@@ -72,7 +112,7 @@ class Product:
         self._policy = policy
         self._lock = threading.RLock()
         self._program: Program | None = None
-        self._executors: dict[tuple[bool, ...], Executor] = {}
+        self._plans: dict[tuple[bool, ...], _Plan] = {}
         self._turned: Product | None = None
         lifetime.register(self)
 
@@ -108,21 +148,35 @@ class Product:
     def _release(self) -> None:
         with self._lock:
             self._make = self._program = self._turned = None
-            self._executors = {}
+            self._plans = {}
 
-    def _executor(self, present: tuple[bool, ...]) -> Executor:
+    def _plan(self, present: tuple[bool, ...]) -> _Plan:
         """Return what runs the program for arguments of which some are zero."""
-        executor = self._executors.get(present)
-        if executor is None:
+        plan = self._plans.get(present)
+        if plan is None:
             with self._lock:
                 program = self.program
                 with outside_transforms(), torch.inference_mode(False):
                     if not all(present):
                         program = program.restricted(present)
-                    executor = Executor(resolve(program, self._policy))
+                    program = resolve(program, self._policy)
+                    plan = _Plan(program, simplified=self._policy.simplify)
                 self._check_open()
-                self._executors[present] = executor
-        return executor
+                self._plans[present] = plan
+        return plan
+
+    def _batched(
+        self, tensors: Sequence[torch.Tensor | None], chunk_size: int | None
+    ) -> list[torch.Tensor]:
+        """Apply the map to stacks of arguments, along their first dimension."""
+        given = [t for t in tensors if t is not None]
+        present = [t is not None for t in tensors]
+
+        def one(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            rest = iter(parts)
+            return tuple(self._apply([next(rest) if here else None for here in present]))
+
+        return list(torch.vmap(one, chunk_size=chunk_size)(*given))
 
     def _apply(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Apply the map to flat lists of tensors, None for zero."""
@@ -130,9 +184,9 @@ class Product:
             return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
         present = tuple(t is not None for t in tensors)
         self._check_open()
-        executor = self._executor(present)
+        plan = self._plan(present)
         with torch.no_grad():
-            results = executor([t for t in tensors if t is not None])
+            results = plan([t for t in tensors if t is not None])
         return [
             spec.zeros() if t is None else t
             for t, spec in zip(results, self._results.tensors, strict=True)
@@ -158,11 +212,11 @@ class Product:
 
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
-        program, executors = self._program, list(self._executors.values())
+        program, plans = self._program, list(self._plans.values())
         if program is not None:
             yield from program.kept_tensors()
-        for executor in executors:
-            yield from executor.program.kept_tensors()
+        for plan in plans:
+            yield from plan.executor.program.kept_tensors()
 
 
 class _DifferentiableProduct(torch.autograd.Function):
@@ -188,6 +242,15 @@ class _DifferentiableProduct(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
         return tuple(ctx.product._apply(tangents))
+
+
+def _stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:
+    sizes = {t.shape[0] for t in flat if t is not None}
+    if len(sizes) != 1:
+        raise StructureError(
+            f"batched: expected {space.word}s stacked along their first dimension, all of one "
+            f"length, got lengths {sorted(sizes)}"
+        )
 
 
 class JvpFn(Product):
@@ -216,6 +279,36 @@ class JvpFn(Product):
         self._check_open()
         flat = self._arguments.flatten(tangents)
         return self._results.unflatten(self._apply(flat))
+
+    def batched(self, *tangents: Any, chunk_size: int | None = None) -> Any:
+        """Return J·v for K tangents in one pass.
+
+        Parameters
+        ----------
+        *tangents
+            As for a single product, each tensor with a first dimension of length K.
+        chunk_size
+            How many are taken at once, which bounds the memory; None for all.
+
+        Returns
+        -------
+        pytree
+            Structured like the value, each tensor with a first dimension of length K.
+
+        Raises
+        ------
+        StructureError, SpaceError
+            If a tangent does not fit.
+
+        Notes
+        -----
+        Built-in operations are vectorised (`torch.vmap`); custom Functions are called once per
+        tangent, inside the pass.
+        """
+        self._check_open()
+        flat = self._arguments.flatten(tangents, stacked=True)
+        _stack_sizes(self._arguments, flat)
+        return self._results.unflatten(self._batched(flat, chunk_size))
 
 
 class VjpFn(Product):
@@ -249,3 +342,28 @@ class VjpFn(Product):
             )
         flat = self._arguments.flatten(cotangent[0])
         return self._results.unflatten(self._apply(flat))
+
+    def batched(self, cotangent: Any, *, chunk_size: int | None = None) -> Any:
+        """Return Jᵀ·u for K cotangents in one pass.
+
+        Parameters
+        ----------
+        cotangent
+            As for a single product, each tensor with a first dimension of length K.
+        chunk_size
+            How many are taken at once, which bounds the memory; None for all.
+
+        Returns
+        -------
+        tuple
+            One entry per primal, each tensor with a first dimension of length K.
+
+        Raises
+        ------
+        StructureError, SpaceError
+            If the cotangent does not fit.
+        """
+        self._check_open()
+        flat = self._arguments.flatten(cotangent, stacked=True)
+        _stack_sizes(self._arguments, flat)
+        return self._results.unflatten(self._batched(flat, chunk_size))

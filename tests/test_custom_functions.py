@@ -1002,8 +1002,8 @@ def test_function_whose_backward_is_a_function(f):
 
     w = v.clone().requires_grad_()
     for product in (here.jvp_fn, lambda u: here.vjp_fn(u)[0]):
-        assert gradcheck(product, (w,), check_forward_ad=True)
-        assert gradgradcheck(product, (w,))
+        assert gradcheck(product, (w,), check_forward_ad=True, nondet_tol=1e-12)
+        assert gradgradcheck(product, (w,), nondet_tol=1e-12)
 
 
 def test_differentiable_products():
@@ -1019,7 +1019,9 @@ def test_differentiable_products():
     (got,) = torch.autograd.grad(here.vjp_fn(w)[0], w, u)
     close(got, (3 * x.sin() + 0.5) * x.cos() * u)
     assert calls["forward"] == 1
-    assert gradcheck(here.jvp_fn, (v, torch.tensor(0.3, dtype=F64, requires_grad=True)))
+    assert gradcheck(
+        here.jvp_fn, (v, torch.tensor(0.3, dtype=F64, requires_grad=True)), nondet_tol=1e-12
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -1,0 +1,438 @@
+"""Floor 3: making linear programs smaller.
+
+A program that will run a hundred times is worth simplifying. Passes are small functions from
+a program to a program that is the same map:
+
+- `merge_copies` drops casts and views that change nothing and computes equal things once;
+- `fold_diagonals` treats a pointwise linear operation as what it is, a diagonal: chains of
+  diagonals multiply into one, sums of diagonals of the same base add.
+
+In each pass values are kept as sums Σ dᵢ ⊙ baseᵢ, and only what is not pointwise (matrix
+products, stencils, reductions, calls of custom Functions) remains as a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+
+from ._linearity import schema_of
+from ._program import (
+    Emitter,
+    Equation,
+    Operation,
+    Program,
+    Residual,
+    Var,
+    map_leaves,
+    total_bytes,
+)
+from ._rules import UNTAGGED_POINTWISE
+from ._space import TensorSpec
+from ._torch import OpOverload, aten
+
+#: A coefficient of a term: a number, or a tensor that broadcasts to the base's shape.
+Coefficient: TypeAlias = "complex | torch.Tensor"
+
+#: The source of residuals made here.
+FOLDED = "folded diagonals"
+#: A sum of more terms than this is computed before it is used further.
+MOST_TERMS = 6
+
+
+@dataclasses.dataclass(slots=True)
+class _Form:
+    """A value as a sum of coefficients times bases, not computed yet.
+
+    Attributes
+    ----------
+    terms
+        Coefficient by base.
+    equation
+        The equation that computes it as it stood, if it is one operation on one base.
+    """
+
+    terms: dict[Var, Coefficient]
+    equation: Equation | None = None
+
+
+#: The passes, in order.
+PASSES: tuple[Callable[[Program], Program], ...]
+
+
+def simplify(program: Program) -> Program:
+    """Return a smaller program that is the same map."""
+    for one in PASSES:
+        program = one(program)
+    return program
+
+
+def explain(program: Program) -> str:
+    """Tell what each pass makes of a program: equations and bytes kept."""
+    lines = [f"{program.name}: {_size(program)}"]
+    for one in PASSES:
+        program = one(program)
+        lines.append(f"  after {one.__name__}: {_size(program)}")
+    return "\n".join(lines)
+
+
+def _size(program: Program) -> str:
+    kept = total_bytes(program.kept_tensors())
+    return f"{len(program.equations)} equations, {kept:,} bytes kept"
+
+
+# -- views, casts and repetitions ----------------------------------------------------------
+
+
+_NOTHING = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.expand.default,
+        aten._to_copy.default,
+        aten.squeeze.dim,
+        aten.squeeze.default,
+        aten.lift_fresh.default,
+    }
+)
+_RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+    }
+)
+
+
+def merge_copies(program: Program) -> Program:
+    """Drop operations that change nothing, join reshapes, compute equal things once."""
+    same: dict[Var, Var] = {}
+    origin: dict[Var, Var] = {}
+    known: dict[Any, tuple[Var | None, ...]] = {}
+    kept: list[Equation] = []
+
+    def rename(x: Any) -> Any:
+        return same.get(x, x) if isinstance(x, Var) else x
+
+    for eq in program.equations:
+        args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
+        out = eq.outputs[0] if len(eq.outputs) == 1 else None
+        if isinstance(eq.op, Operation) or not isinstance(eq.op, OpOverload):
+            kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+            continue
+        if out is not None and eq.op in _NOTHING and isinstance(args[0], Var):
+            if args[0].spec == out.spec:
+                same[out] = args[0]
+                continue
+        op = eq.op
+        if out is not None and op in _RESHAPES and isinstance(args[0], Var):
+            base = origin.get(args[0], args[0])
+            origin[out] = base
+            if base.spec == out.spec:
+                same[out] = base
+                continue
+            if base is not args[0]:
+                op, args, kwargs = aten.reshape.default, (base, list(out.spec.shape)), {}
+        key = _key(op, args, kwargs)
+        if key in known and all(
+            a is not None or b is None for a, b in zip(known[key], eq.outputs, strict=True)
+        ):
+            for ours, theirs in zip(eq.outputs, known[key], strict=True):
+                if ours is not None and theirs is not None:
+                    same[ours] = theirs
+            continue
+        known[key] = eq.outputs
+        kept.append(Equation(op, args, kwargs, eq.outputs, eq.source))
+    outputs = [None if v is None else same.get(v, v) for v in program.outputs]
+    return Program(program.inputs, kept, outputs, program.specs, program.name).live()
+
+
+def _key(op: Any, args: Any, kwargs: Any) -> Any:
+    def leaf(x: Any) -> Any:
+        if isinstance(x, (Var, Residual)):
+            return id(x)
+        return (type(x).__name__, repr(x))
+
+    def freeze(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return tuple(freeze(y) for y in x)
+        return leaf(x)
+
+    return op, freeze(args), tuple((k, freeze(v)) for k, v in sorted(kwargs.items()))
+
+
+# -- diagonals ------------------------------------------------------------------------------
+
+
+def fold_diagonals(program: Program) -> Program:
+    """Multiply chains of pointwise operations into one, and add those with the same base.
+
+    Factors that are fine one after the other may overflow when they are multiplied first; a
+    program of which that is true is left alone.
+    """
+    folded = _Folding(program).run()
+    new = [r for r in folded.residuals() if r.source == FOLDED]
+    return folded if all(bool(torch.isfinite(r.tensor).all()) for r in new) else program
+
+
+class _Folding:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.forms: dict[Var, _Form] = {}
+        self.computed: dict[Var, Var] = {}
+        self.moved: dict[Any, Var] = {}
+        self.e = Emitter()
+        #: Values that are needed as they are, by steps or as results, or more than once.
+        self.results = {v for v in program.outputs if v is not None}
+        self.needed = set(self.results)
+        met: set[Var] = set()
+        for eq in program.equations:
+            read = set(eq.inputs())
+            self.needed.update(read & met if _foldable(eq) else read)
+            met |= read
+
+    def run(self) -> Program:
+        last = {v: i for i, eq in enumerate(self.program.equations) for v in eq.inputs()}
+        with torch.no_grad():
+            for i, eq in enumerate(self.program.equations):
+                out = eq.outputs[0] if len(eq.outputs) == 1 else None
+                form = self.folded(eq, out) if out is not None else None
+                if form is not None and out is not None:
+                    self.forms[out] = form
+                    if len(form.terms) > 1 and out in self.needed:
+                        # Each use would otherwise repeat its terms.
+                        self.value(out)
+                else:
+                    self.step(eq)
+                for v in eq.inputs():
+                    if last[v] == i and v not in self.results:
+                        self.forms.pop(v, None)  # its coefficients are not needed any more
+            outputs = [None if v is None else self.value(v) for v in self.program.outputs]
+        p = self.program
+        return Program(p.inputs, self.e.equations, outputs, p.specs, p.name).live()
+
+    def step(self, eq: Equation) -> None:
+        """Keep an equation, with its arguments computed."""
+
+        def rename(x: Any) -> Any:
+            return self.value(x) if isinstance(x, Var) else x
+
+        args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
+        self.e.equations.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+
+    def form(self, v: Var) -> _Form:
+        """Return a value as a sum of terms; what is computed already is its own base."""
+        if v in self.computed:
+            return _Form({self.computed[v]: 1.0})
+        return self.forms.get(v) or _Form({v: 1.0})
+
+    # -- folding ------------------------------------------------------------------------
+
+    def folded(self, eq: Equation, out: Var) -> _Form | None:
+        """Return the form of an equation's result, None if the equation must be a step."""
+        if not isinstance(eq.op, OpOverload):
+            return None
+        if eq.op in (aten.add.Tensor, aten.sub.Tensor):
+            return self.sum(eq, out)
+        if eq.op in _MOVES:
+            return self.move(eq, out)
+        variables = eq.inputs()
+        if len(variables) != 1 or sum(a is variables[0] for a in eq.args) != 1:
+            return None
+        x = variables[0]
+        if x.spec != out.spec:
+            return None
+        factor = _factor(eq, x)
+        if factor is None:
+            return None
+        before = self.form(x)
+        terms: dict[Var, Coefficient] = {}
+        for base, c in before.terms.items():
+            product = factor(c)
+            if product is None or _grows(product, c, eq):
+                return None
+            terms[base] = product
+        alone = len(terms) == 1 and x not in self.forms
+        return _Form(terms, eq if alone else None)
+
+    def move(self, eq: Equation, out: Var) -> _Form | None:
+        """Return the form of a moved value d ⊙ base: the moved d ⊙ the moved base."""
+        x, *rest = eq.args
+        form = self.forms.get(x)
+        if form is None or x in self.computed or len(form.terms) != 1:
+            return None
+        ((base, c),) = form.terms.items()
+        if isinstance(c, torch.Tensor):
+            if c.shape != x.spec.shape:
+                return None
+            c = eq.op(c, *rest, **eq.kwargs)
+        key = _key(eq.op, (base, *rest), eq.kwargs)
+        if key not in self.moved:
+            self.moved[key] = self.e.emit(eq.op, (base, *rest), out.spec, **eq.kwargs)
+        return _Form({self.moved[key]: c})
+
+    def sum(self, eq: Equation, out: Var) -> _Form | None:
+        """Return the form of a sum or difference of values of one shape and dtype."""
+        a, b = eq.args[:2]
+        if not (isinstance(a, Var) and isinstance(b, Var) and a.spec == out.spec == b.spec):
+            return None
+        alpha = eq.kwargs.get("alpha", 1)
+        sign = -alpha if eq.op is aten.sub.Tensor else alpha
+        terms = dict(self.form(a).terms)
+        for base, c in self.form(b).terms.items():
+            c = c * sign if sign != 1 else c
+            terms[base] = terms[base] + c if base in terms else c
+        return _Form(terms) if len(terms) <= MOST_TERMS else None
+
+    # -- computing ----------------------------------------------------------------------
+
+    def value(self, v: Var) -> Var:
+        """Return the variable that holds a value, computing it if it is a form still."""
+        if v in self.computed:
+            return self.computed[v]
+        form = self.forms.get(v)
+        if form is None:
+            return v
+        result = self.compute(form, v)
+        self.computed[v] = result
+        return result
+
+    def compute(self, form: _Form, v: Var) -> Var:
+        """Emit the equations of a sum of terms."""
+        if form.equation is not None:
+            self.step(form.equation)
+            return v
+        total: Var | None = None
+        # Plain terms last: they can be added, and the first product needs no addition.
+        terms = sorted(form.terms.items(), key=lambda t: not isinstance(t[1], torch.Tensor))
+        for base, c in terms:
+            total = self.add_term(total, base, c, v.spec)
+        assert total is not None
+        return total
+
+    def add_term(self, total: Var | None, base: Var, c: Coefficient, spec: TensorSpec) -> Var:
+        """Emit `total + c * base`."""
+        if isinstance(c, torch.Tensor):
+            r = Residual(c, FOLDED)
+            if total is None:
+                return self.e.emit(aten.mul.Tensor, (base, r), spec)
+            return self.e.emit(aten.addcmul.default, (total, base, r), spec)
+        number = c.real if isinstance(c, complex) and c.imag == 0 else c
+        if total is None:
+            return base if number == 1 else self.e.emit(aten.mul.Scalar, (base, number), spec)
+        if number == 1:
+            return self.e.emit(aten.add.Tensor, (total, base), spec)
+        return self.e.emit(aten.add.Tensor, (total, base), spec, alpha=number)
+
+
+#: Operations that put the entries of a tensor elsewhere, or some of them.
+_MOVES = frozenset(
+    {
+        aten.roll.default,
+        aten.flip.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+    }
+)
+
+
+def _foldable(eq: Equation) -> bool:
+    """Whether an equation can become a part of a sum of terms."""
+    out = eq.outputs[0] if len(eq.outputs) == 1 else None
+    variables = eq.inputs()
+    if out is None or not isinstance(eq.op, OpOverload):
+        return False
+    if eq.op in _MOVES:
+        return True
+    if eq.op in (aten.add.Tensor, aten.sub.Tensor):
+        return len(variables) == 2 and all(v.spec == out.spec for v in variables)
+    if len(variables) != 1 or variables[0].spec != out.spec:
+        return False
+    return _factor(eq, variables[0]) is not None
+
+
+def _grows(product: Coefficient, c: Coefficient, eq: Equation) -> bool:
+    """Whether a coefficient is larger than all that it is made from (an outer product)."""
+    if not isinstance(product, torch.Tensor):
+        return False
+    sizes = [c.numel() if isinstance(c, torch.Tensor) else 1]
+    sizes += [r.tensor.numel() for r in eq.residuals()]
+    return product.numel() > max(sizes)
+
+
+def _factor(eq: Equation, x: Var) -> Callable[[Coefficient], Coefficient | None] | None:
+    """Return what a pointwise operation makes of a coefficient, None if it is no diagonal."""
+    op, args = eq.op, eq.args
+    if op is aten.neg.default:
+        return lambda c: -c
+    if op in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+        if eq.kwargs:
+            return None
+        other = args[1] if args[0] is x else args[0]
+        by = other.tensor if isinstance(other, Residual) else other
+        divide = op in (aten.div.Tensor, aten.div.Scalar)
+        return lambda c: _times(c, by, x.spec, divide=divide)
+    assert isinstance(op, OpOverload)
+    schema = schema_of(op)
+    if not (schema.pointwise or schema.name in UNTAGGED_POINTWISE):
+        return None
+    if x.spec.dtype.is_complex or not all(_fits(r.tensor, x.spec) for r in eq.residuals()):
+        return None
+
+    def apply(c: Coefficient) -> Coefficient | None:
+        tensor = c if isinstance(c, torch.Tensor) else _full(c, x.spec)
+        given = [tensor.expand(x.spec.shape) if a is x else _number(a) for a in args]
+        kwargs = {k: _number(a) for k, a in eq.kwargs.items()}
+        result: torch.Tensor = op(*given, **kwargs)
+        return result
+
+    return apply
+
+
+def _number(a: Any) -> Any:
+    return map_leaves(lambda y: y.tensor if isinstance(y, Residual) else y, a)
+
+
+def _fits(t: torch.Tensor, spec: TensorSpec) -> bool:
+    return bool(torch.broadcast_shapes(t.shape, spec.shape) == torch.Size(spec.shape))
+
+
+def _full(c: complex, spec: TensorSpec) -> torch.Tensor:
+    value = c.real if isinstance(c, complex) and not spec.dtype.is_complex else c
+    return torch.full((), value, dtype=spec.dtype, device=spec.device).expand(spec.shape)
+
+
+def _times(c: Coefficient, by: Any, spec: TensorSpec, *, divide: bool) -> Coefficient | None:
+    if not isinstance(by, (torch.Tensor, int, float, complex)):
+        return None
+    if isinstance(by, torch.Tensor):
+        if not _fits(by, spec):
+            return None
+        by = by.to(spec.dtype) if by.dtype != spec.dtype else by
+    if isinstance(c, (int, float, complex)) and c == 1 and not divide:
+        return by.resolve_conj() if isinstance(by, torch.Tensor) else by
+    if divide:
+        zero = not isinstance(by, torch.Tensor) and by == 0
+        quotient: Coefficient | None = None if zero else c / by
+        return quotient
+    product: Coefficient = c * by
+    return product
+
+
+PASSES = (merge_copies, fold_diagonals)
