@@ -37,6 +37,13 @@ from ._space import TensorSpec
 from ._torch import OpOverload, TorchDispatchMode, aten, lazy_bits_respected
 from .errors import LinearizeError
 
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
+_STRIDED = (
+    aten.as_strided.default,
+    aten.as_strided_scatter.default,
+    aten.view_as_complex.default,
+)
+
 
 class OpaqueError(LinearizeError):
     """Raised inside a recording that meets code which it cannot follow."""
@@ -225,16 +232,43 @@ class Recorder(TorchDispatchMode):
             outputs.append(var)
             self.define(t, var)
         if any(v is not None for v in outputs):
-            arguments = map_leaves(self._argument, list(args))
+            operation, arguments = self._any_layout(func, args)
             self.emitter.equations.append(
                 Equation(
-                    func,
+                    operation,
                     tuple(arguments),
                     map_leaves(self._argument, dict(kwargs)),
                     tuple(outputs),
                     self.emitter.source,
                 )
             )
+
+    def _any_layout(self, func: Callable[..., Any], args: Any) -> tuple[Any, list[Any]]:
+        """Return an operation and its arguments that do not rely on strides seen now.
+
+        At a later run a cotangent may be laid out otherwise.
+        """
+        arguments = map_leaves(self._argument, list(args))
+        if func in _VIEWS:
+            return aten.reshape.default, arguments[:2]
+        if func not in _STRIDED:
+            return func, arguments
+        x = args[0]
+        strided = func is not aten.view_as_complex.default
+        if strided and not (x.is_contiguous() and isinstance(args[-1], int)):
+            raise OpaqueError("as_strided of something that is not contiguous")
+        if strided and len(args) != 4 + (func is aten.as_strided_scatter.default):
+            raise OpaqueError("as_strided without an offset")
+        if isinstance(arguments[0], Var):
+            arguments[0] = self.emitter.emit(
+                aten.clone.default,
+                (arguments[0],),
+                arguments[0].spec,
+                memory_format=torch.contiguous_format,
+            )
+            if strided:
+                arguments[-1] -= x.storage_offset()
+        return func, arguments
 
     # -- operations that write to their arguments ----------------------------------------
 

@@ -214,3 +214,24 @@ def test_programs_print_shapes_and_sizes() -> None:
     assert "pullback (v0: float64[2,4])" in text
     assert "tanh_backward" in text
     assert "bytes kept" in text
+
+
+def test_cotangents_may_have_any_layout() -> None:
+    """What was recorded with contiguous numbers must hold for others, as in a later run."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = torch.view_as_complex(x.reshape(4, 3, 2)).abs().exp()
+        return y.as_strided((3, 4), (4, 1)) * x.view(3, 8)[:, :4].unflatten(1, (2, 2)).flatten(1)
+
+    x = randn(4, 6)
+    here = lz.Linearizer(f).at(x)
+    leaf = x.clone().requires_grad_()
+    value = f(leaf)
+    for u in (randn(4, 3).t(), randn(3, 8)[:, ::2], randn(1, 4).expand(3, 4)):
+        (expected,) = torch.autograd.grad(value, leaf, u, retain_graph=True)
+        for _ in range(4):
+            torch.testing.assert_close(here.vjp_fn(u)[0], expected)
+    for v in (randn(6, 4).t(), randn(4, 12)[:, ::2]):
+        expected = torch.func.jvp(f, (x,), (v.contiguous(),))[1]
+        for _ in range(4):
+            torch.testing.assert_close(here.jvp_fn(v), expected)
