@@ -107,6 +107,9 @@ class Executor:
     ----------
     program
         With no method missing (see `resolve`).
+    guards
+        Residuals that must not have changed although the program does not read them: it was
+        made from one that did.
     """
 
     __slots__ = (
@@ -121,7 +124,7 @@ class Executor:
         "program",
     )
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, guards: Sequence[Residual] = ()) -> None:
         program.check()
         self.program = program
         slots: dict[Var, int] = {}
@@ -131,7 +134,7 @@ class Executor:
         self._inputs = [slots[v] for v in program.inputs]
         self._outputs = [-1 if v is None else slots[v] for v in program.outputs]
         self._steps = [_Step(eq, slots) for eq in program.equations]
-        self._residuals = program.residuals()
+        self._residuals = [*program.residuals(), *guards]
         self._free(program, slots)
         self._copies = self._to_copy(program)
         self._verified = False

@@ -8,7 +8,6 @@ never calls `forward`.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -82,6 +81,7 @@ class CustomNode:
         "__weakref__",
         "_attributes",
         "_lock",
+        "_packed",
         "_pinned",
         "_record",
         "_saved",
@@ -111,7 +111,8 @@ class CustomNode:
         self._unusable = ""
         #: What a hook unpacked (a checkpoint computes it again each time), kept once it was.
         self._pinned: tuple[torch.Tensor | None, ...] | None = None
-        if not packed_by_hooks(ctx):
+        self._packed = packed_by_hooks(ctx)
+        if not self._packed:
             try:
                 source = f"{self.name} (saved tensors)"
                 kept = [t for t in ctx.saved_tensors if t is not None]
@@ -162,9 +163,8 @@ class CustomNode:
         list
             One cotangent per input; None where undefined.
         """
-        with self._calling():
-            given = [self._argument(g, spec) for g, spec in zip(grads, self.outputs, strict=True)]
-            result = self.ctx.apply(*given)
+        specs = self.outputs
+        result = self._guarded(lambda: self.ctx.apply(*map(self._argument, grads, specs)))
         if not isinstance(result, tuple):
             result = tuple(result) if isinstance(result, list) else (result,)
         count = len(self.ctx.needs_input_grad)
@@ -206,7 +206,8 @@ class CustomNode:
         given = dict(zip(self.positions, zip(tangents, self.inputs, strict=True), strict=True))
         seen = self._record.inputs or (None,) * len(self.ctx.needs_input_grad)
         arguments: list[torch.Tensor | None] = []
-        with self._calling():
+
+        def call() -> Any:
             for i, spec in enumerate(seen):
                 if i in given:
                     arguments.append(self._argument(*given[i]))
@@ -214,7 +215,9 @@ class CustomNode:
                     arguments.append(self._argument(None, spec))
                 else:
                     arguments.append(None)
-            result = self._call_jvp(arguments)
+            return self._call_jvp(arguments)
+
+        result = self._guarded(call)
         if not isinstance(result, tuple):
             result = tuple(result) if isinstance(result, list) else (result,)
         if len(result) != len(self.outputs):
@@ -274,43 +277,56 @@ class CustomNode:
             return t.clone()
         return spec.zeros() if spec is not None and self._record.materialize else None
 
-    @contextlib.contextmanager
-    def _calling(self) -> Iterator[None]:
-        with self._lock, without_inference_mode():
-            if self._unusable:
-                raise StalenessError(f"{self.name} cannot be called: {self._unusable}")
-            for r in (*self._saved, *self._attributes, *(self._record.saved_for_forward or ())):
-                if r is not None:
-                    r.check_memory()
-                    if r.changed() and not _written_by_methods(r.tensor):
-                        r.check()
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """Call user code: one call at a time, with checks before and after."""
+        if torch.is_inference_mode_enabled():
+            with without_inference_mode():
+                return self._guarded(call)
+        with self._lock:
+            owned = self._check()
+            versions = [None if r.version is None else r.tensor._version for r in owned]
             self._pin()
-            before = [(r, r.tensor._version) for r in self._attributes if r.version is not None]
-            owned = [*self._saved, *self._attributes]
             try:
-                yield
+                return call()
             finally:
-                # What the user's own method changed on its context is its own affair.
-                for r, version in before:
-                    if r.tensor._version != version:
-                        _note_written(r.tensor)
-                for r in owned:
-                    try:
-                        r.check_memory()
-                    except StalenessError as error:
-                        self._unusable = str(error)
-                self._stamp()
-                if self._pinned is not None:
-                    self.ctx.saved_for_forward = None
+                self._settle(owned, versions)
+
+    def _check(self) -> list[Residual]:
+        """Raise if something that the methods read was changed; return what they own."""
+        if self._unusable:
+            raise StalenessError(f"{self.name} cannot be called: {self._unusable}")
+        for r in (*self._saved, *self._attributes, *(self._record.saved_for_forward or ())):
+            if r is not None:
+                r.check_memory()
+                if r.changed() and not _written_by_methods(r.tensor):
+                    r.check()
+        return self._attributes
+
+    def _settle(self, owned: list[Residual], versions: list[int | None]) -> None:
+        """After a call: what a method changed on its own context is its own affair."""
+        for r, version in zip(owned, versions, strict=True):
+            if version is not None and r.tensor._version != version:
+                _note_written(r.tensor)
+        for r in (*self._saved, *owned):
+            try:
+                r.check_memory()
+            except StalenessError as error:
+                self._unusable = str(error)
+        self._stamp()
+        if self._pinned is not None:
+            self.ctx.saved_for_forward = None
 
     def _pin(self) -> None:
         """Hand out what hooks unpacked before, instead of having it unpacked again."""
-        if self._pinned is None and packed_by_hooks(self.ctx):
+        if self._packed and self._pinned is None:
             self._pinned = tuple(None if t is None else t.detach() for t in self.ctx.saved_tensors)
         if self._pinned is not None:
             self.ctx.saved_for_forward = self._pinned
 
     def _stamp(self) -> None:
+        if not vars(self.ctx):
+            self._attributes = []
+            return
         source = f"{self.name} (an attribute of ctx)"
         # The tensors themselves: a context holds them anyway.
         self._attributes = [

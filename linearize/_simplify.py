@@ -14,6 +14,7 @@ products, stencils, reductions, calls of custom Functions) remains as a step.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -32,7 +33,7 @@ from ._program import (
 )
 from ._rules import UNTAGGED_POINTWISE
 from ._space import TensorSpec
-from ._torch import OpOverload, aten
+from ._torch import OpOverload, aten, reachable_elsewhere
 
 #: A coefficient of a term: a number, or a tensor that broadcasts to the base's shape.
 Coefficient: TypeAlias = "complex | torch.Tensor"
@@ -68,6 +69,25 @@ def simplify(program: Program) -> Program:
     for one in PASSES:
         program = one(program)
     return program
+
+
+def guards(before: Program, after: Program) -> list[Residual]:
+    """Return the residuals that only `before` reads and that somebody else can change.
+
+    A tensor whose storage nobody but the program refers to cannot be changed from outside.
+    """
+    ours: Counter[int] = Counter()
+    for r in before.residuals():
+        if r.size:
+            ours[r.tensor.untyped_storage().data_ptr()] += 1
+    kept = {id(r) for r in after.residuals()}
+    return [
+        r
+        for r in before.residuals()
+        if id(r) not in kept
+        and r.size
+        and reachable_elsewhere(r.tensor, ours[r.tensor.untyped_storage().data_ptr()])
+    ]
 
 
 def explain(program: Program) -> str:
@@ -130,10 +150,10 @@ def merge_copies(program: Program) -> Program:
         if isinstance(eq.op, Operation) or not isinstance(eq.op, OpOverload):
             kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
             continue
-        if out is not None and eq.op in _NOTHING and isinstance(args[0], Var):
-            if args[0].spec == out.spec:
-                same[out] = args[0]
-                continue
+        idle = eq.op in _NOTHING and isinstance(args[0], Var)
+        if out is not None and idle and args[0].spec == out.spec:
+            same[out] = args[0]
+            continue
         op = eq.op
         if out is not None and op in _RESHAPES and isinstance(args[0], Var):
             base = origin.get(args[0], args[0])
@@ -147,9 +167,8 @@ def merge_copies(program: Program) -> Program:
         if key in known and all(
             a is not None or b is None for a, b in zip(known[key], eq.outputs, strict=True)
         ):
-            for ours, theirs in zip(eq.outputs, known[key], strict=True):
-                if ours is not None and theirs is not None:
-                    same[ours] = theirs
+            pairs = zip(eq.outputs, known[key], strict=True)
+            same |= {ours: theirs for ours, theirs in pairs if ours and theirs}
             continue
         known[key] = eq.outputs
         kept.append(Equation(op, args, kwargs, eq.outputs, eq.source))

@@ -80,7 +80,17 @@ class Space:
         What the structure is that of: "primals" or "value".
     """
 
-    __slots__ = ("_all_differentiable", "leaves", "of", "paths", "spec", "tensors", "word")
+    __slots__ = (
+        "_all_differentiable",
+        "_row",
+        "_single",
+        "leaves",
+        "of",
+        "paths",
+        "spec",
+        "tensors",
+        "word",
+    )
 
     def __init__(
         self,
@@ -97,6 +107,13 @@ class Space:
         self.of = of
         self.tensors = tuple(leaf for leaf in self.leaves if leaf is not None)
         self._all_differentiable = len(self.tensors) == len(self.leaves)
+        #: The plain cases, one tensor or a tuple of tensors, need no pytree work.
+        self._single = spec.is_leaf() and self._all_differentiable
+        self._row = (
+            spec.type is tuple
+            and self._all_differentiable
+            and all(child.is_leaf() for child in spec_children(spec))
+        )
 
     @classmethod
     def of_tree(cls, tree: Any, word: str, of: str) -> Space:
@@ -129,6 +146,8 @@ class Space:
         SpaceError
             If a leaf has another shape, dtype or device.
         """
+        if not stacked and self._plain(tree):
+            return [tree] if self._single else list(tree)
         leaves, spec = pytree.tree_flatten(tree)
         if spec != self.spec:
             leaves = []
@@ -151,6 +170,10 @@ class Space:
 
         The other leaves are taken from the list `others`, or are None.
         """
+        if self._single:
+            return tensors[0]
+        if self._row:
+            return tuple(tensors)
         if self._all_differentiable:
             return pytree.tree_unflatten(tensors, self.spec)
         rest = iter(tensors)
@@ -159,6 +182,21 @@ class Space:
             for i, leaf in enumerate(self.leaves)
         ]
         return pytree.tree_unflatten(leaves, self.spec)
+
+    def _plain(self, tree: Any) -> bool:
+        """Whether `tree` is one tensor, or a tuple of tensors, that fits."""
+        if self._single:
+            given: Sequence[Any] = (tree,)
+        elif self._row and type(tree) is tuple and len(tree) == len(self.tensors):
+            given = tree
+        else:
+            return False
+        for t, expected in zip(given, self.tensors, strict=True):
+            if not isinstance(t, torch.Tensor) or t.is_nested or t.layout != torch.strided:
+                return False
+            if not expected.matches(t):
+                return False
+        return True
 
     def _check(
         self, given: Any, expected: TensorSpec | None, path: str, *, stacked: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -47,6 +48,7 @@ __all__ = [
     "outside_transforms",
     "packed_by_hooks",
     "pytree",
+    "reachable_elsewhere",
     "saved_tensors",
     "spec_children",
     "unobserved",
@@ -62,6 +64,40 @@ KeyPath: TypeAlias = tuple[Any, ...]
 def key_string(path: KeyPath) -> str:
     """Return `['a'][0].b` for a pytree key path."""
     return str(pytree.keystr(path))
+
+
+def reachable_elsewhere(t: torch.Tensor, aliases: int) -> bool:
+    """Whether somebody else holds `t` or its memory; never wrongly denied.
+
+    Parameters
+    ----------
+    t
+        A tensor that the caller holds by one reference.
+    aliases
+        How many tensors on the same storage the caller holds, `t` included.
+    """
+    if _references(t) > _LONE or t._use_count() > 1:  # type: ignore[attr-defined]
+        return True
+    storage = t.untyped_storage()
+    # Python's handle on the storage is one of its owners.
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1 > aliases
+
+
+def _references(t: torch.Tensor) -> int:
+    return sys.getrefcount(t)
+
+
+def _lone_references() -> int:
+    """Return what `_references` counts for a tensor with one holder, called as above."""
+    holder = types.SimpleNamespace(tensor=torch.zeros(()))
+
+    def called_with(t: torch.Tensor) -> int:
+        return _references(t)
+
+    return called_with(holder.tensor)
+
+
+_LONE = _lone_references()
 
 
 def spec_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
@@ -93,19 +129,53 @@ def is_custom(node: Node) -> bool:
 
 def call_node(node: Any, grads: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
     """Call a built-in graph node with gradients of its outputs."""
-    if getattr(node, "_saved_sparse", False) and len(grads) == 1 and grads[0] is not None:
-        # `embedding(sparse=True)`: the same gradient, dense.
-        return (
-            aten.embedding_dense_backward.default(
-                grads[0],
-                node._saved_indices,
-                node._saved_weight_sym_argsize_0,
-                _signed(node._saved_padding_idx),
-                node._saved_scale_grad_by_freq,
-            ),
-        )
+    if getattr(node, "_saved_sparse", False) and grads[0] is not None:
+        dense = _DENSE.get(node.name())  # the same gradient as of `sparse=False`
+        if dense is not None:
+            return dense(node, grads[0])
     result = node(*grads)
     return result if isinstance(result, (tuple, list)) else (result,)
+
+
+def _embedding(node: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
+    return (
+        aten.embedding_dense_backward.default(
+            grad,
+            node._saved_indices,
+            node._saved_weight_sym_argsize_0,
+            _signed(node._saved_padding_idx),
+            node._saved_scale_grad_by_freq,
+        ),
+    )
+
+
+def _embedding_bag(node: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
+    indices, offsets, bags = node._saved_indices, node._saved_offsets, node._saved_result1
+    mode, padding = node._saved_mode, _signed(node._saved_padding_idx)
+    weight = aten._embedding_bag_backward.default(
+        grad,
+        indices,
+        offsets,
+        bags,
+        node._saved_result2,
+        node._saved_result3,
+        node._saved_weight_sym_argsize_0,
+        node._saved_scale_grad_by_freq,
+        mode,
+        False,  # not sparse
+        node._saved_per_sample_weights,
+        padding,
+    )
+    if node.next_functions[-1][0] is None:
+        return weight, None
+    of_samples = aten._embedding_bag_per_sample_weights_backward.default
+    return weight, of_samples(grad, node._saved_weight, indices, offsets, bags, mode, padding)
+
+
+_DENSE: dict[str, Callable[..., Sequence[torch.Tensor | None]]] = {
+    "EmbeddingBackward0": _embedding,
+    "EmbeddingBagBackward0": _embedding_bag,
+}
 
 
 def _signed(n: int) -> int:

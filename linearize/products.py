@@ -12,7 +12,7 @@ import torch
 from ._execute import Executor
 from ._linearity import close
 from ._program import Program, Residual
-from ._simplify import simplify
+from ._simplify import guards, simplify
 from ._space import Space
 from ._torch import functorch_active, outside_transforms
 from ._transpose import Policy, resolve, transpose
@@ -25,8 +25,11 @@ SIMPLIFY_AT = 3
 class _Plan:
     """How a map is run: as recorded at first, simplified once it is run again and again."""
 
-    def __init__(self, program: Program, *, simplified: bool) -> None:
+    def __init__(
+        self, program: Program, *, simplified: bool, taken_over: Callable[[Program], None]
+    ) -> None:
         self.executor = Executor(program)
+        self._taken_over = taken_over
         self._calls = 0
         self._settled = not simplified
         self._lock = threading.Lock()
@@ -46,14 +49,17 @@ class _Plan:
         """Run as before, and take the simplified program if it gives the same."""
         tape: list[Any] = []
         results = self.executor(arguments, tape)
+        before = self.executor.program
         with torch.inference_mode(False), torch.no_grad():
-            smaller = Executor(simplify(self.executor.program))
+            after = simplify(before)
+        smaller = Executor(after, guards(before, after))
         again = smaller(arguments, tape, replay=True)
         if all(
             (a is None) == (b is None) and (a is None or b is None or close(a, b))
             for a, b in zip(again, results, strict=True)
         ):
             self.executor = smaller
+            self._taken_over(after)
         return results
 
 
@@ -160,10 +166,21 @@ class Product:
                     if not all(present):
                         program = program.restricted(present)
                     program = resolve(program, self._policy)
-                    plan = _Plan(program, simplified=self._policy.simplify)
+                    plan = _Plan(
+                        program,
+                        simplified=self._policy.simplify,
+                        taken_over=self._replaced if all(present) else _ignore,
+                    )
                 self._check_open()
                 self._plans[present] = plan
         return plan
+
+    def _replaced(self, program: Program) -> None:
+        """Let go of the program as it was recorded: another one gives the same."""
+        with self._lock:
+            if self._program is not None:
+                self._program = program
+        self._lifetime.changed()
 
     def _batched(
         self, tensors: Sequence[torch.Tensor | None], chunk_size: int | None
@@ -242,6 +259,10 @@ class _DifferentiableProduct(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
         return tuple(ctx.product._apply(tangents))
+
+
+def _ignore(program: Program) -> None:
+    """Do nothing with a program."""
 
 
 def _stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:

@@ -44,10 +44,13 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "casts": (lambda x: (x.to(torch.float32) * 3).to(D) * x, (randn(4),)),
     "views": (lambda x: (x * 2).t().reshape(2, 6)[:, 1:4].flip(0) * 3, (randn(3, 4),)),
     "dropout mask": (lambda x: F.dropout(x * 2, 0.5) * 3, (randn(50),)),
-    "a layer": (lambda x, w: F.layer_norm(F.gelu(x @ w), (5,)).softmax(-1), (randn(3, 4), randn(4, 5))),
+    "a layer": (
+        lambda x, w: F.layer_norm(F.gelu(x @ w), (5,)).softmax(-1),
+        (randn(3, 4), randn(4, 5)),
+    ),
     "sums over one base": (lambda x: sum((k * x * x.detach() for k in range(12)), x), (randn(5),)),
     "zero and negative": (lambda x: -(0 * x) - (-x) / -2, (randn(5),)),
-}  # fmt: skip
+}
 
 
 def both(name: str) -> list[tuple[Program, Program]]:
@@ -228,3 +231,34 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     with pytest.raises(lz.errors.StructureError, match="lengths"):
         here.jvp_fn.batched(None, None)
     assert here.jvp_fn.batched(randn(5, 3), randn(5, 3)).shape == (5, 3)
+
+
+def test_a_changed_weight_is_noticed_after_it_was_folded() -> None:
+    weight = randn(5)
+    here = lz.Linearizer(lambda x: (x * weight).sin() * weight).at(randn(5))
+    for _ in range(5):
+        here.jvp_fn(randn(5))
+        here.vjp_fn(randn(5))
+    weight.mul_(2)
+    for product in (here.jvp_fn, here.vjp_fn):
+        with pytest.raises(lz.errors.StalenessError):
+            product(randn(5))
+
+
+def test_what_was_folded_is_let_go() -> None:
+    x = randn(1000)
+    here = lz.Linearizer(chain).at(x)
+    for _ in range(2):
+        here.jvp_fn(x)
+        here.vjp_fn(x)
+    before = here.nbytes
+    for _ in range(3):
+        here.jvp_fn(x)
+        here.vjp_fn(x)
+    assert before > 100 * x.nbytes
+    assert here.nbytes <= 2 * x.nbytes
+    assert "400" not in repr(here.program)
+    torch.testing.assert_close(here.vjp_fn(x)[0], here.jvp_fn(x))  # the Jacobian is diagonal
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(here.jvp_fn(leaf), leaf, x)
+    torch.testing.assert_close(grad, here.jvp_fn(x))
