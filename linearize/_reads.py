@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ._torch import TorchDispatchMode, batched_or_wrapped, lazy_bits_respected, pytree
+from ._torch import DispatchMode, batched_or_wrapped, lazy_bits_respected, pytree
 
 
 class Reads(TorchFunctionMode):
@@ -78,11 +78,11 @@ def _thawed(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
 
 
-class _DeepReads(TorchDispatchMode):
+class _DeepReads(DispatchMode):
     """Notes the tensors that operations are given inside a backward run by f."""
 
     def __init__(self, reads: Reads) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._reads = reads
 
     def __torch_dispatch__(

@@ -34,7 +34,8 @@ from ._program import (
     zero_residual,
 )
 from ._space import TensorSpec
-from ._torch import OpOverload, TorchDispatchMode, aten, lazy_bits_respected
+from ._storage import common_dtype, covered, flat_spec, flattened, scattered, shown
+from ._torch import DispatchMode, OpOverload, aten, lazy_bits_respected
 from .errors import LinearizeError
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
@@ -89,7 +90,7 @@ class Functionalized(Operation):
         return written[0] if len(written) == 1 else written
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DispatchMode):
     """Writes down what is done to variables.
 
     Parameters
@@ -99,7 +100,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, emitter: Emitter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.emitter = emitter
         self._entries: dict[int, _Entry] = {}
         self._residuals: dict[int, Residual] = {}
@@ -309,17 +310,18 @@ class Recorder(TorchDispatchMode):
         """Return the tensors that share memory with `t`, which was written to."""
         if not group:
             return []
-        count = t.untyped_storage().nbytes() // t.element_size()
-        touched = torch.zeros(count, dtype=torch.bool, device=t.device)
-        touched.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
         found = []
-        for a, old in group:
-            if a.element_size() != t.element_size():
-                raise OpaqueError("writes through a view of another dtype")
-            here = touched.as_strided(a.shape, a.stride(), a.storage_offset())
+        places = covered(t, [a for a, _ in group])
+        for (a, old), here in zip(group, places, strict=True):
             if bool(here.any()):
                 found.append(a)
-                if old is not None and bool(old[~here].any()):
+                if old is not None and here.dim() > old.dim():
+                    old = (
+                        torch.view_as_real(old.resolve_conj())
+                        if old.is_complex()
+                        else old[..., None]
+                    )
+                if old is not None and bool((old != 0).logical_and(~here).any()):
                     raise OpaqueError("writes into a buffer that holds something else")
         return found
 
@@ -432,31 +434,24 @@ class Recorder(TorchDispatchMode):
 
     def _flat_content(self, t: torch.Tensor, group: Sequence[torch.Tensor]) -> Var | Residual:
         """Return the whole storage under `t`, as it was before, as a flat value."""
-        count = t.untyped_storage().nbytes() // t.element_size()
-        spec = TensorSpec((count,), t.dtype, t.device)
+        dtype = common_dtype([t, *group])
+        if dtype is None:
+            raise OpaqueError("writes through a view of another dtype")
+        spec = flat_spec(t, dtype)
         for a in group:
-            if a.dtype != t.dtype:
-                raise OpaqueError("writes through a view of another dtype")
             var = self.variable(a)
-            if var is not None and a.numel() == count and a.is_contiguous():
-                return self._flattened(var, spec)
+            if (
+                var is not None
+                and a.nbytes == spec.shape[0] * dtype.itemsize
+                and a.is_contiguous()
+            ):
+                return flattened(self.emitter, var, a, dtype)
         flat: Var | Residual = zero_residual(spec)
         for a in group:
             var = self.variable(a)
             if var is not None:
-                flat = self.emitter.emit(
-                    aten.as_strided_scatter.default,
-                    (flat, var, list(a.shape), list(a.stride()), a.storage_offset()),
-                    spec,
-                )
+                flat = scattered(self.emitter, flat, var, a)
         return flat
-
-    def _flattened(self, var: Var, spec: TensorSpec) -> Var:
-        # Contiguous, because the strides at a later run may be others.
-        dense = self.emitter.emit(
-            aten.clone.default, (var,), var.spec, memory_format=torch.contiguous_format
-        )
-        return self.emitter.emit(aten.view.default, (dense, list(spec.shape)), spec)
 
     def _propagate(
         self,
@@ -466,17 +461,6 @@ class Recorder(TorchDispatchMode):
         flat: Var | Residual,
     ) -> None:
         """After a write to `t`, let the changed tensors on its storage stand for the result."""
-        count = t.untyped_storage().nbytes() // t.element_size()
-        spec = TensorSpec((count,), t.dtype, t.device)
-        flat = self.emitter.emit(
-            aten.as_strided_scatter.default,
-            (flat, var, list(t.shape), list(t.stride()), t.storage_offset()),
-            spec,
-        )
+        flat = scattered(self.emitter, flat, var, t)
         for a in changed:
-            view = self.emitter.emit(
-                aten.as_strided.default,
-                (flat, list(a.shape), list(a.stride()), a.storage_offset()),
-                TensorSpec.of(a),
-            )
-            self.define(a, view)
+            self.define(a, shown(self.emitter, flat, a))

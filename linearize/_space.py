@@ -53,7 +53,11 @@ class TensorSpec:
 
         The global random state stays untouched, and every device sees the same numbers.
         """
-        drawn = torch.complex128 if self.dtype.is_complex else torch.float64
+        double = self.dtype in (torch.float64, torch.complex128)
+        if self.dtype.is_complex:
+            drawn = torch.complex128 if double else torch.complex64
+        else:
+            drawn = torch.float64 if double else torch.float32
         t = torch.randn(self.shape, dtype=drawn, generator=generator)
         return t.to(device=self.device, dtype=self.dtype)
 

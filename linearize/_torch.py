@@ -21,14 +21,13 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.autograd.graph import GradientEdge
 from torch.autograd.graph import Node as Node
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = [
     "ContextWatcher",
+    "DispatchMode",
     "Node",
     "OpOverload",
-    "TorchDispatchMode",
     "aten",
     "batched_or_wrapped",
     "call_node",
@@ -59,6 +58,21 @@ aten: Any = torch.ops.aten
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 KeyPath: TypeAlias = tuple[Any, ...]
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode that does not load the compiler.
+
+    The base class wraps its subclasses' methods in a way that imports `torch._dynamo` at the
+    first call, which takes a second.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def key_string(path: KeyPath) -> str:

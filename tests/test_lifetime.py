@@ -8,6 +8,8 @@ memory is let go.
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import tracemalloc
 import weakref
 from typing import Any
@@ -324,3 +326,15 @@ def test_by_value_points_stay_within_maxsize() -> None:
     refs = [weakref.ref(lin.at(torch.full((2,), float(i)))) for i in range(50)]
     gc.collect()
     assert [r() is not None for r in refs] == [False] * 47 + [True] * 3
+
+
+def test_nothing_slow_is_loaded_for_a_product() -> None:
+    """PyTorch's compiler takes a second to import, and is not needed."""
+    script = """
+import sys, torch, linearize
+here = linearize.Linearizer(lambda x: torch.linalg.pinv(x).sin()).at(torch.eye(3))
+here.jvp_fn(torch.eye(3)), here.vjp_fn(torch.eye(3))
+assert "torch._dynamo" not in sys.modules
+assert "tqdm" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
