@@ -24,7 +24,7 @@ endif
 IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 say = @printf '\n==> %s\n' '$(1)'
 
-.PHONY: help venv demo test check format-check lint layering types docs format clean
+.PHONY: help venv demo test bench conformance check format-check lint layering types docs format clean
 
 help: ## show this list
 	@echo 'Usage: make TARGET'
@@ -65,6 +65,16 @@ test: $(READY) ## run the tests and the code blocks of README and docs
 	$(call say,Running the tests)
 	$(PY) -m pytest
 
+# ARGS='--rounds 20 --only burgers' and the like; ARGS='--help' lists the options.
+bench: $(READY) ## time the products against their peers (minutes), write table, JSON, plot
+	$(call say,Running the benchmarks)
+	$(PY) -m benchmarks.run --docs docs/benchmarks.md $(ARGS)
+
+# Goes on where it was cut off; ARGS='--fresh' begins anew, ARGS='--help' lists the options.
+conformance: $(READY) ## compare every operator of PyTorch's database (minutes), write the page
+	$(call say,Running the conformance suite)
+	PYTHONPATH=tools $(PY) -m conformance $(ARGS)
+
 # The tests come last, so that their closing line is the last thing seen.
 check: format-check lint layering types docs demo test ## run everything that must pass before a change goes in
 
@@ -96,5 +106,5 @@ format: $(READY) ## format the code and mend what the linter can mend
 
 clean: ## remove what was built, but not .venv
 	$(call say,Removing build products and caches)
-	rm -rf build dist examples/out docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist benchmarks/out examples/out docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -139,7 +139,7 @@ class Executor:
         self._copies = self._to_copy(program)
         self._verified = False
         #: Whether user code runs, which was seen to free memory that it does not own.
-        self._opaque = any(isinstance(eq.op, Operation) for eq in program.equations)
+        self._opaque = program.is_opaque()
 
     def _free(self, program: Program, slots: dict[Var, int]) -> None:
         """Note after which step each intermediate can go."""

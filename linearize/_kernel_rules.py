@@ -9,23 +9,18 @@ entry of the gradient by a slope of its own become plain ATen equations; the oth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from ._kernel_formulas import Formula, attention_tangent, cdist_tangent, pdist_tangent
 from ._linearity import schema_of
 from ._nodes import LogCumSumExpDifferential, MatrixExpDifferential
 from ._program import Emitter, Equation, Operation, Residual, Var, map_leaves, zero_residual
 from ._rules import Cotangents, Result, fit, rule
 from ._space import TensorSpec
 from ._torch import OpOverload, aten
-
-Tangents: TypeAlias = Sequence[torch.Tensor | None]
-Formula: TypeAlias = Callable[[Tangents, dict[str, Any]], torch.Tensor]
-
-#: Numbers in one block, where a formula works block by block.
-BLOCK = 1 << 20
 
 
 class _Hole:
@@ -159,7 +154,7 @@ def _summed(e: Emitter, eq: Equation, ct: Var, dims: list[int]) -> Result:
 
 @rule(aten.multi_margin_loss_backward.default, aten.multilabel_margin_loss_backward.default)
 def _margin(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """A loss is a number for each row, or one for all: its gradient scales slopes."""
+    """Scale slopes: the loss is a number for each row, or one for all."""
     (ct,) = cts
     if not _linear_in_first(eq) or ct is None:
         return None
@@ -169,7 +164,7 @@ def _margin(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
 
 @rule(aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor)
 def _ctc(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """A gradient for each sequence scales slopes of shape (time, sequence, class).
+    """Scale slopes of shape (time, sequence, class) for each sequence.
 
     Graves et al., ICML 2006, equation 16. PyTorch gives the gradient with respect to what
     `log_softmax` is applied to, and so does this: it is right for normalized `log_probs`.
@@ -188,7 +183,7 @@ def _rows(ct: Var) -> tuple[tuple[int, ...], ...]:
 
 @rule(aten._segment_reduce_backward.default)
 def _segments(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """Each entry of the data takes a share in one entry of the result: its segment's."""
+    """Sum slopes times data: each entry has a share in one entry of the result: its segment's."""
     (ct,) = cts
     if not _linear_in_first(eq) or ct is None:
         return None
@@ -238,16 +233,16 @@ def _bags(named: dict[str, Any]) -> torch.Tensor:
 
 @rule(aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default)
 def _embedding_bag(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """A bag is a sum of rows of the weight, each times a factor, or the largest of each column.
+    """Sum rows of the weight, each times a factor, or pick the largest of each column.
 
-    `torch.nn.EmbeddingBag`. As in the kernel, `scale_grad_by_freq` divides a factor by the
-    number of times that the index occurs, which makes it no longer a derivative.
+    `torch.nn.EmbeddingBag`. With `scale_grad_by_freq` the kernel gives something else than a
+    derivative (and on the CPU its counts belong to other indices): that is left out.
     """
     (ct,) = cts
     if not _linear_in_first(eq) or ct is None:
         return None
     grad, named = eq.args[0], _named(eq.op, eq.args[1:], eq.kwargs)  # type: ignore[arg-type]
-    if named.get("sparse"):
+    if named.get("sparse") or named["scale_grad_by_freq"]:
         return None
     for r in eq.residuals():
         r.check()
@@ -261,8 +256,6 @@ def _embedding_bag(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     factor = (indices != named["padding_idx"]).to(grad.spec.dtype)
     if named["per_sample_weights"] is not None:
         factor = factor * named["per_sample_weights"].tensor.detach()
-    if named["scale_grad_by_freq"]:
-        factor = factor / torch.bincount(indices, minlength=ct.spec.shape[0])[indices]
     if named["mode"] == 1:
         factor = factor / size.clamp(min=1)[bags]
     spec = _like(ct, (indices.numel(), *ct.spec.shape[1:]))
@@ -274,7 +267,7 @@ def _embedding_bag(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
 
 @rule(aten._embedding_bag_per_sample_weights_backward.default)
 def _per_sample_weights(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """Each weight multiplies the row of its index, which its bag receives."""
+    """Sum rows of the weight times tangents: a bag receives the row of each of its indices."""
     (ct,) = cts
     if not _linear_in_first(eq) or ct is None:
         return None
@@ -297,62 +290,14 @@ def _per_sample_weights(e: Emitter, eq: Equation, cts: Cotangents) -> Result | N
 
 @rule(aten._cdist_backward.default)
 def _cdist(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """The derivative of |x - y|ₚ along a tangent of x, for blocks of rows x."""
-    return _turned(e, eq, cts, _cdist_tangent)
+    """Differentiate |x - y|ₚ along a tangent of x, for blocks of rows x."""
+    return _turned(e, eq, cts, cdist_tangent)
 
 
 @rule(aten._pdist_backward.default)
 def _pdist(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """The derivative of |xᵢ - xⱼ|ₚ for i < j, for blocks of pairs."""
-    return _turned(e, eq, cts, _pdist_tangent)
-
-
-def _spans(count: int, each: int) -> Iterator[tuple[int, int]]:
-    """Yield the start and end of blocks of items, of `each` numbers apiece."""
-    step = max(1, BLOCK // max(each, 1))
-    for start in range(0, max(count, 1), step):
-        yield start, min(start + step, count)
-
-
-def _cdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
-    (t,) = tangents
-    assert t is not None
-    x, y, dist = a["x1"], a["x2"], a["cdist"]
-    parts = []
-    for i, j in _spans(dist.shape[-2], dist.shape[:-2].numel() * y.shape[-2] * y.shape[-1]):
-        diff = x[..., i:j, None, :] - y[..., None, :, :]
-        slope = _slope(diff, dist[..., i:j, :, None], a["p"])
-        parts.append((slope * t[..., i:j, None, :]).sum(-1))
-    return torch.cat(parts, -2)
-
-
-def _pdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
-    (t,) = tangents
-    assert t is not None
-    x, dist = a["self"], a["pdist"]
-    first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    parts = []
-    for i, j in _spans(dist.shape[0], x.shape[1]):
-        one, two = first[i:j], second[i:j]
-        slope = _slope(x[one] - x[two], dist[i:j, None], a["p"])
-        parts.append((slope * (t[one] - t[two])).sum(-1))
-    return torch.cat(parts)
-
-
-def _slope(diff: torch.Tensor, dist: torch.Tensor, p: float) -> torch.Tensor:
-    """Return the derivative of |d|ₚ by d, in the kernel's choice where there is none: zero."""
-    if p == 0:
-        return torch.zeros_like(diff)
-    if p == 1:
-        return diff.sign()
-    if p == 2:
-        slope = diff / dist
-    elif p == math.inf:
-        slope = diff.sign() * (diff.abs() == dist)
-    else:
-        slope = diff.sign() * (diff.abs() / dist) ** (p - 1)
-        slope = slope.masked_fill(diff == 0, 0)
-    return slope.masked_fill(dist == 0, 0)
+    """Differentiate |xᵢ - xⱼ|ₚ for i < j, for blocks of pairs."""
+    return _turned(e, eq, cts, pdist_tangent)
 
 
 # -- attention --------------------------------------------------------------------------------
@@ -365,7 +310,7 @@ def _slope(diff: torch.Tensor, dist: torch.Tensor, p: float) -> torch.Tensor:
     aten._scaled_dot_product_cudnn_attention_backward.default,
 )
 def _attention(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """The derivative of softmax(q kᵀ) v along tangents of q, k, v and of the bias.
+    """Differentiate softmax(q kᵀ) v along tangents of q, k, v and of the bias.
 
     With P = softmax(S), dP = P ∘ (dS - rowsum(P ∘ dS)) and dO = dP v + P dv, for blocks of
     queries, so that P as a whole is never there: Dao et al., FlashAttention (2022), appendix B.
@@ -376,52 +321,4 @@ def _attention(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
         for k in ("cum_seq_q", "cum_seq_k")
     ):
         return None
-    return _turned(e, eq, cts, _attention_tangent)
-
-
-def _attention_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
-    tq, tk, tv, tb = (*tangents, None)[:4]
-    q, k, v = a["query"], a["key"], a["value"]
-    bias, causal = a.get("attn_mask", a.get("attn_bias")), a["is_causal"]
-    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(q.shape[-1])
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    heads, keys = q.shape[:-2], k.shape[-2]
-    parts = []
-    for i, j in _spans(q.shape[-2], heads.numel() * keys):
-        end = min(j, keys) if causal else keys  # later keys are not seen by these queries
-
-        def rows(x: torch.Tensor | None, i: int = i, j: int = j) -> torch.Tensor | None:
-            return None if x is None else x[..., i:j, :].to(wide)
-
-        def columns(x: torch.Tensor | None, end: int = end) -> torch.Tensor | None:
-            if x is None:
-                return None
-            repeat = heads[-1] // max(x.shape[-3], 1) if x.dim() > 2 else 1
-            x = x[..., :end, :].to(wide)
-            return x.repeat_interleave(repeat, -3) if repeat > 1 else x
-
-        def block(x: torch.Tensor | None, i: int = i, j: int = j, end: int = end) -> Any:
-            if x is None:
-                return 0
-            x = x if x.shape[-2] == 1 else x[..., i:j, :]
-            return (x if x.shape[-1] == 1 else x[..., :end]).to(wide)
-
-        q_, k_, v_, tq_, tk_, tv_ = rows(q), columns(k), columns(v), rows(tq), columns(tk), columns(tv)
-        assert q_ is not None and k_ is not None and v_ is not None
-        scores = scale * (q_ @ k_.mT) + block(bias)
-        if causal:
-            place = torch.arange(end, device=q.device)
-            scores = scores.masked_fill(place > torch.arange(i, j, device=q.device)[:, None], -torch.inf)
-        share = scores.softmax(-1)
-        if bias is not None:  # a query that may see no key gives zero
-            share = share.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
-        moved = torch.zeros((), dtype=wide, device=q.device) + block(tb)
-        if tq_ is not None:
-            moved = moved + scale * (tq_ @ k_.mT)
-        if tk_ is not None:
-            moved = moved + scale * (q_ @ tk_.mT)
-        moved = share * moved
-        moved = moved - share * moved.sum(-1, keepdim=True)
-        out = moved @ v_
-        parts.append(out if tv_ is None else out + share @ tv_)
-    return torch.cat(parts, -2).to(q.dtype)
+    return _turned(e, eq, cts, attention_tangent)

@@ -64,7 +64,8 @@ class MatrixExpDifferential(Differential):
         above = torch.cat([a, t / size], -1)
         below = torch.cat([torch.zeros_like(a), a], -1)
         both = torch.linalg.matrix_exp(torch.cat([above, below], -2))
-        return both[..., :n, n:] * size
+        upper: torch.Tensor = both[..., :n, n:] * size
+        return upper
 
 
 class LogCumSumExpDifferential(Differential):

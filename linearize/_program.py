@@ -259,6 +259,10 @@ class Program:
         outputs = [None if v is None or v in zero else same.get(v, v) for v in self.outputs]
         return Program(inputs, kept, outputs, self.specs, self.name).live()
 
+    def is_opaque(self) -> bool:
+        """Whether user code is called."""
+        return any(isinstance(eq.op, Operation) for eq in self.equations)
+
     def residuals(self) -> list[Residual]:
         """Return the residuals that the equations read, each once."""
         seen: dict[int, Residual] = {}

@@ -11,7 +11,7 @@ Random cotangents, because real backward formulas branch on zeros.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,11 +19,14 @@ from ._capture import Edge, Graph
 from ._execute import Executor
 from ._functions import CustomBackward, CustomNode
 from ._linearity import close
-from ._program import Emitter, Equation, Operation, Program, Var
+from ._nodes import formula_of
+from ._program import Emitter, Equation, Operation, Program, Residual, Var
 from ._recorder import OpaqueError, Recorder
 from ._space import TensorSpec
-from ._torch import Node, call_node, input_metadata, unobserved
-from .errors import LinearizeError, StalenessError, UnsupportedError
+from ._torch import Node, call_node, input_metadata, outside_backward, unobserved
+from .errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
+
+T = TypeVar("T")
 
 
 class NodeBackward(Operation):
@@ -52,8 +55,12 @@ class NodeBackward(Operation):
 
     def __call__(self, *grads: torch.Tensor | None) -> Any:
         """Call the node."""
-        with torch.inference_mode(False), torch.no_grad():
-            return call_node(self.node, [None if g is None else g.clone() for g in grads])
+
+        def call() -> Any:
+            with torch.inference_mode(False), torch.no_grad():
+                return call_node(self.node, [None if g is None else g.clone() for g in grads])
+
+        return outside_backward(call)
 
 
 def _metadata_spec(meta: Any) -> TensorSpec:
@@ -79,6 +86,9 @@ class _Walk:
 
     def run(self, seeds: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Walk from the roots, one seed each; return what arrives at the leaves."""
+        return outside_backward(lambda: self._run(seeds))
+
+    def _run(self, seeds: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         with torch.inference_mode(False), torch.no_grad(), self.recorder:
             for edge, seed in zip(self.graph.roots, seeds, strict=True):
                 if edge is not None:
@@ -109,6 +119,12 @@ class _Walk:
             return
         count = len(input_metadata(node))
         grads = [received.get(i) for i in range(count)]
+        formula = formula_of(node)
+        if formula is not None:
+            op, point = self.guarded(node, lambda: formula(node))
+            edges, specs = _edges(node)
+            self.place(op, edges, specs, grads, [self.recorder.residual(t) for t in point])
+            return
         mark = len(self.emitter.equations)
         try:
             result = self.call(node, grads)
@@ -136,8 +152,14 @@ class _Walk:
                 f"{name}: this operation has no derivative registered (for a torch.library "
                 "operator, call register_autograd)"
             )
+        return self.guarded(node, lambda: call_node(node, grads))
+
+    @staticmethod
+    def guarded(node: Node, do: Callable[[], T]) -> T:
+        """Do something that unpacks what a built-in node has saved."""
+        name = node.name()
         try:
-            return call_node(node, grads)
+            return do()
         except LinearizeError:
             raise
         except RuntimeError as error:
@@ -191,8 +213,7 @@ class _Walk:
 
     def opaque(self, node: Node, grads: list[torch.Tensor | None], reason: str) -> None:
         """Write down a node as one operation, because of `reason`."""
-        edges = node.next_functions
-        specs = [None if n is None else _metadata_spec(input_metadata(n)[nr]) for n, nr in edges]
+        edges, specs = _edges(node)
         takes = [_metadata_spec(m) for m in input_metadata(node)]
         gives = [s for s in specs if s is not None]
         self.place(NodeBackward(node, gives, takes, reason), edges, specs, grads)
@@ -210,6 +231,7 @@ class _Walk:
         edges: Sequence[tuple[Node | None, int]],
         specs: Sequence[TensorSpec | None],
         grads: Sequence[torch.Tensor | None],
+        point: Sequence[Residual] = (),
     ) -> None:
         """Write down an operation that is not executed, and let random numbers stand for it."""
         outputs: list[Var | None] = []
@@ -222,10 +244,17 @@ class _Walk:
             var = Var(spec)
             outputs.append(var)
             after.append(((node, nr), self.placeholder(spec, var)))
-        args = tuple(None if g is None else self.recorder.variable(g) for g in grads)
+        variables = (None if g is None else self.recorder.variable(g) for g in grads)
+        args = (*variables, *point)
         self.emitter.equations.append(Equation(op, args, {}, tuple(outputs), self.emitter.source))
         for target, t in after:
             self.deliver(target, t)
+
+
+def _edges(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSpec | None]]:
+    """Return where a node's results go, and what is expected there."""
+    edges = node.next_functions
+    return edges, [None if n is None else _metadata_spec(input_metadata(n)[i]) for n, i in edges]
 
 
 def _clone(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -279,7 +308,25 @@ def record_pullback(
     seeds = [walk.placeholder(v.spec, v) for v in inputs]
     arrived = walk.run(seeds)
     outputs = [None if t is None else walk.recorder.variable(t) for t in arrived]
-    return Program(inputs, emitter.equations, outputs, in_specs, name).live()
+    program = Program(inputs, emitter.equations, outputs, in_specs, name).live()
+    if walk.recorder.frozen and not program.is_opaque():
+        _try_elsewhere(graph, program, seed + 1, walk.recorder.frozen)
+    return program
+
+
+def _try_elsewhere(graph: Graph, program: Program, seed: int, what: str) -> None:
+    """Raise if a program is not right for other cotangents than it was recorded with."""
+    walk = _Walk(graph, Emitter(), torch.Generator().manual_seed(seed))
+    seeds = [walk.placeholder(v.spec, v) for v in program.inputs]
+    expected = walk.run(seeds)
+    with torch.inference_mode(False), torch.no_grad():
+        got = Executor(program)(seeds)
+    for a, b, spec in zip(got, expected, program.specs, strict=True):
+        if not close(spec.zeros() if a is None else a, spec.zeros() if b is None else b):
+            raise NotLinearError(
+                f"{program.name}: its result depends on a comparison with the cotangent ({what}), "
+                "so that it is not a linear map"
+            )
 
 
 def record_function(

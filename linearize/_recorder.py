@@ -104,6 +104,8 @@ class Recorder(DispatchMode):
         self.emitter = emitter
         self._entries: dict[int, _Entry] = {}
         self._residuals: dict[int, Residual] = {}
+        #: A comparison of something derived from a cotangent, if one was met.
+        self.frozen = ""
 
     def define(self, t: torch.Tensor, var: Var | None, uninitialized: bool = False) -> None:
         """Let `t` stand for `var` from now on."""
@@ -223,11 +225,13 @@ class Recorder(DispatchMode):
         for t in flat:
             depends = isinstance(t, torch.Tensor) and next(known)
             if not depends or not (t.is_floating_point() or t.is_complex()):
-                # A comparison with the cotangent is frozen as it is at a random one; that it
-                # does not matter elsewhere is tested with a second one.
                 outputs.append(None)
                 if isinstance(t, torch.Tensor):
                     self.define(t, None)
+                    if depends:
+                        # A comparison with the cotangent is kept as it is at a random one;
+                        # whoever records must test that it does not matter elsewhere.
+                        self.frozen = f"{schema_of(func).name} in {self.emitter.source}"
                 continue
             var = Var(TensorSpec.of(t))
             outputs.append(var)

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ._linearity import schema_of
-from ._program import Emitter, Equation, Residual, Var, zero_residual
+from ._program import Emitter, Equation, Operation, Residual, Var, zero_residual
 from ._space import TensorSpec
 from ._torch import OpOverload, aten
 
@@ -25,7 +25,8 @@ Cotangents: TypeAlias = Sequence[Var | None]
 Result: TypeAlias = Iterable[tuple[Var, Var]]
 Rule: TypeAlias = Callable[[Emitter, Equation, Cotangents], Result | None]
 
-_RULES: dict[OpOverload, Rule] = {}
+#: By ATen overload, or by class of `Operation`.
+_RULES: dict[Any, Rule] = {}
 
 #: Pointwise, linear in the first argument, without the tag that says so.
 UNTAGGED_POINTWISE = frozenset(
@@ -37,6 +38,8 @@ UNTAGGED_POINTWISE = frozenset(
 
 def rule_for(op: Any) -> Rule | None:
     """Return the transpose rule of an operation, None if it has none of its own."""
+    if isinstance(op, Operation):
+        return _RULES.get(type(op))
     if not isinstance(op, OpOverload):
         return None
     rule = _RULES.get(op)

@@ -11,7 +11,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -44,6 +44,7 @@ __all__ = [
     "leaf_variable",
     "materialized_arguments",
     "only_raises",
+    "outside_backward",
     "outside_transforms",
     "packed_by_hooks",
     "pytree",
@@ -57,6 +58,7 @@ __all__ = [
 aten: Any = torch.ops.aten
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
+T = TypeVar("T")
 KeyPath: TypeAlias = tuple[Any, ...]
 
 
@@ -231,6 +233,32 @@ def unobserved() -> contextlib.AbstractContextManager[Any]:
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
     """Suspend `torch.func` transforms, for work that has nothing to do with them."""
     return temporarily_clear_interpreter_stack() if functorch_active() else _NOTHING
+
+
+def outside_backward(do: Callable[[], T]) -> T:
+    """Do something with graph nodes that a running backward pass must not influence.
+
+    While the engine computes gradients of chosen inputs, a node called by hand skips results
+    that do not lead there, and returns None for them. The engine's task is a matter of the
+    thread: inside one, this goes to another thread.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return do()
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            outcome.append(do())
+        except BaseException as error:  # handed on below
+            failure.append(error)
+
+    thread = threading.Thread(target=body, name="linearize")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]
 
 
 def lazy_bits_respected() -> contextlib.AbstractContextManager[Any]:

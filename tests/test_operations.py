@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import linearize as lz
 
@@ -159,16 +160,18 @@ def test_activations_whose_backward_pytorch_will_not_differentiate(name: str) ->
     check(getattr(F, name), randn(50))
 
 
-def test_attention_with_the_flash_kernel_refuses_or_is_right() -> None:
-    """PyTorch has no J·v of it at all: here it is right, or an error that names it."""
+def test_attention_with_the_flash_kernel_is_right() -> None:
+    """PyTorch has no J·v of it at all."""
     q, k, v = (randn(1, 2, 4, 8, seed=s) for s in range(3))
     here = lz.Linearizer(F.scaled_dot_product_attention).at(q, k, v)
     u = randn(1, 2, 4, 8, seed=9)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     expected = torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, u)
     torch.testing.assert_close(here.vjp_fn(u), expected)
-    with pytest.raises(lz.errors.UnsupportedError, match="flash_attention"):
-        here.jvp_fn(q, k, v)
+    with sdpa_kernel(SDPBackend.MATH):
+        primals = (q, k, v)
+        _, expected_jv = torch.func.jvp(F.scaled_dot_product_attention, primals, primals)
+    torch.testing.assert_close(here.jvp_fn(q, k, v), expected_jv)
 
 
 def test_conjugate_bits_survive_recording() -> None:
@@ -202,8 +205,13 @@ def test_deep_graphs_need_no_recursion() -> None:
 
 
 def test_an_operation_without_derivative_is_named() -> None:
-    here = lz.Linearizer(lambda x: F.multi_margin_loss(x, torch.tensor([0, 1]))).at(randn(2, 3))
-    with pytest.raises(lz.LinearizeError, match="multi_margin_loss_backward"):
+    """A bag's gradient scaled by frequency is no derivative, and has no transpose here."""
+
+    def f(w: torch.Tensor) -> torch.Tensor:
+        return F.embedding_bag(torch.tensor([[0, 1]]), w, mode="sum", scale_grad_by_freq=True)
+
+    here = lz.Linearizer(f).at(randn(2, 3))
+    with pytest.raises(lz.errors.UnsupportedError, match="_embedding_bag_backward"):
         here.jvp_fn(randn(2, 3))
 
 

@@ -49,7 +49,9 @@ class Problem:
 
     run: Callable[..., list[torch.Tensor]]
     primals: list[torch.Tensor]
-    wider: Callable[[], Problem] | None = None
+    sample: Any
+    #: The same sample in double precision.
+    wider: Callable[[], Problem]
 
 
 def _problem(op: Any, sample: Any, tree: Any) -> Problem:
@@ -75,13 +77,16 @@ def _problem(op: Any, sample: Any, tree: Any) -> Problem:
     return Problem(
         run,
         [t.detach() for t in pytree.tree_leaves(tree) if is_primal(t)],
+        sample,
         lambda: _problem(op, sample, pytree.tree_map(widen, tree)),
     )
 
 
 def problems(name: str, dtype: torch.dtype, limit: int | None) -> Sequence[Problem]:
     """Return the first samples of an operator (all of them if there is no limit)."""
-    op = _by_name()[name]
+    op = _by_name().get(name)
+    if op is None:
+        raise LookupError(f"{name} is not in the database of torch {torch.__version__}")
     seed(SEED)
     # All are made before the first is run: a run resets the generators.
     samples = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=True), limit))

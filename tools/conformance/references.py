@@ -61,39 +61,36 @@ def forward(problem: Problem, v: Sequence[torch.Tensor]) -> Tensors | None:
         return None
 
 
-def differences(
-    problem: Problem, v: Sequence[torch.Tensor], step: float = STEP
-) -> list[torch.Tensor]:
+def differences(problem: Problem, v: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return J·v by central differences of fourth order."""
 
     def at(factor: float) -> list[torch.Tensor]:
         with torch.no_grad():
-            h = factor * step
-            return problem.run(*(p + h * t for p, t in zip(problem.primals, v, strict=True)))
+            pairs = zip(problem.primals, v, strict=True)
+            return problem.run(*(p + factor * STEP * t.to(p.dtype) for p, t in pairs))
 
-    near, far = zip(at(1), at(-1), strict=True), zip(at(2), at(-2), strict=True)
     return [
-        (8 * (a - b) - (c - d)) / (12 * step) for (a, b), (c, d) in zip(near, far, strict=True)
+        (8 * (a - b) - (c - d)) / (12 * STEP)
+        for a, b, c, d in zip(at(1), at(-1), at(2), at(-2), strict=True)
     ]
 
 
 def differences_confirm(
-    problem: Problem, u: Sequence[torch.Tensor], gradient: Sequence[torch.Tensor]
+    problem: Problem,
+    u: Sequence[torch.Tensor],
+    gradient: Sequence[torch.Tensor],
+    limits: tuple[float, float],
 ) -> bool:
     """Whether finite differences along several directions side with a gradient."""
     generator = torch.Generator().manual_seed(5)
     for _ in range(4):
         v = random_like(problem.primals, generator)
         expected, got = inner(u, differences(problem, v)), inner(gradient, v)
-        if not abs(expected - got) <= FINITE[0] * (abs(expected) + abs(got)) + FINITE[1]:
+        if not abs(expected - got) <= limits[0] * (abs(expected) + abs(got)) + limits[1]:
             return False
     return True
 
 
 def random_like(tensors: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
-    return [
-        torch.randn(t.shape, dtype=t.dtype.to_real(), generator=generator)
-        if not t.is_complex()
-        else torch.randn(t.shape, dtype=t.dtype, generator=generator)
-        for t in tensors
-    ]
+    """Return normally distributed directions."""
+    return [torch.randn(t.shape, dtype=t.dtype, generator=generator) for t in tensors]

@@ -23,16 +23,36 @@ def _dtypes(results: Results) -> list[str]:
     return list(dict.fromkeys(task.dtype for task in results))
 
 
+def _single(result: Mapping[str, Any]) -> Mapping[str, int]:
+    """Return how many samples had which outcome, batched products left aside."""
+    return result.get("single", result["counts"])
+
+
+def _single_outcome(result: Mapping[str, Any]) -> str:
+    order = ("wrong", "failed", "refused", "disputed", "right")
+    return next((o for o in order if _single(result).get(o)), "not comparable")
+
+
 def _counts(results: Results) -> list[list[Any]]:
     rows = []
     for dtype in _dtypes(results):
         of = {task: r for task, r in results.items() if task.dtype == dtype}
         limits = {task.limit for task in of}
         samples = ", ".join("all" if n is None else f"first {n}" for n in limits)
-        outcomes = [r["outcome"] for r in of.values()]
-        rows.append([dtype, "operators", len(of), *(outcomes.count(c) for c in COLUMNS)])
-        sums = [sum(r["counts"].get(c, 0) for r in of.values()) for c in COLUMNS]
-        rows.append(["", f"samples ({samples})", sum(sums), *sums])
+        both = (
+            ("", [r["outcome"] for r in of.values()], [r["counts"] for r in of.values()]),
+            (
+                ", single products only",
+                [_single_outcome(r) for r in of.values()],
+                [_single(r) for r in of.values()],
+            ),
+        )
+        for what, outcomes, counts in both:
+            rows.append(
+                [dtype, f"operators{what}", len(of), *(outcomes.count(c) for c in COLUMNS)]
+            )
+            sums = [sum(count.get(c, 0) for count in counts) for c in COLUMNS]
+            rows.append(["", f"samples ({samples}){what}", sum(sums), *sums])
     return rows
 
 
@@ -44,12 +64,12 @@ def summary(results: Results) -> str:
 def _share(results: Results) -> str:
     parts = []
     for dtype in _dtypes(results):
-        outcomes = [r["outcome"] for task, r in results.items() if task.dtype == dtype]
-        comparable = len(outcomes) - outcomes.count("not comparable")
-        right = outcomes.count("right")
-        parts.append(
-            f"{dtype}: {right} of {comparable} ({100 * right / max(comparable, 1):.1f} %)"
-        )
+        of = [r for task, r in results.items() if task.dtype == dtype]
+        comparable = sum(r["outcome"] != "not comparable" for r in of)
+        right = sum(r["outcome"] == "right" for r in of)
+        single = sum(_single_outcome(r) == "right" for r in of)
+        share = 100 * single / max(comparable, 1)
+        parts.append(f"{dtype}: {right} of {comparable}, single products {single} ({share:.1f} %)")
     return "Operators right in every sample, of those that are comparable: " + "; ".join(parts)
 
 
@@ -62,19 +82,24 @@ def _cell(text: str) -> str:
 
 
 def _listed(results: Results, outcome: str) -> str:
-    found: dict[tuple[str, str], list[str]] = {}
+    """Return the operators with this outcome, those with the same reason together."""
+    found: dict[str, dict[str, list[str]]] = {}
     for task, result in results.items():
-        count = result["counts"].get(outcome, 0)
         if result["outcome"] == outcome:
-            reason = DISPUTES[task.operator][1] if outcome == "disputed" else result["reason"]
+            reason = DISPUTES[task.operator].reason if outcome == "disputed" else result["reason"]
             total = sum(result["counts"].values())
-            found.setdefault((task.operator, reason), []).append(f"{task.dtype} {count}/{total}")
+            share = f"{task.dtype} {result['counts'].get(outcome, 0)}/{total}"
+            found.setdefault(reason, {}).setdefault(task.operator, []).append(share)
     if not found:
         return "None."
-    return _table(
-        ["operator", "samples", "reason"],
-        [[f"`{name}`", ", ".join(in_), _cell(why)] for (name, why), in_ in sorted(found.items())],
-    )
+    rows = [
+        [
+            "; ".join(f"`{name}` ({', '.join(shares)})" for name, shares in which.items()),
+            _cell(why),
+        ]
+        for why, which in found.items()
+    ]
+    return _table(["operators, and in how many of their samples", "reason"], rows)
 
 
 def _means(results: Results) -> str:

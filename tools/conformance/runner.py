@@ -12,6 +12,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+#: Seconds that a process may take to import PyTorch's database.
+START = 120.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -28,6 +31,8 @@ def _work(connection: Connection) -> None:
     from .judge import judge_operator
 
     torch.set_num_threads(1)
+    # Said once for each operation and each sample, past Python's filters.
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
     while (task := connection.recv()) is not None:
         try:
             dtype = getattr(torch, task.dtype)
@@ -90,7 +95,8 @@ def run(tasks: Iterable[Task], jobs: int, seconds: float) -> Iterator[tuple[Task
             for worker in list(workers):
                 result = worker.listen() if worker.connection in ready else None
                 elapsed = time.monotonic() - worker.started
-                if result is None and elapsed > seconds:
+                starting = worker.sample is None
+                if result is None and elapsed > (START if starting else seconds):
                     result = worker.stop(seconds)
                 if result is None:
                     continue

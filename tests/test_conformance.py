@@ -1,0 +1,52 @@
+"""A fast selection of the conformance run; `make conformance` runs all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("expecttest", reason="PyTorch's operator database needs it")
+
+from conformance.runner import Task, run
+
+OPERATORS = """
+    add sum mul div.no_rounding_mode pow where amax cumprod logsumexp prod var std_mean sort
+    gather index_put scatter_reduce.amax masked_fill cat unfold roll as_strided
+    matmul einsum trace cdist linalg.solve linalg.svd linalg.eigh linalg.norm linalg.vector_norm
+    cholesky fft.rfft view_as_complex abs sgn logcumsumexp
+    nn.functional.conv2d nn.functional.max_pool2d nn.functional.interpolate.bilinear
+    nn.functional.grid_sample nn.functional.layer_norm nn.functional.batch_norm
+    nn.functional.dropout nn.functional.silu nn.functional.cross_entropy
+    nn.functional.scaled_dot_product_attention to
+""".split()
+COMPLEX = "mul div.no_rounding_mode linalg.svd matmul fft.fft abs sgn prod nn.functional.conv2d"
+TASKS = [
+    *(Task(name, "float64", 2) for name in OPERATORS),
+    *(Task(name, "complex128", 2) for name in COMPLEX.split()),
+]
+
+
+#: torch.vmap, which batched products go through, cannot do these, or does them wrong.
+NOT_BATCHED = ("as_strided", "fft.rfft", "trace")
+
+
+def parameter(task: Task) -> Any:
+    marks = [pytest.mark.xfail(reason="batched products", strict=False)]
+    name = f"{task.operator}-{task.dtype}"
+    return pytest.param(task, id=name, marks=marks if task.operator in NOT_BATCHED else [])
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[Task, dict[str, Any]]:
+    # In processes of their own: importing the database changes global settings of torch.
+    return dict(run(TASKS, jobs=2, seconds=60))
+
+
+@pytest.mark.parametrize("task", [parameter(task) for task in TASKS])
+def test_operator_conforms(task: Task, results: dict[Task, dict[str, Any]]) -> None:
+    result = results[task]
+    if "is not in the database" in result["reason"]:
+        pytest.skip(result["reason"])
+    assert result["outcome"] in ("right", "refused"), result
+    assert sum(result["counts"].values()) > 0
