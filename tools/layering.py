@@ -12,9 +12,10 @@ from pathlib import Path
 
 PACKAGE = "linearize"
 FLOORS = (
-    ("errors", "_torch"),
+    ("errors", "_torch", "_progress"),
     ("_space", "_program", "_memo"),
     (
+        "_flat",
         "_linearity",
         "_execute",
         "_contexts",
@@ -27,9 +28,9 @@ FLOORS = (
         "_record",
     ),
     ("_materialize", "_rules", "_kernel_formulas", "_kernel_rules", "_transpose", "_simplify"),
-    ("products", "linearization"),
+    ("products", "_operator", "operators", "linearization"),
     ("linearizer",),
-    ("func", "operators"),
+    ("func",),
     ("testing", "scipy", "cupy", "__init__"),
 )
 RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
