@@ -39,7 +39,7 @@ def join(space: Space, parts: Sequence[torch.Tensor], *, stacked: bool = False) 
     """Return the flat vector of an element, or, of K stacked ones, K rows."""
     spec = flat_spec(space)
     rows = [
-        t.reshape(*t.shape[: int(stacked)], leaf.numel).to(dtype=spec.dtype, device=spec.device)
+        t.reshape((*t.shape[: int(stacked)], leaf.numel)).to(dtype=spec.dtype, device=spec.device)
         for t, leaf in zip(parts, space.tensors, strict=True)
     ]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
@@ -49,7 +49,7 @@ def split(space: Space, flat: torch.Tensor) -> Parts:
     """Return the element that a flat vector stands for; of K rows, K stacked ones."""
     sizes = [leaf.numel for leaf in space.tensors]
     return [
-        part.reshape(*flat.shape[:-1], *leaf.shape).to(dtype=leaf.dtype, device=leaf.device)
+        part.reshape((*flat.shape[:-1], *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)
         for part, leaf in zip(flat.split(sizes, dim=-1), space.tensors, strict=True)
     ]
 

@@ -29,7 +29,7 @@ FLOORS = (
     ),
     ("_materialize", "_rules", "_kernel_formulas", "_kernel_rules", "_transpose", "_simplify"),
     ("products", "_operator", "operators", "linearization"),
-    ("linearizer",),
+    ("linearizer", "_gradient"),
     ("func",),
     ("testing", "scipy", "cupy", "__init__"),
 )
