@@ -12,7 +12,13 @@ from ._flat import Parts, check_flat, flat_spec, join, random, split, units, zer
 from ._linearity import close
 from ._progress import memory_budget
 from ._space import Space, TensorSpec
-from .errors import OptionError, SpaceError, StructureError, UnsupportedError
+from .errors import (
+    MissingDerivativeError,
+    OptionError,
+    SpaceError,
+    StructureError,
+    UnsupportedError,
+)
 
 Direction: TypeAlias = Literal["auto", "forward", "reverse"]
 ChunkSize: TypeAlias = int | Literal["auto"] | None
@@ -258,7 +264,7 @@ class LinearOperator:
             of the free memory, None for all.
         direction
             "forward" takes the n columns, "reverse" the m rows (by the adjoint), "auto" the
-            fewer of them.
+            fewer of them, or those that there is a derivative for.
 
         Raises
         ------
@@ -279,7 +285,20 @@ class LinearOperator:
                 "materialize: the adjoint of a map from real to complex numbers keeps real parts "
                 'only; use direction="forward"'
             )
-        if direction == "forward" or mixed or (direction == "auto" and columns <= rows):
+        fewer: Direction = "forward" if mixed or columns < rows else "reverse"
+        if direction != "auto":
+            return self._filled(matrix, direction, chunk_size)
+        try:
+            return self._filled(matrix, fewer, chunk_size)
+        except MissingDerivativeError:
+            if mixed:
+                raise
+            return self._filled(matrix, "reverse" if fewer == "forward" else "forward", chunk_size)
+
+    def _filled(
+        self, matrix: torch.Tensor, direction: Direction, chunk_size: ChunkSize
+    ) -> torch.Tensor:
+        if direction == "forward":
             for start, images in self.columns(chunk_size):
                 block = join(self.out_space, images, stacked=True)
                 matrix[:, start : start + len(block)] = block.mT
