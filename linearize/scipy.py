@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeResult
 
+from . import sparse
 from ._flat import flat_spec, join, split
 from ._gradient import gradient_and_value
 from ._operator import LinearOperator
@@ -180,7 +181,8 @@ class VectorFunction:
     jac
         What `jac` returns: "operator" a `scipy.sparse.linalg.LinearOperator`
         (`least_squares(..., tr_solver="lsmr")`), "dense" an array, "sparse" a sparse matrix
-        found with few products (see `linearize.sparse`).
+        found with few products; its pattern is found at the first point, and each matrix is
+        checked (see `linearize.sparse`).
     maxsize
         The most points that are remembered.
 
@@ -204,6 +206,7 @@ class VectorFunction:
             raise OptionError(f'jac must be "dense", "operator" or "sparse", got {jac!r}')
         self._flattened = _Flattened(f, x0, maxsize, has_aux=False)
         self._kind = jac
+        self._pattern: Any = None
         self.x0 = self._flattened.x0
         self.linearizer = self._flattened.linearizer
 
@@ -224,6 +227,13 @@ class VectorFunction:
         J = self.at(x).jacobian
         if self._kind == "operator":
             return aslinearoperator(J)
+        if self._kind == "sparse":
+            if self._pattern is None:
+                self._pattern = sparse.pattern(J)
+            t = sparse.jacobian(J, pattern=self._pattern)
+            return scipy.sparse.csr_matrix(
+                (_array(t.values()), t.indices().cpu().numpy()), shape=J.shape
+            )
         return _array(J.materialize())
 
     def gradient(self, x: Array) -> Array:

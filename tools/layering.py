@@ -30,7 +30,7 @@ FLOORS = (
     ("_materialize", "_rules", "_kernel_formulas", "_kernel_rules", "_transpose", "_simplify"),
     ("products", "_operator", "operators", "linearization"),
     ("linearizer", "_gradient"),
-    ("_history", "_matrices", "functional", "func"),
+    ("_history", "_matrices", "functional", "func", "_dependence", "sparse"),
     ("testing", "curvature", "scipy", "cupy", "__init__"),
 )
 RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
