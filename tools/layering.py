@@ -31,7 +31,7 @@ FLOORS = (
     ("products", "_operator", "operators", "linearization"),
     ("linearizer", "_gradient"),
     ("_history", "_matrices", "functional", "func", "_dependence", "sparse"),
-    ("testing", "curvature", "scipy", "cupy", "__init__"),
+    ("testing", "curvature", "distributed", "implicit", "scipy", "cupy", "__init__"),
 )
 RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
 
