@@ -164,6 +164,22 @@ class Binding:
             yield from op.bytes_kept()
 
 
+def filled(program: Program, binding: Binding) -> Program:
+    """Return a program with the numbers of a point in place of its own."""
+    numbers = dict(zip(program.residuals(), binding.residuals, strict=True))
+    ops = iter(binding.ops)
+
+    def place(x: Any) -> Any:
+        return numbers[x] if isinstance(x, Residual) else x
+
+    equations = []
+    for eq in program.equations:
+        op = next(ops) if isinstance(eq.op, Operation) else eq.op
+        args, kwargs = map_leaves(place, eq.args), map_leaves(place, eq.kwargs)
+        equations.append(Equation(op, args, kwargs, eq.outputs, eq.source))
+    return program.with_equations(equations)
+
+
 class Executor:
     """Runs a program on tensors.
 

@@ -89,7 +89,8 @@ class _Walk:
 
     def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
         """Return random numbers that stand for `var`."""
-        t = spec.random(self.generator)
+        with unobserved():
+            t = spec.random(self.generator)
         self.recorder.define(t, var)
         return t
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -182,17 +182,13 @@ def merge_copies(program: Program) -> Program:
 
 
 def _key(op: Any, args: Any, kwargs: Any) -> Any:
-    def leaf(x: Any) -> Any:
-        if isinstance(x, (Var, Residual)):
-            return id(x)
-        return (type(x).__name__, repr(x))
+    return op, _frozen(args), tuple((k, _frozen(v)) for k, v in sorted(kwargs.items()))
 
-    def freeze(x: Any) -> Any:
-        if isinstance(x, (list, tuple)):
-            return tuple(freeze(y) for y in x)
-        return leaf(x)
 
-    return op, freeze(args), tuple((k, freeze(v)) for k, v in sorted(kwargs.items()))
+def _frozen(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return tuple(map(_frozen, x))
+    return id(x) if isinstance(x, (Var, Residual)) else (type(x).__name__, repr(x))
 
 
 # -- diagonals ------------------------------------------------------------------------------
@@ -206,7 +202,19 @@ def fold_diagonals(program: Program) -> Program:
     """
     folded = _Folding(program).run()
     new = [r for r in folded.residuals() if r.source == FOLDED]
-    return folded if all(bool(torch.isfinite(r.tensor).all()) for r in new) else program
+    return folded if finite([r.tensor for r in new]) else program
+
+
+def finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no tensor holds an infinite number or NaN; denied too if a sum overflows.
+
+    One pass over each tensor, and the host waits for the device once.
+    """
+    sums = [t.sum().abs() for t in tensors]
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for t in sums:
+        groups.setdefault((t.dtype, t.device), []).append(t)
+    return all(bool(torch.isfinite(torch.stack(group)).all()) for group in groups.values())
 
 
 class _Folding:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ._capture import Capture, Graph
-from ._execute import Binding
+from ._execute import Binding, filled
 from ._functions import CustomNode
 from ._origin import Origin, Saved
 from ._program import Program, Residual
@@ -91,7 +91,9 @@ class Source:
             if self._pullback is None:
                 present = (True,) * len(self._specs[0])
                 known = self.known(PULLBACK, present, simplified=False)
-                self._pullback = self._record() if known is None else known[0].filled(known[1])
+                self._pullback = (
+                    self._record() if known is None else filled(known[0].program, known[1])
+                )
                 self._let_go_of_graph()
             return self._pullback
 

@@ -21,9 +21,16 @@ from ._execute import Binding, Executor
 from ._functions import CustomNode
 from ._origin import Origin, Saved, Schedule
 from ._program import Equation, Operation, Program, Residual, map_leaves
-from ._simplify import FOLDED
+from ._simplify import FOLDED, finite
 from ._space import TensorSpec
-from ._torch import Node, input_metadata, is_generated, saved_names, unpacks_by_hook
+from ._torch import (
+    Node,
+    input_metadata,
+    is_generated,
+    is_wrapped_number,
+    saved_names,
+    unpacks_by_hook,
+)
 from .errors import LinearizeError
 
 #: A direction, and which arguments are not zero.
@@ -118,7 +125,9 @@ def _saved(
 def _layout(t: torch.Tensor | None) -> Any:
     if t is None or t.layout != torch.strided:
         return None if t is None else (t.layout, t.shape, t.dtype)
-    return t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg()
+    # A Python number in f is saved as a tensor; recorded code has it as a number again.
+    number = t.item() if t.dim() == 0 and is_wrapped_number(t) else None
+    return t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg(), number
 
 
 def _sharing(saved: Sequence[torch.Tensor | None]) -> Any:
@@ -171,7 +180,7 @@ class Template:
         Whether it is the simplified one.
     """
 
-    __slots__ = ("_origins", "_schedules", "executor", "program", "simplified")
+    __slots__ = ("_ops", "_schedules", "_wanted", "executor", "program", "simplified")
 
     def __init__(self, program: Program, places: dict[int, int], *, simplified: bool) -> None:
         blank: dict[Residual, Residual] = {}
@@ -190,7 +199,8 @@ class Template:
         self.program = _mapped(program, without_numbers, place)
         self.executor = Executor(self.program)
         self.simplified = simplified
-        self._origins = [r.origin for r in self.program.residuals()]
+        self._wanted = [(r, r.origin) for r in self.program.residuals() if r.origin is not None]
+        self._ops = [eq.op for eq in self.program.equations if isinstance(eq.op, Operation)]
         self._schedules: dict[Any, Schedule] = {}
 
     @staticmethod
@@ -225,7 +235,7 @@ class Template:
         Binding or None
             None if the numbers do not allow this program: a factor overflows.
         """
-        missing = [o for o in dict.fromkeys(self._origins) if o is not None and o not in known]
+        missing = [o for o in dict.fromkeys(o for _, o in self._wanted) if o not in known]
         key = tuple(map(id, missing))
         schedule = self._schedules.get(key)
         if schedule is None:
@@ -235,45 +245,27 @@ class Template:
             computed = schedule(lambda o: used[o].tensor)
         found = dict(zip(missing, computed, strict=True))
         residuals = []
-        for blank, origin in zip(self.program.residuals(), self._origins, strict=True):
-            assert origin is not None
+        for blank, origin in self._wanted:
             r = known.get(origin) or used.get(origin)  # type: ignore[call-overload]
             if r is None:
                 t = found[origin]
-                if blank.source == FOLDED and not bool(torch.isfinite(t).all()):
-                    return None
                 r = known[origin] = Residual(t, blank.source, origin)
             residuals.append(r)
-        ops = [
-            op.moved(lambda p: node(p.index))
-            for op in (eq.op for eq in self.program.equations)
-            if isinstance(op, Operation)
-        ]
+        if not finite([r.tensor for r in residuals if r.source == FOLDED]):
+            return None
+        ops = [op.moved(lambda p: node(p.index)) for op in self._ops]
         mine = set(map(id, residuals))
         guards = [r for r in used.values() if id(r) not in mine]
         return Binding(residuals, [op for op in ops if op is not None], guards)
 
-    def filled(self, binding: Binding) -> Program:
-        """Return the program with the numbers of a point."""
-        pairs = zip(self.program.residuals(), binding.residuals, strict=True)
-        numbers = dict(pairs)
-        program = _mapped(
-            self.program, lambda x: numbers[x] if isinstance(x, Residual) else x, None
-        )
-        ops = iter(binding.ops)
-        for eq in program.equations:
-            if isinstance(eq.op, Operation):
-                eq.op = next(ops)
-        return program
-
 
 def _mapped(
-    program: Program, leaf: Callable[[Any], Any], place: Callable[[CustomNode], Any] | None
+    program: Program, leaf: Callable[[Any], Any], place: Callable[[CustomNode], Any]
 ) -> Program:
     equations = []
     for eq in program.equations:
         op = eq.op
-        if place is not None and isinstance(op, Operation):
+        if isinstance(op, Operation):
             moved = op.moved(place)
             if moved is None:
                 raise HiddenError(op.name)

@@ -41,6 +41,7 @@ __all__ = [
     "is_custom",
     "is_generated",
     "is_view_op",
+    "is_wrapped_number",
     "key_string",
     "lazy_bits_respected",
     "leaf_variable",
@@ -302,6 +303,27 @@ def is_generated(kind: type) -> bool:
         "NotImplemented",
         "SendRpcBackward",
     )
+
+
+def is_wrapped_number(t: torch.Tensor) -> bool:
+    """Whether a tensor without dimensions stands for a Python number.
+
+    Such a number does not take part in type promotion as a tensor would. Never wrongly denied.
+    """
+    if t.device.type != "cpu":
+        return False
+    smaller = _SMALLER.get(t.dtype)
+    if smaller is None:
+        return t.dtype == torch.bool
+    return torch.result_type(torch.empty((), dtype=smaller), t) == smaller
+
+
+#: Python numbers are saved in the dtypes on the left.
+_SMALLER = {
+    torch.float64: torch.float32,
+    torch.complex128: torch.complex64,
+    torch.int64: torch.int32,
+}
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ._execute import Binding, Executor
+from ._execute import Binding, Executor, filled
 from ._linearity import close
 from ._program import Program, Residual
 from ._simplify import guards, simplify
@@ -33,9 +33,11 @@ class _Plan:
         What is run.
     settled
         Whether nothing is to be simplified (any more).
-    taken_over
-        Called with the simplified program; returns it without numbers if other points can use
-        it.
+
+    Attributes
+    ----------
+    news
+        The simplified program that has taken over, until somebody takes note.
     """
 
     def __init__(
@@ -44,38 +46,41 @@ class _Plan:
         binding: Binding,
         *,
         settled: bool,
-        taken_over: Callable[[Program], Template | None],
-        template: Template | None = None,
     ) -> None:
-        self.executor = executor
-        self.binding = binding
-        self._template = template
+        #: One reference, so that a change is seen as a whole.
+        self._running = executor, binding
         self._settled = settled
-        self._taken_over = taken_over
+        self.news: Program | None = None
         self._lock = threading.Lock()
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        executor, binding = self._running
         if not self._settled and not functorch_active():
-            self.executor.runs += 1
-            if self.executor.runs >= SIMPLIFY_AT and self._lock.acquire(blocking=False):
+            executor.runs += 1
+            if executor.runs >= SIMPLIFY_AT and self._lock.acquire(blocking=False):
                 try:
                     return self._settle(arguments)
                 finally:
                     self._settled = True
                     self._lock.release()
-        return self.executor(arguments, self.binding)
+        return executor(arguments, binding)
+
+    @property
+    def binding(self) -> Binding:
+        """The numbers that are used."""
+        return self._running[1]
 
     def program(self) -> Program:
         """Return what is run, with its numbers."""
-        if self._template is None:
-            return self.executor.program
-        return self._template.filled(self.binding)
+        executor, binding = self._running
+        return filled(executor.program, binding)
 
     def _settle(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run as before, and take the simplified program if it gives the same."""
         tape: list[Any] = []
-        results = self.executor(arguments, self.binding, tape)
-        before = self.program()
+        executor, old = self._running
+        results = executor(arguments, old, tape)
+        before = filled(executor.program, old)
         with torch.inference_mode(False), torch.no_grad():
             after = simplify(before)
         smaller = Executor(after)
@@ -85,12 +90,14 @@ class _Plan:
             (a is None) == (b is None) and (a is None or b is None or close(a, b))
             for a, b in zip(again, results, strict=True)
         ):
-            binding.guard_by([*guards(before, after), *self.binding.guards])
-            template = self._taken_over(after)
-            self._template = template
-            self.binding = binding
-            self.executor = smaller if template is None else template.executor
+            binding.guard_by([*guards(before, after), *old.guards])
+            self._running = smaller, binding
+            self.news = after
         return results
+
+    def use(self, executor: Executor) -> None:
+        """Run the same program by an executor that other points use too."""
+        self._running = executor, self.binding
 
 
 class Lifetime:
@@ -221,8 +228,6 @@ class Product:
             template.executor,
             binding,
             settled=template.simplified or not self._policy.simplify,
-            taken_over=lambda program: self._taken_over(present, program),
-            template=template,
         )
 
     def _own_plan(self, present: tuple[bool, ...]) -> _Plan:
@@ -236,8 +241,6 @@ class Product:
             Executor(program) if template is None else template.executor,
             Binding.of(program),
             settled=not self._policy.simplify,
-            taken_over=lambda after: self._taken_over(present, after),
-            template=template,
         )
 
     def _offer(
@@ -248,14 +251,18 @@ class Product:
             return None
         return source.offer(self._direction, present, program, simplified=simplified)
 
-    def _taken_over(self, present: tuple[bool, ...], program: Program) -> Template | None:
-        """Let go of the program as it was recorded: another one gives the same."""
-        template = self._offer(present, program, simplified=True)
+    def _take_note(self, plan: _Plan, present: tuple[bool, ...]) -> None:
+        """Let go of the program as it was recorded: a simplified one gives the same."""
         with self._lock:
+            program, plan.news = plan.news, None
+            if program is None:
+                return
+            template = self._offer(present, program, simplified=True)
+            if template is not None:
+                plan.use(template.executor)
             if self._program is not None and all(present):
                 self._program = program
         self._lifetime.changed()
-        return template
 
     def _batched(
         self, tensors: Sequence[torch.Tensor | None], chunk_size: int | None
@@ -279,6 +286,8 @@ class Product:
         plan = self._plan(present)
         with torch.no_grad():
             results = plan([t for t in tensors if t is not None])
+        if plan.news is not None:
+            self._take_note(plan, present)
         return [
             spec.zeros() if t is None else t
             for t, spec in zip(results, self._results.tensors, strict=True)
