@@ -49,6 +49,13 @@ class Residual:
         self.version = None if tensor.is_inference() else tensor._version
         self.size = _storage_bytes(tensor)
 
+    def blank(self) -> Residual:
+        """Return one that stands for the same tensor of any point, and has none itself."""
+        r = Residual.__new__(Residual)
+        r.source, r.origin = self.source, self.origin
+        r.version, r.size = None, 0
+        return r
+
     def changed(self) -> bool:
         """Whether the tensor was changed in place."""
         return self.version is not None and self.tensor._version != self.version
@@ -212,17 +219,21 @@ def leaves(tree: Any) -> list[Any]:
 
 def _gather(tree: Any, found: list[Any]) -> None:
     for x in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(x, (list, tuple, dict)):
-            _gather(x, found)
+        if isinstance(x, _NESTED):
+            if x:
+                _gather(x, found)
         else:
             found.append(x)
+
+
+_NESTED = (list, tuple, dict)
 
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Apply `fn` to each leaf of nested lists, tuples and dicts."""
     kind = type(tree)
     if kind is list or kind is tuple:
-        return kind(map_leaves(fn, x) for x in tree)
+        return kind([map_leaves(fn, x) if isinstance(x, _NESTED) else fn(x) for x in tree])
     if kind is dict:
         return {k: map_leaves(fn, x) for k, x in tree.items()}
     return fn(tree)

@@ -272,11 +272,18 @@ def lazy_bits_respected() -> contextlib.AbstractContextManager[Any]:
     PyTorch hands over below the keys that resolve these bits, so that there
     `x.conj() * 2` would be `x * 2`, also inside composite operations such as `linalg.pinv`.
     """
-    key = torch._C.DispatchKey
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for lazy in (key.Conjugate, key.Negative, key.ZeroTensor):
-        excluded = excluded.remove(lazy)
+    now = torch._C._dispatch_tls_local_exclude_set()
+    raw = now.raw_repr()
+    excluded = _LESS_EXCLUDED.get(raw)
+    if excluded is None:
+        key = torch._C.DispatchKey
+        for lazy in (key.Conjugate, key.Negative, key.ZeroTensor):
+            now = now.remove(lazy)
+        excluded = _LESS_EXCLUDED[raw] = now
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+_LESS_EXCLUDED: dict[int, Any] = {}
 
 
 def decompositions(op: Any) -> Callable[..., Any] | None:
