@@ -32,9 +32,7 @@ def problem(n: int, steps: int, dtype: torch.dtype) -> Problem:
     def limit() -> Limit:
         forward = bands()
         # The transpose of a band is a band: its coefficients sit at the neighbours.
-        backward = [
-            torch.stack([b[2].roll(1), b[1], b[0].roll(-1)]) for b in reversed(forward)
-        ]
+        backward = [torch.stack([b[2].roll(1), b[1], b[0].roll(-1)]) for b in reversed(forward)]
         return Limit(_stepper(forward), _stepper(backward))
 
     def dense() -> Limit:

@@ -42,9 +42,7 @@ def problem(n: int, dtype: torch.dtype) -> Problem:
 
 
 def case(n: int, size: str) -> Case:
-    return Case(
-        f"pointwise chain, n = {n:,}", size, lambda dtype: problem(n, dtype), kind="chain"
-    )
+    return Case(f"pointwise chain, n = {n:,}", size, lambda dtype: problem(n, dtype), kind="chain")
 
 
 CASES = (case(10, "small"), case(1000, "medium"), case(100_000, "large"))

@@ -44,8 +44,6 @@ def problem(n: int, dtype: torch.dtype) -> Problem:
 
 
 CASES = tuple(
-    Case(
-        f"linalg.solve, n = {n}", size, lambda dtype, n=n: problem(n, dtype), kind="implicit"
-    )
+    Case(f"linalg.solve, n = {n}", size, lambda dtype, n=n: problem(n, dtype), kind="implicit")
     for n, size in ((20, "small"), (200, "medium"), (500, "large"))
 )

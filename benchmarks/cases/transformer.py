@@ -80,7 +80,7 @@ class _Norm:
     """Layer norm's Jacobian diag(weight) A, with A symmetric and applied by one kernel."""
 
     def __init__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        self.x, self.weight, self.shape = x, weight, [x.shape[-1]]
+        self.x, self.weight, self.bias, self.shape = x, weight, bias, [x.shape[-1]]
         self.value, self.mean, self.rstd = torch.native_layer_norm(
             x, self.shape, weight, bias, EPS
         )
@@ -101,7 +101,7 @@ class _Norm:
             self.mean,
             self.rstd,
             self.weight,
-            None,
+            self.bias,
             [True, parameters, parameters],
         )
 
