@@ -12,6 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import autograd
+from torch._C._profiler import (
+    ProfilerActivity,
+    ProfilerConfig,
+    ProfilerState,
+    RecordScope,
+    _ExperimentalConfig,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linearize as lz
@@ -120,19 +128,29 @@ def memory(work: Callable[[], Any]) -> tuple[int, int]:
     """Return the bytes that PyTorch holds more after `work`, and the most in between.
 
     What `work` returns is alive when the first number is taken. Only memory of PyTorch's
-    allocator counts.
+    allocator counts. The profiler is asked for nothing else, which its public face cannot do:
+    with every operation written down this would take longer than all the rest.
     """
+    config = ProfilerConfig(
+        ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
+    )
+    activities = {ProfilerActivity.CPU}
     gc.collect()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
+    autograd._prepare_profiler(config, activities)
+    autograd._enable_profiler(config, activities, {RecordScope.USER_SCOPE})
+    try:
         kept = work()
         gc.collect()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    steps = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    totals = np.cumsum([size for _, size in steps] or [0])
+    finally:
+        events = autograd._disable_profiler().events()
+    steps = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if _allocates(e))
+    totals = np.cumsum([size for *_, size in steps] or [0])
     del kept
     return int(totals[-1]), max(0, int(totals.max()))
+
+
+def _allocates(event: Any) -> bool:
+    return bool(event.name() == "[memory]")
 
 
 def graph_bytes(problem: Problem) -> int:
@@ -342,10 +360,11 @@ def _memory(result: Result, problem: Problem, alive: dict[str, Engine], say: Any
         def work(engine: Engine = engine) -> Any:
             products = engine.set_up()
             for product in products.values():
-                for _ in range(CALLS):
+                for _ in range(calls):
                     product()
             return products
 
+        calls = CALLS if name == OURS else 2
         entry = result["engines"][name]
         entry["retained_bytes"], entry["peak_bytes"] = memory(work)
 
@@ -362,7 +381,8 @@ def _ours(
     def visits() -> Iterator[None]:
         while True:
             made = point(lin, tuple(p.clone() for p in problem.primals))
-            assert made.jvp is not None and made.vjp is not None
+            assert made.jvp is not None
+            assert made.vjp is not None
             made.jvp(*v)
             made.vjp(*u)
             yield
@@ -370,10 +390,10 @@ def _ours(
     visit = visits()
     for _ in range(3):
         next(visit)
-    # Without a composed product there are both directions' times to take off.
     taken = interleaved({"again": lambda: next(visit)}, min(rounds, 5))["again"]
     made = point(lin, problem.primals)
-    assert made.jvp is not None and made.vjp is not None
+    assert made.jvp is not None
+    assert made.vjp is not None
     jvp, vjp = made.jvp, made.vjp
     for _ in range(CALLS):
         jvp(*v), vjp(*u)

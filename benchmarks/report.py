@@ -193,10 +193,10 @@ def page(results: Sequence[Result], about: Result, command: str) -> str:
         "in brackets, how often f ran.",
         markdown(setups(results)),
         "## Memory",
-        "Megabytes retained, and the most at any time until the fifth product of each kind.",
+        "Megabytes retained, and the most at any time until products are steady.",
         markdown(memory(results)),
         "## Every figure",
-        "✗ misses its target, · has none. Where two numbers stand, they are those of J·v and Jᵀ·u.",
+        "✗ misses its target, · has none. Two numbers are those of J·v and of Jᵀ·u.",
         markdown(by_case(results)),
         "## What is run beyond the limit",
         "Operations that a steady product asks PyTorch for, ours / the limit's, and their "

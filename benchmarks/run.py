@@ -25,11 +25,11 @@ os.environ.setdefault(
 )
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks import gpu, report  # noqa: E402
-from benchmarks.cases import CASES  # noqa: E402
-from benchmarks.measure import measure  # noqa: E402
+from benchmarks import gpu, report
+from benchmarks.cases import CASES
+from benchmarks.measure import measure
 
 COMMAND = "make bench"
 PLOT = "_static/benchmarks.svg"

@@ -152,10 +152,9 @@ def problem(batch: int, dtype: torch.dtype, *, inputs: bool) -> Problem:
         given = numpy(x)
         return lambda *theta: _jax_net(given, *theta), [numpy(t) for t in theta]
 
-    if inputs:
-        f = lambda x: net(x, *theta)  # noqa: E731
-    else:
-        f = lambda *theta: net(x, *theta)  # noqa: E731
+    def f(*primals: torch.Tensor) -> torch.Tensor:
+        return net(*primals, *theta) if inputs else net(x, *primals)
+
     limit = lambda: by_hand(x, theta, inputs=inputs)  # noqa: E731
     return Problem(f, (x,) if inputs else theta, limit, jax=jax)
 

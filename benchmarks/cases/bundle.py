@@ -124,7 +124,7 @@ def problem(name: str, count: int | None, dtype: torch.dtype) -> Problem:
         project_, rotation, move = blocks()
         whole = torch.cat([torch.bmm(project_, rotation), project_], 2).contiguous()
         by_point = torch.bmm(project_, move)
-        w, t, x = primals
+        w, _, x = primals
 
         def jvp(dw: torch.Tensor, dt: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
             pose = torch.cat([dw, dt], 1)[camera].unsqueeze(2)
