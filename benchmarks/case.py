@@ -118,9 +118,10 @@ def frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
-    """Return the same numbers for every dtype."""
+    """Return the same numbers for every dtype, on the default device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+    made = torch.randn(*shape, dtype=torch.float64, device="cpu", generator=generator)
+    return made.to(torch.get_default_device(), dtype)
 
 
 def numpy(t: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -46,7 +46,10 @@ class Reference:
 
 def _normal(like: Tensors, seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in like)
+    return tuple(
+        torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t.device)
+        for t in like
+    )
 
 
 def reference(case: Case) -> Reference:
@@ -357,14 +360,13 @@ def _memory(result: Result, problem: Problem, alive: dict[str, Engine], say: Any
         if name.startswith("jax"):
             continue  # not PyTorch's allocator
 
-        def work(engine: Engine = engine) -> Any:
+        def work(engine: Engine = engine, calls: int = CALLS if name == OURS else 2) -> Any:
             products = engine.set_up()
             for product in products.values():
                 for _ in range(calls):
                     product()
             return products
 
-        calls = CALLS if name == OURS else 2
         entry = result["engines"][name]
         entry["retained_bytes"], entry["peak_bytes"] = memory(work)
 
