@@ -1,7 +1,7 @@
 """The command line: measure cases, print tables, write JSON, the plot and the page.
 
-Times are medians over interleaved rounds in one process and one thread: ratios mean something
-on a noisy machine, absolute times little. Results are written after every case; with
+Times are processor times of one process with one thread, medians over interleaved rounds: ratios
+mean something even on a busy machine, absolute times little. Results are written after every case; with
 `--resume`, what was measured before a run was cut off is taken over.
 """
 
@@ -19,11 +19,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Both are read when the libraries are loaded.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-)
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+# Read when the libraries are loaded: one thread for everybody, and no messages.
+for name, value in (
+    ("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"),
+    ("OMP_NUM_THREADS", "1"),
+    ("OPENBLAS_NUM_THREADS", "1"),
+    ("KINETO_LOG_LEVEL", "99"),
+):
+    os.environ.setdefault(name, value)
 
 import torch
 
@@ -31,7 +34,7 @@ from benchmarks import gpu, report
 from benchmarks.cases import CASES
 from benchmarks.measure import measure
 
-COMMAND = "make bench"
+COMMAND, ROUNDS = "make bench", 7
 PLOT = "_static/benchmarks.svg"
 
 
@@ -50,7 +53,7 @@ def versions() -> dict[str, Any]:
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (7)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of timing (7)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--size", choices=("small", "medium", "large"), action="append")
     parser.add_argument("--group", choices=("cpu", "gpu"), default="cpu")
@@ -95,7 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(results) < len(CASES):
             print(f"{given.docs} is left as it is: it shows all cases or none")
             return 0
-        report.rewrite(given.docs, report.page(results, about, COMMAND))
+        command = (
+            COMMAND if given.rounds == ROUNDS else f"{COMMAND} ARGS='--rounds {given.rounds}'"
+        )
+        report.rewrite(given.docs, report.page(results, about, command))
         report.plot(results, given.docs.parent / PLOT)
         print(f"Written to {given.docs} and {given.docs.parent / PLOT}")
     return 0
