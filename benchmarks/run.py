@@ -1,8 +1,8 @@
 """The command line: measure cases, print tables, write JSON, the plot and the page.
 
-Times are processor times of one process with one thread, medians over interleaved rounds: ratios
-mean something even on a busy machine, absolute times little. Results are written after every case; with
-`--resume`, what was measured before a run was cut off is taken over.
+Times are processor times of one process with one thread, medians over interleaved rounds:
+ratios mean something even on a busy machine, absolute times little. Results are written after
+every case; with `--resume`, what was measured before a run was cut off is taken over.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ for name, value in (
 ):
     os.environ.setdefault(name, value)
 
-import torch
+import torch  # noqa: E402
 
-from benchmarks import gpu, report
-from benchmarks.cases import CASES
-from benchmarks.measure import measure
+from benchmarks import gpu, report  # noqa: E402
+from benchmarks.cases import CASES  # noqa: E402
+from benchmarks.measure import measure  # noqa: E402
 
 COMMAND, ROUNDS = "make bench", 7
 PLOT = "_static/benchmarks.svg"
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = (
             COMMAND if given.rounds == ROUNDS else f"{COMMAND} ARGS='--rounds {given.rounds}'"
         )
-        report.rewrite(given.docs, report.page(results, about, command))
+        report.rewrite(given.docs, report.page(results, about, f"{COMMAND}{changed}"))
         report.plot(results, given.docs.parent / PLOT)
         print(f"Written to {given.docs} and {given.docs.parent / PLOT}")
     return 0
