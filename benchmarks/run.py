@@ -98,9 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(results) < len(CASES):
             print(f"{given.docs} is left as it is: it shows all cases or none")
             return 0
-        command = (
-            COMMAND if given.rounds == ROUNDS else f"{COMMAND} ARGS='--rounds {given.rounds}'"
-        )
+        changed = f" ARGS='--rounds {given.rounds}'" if given.rounds != ROUNDS else ""
         report.rewrite(given.docs, report.page(results, about, f"{COMMAND}{changed}"))
         report.plot(results, given.docs.parent / PLOT)
         print(f"Written to {given.docs} and {given.docs.parent / PLOT}")
