@@ -224,7 +224,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "benchmarks"
+    mpl.rcParams.update({"svg.hashsalt": "benchmarks", "svg.fonttype": "none"})
     from matplotlib import pyplot as plt
 
     shown = [n for n in ENGINES if n not in (LIMIT, DENSE)]
