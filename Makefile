@@ -65,7 +65,8 @@ test: $(READY) ## run the tests and the code blocks of README and docs
 	$(call say,Running the tests)
 	$(PY) -m pytest
 
-# ARGS='--rounds 20 --only burgers' and the like; ARGS='--help' lists the options.
+# ARGS='--rounds 20 --only Burgers' and the like; ARGS='--resume' goes on where a run was cut off,
+# ARGS='--help' lists the options. JAX takes part if it is installed: pip install -e '.[bench]'.
 bench: $(READY) ## time the products against their peers (minutes), write table, JSON, plot
 	$(call say,Running the benchmarks)
 	$(PY) -m benchmarks.run --docs docs/benchmarks.md $(ARGS)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ._constants import Constants
 from ._linearity import (
     CONSTANT,
     READS_NUMBERS,
@@ -20,6 +21,7 @@ from ._linearity import (
     Schema,
     functional_variant,
     known_linear,
+    linear_by_meaning,
     schema_of,
     tested_linear,
 )
@@ -66,6 +68,7 @@ class Functionalized(Operation):
 
     __slots__ = ("op", "writes")
     may_alias = False
+    of_point = False
 
     def __init__(self, op: OpOverload) -> None:
         self.op = op
@@ -104,6 +107,8 @@ class Recorder(DispatchMode):
         self.emitter = emitter
         self._entries: dict[int, _Entry] = {}
         self._residuals: dict[int, Residual] = {}
+        #: How the constants that are met come about.
+        self.constants = Constants(emitter)
         #: A comparison of something derived from a cotangent, if one was met.
         self.frozen = ""
 
@@ -133,9 +138,11 @@ class Recorder(DispatchMode):
             for x in leaves((args, kwargs))
         )
         if not derived or func in CONSTANT:
+            note = self.constants.seen(func, args, kwargs)
             if schema.writes:
                 self._constant_written(schema, args, kwargs)
             out = func(*args, **kwargs)
+            note(out)
             empty = func in UNINITIALIZED or (schema.is_view and self._uninitialized(args[0]))
             for t in leaves(out):
                 if isinstance(t, torch.Tensor) and self.variable(t) is None:
@@ -161,22 +168,39 @@ class Recorder(DispatchMode):
         keyword = any(self.variable(x) is not None for x in leaves(kwargs))
         if not keyword and known_linear(func, self._without_zeros(func, args, holds)):
             return None
+        self._judge(func, holds, keyword, (args, kwargs))
         with torch.no_grad():
             linear = tested_linear(func, args, kwargs, lambda x: self.variable(x) is not None)
         if linear is None:
             raise OpaqueError(f"{schema_of(func).name} is not linear in the cotangent")
         return linear
 
+    def _judge(self, func: OpOverload, holds: list[bool], keyword: bool, given: Any) -> None:
+        """Note whether a test of linearity says something about other points too."""
+
+        def static() -> bool:
+            others = (
+                x
+                for x in leaves(given)
+                if isinstance(x, torch.Tensor)
+                and self.variable(x) is None
+                and (x.is_floating_point() or x.is_complex())
+            )
+            return all(self.constants.static(x) for x in others)
+
+        if keyword or not linear_by_meaning(func, holds, static):
+            self.constants.decided(f"linearity of {schema_of(func).name}")
+
     def _without_zeros(self, func: OpOverload, args: Any, holds: list[bool]) -> list[bool]:
         """Count constants that are zero as variables in sums: `0 + g` is linear."""
         name = schema_of(func).name
         if name in ("add", "sub") and len(args) == 2 and not all(holds):
             other = args[holds.index(False)]
-            zero = not bool(other.any()) if isinstance(other, torch.Tensor) else other == 0
+            zero = not self.some(other) if isinstance(other, torch.Tensor) else other == 0
             return [True, True] if zero else holds
         if name in ("cat", "stack"):
             parts = args[0]
-            fine = all(self.variable(x) is not None or not bool(x.any()) for x in parts)
+            fine = all(self.variable(x) is not None or not self.some(x) for x in parts)
             return [True] if fine else holds
         return holds
 
@@ -190,8 +214,14 @@ class Recorder(DispatchMode):
         """Return the residual for a constant, one for each tensor."""
         known = self._residuals.get(id(t))
         if known is None or known.tensor is not t:
-            known = self._residuals[id(t)] = Residual(t, self.emitter.source)
+            known = Residual(t, self.emitter.source, self.constants.origin(t))
+            self._residuals[id(t)] = known
         return known
+
+    def some(self, t: torch.Tensor) -> bool:
+        """Whether a constant has an entry that is not zero."""
+        self.constants.decided_by(t)
+        return bool(t.any())
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
@@ -232,6 +262,7 @@ class Recorder(DispatchMode):
                         # A comparison with the cotangent is kept as it is at a random one;
                         # whoever records must test that it does not matter elsewhere.
                         self.frozen = f"{schema_of(func).name} in {self.emitter.source}"
+                        self.constants.decided(self.frozen)
                 continue
             var = Var(TensorSpec.of(t))
             outputs.append(var)
@@ -299,7 +330,7 @@ class Recorder(DispatchMode):
             if var is not None:
                 self._propagate(t, var, changed, flat)
             elif isinstance(flat, Var):
-                if bool(t.any()):
+                if self.some(t):
                     raise OpaqueError("writes a constant into something linear in the cotangent")
                 self._propagate(t, zero_residual(TensorSpec.of(t)), changed, flat)
         return out
@@ -325,6 +356,8 @@ class Recorder(DispatchMode):
                         if old.is_complex()
                         else old[..., None]
                     )
+                if old is not None:
+                    self.constants.decided_by(a)
                 if old is not None and bool((old != 0).logical_and(~here).any()):
                     raise OpaqueError("writes into a buffer that holds something else")
         return found
@@ -350,10 +383,10 @@ class Recorder(DispatchMode):
         var = self.variable(t)
         if var is not None:
             return var
-        if self._uninitialized(t) or not bool(t.any()):
+        if self._uninitialized(t) or not self.some(t):
             # One zero, expanded: it costs no memory.
             return zero_residual(TensorSpec.of(t))
-        return Residual(t.clone(), self.emitter.source)
+        return Residual(t.clone(), self.emitter.source, self.constants.origin(t))
 
     def _functional(
         self,
@@ -395,6 +428,7 @@ class Recorder(DispatchMode):
 
         holds = [any(is_variable(x) for x in leaves(a)) for a in args]
         if variant is None or keywords or not known_linear(variant, holds):
+            self._judge(variant or func, holds, any(map(is_variable, leaves(keywords))), args)
             with torch.no_grad():
                 linear = tested_linear(operation, args, keywords, is_variable)
             if linear is None or not all(linear):

@@ -17,6 +17,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from . import _kernel_rules as _kernel_rules  # registers its rules
+from . import _norm_rules as _norm_rules  # registers its rules
 from ._capture import Graph
 from ._execute import Executor
 from ._functions import CustomBackward, CustomJvp, CustomNode
@@ -58,7 +59,7 @@ def transpose(program: Program, name: str = "pushforward") -> Program:
     UnsupportedError
         If an operation cannot be transposed; the message names it.
     """
-    e = Emitter()
+    e = Emitter(fixed=program.fixed)
     inputs = [Var(spec) for spec in program.specs]
     cotangents: dict[Var, Var] = {}
 
@@ -76,7 +77,8 @@ def transpose(program: Program, name: str = "pushforward") -> Program:
             for v, ct in _transposed(e, eq, cts):
                 add(v, ct)
     outputs = [cotangents.get(v) for v in program.inputs]
-    return Program(inputs, e.equations, outputs, [v.spec for v in program.inputs], name).live()
+    specs = [v.spec for v in program.inputs]
+    return Program(inputs, e.equations, outputs, specs, name, e.fixed).live()
 
 
 def _transposed(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
@@ -132,7 +134,7 @@ def resolve(program: Program, policy: Policy) -> Program:
     """
     if not any(_missing(eq.op) for eq in program.equations):
         return program
-    e = Emitter()
+    e = Emitter(fixed="a method of a custom Function was recorded")
     names: dict[Var, Var] = {}
 
     def rename(x: Any) -> Any:
@@ -152,7 +154,9 @@ def resolve(program: Program, policy: Policy) -> Program:
                 # A direction on which the output does not depend is a zero of its shape.
                 names[out] = got if got is not None else _zero(e, out.spec, args)
     outputs = [None if v is None else names.get(v, v) for v in program.outputs]
-    return Program(program.inputs, e.equations, outputs, program.specs, program.name).live()
+    whole = program.with_equations(e.equations, outputs)
+    whole.fixed = e.fixed
+    return whole.live()
 
 
 def _zero(e: Emitter, spec: TensorSpec, args: Sequence[Any]) -> Var:
@@ -288,7 +292,7 @@ def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tu
         arguments, keywords = map_leaves(number, eq.args), map_leaves(number, eq.kwargs)
         try:
             out = eq.op(*arguments, **keywords)
-            program = _pullback_of(out, [numbers[v] for v in variables], cts)
+            program = _pullback_of(out, [numbers[v] for v in variables], cts, eq.residuals())
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -302,7 +306,12 @@ def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tu
     return _inlined(e, program, variables, cts)
 
 
-def _pullback_of(out: Any, leaves: list[torch.Tensor], cts: Sequence[Var | None]) -> Program:
+def _pullback_of(
+    out: Any,
+    leaves: list[torch.Tensor],
+    cts: Sequence[Var | None],
+    given: Sequence[Residual],
+) -> Program:
     outs = out if isinstance(out, (tuple, list)) else (out,)
     roots = []
     specs = []
@@ -315,7 +324,7 @@ def _pullback_of(out: Any, leaves: list[torch.Tensor], cts: Sequence[Var | None]
         roots.append((edge.node, edge.output_nr))
         specs.append(ct.spec)
     graph = Graph(roots, [get_gradient_edge(x).node for x in leaves])
-    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves])
+    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves], given=given)
 
 
 def _inlined(
@@ -351,7 +360,12 @@ def _by_decomposition(
     specs = [None if v is None else v.spec for v in eq.outputs]
     try:
         program, _, _ = record_function(
-            fn, [v.spec for v in variables], specs, name=eq.name, source=eq.source
+            fn,
+            [v.spec for v in variables],
+            specs,
+            name=eq.name,
+            source=eq.source,
+            given=eq.residuals(),
         )
         turned = transpose(program)
     except (LinearizeError, RuntimeError):
