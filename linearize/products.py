@@ -149,9 +149,12 @@ class Product:
         lifetime: Lifetime,
         policy: Policy,
         source: Source | None = None,
+        joined: str = "",
     ) -> None:
         self._make: Callable[[], Program] | None = make
         self._source = source
+        #: What it is called among the programs that points of one structure share.
+        self._direction = joined or self._direction
         self._arguments = arguments
         self._results = results
         self._lifetime = lifetime
@@ -161,7 +164,7 @@ class Product:
         self._plans: dict[tuple[bool, ...], _Plan] = {}
         self._turned: Product | None = None
         lifetime.register(self)
-        if source is not None:
+        if source is not None and not joined:
             source.wait(self._direction, self)
 
     @property
@@ -294,13 +297,19 @@ class Product:
         ]
 
     def _then(self, other: Product, name: str) -> Product:
-        """Return this product followed by another one, as one program: one pass."""
+        """Return this product followed by another one, as one program: one pass.
+
+        If both are of one point, other points of the same structure take the program over.
+        """
+        mine, theirs = self._source, other._source
         return Product(
             lambda: self.program.then(other.program, name),
             self._arguments,
             other._results,
             self._lifetime,
             self._policy,
+            mine if mine is theirs else None,
+            name,
         )
 
     def _transposed(self) -> Product:

@@ -227,6 +227,26 @@ def test_gram_is_one_program():
     assert len(G._apply.args[0].program.equations) == 1
 
 
+@pytest.mark.parametrize("used_before", [False, True])
+def test_gram_at_many_points(used_before):
+    lin = lz.Linearizer(vector, maxsize=0)
+    for seed in range(6):
+        x = rand(5, seed=seed)
+        J = lin.at(x).jacobian
+        if used_before:
+            J.materialize(), J.H.materialize()
+        M = torch_jacobian(vector, x)
+        G = J.gram()
+        for _ in range(4):
+            torch.testing.assert_close(G.materialize(), M.T @ M)
+            torch.testing.assert_close(J.gram() @ x, M.T @ (M @ x))
+        x.mul_(2)  # a residual, or not: right or an error
+        try:
+            torch.testing.assert_close(G @ M[0], M.T @ (M @ M[0]))
+        except lz.errors.StalenessError:
+            pass
+
+
 def test_gram_where_an_output_is_constant():
     G = lz.Linearizer(lambda x: (x * x, torch.ones(2))).at(rand(3)).jacobian.gram()
     x = rand(3)
