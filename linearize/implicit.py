@@ -47,7 +47,7 @@ def root(
     solve: Solve = dense,
     tol: float | None = None,
 ) -> Any:
-    """Return the solution x of f(x, *params) = 0 with its derivatives by the params.
+    """Return the solution x of `f(x, *params) = 0` with its derivatives by the params.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def root(
         vector b. The default writes the matrix out; for large systems pass an iterative solver,
         `lambda A, b: bicgstab(A.__matmul__, b)`.
     tol
-        The largest component of f(x, *params) that still counts as zero. None for 1e-6 in
+        The largest component of `f(x, *params)` that still counts as zero. None for 1e-6 in
         double precision and 1e-3 in single.
 
     Returns
@@ -114,7 +114,7 @@ def minimum(
     solve: Solve = dense,
     tol: float | None = None,
 ) -> Any:
-    """Return the minimum x of loss(x, *params) with its derivatives by the params.
+    """Return the minimum x of `loss(x, *params)` with its derivatives by the params.
 
     The gradient is zero there: the derivatives are those of its root. The systems are those of
     the Hessian, which is symmetric.
@@ -145,7 +145,7 @@ def least_squares(
     solve: Solve = dense,
     tol: float | None = None,
 ) -> Any:
-    """Return the least-squares solution x of residual(x, *params) with its derivatives.
+    """Return the least-squares solution of `residual(x, *params)` with its derivatives.
 
     The systems are those of the exact Hessian of half the sum of squares, not of its
     Gauss–Newton part: where residuals remain, only the former gives the derivative.
