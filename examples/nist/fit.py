@@ -11,8 +11,8 @@ Every problem and every start goes the same way, without hand tuning:
    has become smaller and the sum of squares has not grown beyond rounding.
 
 SciPy asks for the residual, the Jacobian and the gradient in separate calls, each time with an
-array of its own. The `linearize.Linearizer` recognizes the point by its numbers, so all of them
-come from one run of the model.
+array of its own. `linearize.scipy.VectorFunction` recognizes the point by its numbers, so all of
+them come from one run of the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, root
 
-from linearize import Linearization, Linearizer
+from linearize.scipy import VectorFunction
 
 from .data import Problem
 from .models import MODELS
@@ -107,7 +107,7 @@ class Fit:
 
 
 class Objective:
-    """Residual, Jacobian and gradient of one problem, at one run of the model per point.
+    """Residual, Jacobian and gradient of one problem, counted.
 
     Use it as a context manager: what is kept for its points is released at the end.
     """
@@ -116,9 +116,10 @@ class Objective:
         self._predict = MODELS[problem.name].predict
         self._x = torch.from_numpy(problem.x)
         self._y = torch.from_numpy(problem.y)
-        self._directions = torch.eye(problem.starts.shape[1], dtype=torch.float64)
-        self._linearizer = Linearizer(
-            self._model, match="value", maxsize=_MAX_RESIDUALS + _MAX_GRADIENTS
+        self._function = VectorFunction(
+            self._model,
+            torch.from_numpy(problem.starts[0]),
+            maxsize=_MAX_RESIDUALS + _MAX_GRADIENTS,
         )
         self._visited: set[bytes] = set()
         self.counts = Counts()
@@ -132,33 +133,31 @@ class Objective:
         self.counts.runs += 1
         return self._predict(b, self._x) - self._y
 
-    def _at(self, b: Array) -> Linearization:
+    def _note(self, b: Array) -> Array:
         self.counts.requests += 1
         self._visited.add(b.tobytes())
-        return self._linearizer.at(torch.tensor(b))
+        return b
 
     def residual(self, b: Array) -> Array:
         """Return r(b) = model - data, shape (m,)."""
-        return _array(self._at(b).value)
+        return self._function.fun(self._note(b))
 
     def jacobian(self, b: Array) -> Array:
-        """Return J(b), shape (m, p), column by column from J·v products."""
-        here = self._at(b)
-        self.counts.jvps += len(self._directions)
-        return np.stack([_array(here.jvp_fn(v)) for v in self._directions], axis=1)
+        """Return J(b), shape (m, p), from p products J·v."""
+        matrix: Array = self._function.jac(self._note(b))
+        self.counts.jvps += matrix.shape[1]
+        return matrix
 
     def gradient(self, b: Array) -> Array:
         """Return Jᵀr, shape (p,): half the gradient of the sum of squares, one Jᵀ·u product."""
-        here = self._at(b)
         self.counts.vjps += 1
-        (gradient,) = here.vjp_fn(here.value)
-        return _array(gradient)
+        return self._function.gradient(self._note(b))
 
     def __enter__(self) -> Objective:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._linearizer.close()
+        self._function.linearizer.close()
 
 
 def fit(problem: Problem, start: int) -> Fit:
@@ -236,9 +235,3 @@ def log_relative_error(estimate: Array, certified: Array) -> float:
         return 0.0
     worst = max(float(error.max()), 10.0**-LRE_MAX)
     return max(0.0, float(-np.log10(worst)))
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    """Copy, so that nothing SciPy does can reach what the linearization keeps."""
-    array: Array = tensor.numpy().copy()
-    return array
