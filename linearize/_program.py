@@ -349,6 +349,33 @@ class Program:
             if isinstance(eq.op, Operation):
                 yield from eq.op.bytes_kept()
 
+    def peak_bytes(self) -> int:
+        """Return the most bytes that variables take at once, each counted in full."""
+        last: dict[Var, int] = {}
+        for i, eq in enumerate(self.equations):
+            last.update((v, i) for v in eq.inputs())
+        results = {v for v in self.outputs if v is not None}
+        dying: dict[int, list[Var]] = {}
+        for v, i in last.items():
+            if v not in results:
+                dying.setdefault(i, []).append(v)
+        now = peak = sum(v.spec.nbytes for v in self.inputs)
+        for i, eq in enumerate(self.equations):
+            now += sum(v.spec.nbytes for v in eq.outputs if v is not None and v in last)
+            now += sum(v.spec.nbytes for v in eq.outputs if v in results and v not in last)
+            peak = max(peak, now)
+            now -= sum(v.spec.nbytes for v in dying.get(i, ()))
+        return peak
+
+    def then(self, other: Program, name: str) -> Program:
+        """Return the program that applies this one and hands its result on to `other`."""
+        e = Emitter()
+        inputs = [Var(v.spec) for v in self.inputs]
+        middle = e.inline(self, inputs)
+        rest = other.restricted([v is not None for v in middle])
+        outputs = e.inline(rest, [v for v in middle if v is not None])
+        return Program(inputs, e.equations, outputs, other.specs, name).live()
+
     def check(self) -> None:
         """Raise if a variable is read before it is defined, or defined twice.
 
