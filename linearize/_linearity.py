@@ -65,6 +65,19 @@ _GRADIENT_FIRST = frozenset(
 )
 
 
+#: Backward operations that take gradients of any strides.
+_ANY_STRIDES = frozenset(
+    (
+        "slice_backward select_backward diagonal_backward unfold_backward convolution_backward "
+        "native_layer_norm_backward native_batch_norm_backward native_dropout_backward "
+        "embedding_dense_backward _scaled_dot_product_flash_attention_for_cpu_backward "
+        "_scaled_dot_product_flash_attention_backward "
+        "_scaled_dot_product_efficient_attention_backward "
+        "_scaled_dot_product_cudnn_attention_backward"
+    ).split()
+)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Schema:
     """The parts of an operation's schema that recording needs."""
@@ -85,6 +98,18 @@ def schema_of(op: OpOverload) -> Schema:
     )
     name = op._schema.name.partition("::")[2]
     return Schema(name, writes, bool(op.is_view), torch.Tag.pointwise in op.tags)
+
+
+@functools.cache
+def wants_contiguous(op: OpOverload) -> bool:
+    """Whether an operation may go wrong, without a word, for gradients that are not contiguous.
+
+    Formulas of PyTorch's gradients call `contiguous` for such kernels, which leaves no trace
+    where there is nothing to do: `native_group_norm_backward` on the CPU reads past strides.
+    """
+    schema = schema_of(op)
+    kernel = schema.name.endswith("_backward") and not schema.pointwise
+    return op.namespace == "aten" and kernel and schema.name not in _ANY_STRIDES
 
 
 @functools.cache

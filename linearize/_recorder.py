@@ -22,6 +22,7 @@ from ._linearity import (
     known_linear,
     schema_of,
     tested_linear,
+    wants_contiguous,
 )
 from ._program import (
     Emitter,
@@ -59,6 +60,10 @@ class _Entry:
         self.ref = weakref.ref(t)
         self.var = var
         self.uninitialized = uninitialized
+
+
+def _is_dense(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and t.is_contiguous()
 
 
 class Functionalized(Operation):
@@ -257,6 +262,9 @@ class Recorder(DispatchMode):
         if func in _VIEWS:
             return aten.reshape.default, arguments[:2]
         if func not in _STRIDED:
+            if isinstance(func, OpOverload) and wants_contiguous(func):
+                pairs = zip(arguments, args, strict=True)
+                arguments = [self._dense(a) if _is_dense(t) else a for a, t in pairs]
             return func, arguments
         x = args[0]
         strided = func is not aten.view_as_complex.default
@@ -274,6 +282,11 @@ class Recorder(DispatchMode):
             if strided:
                 arguments[-1] -= x.storage_offset()
         return func, arguments
+
+    def _dense(self, a: Any) -> Any:
+        if not isinstance(a, Var):
+            return a
+        return self.emitter.emit(aten.contiguous.default, (a,), a.spec)
 
     # -- operations that write to their arguments ----------------------------------------
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 __all__ = [
     "ContextWatcher",
+    "DispatchKey",
     "DispatchMode",
     "Node",
     "OpOverload",
@@ -51,11 +52,13 @@ __all__ = [
     "reachable_elsewhere",
     "saved_tensors",
     "spec_children",
+    "transform_depth",
     "unobserved",
     "without_inference_mode",
 ]
 
 aten: Any = torch.ops.aten
+DispatchKey: Any = torch._C.DispatchKey
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 T = TypeVar("T")
@@ -124,6 +127,11 @@ def spec_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
 def functorch_active() -> bool:
     """Whether a `torch.func` transform is running around the caller."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def transform_depth() -> int:
+    """Return how many `torch.func` transforms are running around the caller, one in another."""
+    return len(torch._C._functorch.get_interpreter_stack() or ())
 
 
 def has_forward_tangent(t: Any) -> bool:

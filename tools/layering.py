@@ -16,6 +16,7 @@ FLOORS = (
     ("_space", "_program", "_memo"),
     (
         "_linearity",
+        "_batching",
         "_execute",
         "_contexts",
         "_functions",
