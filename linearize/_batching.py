@@ -47,7 +47,7 @@ _MOST = 4096
 def call(op: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Apply an operation to arguments that may be batches of `torch.vmap`."""
     if isinstance(op, OpOverload):
-        if schema_of(op).name in _TRUSTED:
+        if schema_of(op).name in _TRUSTED and not any(map(_is_sparse, args)):
             return op(*args, **kwargs)
         if op is aten.clone.default or op is aten.contiguous.default:
             return _copied(op, args[0], **kwargs)
@@ -66,6 +66,10 @@ def call(op: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) ->
         if good:
             return op(*args, **kwargs)
     return _Batched.apply(op, template, *given)  # type: ignore[no-untyped-call]
+
+
+def _is_sparse(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.layout != torch.strided
 
 
 class _Slot:
