@@ -40,6 +40,8 @@ _TRUSTED = frozenset(
 )
 #: Entries in a trial: a batch of one could pass for a broadcast.
 _TRIAL = 3
+#: From how many numbers in one entry on nothing is gained by taking entries together.
+_LARGE = 1 << 20
 #: The most combinations to remember.
 _MOST = 4096
 
@@ -56,7 +58,8 @@ def call(op: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) ->
     if not any(batched_or_wrapped(t) for t in given):
         return op(*args, **kwargs)
     # Inside several transforms the trial says too little.
-    if isinstance(op, OpOverload) and op not in _RULES and transform_depth() == 1:
+    small = transform_depth() == 1 and sum(t.numel() for t in given) < _LARGE
+    if small and isinstance(op, OpOverload) and op not in _RULES:
         key = _key(op, template, given)
         good = _known.get(key)
         if good is None:
