@@ -41,6 +41,7 @@ class KernelTranspose(Operation):
 
     __slots__ = ("args", "count", "formula", "kernel", "kwargs")
     may_alias = False
+    of_point = False
 
     def __init__(
         self, kernel: OpOverload, args: Any, kwargs: Any, count: int, formula: Formula

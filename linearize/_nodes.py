@@ -26,6 +26,7 @@ class Differential(Operation):
 
     __slots__ = ("adjoint", "setting")
     may_alias = False
+    of_point = False
 
     def __init__(self, adjoint: bool, setting: Any = None) -> None:
         self.adjoint = adjoint

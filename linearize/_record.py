@@ -10,8 +10,8 @@ Random cotangents, because real backward formulas branch on zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -20,13 +20,15 @@ from ._execute import Executor
 from ._functions import CustomBackward, CustomNode
 from ._linearity import close
 from ._nodes import formula_of, mended
+from ._origin import Origin
 from ._program import Emitter, Equation, Operation, Program, Residual, Var
 from ._recorder import OpaqueError, Recorder
 from ._space import TensorSpec
-from ._torch import Node, call_node, input_metadata, outside_backward, unobserved
+from ._torch import Node, call_node, input_metadata, outside_backward, saved_tensors, unobserved
 from .errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
 
 T = TypeVar("T")
+SavedBy: TypeAlias = Callable[[Node], Iterable[tuple[torch.Tensor, Origin | None]]]
 
 
 class NodeBackward(Operation):
@@ -70,17 +72,25 @@ def _metadata_spec(meta: Any) -> TensorSpec:
 class _Walk:
     """One walk over a graph, from roots to leaves."""
 
-    def __init__(self, graph: Graph, emitter: Emitter, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        emitter: Emitter,
+        generator: torch.Generator,
+        saved: SavedBy | None = None,
+    ) -> None:
         self.graph = graph
         self.emitter = emitter
         self.generator = generator
+        self.saved = saved or (lambda node: [(t, None) for t in saved_tensors(node)])
         self.recorder = Recorder(emitter)
         self.pending: dict[Node, dict[int, torch.Tensor]] = {}
         self.reached = set(graph.order)
 
     def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
         """Return random numbers that stand for `var`."""
-        t = spec.random(self.generator)
+        with unobserved():
+            t = spec.random(self.generator)
         self.recorder.define(t, var)
         return t
 
@@ -119,6 +129,8 @@ class _Walk:
             return
         count = len(input_metadata(node))
         grads = [received.get(i) for i in range(count)]
+        with unobserved():
+            self.recorder.constants.at_node(self.saved(node))
         formula = formula_of(node)
         if formula is not None:
             op, point = self.guarded(node, lambda: formula(node))
@@ -285,6 +297,8 @@ def record_pullback(
     *,
     seed: int = 0,
     name: str = "pullback",
+    saved: SavedBy | None = None,
+    given: Iterable[Residual] = (),
 ) -> Program:
     """Record the linear program from cotangents of a graph's roots to those of its leaves.
 
@@ -300,6 +314,11 @@ def record_pullback(
         Of the random cotangents.
     name
         The program's name.
+    saved
+        Gives the tensors that a node saved, and the names under which another graph of the
+        same structure has its own.
+    given
+        Residuals that the graph was made from.
 
     Raises
     ------
@@ -309,12 +328,13 @@ def record_pullback(
         If a tensor saved by the graph was changed in place.
     """
     emitter = Emitter()
-    walk = _Walk(graph, emitter, torch.Generator().manual_seed(seed))
+    walk = _Walk(graph, emitter, torch.Generator().manual_seed(seed), saved)
+    walk.recorder.constants.given(given)
     inputs = [Var(spec) for spec in out_specs]
     seeds = [walk.placeholder(v.spec, v) for v in inputs]
     arrived = walk.run(seeds)
     outputs = [None if t is None else walk.recorder.variable(t) for t in arrived]
-    program = Program(inputs, emitter.equations, outputs, in_specs, name).live()
+    program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
     if walk.recorder.frozen and not program.is_opaque():
         _try_elsewhere(graph, program, seed + 1, walk.recorder.frozen)
     return program
@@ -343,6 +363,7 @@ def record_function(
     seed: int = 0,
     name: str = "map",
     source: str = "",
+    given: Iterable[Residual] = (),
 ) -> tuple[Program, list[torch.Tensor], list[torch.Tensor | None]]:
     """Record a linear function written in PyTorch operations by calling it once.
 
@@ -359,6 +380,7 @@ def record_function(
     """
     emitter = Emitter(source)
     recorder = Recorder(emitter)
+    recorder.constants.given(given)
     generator = torch.Generator().manual_seed(seed)
     inputs = [Var(spec) for spec in in_specs]
     arguments = [spec.random(generator) for spec in in_specs]
@@ -376,4 +398,5 @@ def record_function(
         if got is not None and var is None and bool(got.any()):
             raise OpaqueError("returns something that does not descend from its argument")
         outputs.append(var)
-    return Program(inputs, emitter.equations, outputs, specs, name).live(), arguments, results
+    program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)
+    return program.live(), arguments, results

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ._constants import Constants
 from ._linearity import (
     CONSTANT,
     READS_NUMBERS,
@@ -71,6 +72,7 @@ class Functionalized(Operation):
 
     __slots__ = ("op", "writes")
     may_alias = False
+    of_point = False
 
     def __init__(self, op: OpOverload) -> None:
         self.op = op
@@ -111,6 +113,8 @@ class Recorder(DispatchMode):
         self._residuals: dict[int, Residual] = {}
         #: Tensors that are linear in the cotangents in some places and constant in others.
         self._mixed: dict[int, weakref.ref[torch.Tensor]] = {}
+        #: How the constants that are met come about.
+        self.constants = Constants(emitter)
         #: A comparison of something derived from a cotangent, if one was met.
         self.frozen = ""
 
@@ -148,9 +152,11 @@ class Recorder(DispatchMode):
             for x in leaves((args, kwargs))
         )
         if not derived or func in CONSTANT:
+            note = self.constants.seen(func, args, kwargs)
             if schema.writes:
                 targets = self._constant_written(schema, args, kwargs)
             out = func(*args, **kwargs)
+            note(out)
             for t in targets if schema.writes else ():
                 self._partly_constant(t, self._aliases(t))
             empty = func in UNINITIALIZED or (schema.is_view and self._uninitialized(args[0]))
@@ -178,6 +184,7 @@ class Recorder(DispatchMode):
         keyword = any(self.variable(x) is not None for x in leaves(kwargs))
         if not keyword and known_linear(func, self._without_zeros(func, args, holds)):
             return None
+        self.constants.decided(f"linearity of {schema_of(func).name}")
         with torch.no_grad():
             linear = tested_linear(func, args, kwargs, lambda x: self.variable(x) is not None)
         if linear is None:
@@ -189,11 +196,11 @@ class Recorder(DispatchMode):
         name = schema_of(func).name
         if name in ("add", "sub") and len(args) == 2 and not all(holds):
             other = args[holds.index(False)]
-            zero = not bool(other.any()) if isinstance(other, torch.Tensor) else other == 0
+            zero = not self.some(other) if isinstance(other, torch.Tensor) else other == 0
             return [True, True] if zero else holds
         if name in ("cat", "stack"):
             parts = args[0]
-            fine = all(self.variable(x) is not None or not bool(x.any()) for x in parts)
+            fine = all(self.variable(x) is not None or not self.some(x) for x in parts)
             return [True] if fine else holds
         return holds
 
@@ -207,8 +214,14 @@ class Recorder(DispatchMode):
         """Return the residual for a constant, one for each tensor."""
         known = self._residuals.get(id(t))
         if known is None or known.tensor is not t:
-            known = self._residuals[id(t)] = Residual(t, self.emitter.source)
+            known = Residual(t, self.emitter.source, self.constants.origin(t))
+            self._residuals[id(t)] = known
         return known
+
+    def some(self, t: torch.Tensor) -> bool:
+        """Whether a constant has an entry that is not zero."""
+        self.constants.decided_by(t)
+        return bool(t.any())
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
@@ -254,6 +267,7 @@ class Recorder(DispatchMode):
                         # A comparison with the cotangent is kept as it is at a random one;
                         # whoever records must test that it does not matter elsewhere.
                         self.frozen = f"{schema_of(func).name} in {self.emitter.source}"
+                        self.constants.decided(self.frozen)
                 continue
             var = Var(TensorSpec.of(t))
             outputs.append(var)
@@ -318,7 +332,12 @@ class Recorder(DispatchMode):
         contents = [self._content(t) for t in written]
         values = self._functional(func, args, kwargs, written, contents)
         self._spare_residuals(written)
+        note = self.constants.seen(func, args, kwargs)
         out = func(*args, **kwargs)
+        if any(var is not None for var in values):
+            self.constants.overwritten(written, None)
+        else:
+            note(out)
         for t, var, group in zip(written, values, before, strict=True):
             changed = self._overlapping(t, group)
             flat = self._flat_content(t, [*(a for a, _ in group), t]) if changed else None
@@ -330,7 +349,7 @@ class Recorder(DispatchMode):
             if var is not None:
                 self._propagate(t, var, changed, flat)
             elif isinstance(flat, Var):
-                if bool(t.any()):
+                if self.some(t):
                     self._partly_constant(t, changed)
                 else:  # zero is linear
                     self._propagate(t, zero_residual(TensorSpec.of(t)), changed, flat)
@@ -341,7 +360,7 @@ class Recorder(DispatchMode):
     def _partly_constant(self, t: torch.Tensor, others: list[torch.Tensor]) -> None:
         """After a constant was written to `t`, note what is left of tensors on its storage."""
         variables = [a for a in others if self.variable(a) is not None]
-        if not variables or not bool(t.any()):
+        if not variables or not self.some(t):
             return  # zero is linear
         for a, here in zip(variables, covered(t, variables), strict=True):
             if bool(here.any()):
@@ -392,6 +411,8 @@ class Recorder(DispatchMode):
                         if old.is_complex()
                         else old[..., None]
                     )
+                if old is not None:
+                    self.constants.decided_by(a)
                 if old is not None and bool((old != 0).logical_and(~here).any()):
                     raise OpaqueError("writes into a buffer that holds something else")
         return found
@@ -419,10 +440,10 @@ class Recorder(DispatchMode):
         var = self.variable(t)
         if var is not None:
             return var
-        if self._uninitialized(t) or not bool(t.any()):
+        if self._uninitialized(t) or not self.some(t):
             # One zero, expanded: it costs no memory.
             return zero_residual(TensorSpec.of(t))
-        return Residual(t.clone(), self.emitter.source)
+        return Residual(t.clone(), self.emitter.source, self.constants.origin(t))
 
     def _functional(
         self,
@@ -468,6 +489,7 @@ class Recorder(DispatchMode):
 
         holds = [any(is_variable(x) for x in leaves(a)) for a in args]
         if variant is None or keywords or not known_linear(variant, holds):
+            self.constants.decided(f"linearity of {name}")
             with torch.no_grad():
                 linear = tested_linear(operation, args, keywords, is_variable)
             if linear is None or not all(linear):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -28,6 +28,7 @@ from ._program import (
     Program,
     Residual,
     Var,
+    evaluated,
     map_leaves,
     total_bytes,
 )
@@ -35,8 +36,8 @@ from ._rules import UNTAGGED_POINTWISE
 from ._space import TensorSpec
 from ._torch import OpOverload, aten, reachable_elsewhere
 
-#: A coefficient of a term: a number, or a tensor that broadcasts to the base's shape.
-Coefficient: TypeAlias = "complex | torch.Tensor"
+#: A coefficient of a term: a number, or a residual that broadcasts to the base's shape.
+Coefficient: TypeAlias = "complex | Residual"
 
 #: The source of residuals made here.
 FOLDED = "folded diagonals"
@@ -72,21 +73,25 @@ def simplify(program: Program) -> Program:
 
 
 def guards(before: Program, after: Program) -> list[Residual]:
-    """Return the residuals that only `before` reads and that somebody else can change.
-
-    A tensor whose storage nobody but the program refers to cannot be changed from outside.
-    """
-    ours: Counter[int] = Counter()
-    for r in before.residuals():
-        if r.size:
-            ours[r.tensor.untyped_storage().data_ptr()] += 1
+    """Return the residuals that only `before` reads and that somebody else can change."""
     kept = {id(r) for r in after.residuals()}
+    gone = [r for r in before.residuals() if id(r) not in kept]
+    return watched(gone, before.residuals())
+
+
+def watched(residuals: Iterable[Residual], ours: Iterable[Residual]) -> list[Residual]:
+    """Return those residuals that somebody else can change.
+
+    A tensor whose storage nobody but `ours` refers to cannot be changed from outside.
+    """
+    count: Counter[int] = Counter()
+    for r in ours:
+        if r.size:
+            count[r.tensor.untyped_storage().data_ptr()] += 1
     return [
         r
-        for r in before.residuals()
-        if id(r) not in kept
-        and r.size
-        and reachable_elsewhere(r.tensor, ours[r.tensor.untyped_storage().data_ptr()])
+        for r in residuals
+        if r.size and reachable_elsewhere(r.tensor, count[r.tensor.untyped_storage().data_ptr()])
     ]
 
 
@@ -173,21 +178,17 @@ def merge_copies(program: Program) -> Program:
         known[key] = eq.outputs
         kept.append(Equation(op, args, kwargs, eq.outputs, eq.source))
     outputs = [None if v is None else same.get(v, v) for v in program.outputs]
-    return Program(program.inputs, kept, outputs, program.specs, program.name).live()
+    return program.with_equations(kept, outputs).live()
 
 
 def _key(op: Any, args: Any, kwargs: Any) -> Any:
-    def leaf(x: Any) -> Any:
-        if isinstance(x, (Var, Residual)):
-            return id(x)
-        return (type(x).__name__, repr(x))
+    return op, _frozen(args), tuple((k, _frozen(v)) for k, v in sorted(kwargs.items()))
 
-    def freeze(x: Any) -> Any:
-        if isinstance(x, (list, tuple)):
-            return tuple(freeze(y) for y in x)
-        return leaf(x)
 
-    return op, freeze(args), tuple((k, freeze(v)) for k, v in sorted(kwargs.items()))
+def _frozen(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return tuple(map(_frozen, x))
+    return id(x) if isinstance(x, (Var, Residual)) else (type(x).__name__, repr(x))
 
 
 # -- diagonals ------------------------------------------------------------------------------
@@ -201,7 +202,19 @@ def fold_diagonals(program: Program) -> Program:
     """
     folded = _Folding(program).run()
     new = [r for r in folded.residuals() if r.source == FOLDED]
-    return folded if all(bool(torch.isfinite(r.tensor).all()) for r in new) else program
+    return folded if finite([r.tensor for r in new]) else program
+
+
+def finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no tensor holds an infinite number or NaN; denied too if a sum overflows.
+
+    One pass over each tensor, and the host waits for the device once.
+    """
+    sums = [t.sum().abs() for t in tensors]
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for t in sums:
+        groups.setdefault((t.dtype, t.device), []).append(t)
+    return all(bool(torch.isfinite(torch.stack(group)).all()) for group in groups.values())
 
 
 class _Folding:
@@ -237,8 +250,7 @@ class _Folding:
                     if last[v] == i and v not in self.results:
                         self.forms.pop(v, None)  # its coefficients are not needed any more
             outputs = [None if v is None else self.value(v) for v in self.program.outputs]
-        p = self.program
-        return Program(p.inputs, self.e.equations, outputs, p.specs, p.name).live()
+        return self.program.with_equations(self.e.equations, outputs).live()
 
     def step(self, eq: Equation) -> None:
         """Keep an equation, with its arguments computed."""
@@ -291,10 +303,10 @@ class _Folding:
         if form is None or x in self.computed or len(form.terms) != 1:
             return None
         ((base, c),) = form.terms.items()
-        if isinstance(c, torch.Tensor):
-            if c.shape != x.spec.shape:
+        if isinstance(c, Residual):
+            if c.tensor.shape != x.spec.shape:
                 return None
-            c = eq.op(c, *rest, **eq.kwargs)
+            c = evaluated(eq.op, c, *rest, source=FOLDED, **eq.kwargs)
         key = _key(eq.op, (base, *rest), eq.kwargs)
         if key not in self.moved:
             self.moved[key] = self.e.emit(eq.op, (base, *rest), out.spec, **eq.kwargs)
@@ -309,8 +321,8 @@ class _Folding:
         sign = -alpha if eq.op is aten.sub.Tensor else alpha
         terms = dict(self.form(a).terms)
         for base, c in self.form(b).terms.items():
-            c = c * sign if sign != 1 else c
-            terms[base] = terms[base] + c if base in terms else c
+            c = _product(c, sign)
+            terms[base] = _total(terms[base], c) if base in terms else c
         return _Form(terms) if len(terms) <= MOST_TERMS else None
 
     # -- computing ----------------------------------------------------------------------
@@ -333,7 +345,7 @@ class _Folding:
             return v
         total: Var | None = None
         # Plain terms last: they can be added, and the first product needs no addition.
-        terms = sorted(form.terms.items(), key=lambda t: not isinstance(t[1], torch.Tensor))
+        terms = sorted(form.terms.items(), key=lambda t: not isinstance(t[1], Residual))
         for base, c in terms:
             total = self.add_term(total, base, c, v.spec)
         assert total is not None
@@ -341,11 +353,10 @@ class _Folding:
 
     def add_term(self, total: Var | None, base: Var, c: Coefficient, spec: TensorSpec) -> Var:
         """Emit `total + c * base`."""
-        if isinstance(c, torch.Tensor):
-            r = Residual(c, FOLDED)
+        if isinstance(c, Residual):
             if total is None:
-                return self.e.emit(aten.mul.Tensor, (base, r), spec)
-            return self.e.emit(aten.addcmul.default, (total, base, r), spec)
+                return self.e.emit(aten.mul.Tensor, (base, c), spec)
+            return self.e.emit(aten.addcmul.default, (total, base, c), spec)
         number = c.real if isinstance(c, complex) and c.imag == 0 else c
         if total is None:
             return base if number == 1 else self.e.emit(aten.mul.Scalar, (base, number), spec)
@@ -388,25 +399,24 @@ def _foldable(eq: Equation) -> bool:
 
 def _grows(product: Coefficient, c: Coefficient, eq: Equation) -> bool:
     """Whether a coefficient is larger than all that it is made from (an outer product)."""
-    if not isinstance(product, torch.Tensor):
+    if not isinstance(product, Residual):
         return False
-    sizes = [c.numel() if isinstance(c, torch.Tensor) else 1]
+    sizes = [c.tensor.numel() if isinstance(c, Residual) else 1]
     sizes += [r.tensor.numel() for r in eq.residuals()]
-    return product.numel() > max(sizes)
+    return product.tensor.numel() > max(sizes)
 
 
 def _factor(eq: Equation, x: Var) -> Callable[[Coefficient], Coefficient | None] | None:
     """Return what a pointwise operation makes of a coefficient, None if it is no diagonal."""
     op, args = eq.op, eq.args
     if op is aten.neg.default:
-        return lambda c: -c
+        return lambda c: _product(c, -1)
     if op in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
         if eq.kwargs:
             return None
         other = args[1] if args[0] is x else args[0]
-        by = other.tensor if isinstance(other, Residual) else other
         divide = op in (aten.div.Tensor, aten.div.Scalar)
-        return lambda c: _times(c, by, x.spec, divide=divide)
+        return lambda c: _times(c, other, x.spec, divide=divide)
     assert isinstance(op, OpOverload)
     schema = schema_of(op)
     if not (schema.pointwise or schema.name in UNTAGGED_POINTWISE):
@@ -415,43 +425,72 @@ def _factor(eq: Equation, x: Var) -> Callable[[Coefficient], Coefficient | None]
         return None
 
     def apply(c: Coefficient) -> Coefficient | None:
-        tensor = c if isinstance(c, torch.Tensor) else _full(c, x.spec)
-        given = [tensor.expand(x.spec.shape) if a is x else _number(a) for a in args]
-        kwargs = {k: _number(a) for k, a in eq.kwargs.items()}
-        result: torch.Tensor = op(*given, **kwargs)
-        return result
+        whole = evaluated(aten.expand.default, _residual(c, x.spec), x.spec.shape, source=FOLDED)
+        args = [whole if a is x else a for a in eq.args]
+        return evaluated(op, *args, source=FOLDED, **eq.kwargs)
 
     return apply
-
-
-def _number(a: Any) -> Any:
-    return map_leaves(lambda y: y.tensor if isinstance(y, Residual) else y, a)
 
 
 def _fits(t: torch.Tensor, spec: TensorSpec) -> bool:
     return bool(torch.broadcast_shapes(t.shape, spec.shape) == torch.Size(spec.shape))
 
 
-def _full(c: complex, spec: TensorSpec) -> torch.Tensor:
+def _residual(c: Coefficient, spec: TensorSpec) -> Residual:
+    if isinstance(c, Residual):
+        return c
     value = c.real if isinstance(c, complex) and not spec.dtype.is_complex else c
-    return torch.full((), value, dtype=spec.dtype, device=spec.device).expand(spec.shape)
+    kwargs = {"dtype": spec.dtype, "device": spec.device}
+    return evaluated(aten.full.default, [], value, source=FOLDED, **kwargs)
+
+
+def _product(a: Coefficient, b: Coefficient) -> Coefficient:
+    """Return a · b."""
+    if isinstance(a, Residual) or isinstance(b, Residual):
+        if not isinstance(a, Residual):
+            a, b = b, a
+        return a if _is_one(b) else evaluated(aten.mul.Tensor, a, b, source=FOLDED)
+    return a * b
+
+
+def _total(a: Coefficient, b: Coefficient) -> Coefficient:
+    """Return a + b."""
+    if isinstance(a, Residual) or isinstance(b, Residual):
+        first, second = (a, b) if isinstance(a, Residual) else (b, a)
+        return evaluated(aten.add.Tensor, first, second, source=FOLDED)
+    return a + b
+
+
+def _is_one(c: Coefficient) -> bool:
+    return isinstance(c, (int, float, complex)) and c == 1
 
 
 def _times(c: Coefficient, by: Any, spec: TensorSpec, *, divide: bool) -> Coefficient | None:
-    if not isinstance(by, (torch.Tensor, int, float, complex)):
+    """Return c · by, or c / by; None if that is no coefficient of a value like `spec`."""
+    if not isinstance(by, (Residual, int, float, complex)):
         return None
-    if isinstance(by, torch.Tensor):
-        if not _fits(by, spec):
+    if isinstance(by, Residual):
+        if not _fits(by.tensor, spec):
             return None
-        by = by.to(spec.dtype) if by.dtype != spec.dtype else by
-    if isinstance(c, (int, float, complex)) and c == 1 and not divide:
-        return by.resolve_conj() if isinstance(by, torch.Tensor) else by
-    if divide:
-        zero = not isinstance(by, torch.Tensor) and by == 0
-        quotient: Coefficient | None = None if zero else c / by
-        return quotient
-    product: Coefficient = c * by
-    return product
+        if by.tensor.dtype != spec.dtype:
+            by = evaluated(aten._to_copy.default, by, source=FOLDED, dtype=spec.dtype)
+    if _is_one(c) and not divide:
+        # Marked as made here, so that it is watched for overflow like the others.
+        return (
+            evaluated(aten.resolve_conj.default, by, source=FOLDED)
+            if isinstance(by, Residual)
+            else by
+        )
+    if not divide:
+        return _product(c, by)
+    if isinstance(by, Residual):
+        if isinstance(c, Residual):
+            return evaluated(aten.div.Tensor, c, by, source=FOLDED)
+        inverse = evaluated(aten.reciprocal.default, by, source=FOLDED)
+        return _product(inverse, c)
+    if isinstance(c, Residual):
+        return None if by == 0 else evaluated(aten.div.Scalar, c, by, source=FOLDED)
+    return None if by == 0 else c / by
 
 
 PASSES = (merge_copies, fold_diagonals)

@@ -60,7 +60,7 @@ def transpose(program: Program, name: str = "pushforward") -> Program:
     UnsupportedError
         If an operation cannot be transposed; the message names it.
     """
-    e = Emitter()
+    e = Emitter(fixed=program.fixed)
     inputs = [Var(spec) for spec in program.specs]
     cotangents: dict[Var, Var] = {}
 
@@ -82,7 +82,8 @@ def transpose(program: Program, name: str = "pushforward") -> Program:
             for v, ct in pairs:
                 add(v, ct)
     outputs = [cotangents.get(v) for v in program.inputs]
-    return Program(inputs, e.equations, outputs, [v.spec for v in program.inputs], name).live()
+    specs = [v.spec for v in program.inputs]
+    return Program(inputs, e.equations, outputs, specs, name, e.fixed).live()
 
 
 Mask: TypeAlias = Callable[[Emitter, Var], Var]
@@ -132,8 +133,13 @@ def _is_mask(eq: Equation) -> bool:
         return False
     others = [x for x in eq.args if isinstance(x, Residual) and x.tensor.dtype != torch.bool]
     return isinstance(eq.args[eq.op is aten.masked_fill.Tensor], Residual) and all(
-        not bool(r.tensor.any()) for r in others
+        _is_always_zero(r) for r in others
     )
+
+
+def _is_always_zero(r: Residual) -> bool:
+    """Whether a residual is zero at every point for which the program may be used."""
+    return (r.origin is None or r.origin.static) and not bool(r.tensor.any())
 
 
 def _masked(mask: Equation, e: Emitter, v: Var) -> Var:
@@ -195,7 +201,7 @@ def resolve(program: Program, policy: Policy) -> Program:
     """
     if not any(_missing(eq.op) for eq in program.equations):
         return program
-    e = Emitter()
+    e = Emitter(fixed="a method of a custom Function was recorded")
     names: dict[Var, Var] = {}
 
     def rename(x: Any) -> Any:
@@ -215,7 +221,9 @@ def resolve(program: Program, policy: Policy) -> Program:
                 # A direction on which the output does not depend is a zero of its shape.
                 names[out] = got if got is not None else _zero(e, out.spec, args)
     outputs = [None if v is None else names.get(v, v) for v in program.outputs]
-    return Program(program.inputs, e.equations, outputs, program.specs, program.name).live()
+    whole = program.with_equations(e.equations, outputs)
+    whole.fixed = e.fixed
+    return whole.live()
 
 
 def _zero(e: Emitter, spec: TensorSpec, args: Sequence[Any]) -> Var:
@@ -351,7 +359,7 @@ def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tu
         arguments, keywords = map_leaves(number, eq.args), map_leaves(number, eq.kwargs)
         try:
             out = eq.op(*arguments, **keywords)
-            program = _pullback_of(out, [numbers[v] for v in variables], cts)
+            program = _pullback_of(out, [numbers[v] for v in variables], cts, eq.residuals())
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -365,7 +373,12 @@ def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tu
     return _inlined(e, program, variables, cts)
 
 
-def _pullback_of(out: Any, leaves: list[torch.Tensor], cts: Sequence[Var | None]) -> Program:
+def _pullback_of(
+    out: Any,
+    leaves: list[torch.Tensor],
+    cts: Sequence[Var | None],
+    given: Sequence[Residual],
+) -> Program:
     outs = out if isinstance(out, (tuple, list)) else (out,)
     roots = []
     specs = []
@@ -378,7 +391,7 @@ def _pullback_of(out: Any, leaves: list[torch.Tensor], cts: Sequence[Var | None]
         roots.append((edge.node, edge.output_nr))
         specs.append(ct.spec)
     graph = Graph(roots, [get_gradient_edge(x).node for x in leaves])
-    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves])
+    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves], given=given)
 
 
 def _inlined(
@@ -414,7 +427,12 @@ def _by_decomposition(
     specs = [None if v is None else v.spec for v in eq.outputs]
     try:
         program, _, _ = record_function(
-            fn, [v.spec for v in variables], specs, name=eq.name, source=eq.source
+            fn,
+            [v.spec for v in variables],
+            specs,
+            name=eq.name,
+            source=eq.source,
+            given=eq.residuals(),
         )
         turned = transpose(program)
     except (LinearizeError, RuntimeError):

@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "linearize"
 FLOORS = (
     ("errors", "_torch"),
-    ("_space", "_program", "_memo"),
+    ("_origin", "_space", "_program", "_memo"),
     (
         "_linearity",
         "_batching",
@@ -24,10 +24,20 @@ FLOORS = (
         "_capture",
         "_nodes",
         "_storage",
+        "_constants",
         "_recorder",
         "_record",
     ),
-    ("_materialize", "_rules", "_kernel_formulas", "_kernel_rules", "_transpose", "_simplify"),
+    (
+        "_materialize",
+        "_rules",
+        "_kernel_formulas",
+        "_kernel_rules",
+        "_transpose",
+        "_simplify",
+        "_structure",
+        "_source",
+    ),
     ("products", "linearization"),
     ("linearizer",),
     ("func", "operators"),
