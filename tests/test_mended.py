@@ -336,3 +336,43 @@ def test_a_sparse_primal_is_refused_with_a_way_out_that_works() -> None:
         randn(3),
         randn(3, 2),
     )
+
+
+# -- points of one structure --------------------------------------------------------------------
+
+
+def _pooled_back(x: torch.Tensor) -> torch.Tensor:
+    y, index = F.max_pool2d(x, 2, stride=1, return_indices=True)
+    return F.max_unpool2d(y, index, 2, stride=1)
+
+
+AT_MANY_POINTS: dict[str, Function] = {
+    "unpooling": _pooled_back,
+    "norms": lambda x: torch.linalg.vector_norm(x, 3, dim=-1),
+    "largest": lambda x: torch.linalg.vector_norm(x, math.inf, dim=-1),
+    "window": lambda x: x.as_strided_scatter(x[0, 0, :2, :2].sin(), (2, 2), (4, 1), 1),
+    "segments": lambda x: torch.segment_reduce(
+        x[0, 0], "max", lengths=torch.tensor([1, 3]), unsafe=True
+    ),
+    "group norm": lambda x: F.group_norm(x, 2),
+}
+
+
+@pytest.mark.parametrize("name", AT_MANY_POINTS)
+@pytest.mark.usefixtures("one_thread")
+def test_what_numbers_decide_is_decided_at_each_point(name: str) -> None:
+    """Entries that are zero, or that win, are others at other points."""
+    f = AT_MANY_POINTS[name]
+    lin = lz.Linearizer(f, maxsize=0)
+    for seed in range(6):
+        x = randn(1, 2, 4, 4, seed=10 * seed)
+        if name in ("norms", "largest"):
+            x[0, seed % 2, seed % 4] = 0
+        here, alone = lin.at(x), lz.Linearizer(f, maxsize=0).at(x)
+        for call in range(4):
+            v, u = randn(1, 2, 4, 4, seed=call), randn(*here.value.shape, seed=call)
+            torch.testing.assert_close(here.jvp_fn(v), alone.jvp_fn(v))
+            torch.testing.assert_close(here.vjp_fn(u), alone.vjp_fn(u))
+        if name not in ("norms", "largest"):
+            (expected,) = finite_difference(f, [x], [v])
+            torch.testing.assert_close(here.jvp_fn(v), expected, rtol=1e-5, atol=1e-7)
