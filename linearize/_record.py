@@ -19,7 +19,7 @@ from ._capture import Edge, Graph
 from ._execute import Executor
 from ._functions import CustomBackward, CustomNode
 from ._linearity import close
-from ._nodes import formula_of
+from ._nodes import formula_of, mended
 from ._origin import Origin
 from ._program import Emitter, Equation, Operation, Program, Residual, Var
 from ._recorder import OpaqueError, Recorder
@@ -164,7 +164,7 @@ class _Walk:
                 f"{name}: this operation has no derivative registered (for a torch.library "
                 "operator, call register_autograd)"
             )
-        return self.guarded(node, lambda: call_node(node, grads))
+        return self.guarded(node, lambda: mended(node)(grads))
 
     @staticmethod
     def guarded(node: Node, do: Callable[[], T]) -> T:
@@ -183,6 +183,12 @@ class _Walk:
                 ) from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            if "Sparse" in text:
+                raise UnsupportedError(
+                    f"{name}: a sparse tensor that depends on the primals is not supported (a "
+                    "constant one is); compute with its values by index_select and index_add, or "
+                    "put the operation into a custom Function"
+                ) from error
             raise UnsupportedError(
                 f"{name}: PyTorch cannot apply its derivative: {text}"
             ) from error

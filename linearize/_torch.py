@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 __all__ = [
     "ContextWatcher",
+    "DispatchKey",
     "DispatchMode",
     "Node",
     "OpOverload",
@@ -55,12 +56,14 @@ __all__ = [
     "saved_names",
     "saved_tensors",
     "spec_children",
+    "transform_depth",
     "unobserved",
     "unpacks_by_hook",
     "without_inference_mode",
 ]
 
 aten: Any = torch.ops.aten
+DispatchKey: Any = torch._C.DispatchKey
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 T = TypeVar("T")
@@ -129,6 +132,11 @@ def spec_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
 def functorch_active() -> bool:
     """Whether a `torch.func` transform is running around the caller."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def transform_depth() -> int:
+    """Return how many `torch.func` transforms are running around the caller, one in another."""
+    return len(torch._C._functorch.get_interpreter_stack() or ())
 
 
 def has_forward_tangent(t: Any) -> bool:

@@ -17,6 +17,7 @@ FLOORS = (
     (
         "_flat",
         "_linearity",
+        "_batching",
         "_execute",
         "_contexts",
         "_functions",
