@@ -90,6 +90,15 @@ class Functionalized(Operation):
         return written[0] if len(written) == 1 else written
 
 
+def _only_shape(kwargs: dict[str, Any]) -> bool:
+    """Whether an operation moves its argument to the meta device, where no numbers are.
+
+    PyTorch asks so for the shape of a product with a `ZeroTensor`, as forward mode makes them.
+    """
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "meta"
+
+
 class Recorder(DispatchMode):
     """Writes down what is done to variables.
 
@@ -132,7 +141,7 @@ class Recorder(DispatchMode):
             isinstance(x, torch.Tensor) and self.variable(x) is not None
             for x in leaves((args, kwargs))
         )
-        if not derived or func in CONSTANT:
+        if not derived or func in CONSTANT or _only_shape(kwargs):
             if schema.writes:
                 self._constant_written(schema, args, kwargs)
             out = func(*args, **kwargs)
