@@ -35,7 +35,7 @@ from ._program import (
 )
 from ._space import TensorSpec
 from ._storage import common_dtype, covered, flat_spec, flattened, scattered, shown
-from ._torch import DispatchMode, OpOverload, aten, lazy_bits_respected
+from ._torch import DispatchMode, OpOverload, aten, lazy_bits_respected, without_subclass
 from .errors import LinearizeError
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
@@ -207,8 +207,8 @@ class Recorder(DispatchMode):
         # Without history: an unpacked output would hold the graph alive. Not before, because
         # inside a dispatch mode an alias does not share its version counter.
         for r in self._residuals.values():
-            if r.tensor.requires_grad:
-                r.tensor = r.tensor.detach()
+            if r.tensor.requires_grad or type(r.tensor) is not torch.Tensor:
+                r.tensor = without_subclass(r.tensor)
         self._residuals = {}
 
     def _constant_written(self, schema: Schema, args: Any, kwargs: Any) -> None:

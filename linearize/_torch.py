@@ -18,10 +18,11 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._ops import OpOverload as OpOverload
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction, FunctionCtx
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.graph import Node as Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 __all__ = [
     "ContextWatcher",
@@ -35,6 +36,7 @@ __all__ = [
     "eager_compiled_functions",
     "forward_class",
     "functorch_active",
+    "gradient_edge",
     "has_forward_tangent",
     "input_metadata",
     "is_custom",
@@ -51,8 +53,10 @@ __all__ = [
     "reachable_elsewhere",
     "saved_tensors",
     "spec_children",
+    "subclasses_ignored",
     "unobserved",
     "without_inference_mode",
+    "without_subclass",
 ]
 
 aten: Any = torch.ops.aten
@@ -202,6 +206,28 @@ def _signed(n: int) -> int:
 def forward_class(node: Node) -> Any:
     """Return the `torch.autograd.Function` subclass that made a custom node."""
     return node._forward_cls  # type: ignore[attr-defined]
+
+
+def gradient_edge(t: torch.Tensor) -> GradientEdge:
+    """Return where the gradient of `t` goes, for a tensor that requires grad.
+
+    A subclass that intercepts functions is not asked: what it returns from a view may have
+    more history than PyTorch's own `get_gradient_edge` reckons with.
+    """
+    with subclasses_ignored():
+        return get_gradient_edge(t)
+
+
+def subclasses_ignored() -> contextlib.AbstractContextManager[Any]:
+    """Let operations on tensor subclasses return plain tensors, as C++ code sees them."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def without_subclass(t: torch.Tensor) -> torch.Tensor:
+    """Return `t` without history as a plain tensor on the same memory."""
+    with subclasses_ignored():
+        plain = t.detach()
+        return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
 
 
 def leaf_variable(node: Node) -> torch.Tensor | None:
@@ -374,8 +400,27 @@ def eager_compiled_functions() -> Iterator[None]:
         yield
 
 
+def _checkpointed(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+    """Stand for `CheckpointFunction.apply` while a watcher is active in this thread."""
+    if ContextWatcher.current() is None:
+        return torch.autograd.Function.apply.__func__(  # type: ignore[attr-defined]
+            CheckpointFunction, function, preserve, *args
+        )
+    return checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=preserve,
+        determinism_check="none",
+    )
+
+
 class ContextWatcher:
     """Learns what the contexts of custom Functions do not tell after `forward`.
+
+    Reentrant checkpoints become plain ones meanwhile: the backward of a reentrant one runs the
+    block again at each product, adds to the `grad` of parameters, and does not know of
+    primals that the block reads from a closure.
 
     While it is active, in this thread only, it is told of each new context, of the arguments
     of its `forward`, and of calls of `save_for_forward` (PyTorch drops those tensors after
@@ -417,6 +462,7 @@ class ContextWatcher:
                 BackwardCFunction.__init__ = _created  # type: ignore[method-assign]
                 FunctionCtx.save_for_forward = _saving  # type: ignore[method-assign]
                 FunctionCtx.set_materialize_grads = _materializing  # type: ignore[method-assign]
+                CheckpointFunction.apply = staticmethod(_checkpointed)  # type: ignore[method-assign]
             cls._users += 1
         stack = cls._local.__dict__.setdefault("stack", [])
         stack.append(self)
@@ -431,6 +477,7 @@ class ContextWatcher:
                 del BackwardCFunction.__init__
                 FunctionCtx.save_for_forward = cls._save_for_forward  # type: ignore[method-assign]
                 FunctionCtx.set_materialize_grads = cls._set_materialize  # type: ignore[method-assign]
+                del CheckpointFunction.apply
 
     @classmethod
     def current(cls) -> ContextWatcher | None:

@@ -54,7 +54,7 @@ def check(make: Callable[[], nn.Module], *inputs: Any, train: bool = True, **how
     compare(applied(module), parameters, *inputs, **how)
 
 
-# -- the families ------------------------------------------------------------------------------
+# -- the families ---------------------------------------------------------------------------
 
 IMAGE, SERIES, VOLUME, TABLE = rand(2, 4, 6, 6), rand(2, 4, 9), rand(1, 2, 4, 4, 4), rand(5, 4)
 
@@ -208,7 +208,7 @@ def test_a_padding_index_has_no_gradient() -> None:
         torch.testing.assert_close(here.vjp_fn(u)[0], expected)
 
 
-# -- messages on a graph -----------------------------------------------------------------------
+# -- messages on a graph --------------------------------------------------------------------
 
 SOURCE, TARGET = torch.tensor([0, 1, 2, 3, 3, 4, 0]), torch.tensor([1, 2, 0, 0, 4, 3, 3])
 
@@ -261,7 +261,7 @@ def test_messages_by_a_sparse_matrix() -> None:
     compare(lambda h, w: torch.sparse.mm(matrix, (h @ w).tanh()), rand(5, 3), rand(3, 3, seed=1))
 
 
-# -- what a model keeps ------------------------------------------------------------------------
+# -- what a model keeps ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -398,7 +398,7 @@ def test_the_parameters_of_a_model_in_place_of_f() -> None:
         here.jvp_fn(TABLE)
 
 
-# -- parametrizations --------------------------------------------------------------------------
+# -- parametrizations -----------------------------------------------------------------------
 
 
 class Symmetric(nn.Module):
@@ -451,7 +451,7 @@ def test_cached_parametrizations() -> None:
     compare(f, rand(3, 2, 4))
 
 
-# -- torch.func and autograd inside f ------------------------------------------------------------
+# -- torch.func and autograd inside f ---------------------------------------------------------
 
 
 def energy(x: torch.Tensor) -> torch.Tensor:
@@ -562,7 +562,7 @@ def test_backward_inside_f_leaves_gradients_where_it_puts_them() -> None:
     compare(f, rand(3))
 
 
-# -- what is constant ----------------------------------------------------------------------------
+# -- what is constant -------------------------------------------------------------------------
 
 
 def test_regions_without_grad() -> None:
