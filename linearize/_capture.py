@@ -27,6 +27,7 @@ from ._torch import (
     is_custom,
     key_string,
     leaf_variable,
+    let_die_in_turn,
     pytree,
     saved_tensors,
 )
@@ -114,6 +115,7 @@ def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
                     )
                 if reaches[node]:
                     post_order.append(node)
+    let_die_in_turn(seen)
     return post_order[::-1]
 
 

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -44,6 +44,7 @@ __all__ = [
     "key_string",
     "lazy_bits_respected",
     "leaf_variable",
+    "let_die_in_turn",
     "materialized_arguments",
     "only_raises",
     "outside_backward",
@@ -201,6 +202,48 @@ _DENSE: dict[str, Callable[..., Sequence[torch.Tensor | None]]] = {
 def _signed(n: int) -> int:
     # Some nodes hand out a negative number as an unsigned one.
     return n - (1 << 64) if n >= 1 << 63 else n
+
+
+class _Children:
+    """Lets the nodes below a graph node die one after the other, not one inside the other."""
+
+    __slots__ = ("nodes",)
+    _local = threading.local()
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self.nodes = nodes
+
+    def __del__(self) -> None:
+        local = _Children._local.__dict__
+        dying = local.get("dying")
+        if dying is not None:
+            dying.extend(self.nodes)
+            return
+        dying = local["dying"] = self.nodes
+        try:
+            while dying:
+                dying.pop()
+        finally:
+            local["dying"] = None
+
+
+#: Up to so many nodes may die inside each other; each takes some hundred bytes of the stack.
+_SHALLOW = 2000
+
+
+def let_die_in_turn(nodes: Collection[Node]) -> None:
+    """Prepare nodes of a deep graph, seen from Python, for their end.
+
+    A node that Python has seen keeps its Python object, and then PyTorch (2.13) destroys what
+    is below it recursively: from some ten thousand nodes on the stack overflows. The nodes'
+    metadata, which go first, hand over what is below to a loop.
+    """
+    if len(nodes) > _SHALLOW:
+        for node in nodes:
+            below = [child for child, _ in node.next_functions if child is not None]
+            if below:
+                metadata: Any = node.metadata
+                metadata["linearize"] = _Children(below)
 
 
 def forward_class(node: Node) -> Any:
