@@ -105,7 +105,7 @@ class Constants:
             origin = self._computed(func, args, kwargs)
         targets = [args[i] if 0 <= i < len(args) else kwargs[name] for i, name in schema.writes]
         if targets:
-            return lambda out: self._overwritten(targets, origin)
+            return lambda out: self.overwritten(targets, origin)
         return lambda out: self._define(out, origin)
 
     def _computed(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Origin | None:
@@ -129,7 +129,7 @@ class Constants:
             return None
         return self._computed(variant, args, keywords)
 
-    def _overwritten(self, targets: list[torch.Tensor], origin: Origin | None) -> None:
+    def overwritten(self, targets: list[torch.Tensor], origin: Origin | None) -> None:
         """Tell what the targets, and all that shares their memory, hold after a write."""
         (written, *others) = targets
         exact = None if origin is None or others else _as(written, origin)

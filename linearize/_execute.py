@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from ._batching import call
 from ._linearity import schema_of
 from ._program import Equation, Operation, Program, Residual, Var, map_leaves, op_name
 from ._space import TensorSpec
-from ._torch import OpOverload, aten, batched_or_wrapped
+from ._torch import OpOverload, aten, functorch_active
 from .errors import LinearizeError
 
 
@@ -92,7 +93,7 @@ class _Step:
         if positional and all(_all_undefined(a, keywords[k]) for k, a in self.tail.items()):
             return (None,) * len(self.outs) if self.many else None
         if self.opaque:
-            return op(*args) if not _wrapped(args) else looped(op, args)
+            return call(op, args, {})
         return _with_zeros(self, args, keywords)
 
 
@@ -288,6 +289,7 @@ class Executor:
         values: list[Any] = [r.tensor for r in binding.residuals]
         values += [None] * (self._size - len(values))
         ops = binding.ops
+        batching = functorch_active()
         for slot, t in zip(self._inputs, arguments, strict=True):
             values[slot] = t
         for step in self._steps:
@@ -308,11 +310,12 @@ class Executor:
             elif undefined:
                 # A custom Function returned None: an undefined tangent, which is zero.
                 out = step.with_undefined(op, args, keywords)
-            elif step.opaque:
-                out = looped(op, args) if _wrapped(args) else op(*args)
-                binding.check_memory()
+            elif batching:
+                out = call(op, args, keywords)
             else:
                 out = op(*args, **keywords)
+            if step.opaque and not replay:
+                binding.check_memory()
             if step.opaque and tape is not None and not replay:
                 tape.append(out)
             if not self._verified:
@@ -331,46 +334,6 @@ class Executor:
             t.clone() if copy and t is not None else t
             for t, copy in zip(results, self._copies, strict=True)
         ]
-
-
-def _wrapped(args: Sequence[Any]) -> bool:
-    return any(isinstance(a, torch.Tensor) and batched_or_wrapped(a) for a in args)
-
-
-def looped(op: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """Call an operation on batches of `torch.vmap`, entry by entry."""
-    return _Looped.apply(op, *args)  # type: ignore[no-untyped-call]
-
-
-class _Looped(torch.autograd.Function):
-    """Lets user code, which knows nothing of batches, take part in `torch.vmap`."""
-
-    @staticmethod
-    def forward(op: Callable[..., Any], *args: Any) -> Any:
-        return tuple(op(*args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, op: Callable[..., Any], *args: Any) -> Any:
-        rows = []
-        for i in range(info.batch_size):
-            given = [
-                a if d is None else a.select(d, i) for a, d in zip(args, in_dims[1:], strict=True)
-            ]
-            wrapped = _wrapped(given)
-            rows.append(looped(op, given) if wrapped else tuple(op(*given)))
-        columns = list(zip(*rows, strict=True))
-        defined = [next((t for t in column if t is not None), None) for column in columns]
-        stacked = tuple(
-            None
-            if like is None
-            else torch.stack([torch.zeros_like(like) if t is None else t for t in column])
-            for column, like in zip(columns, defined, strict=True)
-        )
-        return stacked, tuple(None if t is None else 0 for t in stacked)
 
 
 def _fill(step: _Step, args: list[Any], keywords: dict[str, Any], values: list[Any]) -> bool:
@@ -403,7 +366,7 @@ def _with_zeros(step: _Step, args: list[Any], keywords: dict[str, Any]) -> Any:
 
     template, _ = step.call
     filled = [fill(p, n) for p, n in zip(template, args, strict=True)]
-    return step.op(*filled, **{k: fill(step.tail.get(k), v) for k, v in keywords.items()})
+    return call(step.op, filled, {k: fill(step.tail.get(k), v) for k, v in keywords.items()})
 
 
 def _all_undefined(placed: Any, now: Any) -> bool:

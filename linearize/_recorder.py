@@ -24,6 +24,7 @@ from ._linearity import (
     linear_by_meaning,
     schema_of,
     tested_linear,
+    wants_contiguous,
 )
 from ._program import (
     Emitter,
@@ -37,7 +38,7 @@ from ._program import (
 )
 from ._space import TensorSpec
 from ._storage import common_dtype, covered, flat_spec, flattened, scattered, shown
-from ._torch import DispatchMode, OpOverload, aten, lazy_bits_respected
+from ._torch import DispatchMode, OpOverload, aten, lazy_bits_respected, without_subclass
 from .errors import LinearizeError
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
@@ -61,6 +62,10 @@ class _Entry:
         self.ref = weakref.ref(t)
         self.var = var
         self.uninitialized = uninitialized
+
+
+def _is_dense(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and t.is_contiguous()
 
 
 class Functionalized(Operation):
@@ -93,6 +98,15 @@ class Functionalized(Operation):
         return written[0] if len(written) == 1 else written
 
 
+def _only_shape(kwargs: dict[str, Any]) -> bool:
+    """Whether an operation moves its argument to the meta device, where no numbers are.
+
+    PyTorch asks so for the shape of a product with a `ZeroTensor`, as forward mode makes them.
+    """
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "meta"
+
+
 class Recorder(DispatchMode):
     """Writes down what is done to variables.
 
@@ -107,6 +121,8 @@ class Recorder(DispatchMode):
         self.emitter = emitter
         self._entries: dict[int, _Entry] = {}
         self._residuals: dict[int, Residual] = {}
+        #: Tensors that are linear in the cotangents in some places and constant in others.
+        self._mixed: dict[int, weakref.ref[torch.Tensor]] = {}
         #: How the constants that are met come about.
         self.constants = Constants(emitter)
         #: A comparison of something derived from a cotangent, if one was met.
@@ -119,7 +135,11 @@ class Recorder(DispatchMode):
     def variable(self, t: Any) -> Var | None:
         """Return the variable that `t` stands for, None for a constant."""
         entry = self._entries.get(id(t))
-        return entry.var if entry is not None and entry.ref() is t else None
+        if entry is None or entry.ref() is not t:
+            return None
+        if id(t) in self._mixed:
+            raise OpaqueError("writes a constant into something linear in the cotangent")
+        return entry.var
 
     def __torch_dispatch__(
         self,
@@ -133,16 +153,22 @@ class Recorder(DispatchMode):
 
     def _see(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         schema = schema_of(func)
+        if self._mixed:
+            if schema.is_view and id(args[0]) in self._mixed:
+                return self._view_of_mixed(func, args, kwargs)
+            self._overwritten(schema, args, kwargs)
         derived = any(
             isinstance(x, torch.Tensor) and self.variable(x) is not None
             for x in leaves((args, kwargs))
         )
-        if not derived or func in CONSTANT:
+        if not derived or func in CONSTANT or _only_shape(kwargs):
             note = self.constants.seen(func, args, kwargs)
             if schema.writes:
-                self._constant_written(schema, args, kwargs)
+                targets = self._constant_written(schema, args, kwargs)
             out = func(*args, **kwargs)
             note(out)
+            for t in targets if schema.writes else ():
+                self._partly_constant(t, self._aliases(t))
             empty = func in UNINITIALIZED or (schema.is_view and self._uninitialized(args[0]))
             for t in leaves(out):
                 if isinstance(t, torch.Tensor) and self.variable(t) is None:
@@ -228,17 +254,22 @@ class Recorder(DispatchMode):
         # Without history: an unpacked output would hold the graph alive. Not before, because
         # inside a dispatch mode an alias does not share its version counter.
         for r in self._residuals.values():
-            if r.tensor.requires_grad:
-                r.tensor = r.tensor.detach()
+            if r.tensor.requires_grad or type(r.tensor) is not torch.Tensor:
+                r.tensor = without_subclass(r.tensor)
         self._residuals = {}
 
-    def _constant_written(self, schema: Schema, args: Any, kwargs: Any) -> None:
-        """Give residuals copies of their own before a constant is overwritten."""
+    def _constant_written(self, schema: Schema, args: Any, kwargs: Any) -> list[torch.Tensor]:
+        """Note that a constant is overwritten."""
         targets = [args[i] if 0 <= i < len(args) else kwargs[name] for i, name in schema.writes]
         for t in targets:
             for a in (t, *self._aliases(t)):
                 if id(a) in self._entries:
                     self._entries[id(a)].uninitialized = False
+        self._spare_residuals(targets)
+        return targets
+
+    def _spare_residuals(self, targets: Sequence[torch.Tensor]) -> None:
+        """Give residuals copies of their own before their memory is overwritten."""
         written = {t.untyped_storage().data_ptr() for t in targets}
         for key, r in list(self._residuals.items()):
             if r.tensor.untyped_storage().data_ptr() in written:
@@ -288,6 +319,9 @@ class Recorder(DispatchMode):
         if func in _VIEWS:
             return aten.reshape.default, arguments[:2]
         if func not in _STRIDED:
+            if isinstance(func, OpOverload) and wants_contiguous(func):
+                pairs = zip(arguments, args, strict=True)
+                arguments = [self._dense(a) if _is_dense(t) else a for a, t in pairs]
             return func, arguments
         x = args[0]
         strided = func is not aten.view_as_complex.default
@@ -306,6 +340,11 @@ class Recorder(DispatchMode):
                 arguments[-1] -= x.storage_offset()
         return func, arguments
 
+    def _dense(self, a: Any) -> Any:
+        if not isinstance(a, Var):
+            return a
+        return self.emitter.emit(aten.contiguous.default, (a,), a.spec)
+
     # -- operations that write to their arguments ----------------------------------------
 
     def _mutation(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
@@ -318,7 +357,13 @@ class Recorder(DispatchMode):
         before = [[(a, self._old(a)) for a in group] for group in aliases]
         contents = [self._content(t) for t in written]
         values = self._functional(func, args, kwargs, written, contents)
+        self._spare_residuals(written)
+        note = self.constants.seen(func, args, kwargs)
         out = func(*args, **kwargs)
+        if any(var is not None for var in values):
+            self.constants.overwritten(written, None)
+        else:
+            note(out)
         for t, var, group in zip(written, values, before, strict=True):
             changed = self._overlapping(t, group)
             flat = self._flat_content(t, [*(a for a, _ in group), t]) if changed else None
@@ -331,9 +376,45 @@ class Recorder(DispatchMode):
                 self._propagate(t, var, changed, flat)
             elif isinstance(flat, Var):
                 if self.some(t):
-                    raise OpaqueError("writes a constant into something linear in the cotangent")
-                self._propagate(t, zero_residual(TensorSpec.of(t)), changed, flat)
+                    self._partly_constant(t, changed)
+                else:  # zero is linear
+                    self._propagate(t, zero_residual(TensorSpec.of(t)), changed, flat)
         return out
+
+    # -- buffers that are used piece by piece, and may never be read as a whole again ------
+
+    def _partly_constant(self, t: torch.Tensor, others: list[torch.Tensor]) -> None:
+        """After a constant was written to `t`, note what is left of tensors on its storage."""
+        variables = [a for a in others if self.variable(a) is not None]
+        if not variables or not self.some(t):
+            return  # zero is linear
+        for a, here in zip(variables, covered(t, variables), strict=True):
+            if bool(here.any()):
+                self.define(a, None)
+                if not bool(here.all()):
+                    self._set_mixed(a)
+
+    def _set_mixed(self, t: torch.Tensor) -> None:
+        """Note that `t` is linear in the cotangents in some places and constant in others."""
+        key = id(t)
+        self._mixed[key] = weakref.ref(t, lambda _: self._mixed.pop(key, None))
+
+    def _view_of_mixed(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        for t in leaves(out):
+            self.define(t, None)
+            self._set_mixed(t)
+        return out
+
+    def _overwritten(self, schema: Schema, args: Any, kwargs: Any) -> None:
+        """Forget what was in tensors that are written to without being read."""
+        if schema.name in ("copy_", "zero_", "fill_"):
+            targets = [args[0]]
+        else:
+            targets = [kwargs[name] for position, name in schema.writes if position == -1]
+        for t in targets:
+            if self._mixed.pop(id(t), None) is not None:
+                self.define(t, None, uninitialized=True)
 
     def _old(self, a: torch.Tensor) -> torch.Tensor | None:
         """Return a copy of a constant's content, None for what has none that matters."""
@@ -374,7 +455,9 @@ class Recorder(DispatchMode):
             other = entry.ref()
             if other is None:
                 del self._entries[key]
-            elif other is not t and other.untyped_storage().data_ptr() == storage:
+            elif other is t or key in self._mixed:
+                continue
+            elif other.untyped_storage().data_ptr() == storage:
                 found.append(other)
         return found
 
@@ -415,6 +498,10 @@ class Recorder(DispatchMode):
                     return content
             return self._argument(x)
 
+        if all(position == -1 for position, _ in schema_of(func).writes):  # `out=`
+            read = [x for x in leaves((args, kwargs)) if all(x is not t for t in written)]
+            if all(self.variable(x) is None for x in read):
+                return [None] * len(written)
         variant = functional_variant(func)
         out_names = {n for position, n in schema_of(func).writes if position == -1}
         keywords = {k: v for k, v in kwargs.items() if k not in out_names or variant is None}

@@ -150,6 +150,7 @@ def _diagonal(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     aten.alias.default,
     aten.detach.default,
     aten.clone.default,
+    aten.contiguous.default,
     aten.lift_fresh.default,
     aten.resolve_conj.default,
     aten.resolve_neg.default,

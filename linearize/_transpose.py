@@ -10,8 +10,10 @@ the given one is recorded and transposed.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -70,15 +72,81 @@ def transpose(program: Program, name: str = "pushforward") -> Program:
     for v, ct in zip(program.outputs, inputs, strict=True):
         if v is not None:
             add(v, ct)
+    masks = _masks(program)
     for eq in reversed(program.equations):
         cts = [None if v is None else cotangents.pop(v, None) for v in eq.outputs]
         if any(ct is not None for ct in cts):
             e.source = eq.source
-            for v, ct in _transposed(e, eq, cts):
+            scales = eq.op in _SCALINGS and len(eq.inputs()) == 1
+            mask = masks.get(eq.outputs[0]) if scales else None
+            pairs = _transposed(e, eq, cts) if mask is None else _kept_zero(e, eq, cts, mask)
+            for v, ct in pairs:
                 add(v, ct)
     outputs = [cotangents.get(v) for v in program.inputs]
     specs = [v.spec for v in program.inputs]
     return Program(inputs, e.equations, outputs, specs, name, e.fixed).live()
+
+
+Mask: TypeAlias = Callable[[Emitter, Var], Var]
+
+_SCALINGS = frozenset({aten.mul.Tensor, aten.div.Tensor})
+_PLAIN = frozenset({aten.mul.Scalar, aten.div.Scalar, aten.neg.default})
+
+
+def _masks(program: Program) -> dict[Var | None, Mask]:
+    """Return what sets entries to zero in values that are read by nothing else.
+
+    PyTorch divides by zero and drops the result afterwards. The transpose drops first, and
+    zero divided by zero is not zero: what a scaling gives must be dropped once more.
+    """
+    count = Counter(v for eq in program.equations for v in eq.inputs())
+    count.update(v for v in program.outputs if v is not None)
+    masks: dict[Var | None, Mask] = {}
+    for eq in reversed(program.equations):
+        out = eq.outputs[0]
+        inputs = eq.inputs()
+        if len(inputs) != 1 or count[inputs[0]] != 1 or out is None or inputs[0].spec != out.spec:
+            continue
+        if _is_mask(eq):
+            masks[inputs[0]] = functools.partial(_masked, eq)
+        elif out in masks and eq.op in _SCALINGS | _PLAIN:
+            masks[inputs[0]] = masks[out]
+    return masks
+
+
+def _kept_zero(
+    e: Emitter, eq: Equation, cts: Sequence[Var | None], mask: Mask
+) -> list[tuple[Var, Var]]:
+    """Transpose a scaling, and drop from what it gives what was dropped before."""
+    (out,), (x,) = eq.outputs, eq.inputs()
+    assert out is not None
+    wide = Var(out.spec)  # the mask comes before broadcasts and casts are undone
+    args = tuple(wide if a is x else a for a in eq.args)
+    whole = Equation(eq.op, args, eq.kwargs, eq.outputs, eq.source)
+    return [(x, fit(e, mask(e, ct), x.spec)) for _, ct in _transposed(e, whole, cts)]
+
+
+def _is_mask(eq: Equation) -> bool:
+    """Whether an equation does nothing but set entries of its one variable to zero."""
+    if eq.op is aten.masked_fill.Scalar:
+        return bool(eq.args[2] == 0)
+    if eq.op not in (aten.where.self, aten.masked_fill.Tensor):
+        return False
+    others = [x for x in eq.args if isinstance(x, Residual) and x.tensor.dtype != torch.bool]
+    return isinstance(eq.args[eq.op is aten.masked_fill.Tensor], Residual) and all(
+        _is_always_zero(r) for r in others
+    )
+
+
+def _is_always_zero(r: Residual) -> bool:
+    """Whether a residual is zero at every point for which the program may be used."""
+    return (r.origin is None or r.origin.static) and not bool(r.tensor.any())
+
+
+def _masked(mask: Equation, e: Emitter, v: Var) -> Var:
+    """Emit a mask of another value."""
+    args = tuple(v if isinstance(a, Var) else a for a in mask.args)
+    return e.emit(mask.op, args, v.spec, **mask.kwargs)
 
 
 def _transposed(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
@@ -247,6 +315,11 @@ def _nothing() -> TensorSpec:
     return TensorSpec((), torch.float32, torch.device("cpu"))
 
 
+def storage_of(r: Residual) -> int:
+    """Return where the memory of a residual begins."""
+    return r.tensor.untyped_storage().data_ptr()
+
+
 def _recorded(
     fn: Callable[..., Sequence[torch.Tensor | None]],
     ins: list[TensorSpec],
@@ -265,6 +338,14 @@ def _recorded(
     numbers = [spec.random(generator) for spec in ins]
     with torch.inference_mode(False), torch.no_grad():
         expected = fn(*(t.clone() for t in numbers))
+        written = {storage_of(r) for r in program.residuals() if r.changed()}
+        if written:
+            # The method writes to what it keeps, at each call: the program gets a copy.
+            program, _, _ = record_function(fn, ins, outs, name=source, source=source)
+            for r in program.residuals():
+                if storage_of(r) in written:
+                    r.tensor = r.tensor.clone()
+                    r.version = r.tensor._version
         from_program = Executor(program)(numbers)
     for e, got, spec in zip(expected, from_program, outs, strict=True):
         want = spec.zeros() if e is None else e

@@ -77,14 +77,7 @@ def run(product: Product, parts: Parts, *, stacked: bool) -> Parts:
         return product._apply(parts)
     if len(parts[0]) == 0:
         return zeros(product._results, 0)
-    try:
-        return product._batched(parts, None)
-    except RuntimeError as error:
-        # A few operations (`as_strided_scatter`) cannot be vectorised.
-        if "batching rule" not in str(error):
-            raise
-    each = [product._apply([t[i] for t in parts]) for i in range(len(parts[0]))]
-    return [torch.stack(list(column)) for column in zip(*each, strict=True)]
+    return product._batched(parts, None)
 
 
 def _diagonal(space: Space, entries: Parts, name: str) -> LinearOperator:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ._execute import Binding, Executor, filled
-from ._linearity import close
+from ._linearity import close, rounding
 from ._program import Program, Residual
 from ._simplify import guards, simplify
 from ._source import PULLBACK, PUSHFORWARD, Source
@@ -76,7 +76,10 @@ class _Plan:
         return filled(executor.program, binding)
 
     def _settle(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Run as before, and take the simplified program if it gives the same."""
+        """Run as before, and take the simplified program if it gives the same, as precisely.
+
+        A sum of large terms that cancel may lose digits when a factor goes to each term.
+        """
         tape: list[Any] = []
         executor, old = self._running
         results = executor(arguments, old, tape)
@@ -87,7 +90,7 @@ class _Plan:
         binding = Binding.of(after)
         again = smaller(arguments, binding, tape, replay=True)
         if all(
-            (a is None) == (b is None) and (a is None or b is None or close(a, b))
+            (a is None) == (b is None) and (a is None or b is None or close(a, b, rounding))
             for a, b in zip(again, results, strict=True)
         ):
             binding.guard_by([*guards(before, after), *old.guards])

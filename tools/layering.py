@@ -17,6 +17,7 @@ FLOORS = (
     (
         "_linearity",
         "_flat",
+        "_batching",
         "_execute",
         "_contexts",
         "_functions",
