@@ -49,9 +49,9 @@ _LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 
 @dataclasses.dataclass(slots=True)
 class _Point:
-    """What one batch contributes: the product, the value, and how to get the gradient."""
+    """What one batch contributes: its products one after another, value and gradient."""
 
-    product: Product
+    products: tuple[Product, ...]
     value: torch.Tensor
     gradient: Callable[[], Parts]
     space: Space
@@ -134,13 +134,15 @@ class Curvature(SelfAdjoint):
     @property
     def nbytes(self) -> int:
         """Bytes that are kept for the products, without the parameters' own."""
-        kept = (t for b in self._batches if b.kept for t in b.kept.product._kept())
+        kept = (t for b in self._batches if b.kept for p in b.kept.products for t in p._kept())
         return total_bytes(kept, excluding=self._own)
 
     def _summed(self, parts: Parts, *, stacked: bool) -> Parts:
         total: Parts | None = None
         for batch in self._batches:
-            images = run(batch.point().product, parts, stacked=stacked)
+            images = parts
+            for product in batch.point().products:
+                images = run(product, images, stacked=stacked)
             if batch.weight != 1:
                 images = [batch.weight * t for t in images]
             total = (
@@ -160,7 +162,8 @@ class Curvature(SelfAdjoint):
             batch.kept = None
 
     def _largest(self) -> int:
-        return max(b.kept.product.program.peak_bytes() if b.kept else 0 for b in self._batches)
+        kept = self._batches[0].point()
+        return max(product.program.peak_bytes() for product in kept.products)
 
 
 def hessian(
@@ -196,11 +199,16 @@ def hessian(
         In products, if something in f has no second derivative.
     """
 
+    def gradient_of(p: Any, *batch: Any) -> Any:
+        return gradient_and_value(lambda q: f(q, *batch))(p)
+
+    # One for all batches: those of one structure share their programs.
+    gradients = Linearizer(gradient_of, argnums=0, has_aux=True, maxsize=0)
+
     def linearized(batch: tuple[Any, ...]) -> _Point:
-        g = gradient_and_value(lambda p: f(p, *batch))
-        here = Linearizer(g, has_aux=True, maxsize=0).at(params)
+        here = gradients.at(params, *batch)
         gradient = [t.detach() for t in _tensors(here)]
-        return _Point(here.vjp_fn, here.aux, lambda: gradient, here.in_space.unpacked())
+        return _Point((here.vjp_fn,), here.aux, lambda: gradient, here.in_space.unpacked())
 
     return _over_batches(linearized, params, batches, reduction, max_bytes, "Hessian")
 
@@ -216,9 +224,8 @@ def gauss_newton(
 ) -> Curvature:
     """Return the generalised Gauss–Newton matrix Jᵀ·H·J as an operator.
 
-    J is the Jacobian of the model, H the Hessian of the loss at the model's output. All three
-    maps are one program. For convex losses the matrix is positive semidefinite; that a loss is
-    convex is not checked.
+    J is the Jacobian of the model, H the Hessian of the loss at the model's output. For convex
+    losses the matrix is positive semidefinite; that a loss is convex is not checked.
 
     Parameters
     ----------
@@ -249,19 +256,25 @@ def gauss_newton(
     """
     criterion = _loss(loss)
 
+    def loss_gradient(y: Any, *targets: Any) -> Any:
+        return gradient_and_value(lambda z: criterion(z, *targets))(y)
+
+    # One for all batches: those of one structure share their programs.
+    models = Linearizer(model, argnums=0, maxsize=0)
+    losses = Linearizer(loss_gradient, argnums=0, has_aux=True, maxsize=0)
+
     def linearized(batch: tuple[Any, ...]) -> _Point:
         if batch and len(batch) != 2:
             raise StructureError(
                 f"gauss_newton: expected batches (inputs, targets), got one of {len(batch)} items"
             )
         inputs, targets = batch[:1], batch[1:]
-        here = Linearizer(lambda p: model(p, *inputs), maxsize=0).at(params)
-        of_loss = gradient_and_value(lambda y: criterion(y, *targets))
-        outer = Linearizer(of_loss, has_aux=True, maxsize=0).at(here.value)
-        product = here.jvp_fn._then(outer.vjp_fn, "Jᵀ·H·J")._then(here.vjp_fn, "Jᵀ·H·J")
+        here = models.at(params, *inputs)
+        outer = losses.at(here.value, *targets)
+        products = here.jvp_fn, outer.vjp_fn, here.vjp_fn
         slope = _tensors(outer)
         return _Point(
-            product, outer.aux, lambda: here.vjp_fn._apply(slope), here.in_space.unpacked()
+            products, outer.aux, lambda: here.vjp_fn._apply(slope), here.in_space.unpacked()
         )
 
     return _over_batches(linearized, params, batches, reduction, max_bytes, "GaussNewton")
@@ -359,8 +372,10 @@ def _over_batches(
 
 def _bytes(point: _Point, own: set[int]) -> int:
     """Return what a linearized batch keeps. The program is recorded for that."""
-    _ = point.product.program
-    return total_bytes(point.product._kept(), excluding=own)
+    for product in point.products:
+        _ = product.program
+    kept = (t for product in point.products for t in product._kept())
+    return total_bytes(kept, excluding=own)
 
 
 def _length(batch: Sequence[Any]) -> int:
