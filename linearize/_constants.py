@@ -69,9 +69,13 @@ class Constants:
 
     def decided_by(self, t: torch.Tensor) -> None:
         """Note that the numbers of `t` decided something about the recording."""
-        origin = self.origin(t)
-        if origin is None or not origin.static:
+        if not self.static(t):
             self.decided(f"the numbers in a tensor of {self._emitter.source}")
+
+    def static(self, t: torch.Tensor) -> bool:
+        """Whether a constant is the same at every point."""
+        origin = self.origin(t)
+        return origin is not None and origin.static
 
     def origin(self, t: torch.Tensor) -> Origin | None:
         """Return how a constant came about, None if that is not known."""
@@ -126,18 +130,37 @@ class Constants:
         return self._computed(variant, args, keywords)
 
     def overwritten(self, targets: list[torch.Tensor], origin: Origin | None) -> None:
-        """Forget what lay in the memory of tensors that were written to."""
+        """Tell what the targets, and all that shares their memory, hold after a write."""
+        (written, *others) = targets
+        exact = None if origin is None or others else _as(written, origin)
+        sharing = self._sharing(targets)
+        whole = next(
+            (
+                (a, known)
+                for a in sharing
+                if (known := self.origin(a)) is not None and a is not written and _covers(a)
+            ),
+            None,
+        )
+        flat = None if exact is None or whole is None else _scattered(*whole, written, exact)
+        for a in sharing:
+            same = flat is not None and a.dtype == written.dtype and not _lazy(a)
+            now = Origin(aten.as_strided.default, (flat, *_strides(a))) if same else None
+            self._known[id(a)] = (weakref.ref(a), now)
+        for t in targets:
+            self._known[id(t)] = (weakref.ref(t), exact)
+
+    def _sharing(self, targets: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the known tensors on the storages of some."""
         storages = {t.untyped_storage().data_ptr() for t in targets}
+        found = []
         for key, (ref, _) in list(self._known.items()):
             t = ref()
             if t is None:
                 del self._known[key]
             elif t.untyped_storage().data_ptr() in storages:
-                self._known[key] = (ref, None)
-        for t in targets:
-            # What was promoted or broadcast would not be what lies in the target.
-            exact = origin is not None and len(targets) == 1
-            self._known[id(t)] = (weakref.ref(t), _as(t, origin) if exact and origin else None)
+                found.append(t)
+        return found
 
     def _define(self, out: Any, origin: Origin | None) -> None:
         if isinstance(out, torch.Tensor):
@@ -153,6 +176,29 @@ def _as(t: torch.Tensor, origin: Origin) -> Origin:
     cast = Origin(aten._to_copy.default, (origin,), {"dtype": t.dtype, "device": t.device})
     whole = Origin(aten.expand.default, (cast, list(t.shape)))
     return Origin(aten.clone.default, (whole,), {"memory_format": torch.contiguous_format})
+
+
+def _strides(t: torch.Tensor) -> tuple[list[int], list[int], int]:
+    return list(t.shape), list(t.stride()), int(t.storage_offset())
+
+
+def _lazy(t: torch.Tensor) -> bool:
+    return t.is_conj() or t.is_neg()
+
+
+def _covers(t: torch.Tensor) -> bool:
+    """Whether a tensor is its whole storage, in order."""
+    return t.is_contiguous() and t.nbytes == t.untyped_storage().nbytes() and not _lazy(t)
+
+
+def _scattered(
+    whole: torch.Tensor, before: Origin, part: torch.Tensor, now: Origin
+) -> Origin | None:
+    """Return the origin of a storage as one tensor, after a write to a part of it."""
+    if whole.dtype != part.dtype or _lazy(part):
+        return None
+    dense = Origin(aten.clone.default, (before,), {"memory_format": torch.contiguous_format})
+    return Origin(aten.as_strided_scatter.default, (dense, now, *_strides(part)))
 
 
 def _by_positions(func: OpOverload, args: Any) -> bool:

@@ -160,6 +160,67 @@ def known_linear(op: OpOverload, variable: Sequence[bool]) -> bool:
     return name in _JOINTLY_LINEAR and count == len(variable) and op._overloadname != "Scalar"
 
 
+#: Operations that put numbers elsewhere: linear wherever what they put in between is zero.
+_PLACE = frozenset(
+    (
+        "where scatter scatter_add index_put _index_put_impl_ index_put_ masked_fill "
+        "constant_pad_nd diagonal_scatter select_scatter slice_scatter as_strided_scatter "
+        "index_add index_copy index_fill masked_scatter masked_select put take "
+        "masked_fill_ _unsafe_masked_index _unsafe_masked_index_put_accumulate _unsafe_index_put"
+    ).split()
+)
+#: Operations that are linear in the argument at this place, whatever the others are.
+_LINEAR_AT = {
+    "linalg_solve_triangular": (1,),
+    "linalg_lu_solve": (2,),
+    "cholesky_solve": (0,),
+    "triangular_solve": (0,),
+    "_trilinear": (0, 1, 2),
+    "convolution": (0, 1),
+    "linalg_cross": (0, 1),
+}
+#: The same for the first argument, by the beginning of the name.
+_LINEAR_FIRST_KINDS = (
+    "upsample_",
+    "_upsample_",
+    "reflection_pad",
+    "replication_pad",
+    "avg_pool",
+    "_adaptive_avg_pool",
+    "grid_sampler",
+    "im2col",
+    "col2im",
+)
+
+
+def linear_by_meaning(
+    op: OpOverload, variable: Sequence[bool], others_static: Callable[[], bool]
+) -> bool:
+    """Whether an operation that tested linear is so for all numbers in its other arguments.
+
+    Parameters
+    ----------
+    op
+        The operation.
+    variable
+        For each positional argument, whether it is or contains a variable.
+    others_static
+        Tells whether the other floating point arguments are the same at every point.
+    """
+    if op.namespace != "aten":
+        return False
+    name = schema_of(op).name
+    if name.endswith("_backward") and not name.endswith("_backward_backward"):
+        # The derivative of something, applied to the gradient that comes first.
+        first = op._schema.arguments[0].name
+        return first.startswith("grad") and variable[0] and sum(variable) == 1
+    if name in _LINEAR_AT:
+        return sum(variable) == 1 and any(variable[i] for i in _LINEAR_AT[name])
+    if name.startswith(_LINEAR_FIRST_KINDS):
+        return variable[0] and sum(variable) == 1
+    return name in _PLACE and others_static()
+
+
 _TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,

@@ -21,6 +21,7 @@ from ._linearity import (
     Schema,
     functional_variant,
     known_linear,
+    linear_by_meaning,
     schema_of,
     tested_linear,
     wants_contiguous,
@@ -184,12 +185,28 @@ class Recorder(DispatchMode):
         keyword = any(self.variable(x) is not None for x in leaves(kwargs))
         if not keyword and known_linear(func, self._without_zeros(func, args, holds)):
             return None
-        self.constants.decided(f"linearity of {schema_of(func).name}")
+        self._judge(func, holds, keyword, (args, kwargs))
         with torch.no_grad():
             linear = tested_linear(func, args, kwargs, lambda x: self.variable(x) is not None)
         if linear is None:
             raise OpaqueError(f"{schema_of(func).name} is not linear in the cotangent")
         return linear
+
+    def _judge(self, func: OpOverload, holds: list[bool], keyword: bool, given: Any) -> None:
+        """Note whether a test of linearity says something about other points too."""
+
+        def static() -> bool:
+            others = (
+                x
+                for x in leaves(given)
+                if isinstance(x, torch.Tensor)
+                and self.variable(x) is None
+                and (x.is_floating_point() or x.is_complex())
+            )
+            return all(self.constants.static(x) for x in others)
+
+        if keyword or not linear_by_meaning(func, holds, static):
+            self.constants.decided(f"linearity of {schema_of(func).name}")
 
     def _without_zeros(self, func: OpOverload, args: Any, holds: list[bool]) -> list[bool]:
         """Count constants that are zero as variables in sums: `0 + g` is linear."""
@@ -489,7 +506,7 @@ class Recorder(DispatchMode):
 
         holds = [any(is_variable(x) for x in leaves(a)) for a in args]
         if variant is None or keywords or not known_linear(variant, holds):
-            self.constants.decided(f"linearity of {name}")
+            self._judge(variant or func, holds, any(map(is_variable, leaves(keywords))), args)
             with torch.no_grad():
                 linear = tested_linear(operation, args, keywords, is_variable)
             if linear is None or not all(linear):

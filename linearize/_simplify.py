@@ -4,6 +4,8 @@ A program that will run a hundred times is worth simplifying. Passes are small f
 a program to a program that is the same map:
 
 - `merge_copies` drops casts and views that change nothing and computes equal things once;
+- `join_parts` puts side by side what would be padded with zeros and added;
+- `share_matrices` multiplies a batch by one matrix where all are the same;
 - `fold_diagonals` treats a pointwise linear operation as what it is, a diagonal: chains of
   diagonals multiply into one, sums of diagonals of the same base add.
 
@@ -244,13 +246,41 @@ class _Folding:
                     if len(form.terms) > 1 and out in self.needed:
                         # Each use would otherwise repeat its terms.
                         self.value(out)
-                else:
+                elif not self.scaled(eq):
                     self.step(eq)
                 for v in eq.inputs():
                     if last[v] == i and v not in self.results:
                         self.forms.pop(v, None)  # its coefficients are not needed any more
             outputs = [None if v is None else self.value(v) for v in self.program.outputs]
         return self.program.with_equations(self.e.equations, outputs).live()
+
+    def scaled(self, eq: Equation) -> bool:
+        """Keep an equation, with a number in its one argument left for later: A(c x) = c (A x).
+
+        In the end numbers meet a coefficient or a sum, where they cost nothing.
+        """
+        variables = set(eq.inputs())
+        if len(variables) != 1 or isinstance(eq.op, Operation):
+            return False
+        (x,) = variables
+        form = self.forms.get(x)
+        if form is None or x in self.computed or len(form.terms) != 1:
+            return False
+        ((base, c),) = form.terms.items()
+        number = c.real if isinstance(c, complex) and c.imag == 0 else c
+        if not isinstance(number, (int, float)) or base.spec != x.spec:
+            return False  # what is linear for real numbers need not be for complex ones
+
+        def rename(y: Any) -> Any:
+            return base if y is x else y
+
+        bare = tuple(None if v is None else Var(v.spec) for v in eq.outputs)
+        args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
+        self.e.equations.append(Equation(eq.op, args, kwargs, bare, eq.source))
+        for v, new in zip(eq.outputs, bare, strict=True):
+            if v is not None and new is not None:
+                self.forms[v] = _Form({new: number})
+        return True
 
     def step(self, eq: Equation) -> None:
         """Keep an equation, with its arguments computed."""
@@ -319,11 +349,25 @@ class _Folding:
             return None
         alpha = eq.kwargs.get("alpha", 1)
         sign = -alpha if eq.op is aten.sub.Tensor else alpha
+        common = self.common(a, b)
+        if common is not None and sign == 1:
+            (x, y), number = common
+            return _Form({self.e.emit(aten.add.Tensor, (x, y), out.spec): number})
         terms = dict(self.form(a).terms)
         for base, c in self.form(b).terms.items():
             c = _product(c, sign)
             terms[base] = _total(terms[base], c) if base in terms else c
         return _Form(terms) if len(terms) <= MOST_TERMS else None
+
+    def common(self, a: Var, b: Var) -> tuple[tuple[Var, Var], complex] | None:
+        """Return the bases of two values and the number that both are multiplied by."""
+        first, second = self.form(a).terms, self.form(b).terms
+        if len(first) != 1 or len(second) != 1:
+            return None
+        ((x, c),), ((y, d),) = first.items(), second.items()
+        if isinstance(c, Residual) or isinstance(d, Residual) or c != d or c == 1 or x is y:
+            return None
+        return (x, y), c
 
     # -- computing ----------------------------------------------------------------------
 
@@ -344,8 +388,11 @@ class _Folding:
             self.step(form.equation)
             return v
         total: Var | None = None
-        # Plain terms last: they can be added, and the first product needs no addition.
-        terms = sorted(form.terms.items(), key=lambda t: not isinstance(t[1], Residual))
+        # Products with tensors first: the first needs no addition. Then plain terms: the
+        # first needs nothing at all.
+        terms = sorted(
+            form.terms.items(), key=lambda t: (not isinstance(t[1], Residual), not _is_one(t[1]))
+        )
         for base, c in terms:
             total = self.add_term(total, base, c, v.spec)
         assert total is not None
@@ -493,4 +540,102 @@ def _times(c: Coefficient, by: Any, spec: TensorSpec, *, divide: bool) -> Coeffi
     return None if by == 0 else c / by
 
 
-PASSES = (merge_copies, fold_diagonals)
+# -- parts of one whole, one matrix for all ---------------------------------------------------
+
+_PARTS = {
+    aten.select_backward.default: aten.stack.default,
+    aten.slice_backward.default: aten.cat.default,
+}
+
+
+def join_parts(program: Program) -> Program:
+    """Replace a sum of parts, each padded with zeros to the whole, by the parts side by side."""
+    made = {eq.outputs[0]: eq for eq in program.equations if len(eq.outputs) == 1}
+    uses = Counter(v for eq in program.equations for v in eq.inputs())
+    uses.update(v for v in program.outputs if v is not None)
+
+    def join(eq: Equation) -> Equation:
+        out = eq.outputs[0]
+        if eq.op is not aten.add.Tensor or out is None:
+            return eq
+        whole = _joined([made.get(v) for v in _terms(out, made, uses)], uses)
+        if whole is None:
+            return eq
+        op, pieces, dim = whole
+        return Equation(op, (pieces, dim), {}, eq.outputs, eq.source)
+
+    return program.with_equations([join(eq) for eq in program.equations]).live()
+
+
+def _terms(v: Var, made: dict[Any, Equation], uses: Counter[Any]) -> list[Var]:
+    """Return the terms of a sum; sums that are used elsewhere too are terms themselves."""
+    found: list[Var] = []
+    stack = [v]
+    while stack:
+        x = stack.pop()
+        eq = made.get(x)
+        inside = x is v or uses[x] == 1
+        if eq is not None and inside and eq.op is aten.add.Tensor and not eq.kwargs:
+            terms = eq.args
+            if all(isinstance(t, Var) and t.spec == v.spec for t in terms):
+                stack += terms
+                continue
+        found.append(x)
+    return found
+
+
+def _joined(
+    parts: Sequence[Equation | None], uses: Counter[Any]
+) -> tuple[Any, list[Var], int] | None:
+    """Return the operation that puts parts side by side, if together they are the whole."""
+    first = parts[0]
+    if len(parts) < 2 or first is None or first.op not in _PARTS:
+        return None
+    _, shape, dim, *_ = first.args
+    placed = []
+    for part in parts:
+        if part is None or part.op is not first.op or part.args[1:3] != first.args[1:3]:
+            return None
+        if not isinstance(part.args[0], Var) or uses[part.outputs[0]] != 1:
+            return None
+        start, end, step = (*part.args[3:], None, 1)[:3]
+        if first.op is aten.select_backward.default:
+            start = start % shape[dim]
+            end = start + 1
+        if step != 1:
+            return None
+        placed.append((start, end, part.args[0]))
+    placed.sort(key=lambda p: p[0])
+    ends = [0, *(end for _, end, _ in placed)]
+    if [start for start, _, _ in placed] != ends[:-1] or ends[-1] != shape[dim]:
+        return None
+    return _PARTS[first.op], [x for *_, x in placed], dim
+
+
+def share_matrices(program: Program) -> Program:
+    """Multiply a batch by one matrix, instead of by as many copies of it."""
+    e = Emitter()
+    for eq in program.equations:
+        out = eq.outputs[0]
+        if eq.op is not aten.bmm.default or out is None:
+            e.equations.append(eq)
+            continue
+        v, r = eq.args
+        if not (isinstance(v, Var) and isinstance(r, Residual) and r.tensor.stride(0) == 0):
+            e.equations.append(eq)
+            continue
+        count, rows, inner = v.spec.shape
+        columns = out.spec.shape[-1]
+        e.source = eq.source
+        matrix = evaluated(aten.select.int, r, 0, 0, source=r.source)
+        matrix.version = r.version
+        flat = TensorSpec((count * rows, inner), out.spec.dtype, out.spec.device)
+        tall = e.emit(aten.reshape.default, (v, list(flat.shape)), flat)
+        product = TensorSpec((count * rows, columns), out.spec.dtype, out.spec.device)
+        done = e.emit(aten.mm.default, (tall, matrix), product)
+        args = (done, list(out.spec.shape))
+        e.equations.append(Equation(aten.reshape.default, args, {}, (out,), eq.source))
+    return program.with_equations(e.equations)
+
+
+PASSES = (merge_copies, join_parts, share_matrices, fold_diagonals, merge_copies)

@@ -19,6 +19,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from . import _kernel_rules as _kernel_rules  # registers its rules
+from . import _norm_rules as _norm_rules  # registers its rules
 from ._capture import Graph
 from ._execute import Executor
 from ._functions import CustomBackward, CustomJvp, CustomNode

@@ -33,6 +33,7 @@ FLOORS = (
         "_rules",
         "_kernel_formulas",
         "_kernel_rules",
+        "_norm_rules",
         "_transpose",
         "_simplify",
         "_structure",
