@@ -24,7 +24,7 @@ endif
 IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 say = @printf '\n==> %s\n' '$(1)'
 
-.PHONY: help venv demo test bench conformance check format-check lint layering types docs format clean
+.PHONY: help venv demo test test-packages bench conformance check format-check lint layering types docs format clean
 
 help: ## show this list
 	@echo 'Usage: make TARGET'
@@ -65,7 +65,15 @@ test: $(READY) ## run the tests and the code blocks of README and docs
 	$(call say,Running the tests)
 	$(PY) -m pytest
 
-# ARGS='--rounds 20 --only burgers' and the like; ARGS='--help' lists the options.
+test-packages: $(READY) ## try the custom Functions and models of other packages
+	$(call say,Installing the packages)
+	$(PY) -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints-dev.txt --editable '.[packages]'
+	$(call say,Running the tests of other packages)
+	$(PY) -m pytest tests/packages
+
+# ARGS='--rounds 20 --only Burgers' and the like; ARGS='--resume' goes on where a run was cut off,
+# ARGS='--help' lists the options. JAX takes part if it is installed: pip install -e '.[bench]'.
 bench: $(READY) ## time the products against their peers (minutes), write table, JSON, plot
 	$(call say,Running the benchmarks)
 	$(PY) -m benchmarks.run --docs docs/benchmarks.md $(ARGS)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch.autograd.graph import get_gradient_edge
 
 from ._contexts import ContextRecords
 from ._functions import CustomNode
@@ -24,9 +23,11 @@ from ._torch import (
     batched_or_wrapped,
     eager_compiled_functions,
     functorch_active,
+    gradient_edge,
     is_custom,
     key_string,
     leaf_variable,
+    let_die_in_turn,
     pytree,
     saved_tensors,
 )
@@ -114,6 +115,7 @@ def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
                     )
                 if reaches[node]:
                     post_order.append(node)
+    let_die_in_turn(seen)
     return post_order[::-1]
 
 
@@ -244,7 +246,7 @@ def capture(
             for i, a in enumerate(args)
         ]
         keywords = {k: pytree.tree_map(lambda x: alias(x, False), v) for k, v in kwargs.items()}
-        nodes = [get_gradient_edge(t).node for t in leaves]
+        nodes = [gradient_edge(t).node for t in leaves]
         with records.watching(), eager_compiled_functions():
             if reads is None:
                 result = f(*arguments, **keywords)
@@ -287,7 +289,7 @@ def capture(
 def _edge(output: torch.Tensor) -> Edge | None:
     if not output.requires_grad:
         return None
-    edge = get_gradient_edge(output)
+    edge = gradient_edge(output)
     return edge.node, edge.output_nr
 
 

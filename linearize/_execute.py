@@ -7,6 +7,7 @@ nothing that is kept or owned by somebody else.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -55,8 +56,8 @@ class _Step:
             known = isinstance(x, (Var, Residual))
             return _Slot(slots[x], isinstance(x, Var)) if known else x
 
-        args = [map_leaves(place, a) for a in eq.args]
-        kwargs = {k: map_leaves(place, a) for k, a in eq.kwargs.items()}
+        args = map_leaves(place, list(eq.args))
+        kwargs = map_leaves(place, eq.kwargs) if eq.kwargs else {}
         self.op = eq.op
         #: The place among the program's opaque operations.
         self.place = -1
@@ -64,10 +65,12 @@ class _Step:
         self.plain = [(i, a.index) for i, a in enumerate(args) if isinstance(a, _Slot)]
         self.nested = [(i, a) for i, a in enumerate(args) if _contains(a)]
         self.tail = {k: a for k, a in kwargs.items() if isinstance(a, _Slot) or _contains(a)}
-        self.call = (args, {k: a for k, a in kwargs.items() if k not in self.tail})
+        if self.tail:
+            kwargs = {k: a for k, a in kwargs.items() if k not in self.tail}
+        self.call = (args, kwargs)
         self.outs = [-1 if v is None else slots[v] for v in eq.outputs]
         self.opaque = isinstance(eq.op, Operation)
-        self.many = len(eq.outputs) != 1 or isinstance(eq.op, Operation) or _returns_list(eq.op)
+        self.many = self.opaque or len(eq.outputs) != 1 or _returns_list(eq.op)
         self.free: list[int] = []
         self.expected, self.source = eq.outputs, eq.source
         self.specs = {slots[v]: v.spec for v in eq.inputs()}
@@ -94,6 +97,7 @@ class _Step:
         return _with_zeros(self, args, keywords)
 
 
+@functools.cache
 def _returns_list(op: Any) -> bool:
     if not isinstance(op, OpOverload):
         return False
@@ -376,6 +380,7 @@ def _all_undefined(placed: Any, now: Any) -> bool:
 _COPYING = {aten.clone.default, aten._to_copy.default}
 
 
+@functools.cache
 def _may_alias(op: Callable[..., Any]) -> bool:
     """Whether an operation's result may share memory with its argument."""
     if not isinstance(op, OpOverload):

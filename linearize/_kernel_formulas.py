@@ -51,6 +51,22 @@ def pdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def weight_norm_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
+    """Differentiate w = g v / |v|, with the norm over all dimensions but one."""
+    dv, dg = tangents
+    v, g, dim = a["saved_v"], a["saved_g"], a["dim"]
+    others = [i for i in range(v.dim()) if i != dim % v.dim()]
+    norm = a["saved_norms"].to(v.dtype).reshape(g.shape)
+    unit = v / norm
+    total = torch.zeros_like(v)
+    if dg is not None:
+        total = total + unit * dg
+    if dv is not None:
+        along = (unit * dv).sum(others, keepdim=True)
+        total = total + g / norm * (dv - unit * along)
+    return total
+
+
 def _slope(diff: torch.Tensor, dist: torch.Tensor, p: float) -> torch.Tensor:
     """Return the derivative of |d|ₚ by d, in the kernel's choice where there is none: zero."""
     if p == 0:

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 
-from ._kernel_formulas import Formula, attention_tangent, cdist_tangent, pdist_tangent
+from ._kernel_formulas import (
+    Formula,
+    attention_tangent,
+    cdist_tangent,
+    pdist_tangent,
+    weight_norm_tangent,
+)
 from ._linearity import schema_of
 from ._nodes import LogCumSumExpDifferential, MatrixExpDifferential
 from ._program import Emitter, Equation, Operation, Residual, Var, map_leaves, zero_residual
@@ -300,6 +306,15 @@ def _cdist(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
 def _pdist(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     """Differentiate |xᵢ - xⱼ|ₚ for i < j, for blocks of pairs."""
     return _turned(e, eq, cts, pdist_tangent)
+
+
+# -- normalized weights -----------------------------------------------------------------------
+
+
+@rule(aten._weight_norm_interface_backward.default)
+def _weight_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Differentiate g v / |v| along tangents of v and g (`torch.nn.utils.weight_norm`)."""
+    return _turned(e, eq, cts, weight_norm_tangent)
 
 
 # -- attention --------------------------------------------------------------------------------

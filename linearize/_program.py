@@ -49,6 +49,13 @@ class Residual:
         self.version = None if tensor.is_inference() else tensor._version
         self.size = _storage_bytes(tensor)
 
+    def blank(self) -> Residual:
+        """Return one that stands for the same tensor of any point, and has none itself."""
+        r = Residual.__new__(Residual)
+        r.source, r.origin = self.source, self.origin
+        r.version, r.size = None, 0
+        return r
+
     def changed(self) -> bool:
         """Whether the tensor was changed in place."""
         return self.version is not None and self.tensor._version != self.version
@@ -212,17 +219,21 @@ def leaves(tree: Any) -> list[Any]:
 
 def _gather(tree: Any, found: list[Any]) -> None:
     for x in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(x, (list, tuple, dict)):
-            _gather(x, found)
+        if isinstance(x, _NESTED):
+            if x:
+                _gather(x, found)
         else:
             found.append(x)
+
+
+_NESTED = (list, tuple, dict)
 
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Apply `fn` to each leaf of nested lists, tuples and dicts."""
     kind = type(tree)
     if kind is list or kind is tuple:
-        return kind(map_leaves(fn, x) for x in tree)
+        return kind([map_leaves(fn, x) if isinstance(x, _NESTED) else fn(x) for x in tree])
     if kind is dict:
         return {k: map_leaves(fn, x) for k, x in tree.items()}
     return fn(tree)
@@ -337,6 +348,33 @@ class Program:
         for eq in self.equations:
             if isinstance(eq.op, Operation):
                 yield from eq.op.bytes_kept()
+
+    def peak_bytes(self) -> int:
+        """Return the most bytes that variables take at once, each counted in full."""
+        last: dict[Var, int] = {}
+        for i, eq in enumerate(self.equations):
+            last.update((v, i) for v in eq.inputs())
+        results = {v for v in self.outputs if v is not None}
+        dying: dict[int, list[Var]] = {}
+        for v, i in last.items():
+            if v not in results:
+                dying.setdefault(i, []).append(v)
+        now = peak = sum(v.spec.nbytes for v in self.inputs)
+        for i, eq in enumerate(self.equations):
+            now += sum(v.spec.nbytes for v in eq.outputs if v is not None and v in last)
+            now += sum(v.spec.nbytes for v in eq.outputs if v in results and v not in last)
+            peak = max(peak, now)
+            now -= sum(v.spec.nbytes for v in dying.get(i, ()))
+        return peak
+
+    def then(self, other: Program, name: str) -> Program:
+        """Return the program that applies this one and hands its result on to `other`."""
+        e = Emitter()
+        inputs = [Var(v.spec) for v in self.inputs]
+        middle = e.inline(self, inputs)
+        rest = other.restricted([v is not None for v in middle])
+        outputs = e.inline(rest, [v for v in middle if v is not None])
+        return Program(inputs, e.equations, outputs, other.specs, name).live()
 
     def check(self) -> None:
         """Raise if a variable is read before it is defined, or defined twice.

@@ -24,7 +24,15 @@ from ._origin import Origin
 from ._program import Emitter, Equation, Operation, Program, Residual, Var
 from ._recorder import OpaqueError, Recorder
 from ._space import TensorSpec
-from ._torch import Node, call_node, input_metadata, outside_backward, saved_tensors, unobserved
+from ._torch import (
+    Node,
+    call_node,
+    input_metadata,
+    outside_backward,
+    saved_tensors,
+    subclasses_ignored,
+    unobserved,
+)
 from .errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
 
 T = TypeVar("T")
@@ -99,7 +107,12 @@ class _Walk:
         return outside_backward(lambda: self._run(seeds))
 
     def _run(self, seeds: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        with torch.inference_mode(False), torch.no_grad(), self.recorder:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            subclasses_ignored(),
+            self.recorder,
+        ):
             for edge, seed in zip(self.graph.roots, seeds, strict=True):
                 if edge is not None:
                     self.deliver(edge, seed)
@@ -140,6 +153,7 @@ class _Walk:
         mark = len(self.emitter.equations)
         try:
             result = self.call(node, grads)
+            _check_dense(node, result)
             opaque = self.is_opaque(result)
             reason = "its result does not descend from the cotangent" if opaque else ""
             if not reason and self.graph.hidden and node.name().endswith("CopySlices"):
@@ -178,8 +192,8 @@ class _Walk:
             text = str(error)
             if "modified by an inplace operation" in text or "modified in-place" in text:
                 raise StalenessError(
-                    f"{name}: a tensor that it needs was changed in place after the "
-                    f"linearization: {text}"
+                    f"{name}: a tensor that it needs was changed in place, inside f after it "
+                    f"was used or since the linearization: {text}"
                 ) from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -189,8 +203,9 @@ class _Walk:
                     "constant one is); compute with its values by index_select and index_add, or "
                     "put the operation into a custom Function"
                 ) from error
+            # PyTorch goes on with a table of all backends.
             raise UnsupportedError(
-                f"{name}: PyTorch cannot apply its derivative: {text}"
+                f"{name}: PyTorch cannot apply its derivative: {text.partition(chr(10))[0]}"
             ) from error
 
     def second_opinion(
@@ -275,6 +290,16 @@ def _edges(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSp
     return edges, [None if n is None else _metadata_spec(input_metadata(n)[i]) for n, i in edges]
 
 
+def _check_dense(node: Node, result: Sequence[torch.Tensor | None]) -> None:
+    for g in result:
+        if g is not None and g.layout != torch.strided:
+            raise UnsupportedError(
+                f"{node.name()}: its gradient has the layout {g.layout}; differentiation through "
+                "sparse tensors is not supported, use dense operations (gather, index_add, "
+                "scatter) on their values"
+            )
+
+
 def _clone(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.clone()
 
@@ -334,6 +359,11 @@ def record_pullback(
     seeds = [walk.placeholder(v.spec, v) for v in inputs]
     arrived = walk.run(seeds)
     outputs = [None if t is None else walk.recorder.variable(t) for t in arrived]
+    for t, v in zip(arrived, outputs, strict=True):
+        if t is not None and v is None and bool(t.any()):
+            raise UnsupportedError(
+                f"{name}: a gradient arrived at a primal by operations that PyTorch does not show"
+            )
     program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
     if walk.recorder.frozen and not program.is_opaque():
         _try_elsewhere(graph, program, seed + 1, walk.recorder.frozen)
@@ -386,7 +416,7 @@ def record_function(
     arguments = [spec.random(generator) for spec in in_specs]
     for t, v in zip(arguments, inputs, strict=True):
         recorder.define(t, v)
-    with torch.inference_mode(False), torch.no_grad(), recorder:
+    with torch.inference_mode(False), torch.no_grad(), subclasses_ignored(), recorder:
         results = list(fn(*arguments))
     outputs: list[Var | None] = []
     specs: list[TensorSpec] = []

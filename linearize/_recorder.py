@@ -38,7 +38,7 @@ from ._program import (
 )
 from ._space import TensorSpec
 from ._storage import common_dtype, covered, flat_spec, flattened, scattered, shown
-from ._torch import DispatchMode, OpOverload, aten, lazy_bits_respected
+from ._torch import DispatchMode, OpOverload, aten, lazy_bits_respected, without_subclass
 from .errors import LinearizeError
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
@@ -98,6 +98,15 @@ class Functionalized(Operation):
         return written[0] if len(written) == 1 else written
 
 
+def _only_shape(kwargs: dict[str, Any]) -> bool:
+    """Whether an operation moves its argument to the meta device, where no numbers are.
+
+    PyTorch asks so for the shape of a product with a `ZeroTensor`, as forward mode makes them.
+    """
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "meta"
+
+
 class Recorder(DispatchMode):
     """Writes down what is done to variables.
 
@@ -152,7 +161,7 @@ class Recorder(DispatchMode):
             isinstance(x, torch.Tensor) and self.variable(x) is not None
             for x in leaves((args, kwargs))
         )
-        if not derived or func in CONSTANT:
+        if not derived or func in CONSTANT or _only_shape(kwargs):
             note = self.constants.seen(func, args, kwargs)
             if schema.writes:
                 targets = self._constant_written(schema, args, kwargs)
@@ -245,8 +254,8 @@ class Recorder(DispatchMode):
         # Without history: an unpacked output would hold the graph alive. Not before, because
         # inside a dispatch mode an alias does not share its version counter.
         for r in self._residuals.values():
-            if r.tensor.requires_grad:
-                r.tensor = r.tensor.detach()
+            if r.tensor.requires_grad or type(r.tensor) is not torch.Tensor:
+                r.tensor = without_subclass(r.tensor)
         self._residuals = {}
 
     def _constant_written(self, schema: Schema, args: Any, kwargs: Any) -> list[torch.Tensor]:

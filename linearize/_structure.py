@@ -173,7 +173,7 @@ class Template:
     Attributes
     ----------
     program
-        With residuals that have a shape and no content.
+        With residuals that have no tensor.
     executor
         Runs it with a `Binding`.
     simplified
@@ -189,8 +189,7 @@ class Template:
             if not isinstance(x, Residual):
                 return x
             if x not in blank:
-                empty = torch.empty_like(x.tensor, device="meta")
-                blank[x] = Residual(empty, x.source, x.origin)
+                blank[x] = x.blank()
             return blank[x]
 
         def place(node: CustomNode) -> Any:

@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -19,10 +19,11 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._ops import OpOverload as OpOverload
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction, FunctionCtx
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.graph import Node as Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 __all__ = [
     "ContextWatcher",
@@ -37,6 +38,7 @@ __all__ = [
     "eager_compiled_functions",
     "forward_class",
     "functorch_active",
+    "gradient_edge",
     "has_forward_tangent",
     "input_metadata",
     "is_custom",
@@ -46,6 +48,7 @@ __all__ = [
     "key_string",
     "lazy_bits_respected",
     "leaf_variable",
+    "let_die_in_turn",
     "materialized_arguments",
     "only_raises",
     "outside_backward",
@@ -56,10 +59,12 @@ __all__ = [
     "saved_names",
     "saved_tensors",
     "spec_children",
+    "subclasses_ignored",
     "transform_depth",
     "unobserved",
     "unpacks_by_hook",
     "without_inference_mode",
+    "without_subclass",
 ]
 
 aten: Any = torch.ops.aten
@@ -212,9 +217,73 @@ def _signed(n: int) -> int:
     return n - (1 << 64) if n >= 1 << 63 else n
 
 
+class _Children:
+    """Lets the nodes below a graph node die one after the other, not one inside the other."""
+
+    __slots__ = ("nodes",)
+    _local = threading.local()
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self.nodes = nodes
+
+    def __del__(self) -> None:
+        local = _Children._local.__dict__
+        dying = local.get("dying")
+        if dying is not None:
+            dying.extend(self.nodes)
+            return
+        dying = local["dying"] = self.nodes
+        try:
+            while dying:
+                dying.pop()
+        finally:
+            local["dying"] = None
+
+
+#: Up to so many nodes may die inside each other; each takes some hundred bytes of the stack.
+_SHALLOW = 2000
+
+
+def let_die_in_turn(nodes: Collection[Node]) -> None:
+    """Prepare nodes of a deep graph, seen from Python, for their end.
+
+    A node that Python has seen keeps its Python object, and then PyTorch (2.13) destroys what
+    is below it recursively: from some ten thousand nodes on the stack overflows. The nodes'
+    metadata, which go first, hand over what is below to a loop.
+    """
+    if len(nodes) > _SHALLOW:
+        for node in nodes:
+            below = [child for child, _ in node.next_functions if child is not None]
+            if below:
+                metadata: Any = node.metadata
+                metadata["linearize"] = _Children(below)
+
+
 def forward_class(node: Node) -> Any:
     """Return the `torch.autograd.Function` subclass that made a custom node."""
     return node._forward_cls  # type: ignore[attr-defined]
+
+
+def gradient_edge(t: torch.Tensor) -> GradientEdge:
+    """Return where the gradient of `t` goes, for a tensor that requires grad.
+
+    A subclass that intercepts functions is not asked: what it returns from a view may have
+    more history than PyTorch's own `get_gradient_edge` reckons with.
+    """
+    with subclasses_ignored():
+        return get_gradient_edge(t)
+
+
+def subclasses_ignored() -> contextlib.AbstractContextManager[Any]:
+    """Let operations on tensor subclasses return plain tensors, as C++ code sees them."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def without_subclass(t: torch.Tensor) -> torch.Tensor:
+    """Return `t` without history as a plain tensor on the same memory."""
+    with subclasses_ignored():
+        plain = t.detach()
+        return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
 
 
 def leaf_variable(node: Node) -> torch.Tensor | None:
@@ -280,11 +349,18 @@ def lazy_bits_respected() -> contextlib.AbstractContextManager[Any]:
     PyTorch hands over below the keys that resolve these bits, so that there
     `x.conj() * 2` would be `x * 2`, also inside composite operations such as `linalg.pinv`.
     """
-    key = torch._C.DispatchKey
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for lazy in (key.Conjugate, key.Negative, key.ZeroTensor):
-        excluded = excluded.remove(lazy)
+    now = torch._C._dispatch_tls_local_exclude_set()
+    raw = now.raw_repr()
+    excluded = _LESS_EXCLUDED.get(raw)
+    if excluded is None:
+        key = torch._C.DispatchKey
+        for lazy in (key.Conjugate, key.Negative, key.ZeroTensor):
+            now = now.remove(lazy)
+        excluded = _LESS_EXCLUDED[raw] = now
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+_LESS_EXCLUDED: dict[int, Any] = {}
 
 
 def decompositions(op: Any) -> Callable[..., Any] | None:
@@ -432,8 +508,27 @@ def eager_compiled_functions() -> Iterator[None]:
         yield
 
 
+def _checkpointed(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+    """Stand for `CheckpointFunction.apply` while a watcher is active in this thread."""
+    if ContextWatcher.current() is None:
+        return torch.autograd.Function.apply.__func__(  # type: ignore[attr-defined]
+            CheckpointFunction, function, preserve, *args
+        )
+    return checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=preserve,
+        determinism_check="none",
+    )
+
+
 class ContextWatcher:
     """Learns what the contexts of custom Functions do not tell after `forward`.
+
+    Reentrant checkpoints become plain ones meanwhile: the backward of a reentrant one runs the
+    block again at each product, adds to the `grad` of parameters, and does not know of
+    primals that the block reads from a closure.
 
     While it is active, in this thread only, it is told of each new context, of the arguments
     of its `forward`, and of calls of `save_for_forward` (PyTorch drops those tensors after
@@ -475,6 +570,7 @@ class ContextWatcher:
                 BackwardCFunction.__init__ = _created  # type: ignore[method-assign]
                 FunctionCtx.save_for_forward = _saving  # type: ignore[method-assign]
                 FunctionCtx.set_materialize_grads = _materializing  # type: ignore[method-assign]
+                CheckpointFunction.apply = staticmethod(_checkpointed)  # type: ignore[method-assign]
             cls._users += 1
         stack = cls._local.__dict__.setdefault("stack", [])
         stack.append(self)
@@ -489,6 +585,7 @@ class ContextWatcher:
                 del BackwardCFunction.__init__
                 FunctionCtx.save_for_forward = cls._save_for_forward  # type: ignore[method-assign]
                 FunctionCtx.set_materialize_grads = cls._set_materialize  # type: ignore[method-assign]
+                del CheckpointFunction.apply
 
     @classmethod
     def current(cls) -> ContextWatcher | None:

@@ -16,6 +16,7 @@ from ._structure import Structures
 from ._torch import pytree
 from ._transpose import Policy
 from .errors import ClosedError, CopyError
+from .operators import Jacobian
 from .products import JvpFn, Lifetime, VjpFn
 
 
@@ -117,6 +118,20 @@ class Linearization:
         """
         self._check_open()
         return self._aux
+
+    @property
+    def jacobian(self) -> Jacobian:
+        """The Jacobian as a linear operator: `J @ v`, `J.T @ u`, `J.gram()`, ...
+
+        It costs nothing to make, and keeps the two products only.
+
+        Raises
+        ------
+        ClosedError
+            If the linearization was closed.
+        """
+        self._check_open()
+        return Jacobian(self.jvp_fn, self.vjp_fn)
 
     @property
     def program(self) -> ProgramPair:

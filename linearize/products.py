@@ -296,6 +296,16 @@ class Product:
             for t, spec in zip(results, self._results.tensors, strict=True)
         ]
 
+    def _then(self, other: Product, name: str) -> Product:
+        """Return this product followed by another one, as one program: one pass."""
+        return Product(
+            lambda: self.program.then(other.program, name),
+            self._arguments,
+            other._results,
+            self._lifetime,
+            self._policy,
+        )
+
     def _transposed(self) -> Product:
         """Return the other product."""
         with self._lock:

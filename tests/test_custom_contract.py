@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 close = torch.testing.assert_close
 
 
-# -- what a jvp may return ----------------------------------------------------------------------
+# -- what a jvp may return -------------------------------------------------------------------
 
 
 class Doubling(Function):
@@ -130,7 +130,7 @@ def test_exception_of_the_author():
         close(here.vjp_fn(v)[0], 2 * v)
 
 
-# -- what a backward may return -----------------------------------------------------------------
+# -- what a backward may return --------------------------------------------------------------
 
 WRONG_GRADIENTS = {
     "too many": (lambda g: (2 * g, g), "2 gradients, expected 1"),
@@ -216,7 +216,7 @@ def test_backward_and_vjp_both_given():
         here.vjp_fn(direction(point()))
 
 
-# -- memory -------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------
 
 
 class Overwrites(Function):
@@ -393,7 +393,7 @@ def test_function_that_frees_its_output(kept, calls):
     assert done.stdout.count("refused") >= 2
 
 
-# -- tensors changed between forward and products ------------------------------------------------
+# -- tensors changed between forward and products ---------------------------------------------
 
 
 class Attribute(Function):
@@ -484,7 +484,7 @@ def test_residual_changed_after_linearizing(F, asked_before):
             here.vjp_fn(v)
 
 
-# -- a direction that is missing ------------------------------------------------------------------
+# -- a direction that is missing ---------------------------------------------------------------
 
 
 def test_neither_method():
@@ -616,3 +616,33 @@ def test_linear_in_disguise():
     else:
         close(got, 2 * v)
     close(here.vjp_fn(v)[0], 2 * v)
+
+
+# -- methods that work on what they keep --------------------------------------------------------
+
+
+def test_backward_that_overwrites_what_it_keeps():
+    """As solvers do that factorize a matrix in place, again at each call."""
+
+    class Solve(Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.scale = torch.linspace(1.0, 2.0, 4, dtype=F64)
+            ctx.buffer = torch.zeros(4, dtype=F64)
+            ctx.save_for_backward(x)
+            return x.sin() * ctx.scale
+
+        @staticmethod
+        def backward(ctx, g):
+            (x,) = ctx.saved_tensors
+            ctx.buffer.copy_(ctx.scale)
+            ctx.buffer.mul_(x.cos())
+            return g * ctx.buffer
+
+    x = point(4)
+    here = lz.Linearizer(Solve.apply).at(x)
+    expected = torch.linspace(1.0, 2.0, 4, dtype=F64) * x.cos()
+    for call in range(4):
+        v = direction(x, seed=call)
+        torch.testing.assert_close(here.jvp_fn(v), expected * v)
+        torch.testing.assert_close(here.vjp_fn(v)[0], expected * v)

@@ -225,6 +225,16 @@ case(
     randn(6, 2),
 )
 
+# -- normalized weights -----------------------------------------------------------------------
+
+for _dim, _shape in ((0, (4, 1, 1)), (-1, (1, 1, 2)), (2, (1, 1, 2))):
+    case(
+        f"weight_norm dim={_dim}",
+        lambda v, g, d=_dim: torch._weight_norm(v, g, d),
+        randn(4, 3, 2),
+        randn(*_shape),
+    )
+
 # -- attention --------------------------------------------------------------------------------
 
 QKV = (randn(2, 4, 6, 8), randn(2, 4, 5, 8), randn(2, 4, 5, 8, seed=3))

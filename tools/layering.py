@@ -12,9 +12,10 @@ from pathlib import Path
 
 PACKAGE = "linearize"
 FLOORS = (
-    ("errors", "_torch"),
+    ("errors", "_torch", "_progress"),
     ("_origin", "_space", "_program", "_memo"),
     (
+        "_flat",
         "_linearity",
         "_batching",
         "_execute",
@@ -39,10 +40,10 @@ FLOORS = (
         "_structure",
         "_source",
     ),
-    ("products", "linearization"),
-    ("linearizer",),
-    ("func", "operators"),
-    ("testing", "scipy", "cupy", "__init__"),
+    ("products", "_operator", "operators", "linearization"),
+    ("linearizer", "_gradient"),
+    ("_history", "_matrices", "functional", "func", "_dependence", "sparse"),
+    ("testing", "curvature", "distributed", "implicit", "scipy", "cupy", "__init__"),
 )
 RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
 
