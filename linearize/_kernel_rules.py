@@ -24,7 +24,7 @@ from ._kernel_formulas import (
 from ._linearity import schema_of
 from ._nodes import LogCumSumExpDifferential, MatrixExpDifferential
 from ._program import Emitter, Equation, Operation, Residual, Var, map_leaves, zero_residual
-from ._rules import Cotangents, Result, fit, rule
+from ._rules import Cotangents, Result, as_gradient, fit, rule
 from ._space import TensorSpec
 from ._torch import OpOverload, aten
 
@@ -114,7 +114,8 @@ def _kernel_again(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
     tangents = eq.args[: op.count]
     args, kwargs = op.filled(eq.args[op.count :])
     outs = tuple(Var(t.spec) if isinstance(t, Var) else None for t in tangents)
-    e.equations.append(Equation(op.kernel, (cts[0], *args), kwargs, outs, e.source))
+    grad = as_gradient(e, op.kernel, cts[0])
+    e.equations.append(Equation(op.kernel, (grad, *args), kwargs, outs, e.source))
     return [(t, out) for t, out in zip(tangents, outs, strict=True) if out is not None]
 
 

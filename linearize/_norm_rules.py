@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ._program import Emitter, Equation, Residual, Var, evaluated
-from ._rules import Cotangents, Result, conj, fit, rule
+from ._rules import Cotangents, Result, as_gradient, conj, fit, rule
 from ._space import TensorSpec
 from ._torch import aten
 
@@ -21,7 +21,8 @@ _FIRST = [True, False, False]
 def _symmetric(e: Emitter, eq: Equation, ct: Var, args: tuple[Any, ...], spec: TensorSpec) -> Var:
     """Emit the gradient that the kernel gives of the input, for `ct` in place of its own."""
     out = Var(spec)
-    e.equations.append(Equation(eq.op, (ct, *args), {}, (out, None, None), e.source))
+    grad = as_gradient(e, eq.op, ct)
+    e.equations.append(Equation(eq.op, (grad, *args), {}, (out, None, None), e.source))
     return out
 
 

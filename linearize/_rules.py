@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ._linearity import schema_of
+from ._linearity import schema_of, wants_contiguous
 from ._program import Emitter, Equation, Operation, Residual, Var, evaluated, zero_residual
 from ._space import TensorSpec
 from ._torch import OpOverload, aten
@@ -69,6 +69,13 @@ def fit(e: Emitter, ct: Var, spec: TensorSpec) -> Var:
         ct = e.emit(aten.select.int, (ct, -1, 0), _with(pairs, shape=to))
     if ct.spec != spec:
         ct = e.emit(aten._to_copy.default, (ct,), spec, dtype=spec.dtype, device=spec.device)
+    return ct
+
+
+def as_gradient(e: Emitter, op: Any, ct: Any) -> Any:
+    """Emit `ct` laid out as a backward kernel wants its gradient."""
+    if isinstance(ct, Var) and isinstance(op, OpOverload) and wants_contiguous(op):
+        return e.emit(aten.contiguous.default, (ct,), ct.spec)
     return ct
 
 

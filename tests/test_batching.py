@@ -190,3 +190,7 @@ def test_cotangents_of_any_strides_reach_kernels_that_read_them_in_order(
     (expected,) = torch.autograd.grad(value, leaf, u)
     for given in (u, apart, turned, apart, turned):
         torch.testing.assert_close(here.vjp_fn(given)[0], expected)
+    v = randn(*x.shape)
+    expected = here.jvp_fn(v)
+    for given in (torch.stack([v, v], -1)[..., 0], v.mT.contiguous().mT) * 2:
+        torch.testing.assert_close(here.jvp_fn(given), expected)
