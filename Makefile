@@ -76,7 +76,8 @@ soak: $(READY) ## make 10^5 points and 10^6 products, see that memory is flat (m
 	$(call say,Soaking)
 	$(PY) tools/soak.py --docs docs/soak.md $(ARGS)
 
-# ARGS='--rounds 20 --only burgers' and the like; ARGS='--help' lists the options.
+# ARGS='--rounds 20 --only Burgers' and the like; ARGS='--resume' goes on where a run was cut off,
+# ARGS='--help' lists the options. JAX takes part if it is installed: pip install -e '.[bench]'.
 bench: $(READY) ## time the products against their peers (minutes), write table, JSON, plot
 	$(call say,Running the benchmarks)
 	$(PY) -m benchmarks.run --docs docs/benchmarks.md $(ARGS)

@@ -6,7 +6,7 @@
 tensor([1., 1.])
 """
 
-from . import errors
+from . import errors, operators
 from ._functions import register_jvp
 from ._memo import Stats
 from .errors import LinearizeError
@@ -15,4 +15,12 @@ from .linearizer import Linearizer
 
 __version__ = "0.1.0"
 
-__all__ = ["Linearization", "LinearizeError", "Linearizer", "Stats", "errors", "register_jvp"]
+__all__ = [
+    "Linearization",
+    "LinearizeError",
+    "Linearizer",
+    "Stats",
+    "errors",
+    "operators",
+    "register_jvp",
+]

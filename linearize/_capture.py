@@ -324,8 +324,9 @@ def _check_tensor(t: torch.Tensor, what: str) -> None:
         )
     if t.layout != torch.strided:
         raise UnsupportedError(
-            f"{what}: layout {t.layout} is not supported; pass its values as a dense primal and "
-            "build the sparse tensor inside f"
+            f"{what}: layout {t.layout} is not supported; pass its values as a dense primal, and "
+            "compute with them by index_select and index_add or in a custom Function (a constant "
+            "sparse tensor may be used inside f as it is)"
         )
     if t.device.type == "meta":
         raise UnsupportedError(f"{what}: a meta tensor has no numbers to linearize at")

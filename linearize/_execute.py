@@ -7,25 +7,29 @@ nothing that is kept or owned by somebody else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from ._batching import call
 from ._linearity import schema_of
 from ._program import Equation, Operation, Program, Residual, Var, map_leaves, op_name
 from ._space import TensorSpec
-from ._torch import OpOverload, aten, batched_or_wrapped
+from ._torch import OpOverload, aten, functorch_active
 from .errors import LinearizeError
 
 
 class _Slot:
     """Stands in an argument list for a value that is known at run time."""
 
-    __slots__ = ("index",)
+    __slots__ = ("index", "variable")
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, variable: bool) -> None:
         self.index = index
+        #: Whether it is a variable, which can be undefined; a residual cannot.
+        self.variable = variable
 
 
 class _Step:
@@ -40,29 +44,33 @@ class _Step:
         "op",
         "opaque",
         "outs",
+        "place",
         "plain",
         "source",
         "specs",
         "tail",
     )
 
-    def __init__(self, eq: Equation, slots: dict[Var, int]) -> None:
+    def __init__(self, eq: Equation, slots: dict[Any, int]) -> None:
         def place(x: Any) -> Any:
-            if isinstance(x, Residual):
-                return x.tensor
-            return _Slot(slots[x]) if isinstance(x, Var) else x
+            known = isinstance(x, (Var, Residual))
+            return _Slot(slots[x], isinstance(x, Var)) if known else x
 
-        args = [map_leaves(place, a) for a in eq.args]
-        kwargs = {k: map_leaves(place, a) for k, a in eq.kwargs.items()}
+        args = map_leaves(place, list(eq.args))
+        kwargs = map_leaves(place, eq.kwargs) if eq.kwargs else {}
         self.op = eq.op
+        #: The place among the program's opaque operations.
+        self.place = -1
         #: Positional arguments that are a value, and those that contain one.
         self.plain = [(i, a.index) for i, a in enumerate(args) if isinstance(a, _Slot)]
         self.nested = [(i, a) for i, a in enumerate(args) if _contains(a)]
         self.tail = {k: a for k, a in kwargs.items() if isinstance(a, _Slot) or _contains(a)}
-        self.call = (args, {k: a for k, a in kwargs.items() if k not in self.tail})
+        if self.tail:
+            kwargs = {k: a for k, a in kwargs.items() if k not in self.tail}
+        self.call = (args, kwargs)
         self.outs = [-1 if v is None else slots[v] for v in eq.outputs]
         self.opaque = isinstance(eq.op, Operation)
-        self.many = len(eq.outputs) != 1 or isinstance(eq.op, Operation) or _returns_list(eq.op)
+        self.many = self.opaque or len(eq.outputs) != 1 or _returns_list(eq.op)
         self.free: list[int] = []
         self.expected, self.source = eq.outputs, eq.source
         self.specs = {slots[v]: v.spec for v in eq.inputs()}
@@ -76,17 +84,20 @@ class _Step:
                     f"{TensorSpec.of(t)}, the linear program expects {v.spec}; please report this"
                 )
 
-    def with_undefined(self, args: list[Any], keywords: dict[str, Any]) -> Any:
+    def with_undefined(
+        self, op: Callable[..., Any], args: list[Any], keywords: dict[str, Any]
+    ) -> Any:
         """Run the operation with some values undefined; all undefined gives undefined."""
         template, _ = self.call
         positional = all(map(_all_undefined, template, args))
         if positional and all(_all_undefined(a, keywords[k]) for k, a in self.tail.items()):
             return (None,) * len(self.outs) if self.many else None
-        if isinstance(self.op, Operation):
-            return self.op(*args) if not _wrapped(args) else looped(self.op, args)
+        if self.opaque:
+            return call(op, args, {})
         return _with_zeros(self, args, keywords)
 
 
+@functools.cache
 def _returns_list(op: Any) -> bool:
     if not isinstance(op, OpOverload):
         return False
@@ -100,48 +111,121 @@ def _contains(a: Any) -> bool:
     return False
 
 
-class Executor:
-    """Runs a program on tensors.
+class Binding:
+    """The numbers of one point for an `Executor`.
 
-    Parameters
+    Attributes
     ----------
-    program
-        With no method missing (see `resolve`).
+    residuals
+        What the program reads, in the order of `Program.residuals`.
+    ops
+        Its opaque operations, in order.
     guards
         Residuals that must not have changed although the program does not read them: it was
         made from one that did.
     """
 
+    __slots__ = ("_all", "guards", "ops", "residuals")
+
+    def __init__(
+        self,
+        residuals: Sequence[Residual],
+        ops: Sequence[Operation],
+        guards: Sequence[Residual] = (),
+    ) -> None:
+        self.residuals = tuple(residuals)
+        self.ops = tuple(ops)
+        self.guard_by(guards)
+
+    def guard_by(self, guards: Sequence[Residual]) -> None:
+        """Change what is watched besides the residuals."""
+        self.guards = tuple(guards)
+        self._all = (*self.residuals, *self.guards)
+
+    @classmethod
+    def of(cls, program: Program, guards: Sequence[Residual] = ()) -> Binding:
+        """Return the numbers that stand in a program."""
+        ops = [eq.op for eq in program.equations if isinstance(eq.op, Operation)]
+        return cls(program.residuals(), ops, guards)
+
+    def check(self) -> None:
+        """Raise `StalenessError` if a residual was changed in place."""
+        for r in self._all:
+            if r.version is not None and r.tensor._version != r.version:
+                r.check()
+        if self.ops:  # user code was seen to free memory that it does not own
+            self.check_memory()
+
+    def check_memory(self) -> None:
+        """Raise `StalenessError` if the memory of a residual was freed."""
+        for r in self._all:
+            r.check_memory()
+
+    def kept(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that are kept alive; one may come several times."""
+        for r in self._all:
+            yield r.tensor
+        for op in self.ops:
+            yield from op.bytes_kept()
+
+
+def filled(program: Program, binding: Binding) -> Program:
+    """Return a program with the numbers of a point in place of its own."""
+    numbers = dict(zip(program.residuals(), binding.residuals, strict=True))
+    ops = iter(binding.ops)
+
+    def place(x: Any) -> Any:
+        return numbers[x] if isinstance(x, Residual) else x
+
+    equations = []
+    for eq in program.equations:
+        op = next(ops) if isinstance(eq.op, Operation) else eq.op
+        args, kwargs = map_leaves(place, eq.args), map_leaves(place, eq.kwargs)
+        equations.append(Equation(op, args, kwargs, eq.outputs, eq.source))
+    return program.with_equations(equations)
+
+
+class Executor:
+    """Runs a program on tensors.
+
+    The numbers come from a `Binding`, so that one executor serves many points.
+
+    Parameters
+    ----------
+    program
+        With no method missing (see `resolve`).
+    """
+
     __slots__ = (
         "_copies",
         "_inputs",
-        "_opaque",
         "_outputs",
-        "_residuals",
         "_size",
         "_steps",
         "_verified",
         "program",
+        "runs",
     )
 
-    def __init__(self, program: Program, guards: Sequence[Residual] = ()) -> None:
+    def __init__(self, program: Program) -> None:
         program.check()
         self.program = program
-        slots: dict[Var, int] = {}
+        slots: dict[Any, int] = {r: i for i, r in enumerate(program.residuals())}
         for v in (*program.inputs, *(v for eq in program.equations for v in eq.outputs if v)):
             slots[v] = len(slots)
         self._size = len(slots)
         self._inputs = [slots[v] for v in program.inputs]
         self._outputs = [-1 if v is None else slots[v] for v in program.outputs]
         self._steps = [_Step(eq, slots) for eq in program.equations]
-        self._residuals = [*program.residuals(), *guards]
+        for i, step in enumerate(step for step in self._steps if step.opaque):
+            step.place = i
         self._free(program, slots)
         self._copies = self._to_copy(program)
         self._verified = False
-        #: Whether user code runs, which was seen to free memory that it does not own.
-        self._opaque = program.is_opaque()
+        #: How often it ran, counted by its users.
+        self.runs = 0
 
-    def _free(self, program: Program, slots: dict[Var, int]) -> None:
+    def _free(self, program: Program, slots: dict[Any, int]) -> None:
         """Note after which step each intermediate can go."""
         last: dict[int, _Step] = {}
         for eq, step in zip(program.equations, self._steps, strict=True):
@@ -173,21 +257,10 @@ class Executor:
             taken.add(owner)
         return copies
 
-    def check_residuals(self) -> None:
-        """Raise `StalenessError` if a residual was changed in place."""
-        for r in self._residuals:
-            if r.version is not None and r.tensor._version != r.version:
-                r.check()
-        if self._opaque:
-            self._check_memory()
-
-    def _check_memory(self) -> None:
-        for r in self._residuals:
-            r.check_memory()
-
     def __call__(
         self,
         arguments: Sequence[torch.Tensor],
+        binding: Binding | None = None,
         tape: list[Any] | None = None,
         *,
         replay: bool = False,
@@ -198,6 +271,8 @@ class Executor:
         ----------
         arguments
             One tensor per input.
+        binding
+            The numbers of a point; by default those that stand in the program.
         tape
             Receives the results of user code, in order.
         replay
@@ -208,12 +283,18 @@ class Executor:
         list
             One tensor per output; None for one that is zero.
         """
-        self.check_residuals()
-        values: list[Any] = [None] * self._size
+        if binding is None:
+            binding = Binding.of(self.program)
+        binding.check()
+        values: list[Any] = [r.tensor for r in binding.residuals]
+        values += [None] * (self._size - len(values))
+        ops = binding.ops
+        batching = functorch_active()
         for slot, t in zip(self._inputs, arguments, strict=True):
             values[slot] = t
         for step in self._steps:
             template, keywords = step.call
+            op = step.op if step.place < 0 else ops[step.place]
             args = template.copy()
             undefined = False
             for i, slot in step.plain:
@@ -228,12 +309,13 @@ class Executor:
                 out: Any = tape.pop(0)
             elif undefined:
                 # A custom Function returned None: an undefined tangent, which is zero.
-                out = step.with_undefined(args, keywords)
-            elif step.opaque:
-                out = looped(step.op, args) if _wrapped(args) else step.op(*args)
-                self._check_memory()
+                out = step.with_undefined(op, args, keywords)
+            elif batching:
+                out = call(op, args, keywords)
             else:
-                out = step.op(*args, **keywords)
+                out = op(*args, **keywords)
+            if step.opaque and not replay:
+                binding.check_memory()
             if step.opaque and tape is not None and not replay:
                 tape.append(out)
             if not self._verified:
@@ -252,46 +334,6 @@ class Executor:
             t.clone() if copy and t is not None else t
             for t, copy in zip(results, self._copies, strict=True)
         ]
-
-
-def _wrapped(args: Sequence[Any]) -> bool:
-    return any(isinstance(a, torch.Tensor) and batched_or_wrapped(a) for a in args)
-
-
-def looped(op: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """Call an operation on batches of `torch.vmap`, entry by entry."""
-    return _Looped.apply(op, *args)  # type: ignore[no-untyped-call]
-
-
-class _Looped(torch.autograd.Function):
-    """Lets user code, which knows nothing of batches, take part in `torch.vmap`."""
-
-    @staticmethod
-    def forward(op: Callable[..., Any], *args: Any) -> Any:
-        return tuple(op(*args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, op: Callable[..., Any], *args: Any) -> Any:
-        rows = []
-        for i in range(info.batch_size):
-            given = [
-                a if d is None else a.select(d, i) for a, d in zip(args, in_dims[1:], strict=True)
-            ]
-            wrapped = _wrapped(given)
-            rows.append(looped(op, given) if wrapped else tuple(op(*given)))
-        columns = list(zip(*rows, strict=True))
-        defined = [next((t for t in column if t is not None), None) for column in columns]
-        stacked = tuple(
-            None
-            if like is None
-            else torch.stack([torch.zeros_like(like) if t is None else t for t in column])
-            for column, like in zip(columns, defined, strict=True)
-        )
-        return stacked, tuple(None if t is None else 0 for t in stacked)
 
 
 def _fill(step: _Step, args: list[Any], keywords: dict[str, Any], values: list[Any]) -> bool:
@@ -316,19 +358,20 @@ def _with_zeros(step: _Step, args: list[Any], keywords: dict[str, Any]) -> Any:
 
     def fill(placed: Any, now: Any) -> Any:
         if isinstance(placed, _Slot):
-            return step.specs[placed.index].zeros() if now is None else now
+            missing = placed.variable and now is None
+            return step.specs[placed.index].zeros() if missing else now
         if isinstance(placed, (list, tuple)):
             return type(placed)(fill(p, n) for p, n in zip(placed, now, strict=True))
         return now
 
     template, _ = step.call
     filled = [fill(p, n) for p, n in zip(template, args, strict=True)]
-    return step.op(*filled, **{k: fill(step.tail.get(k), v) for k, v in keywords.items()})
+    return call(step.op, filled, {k: fill(step.tail.get(k), v) for k, v in keywords.items()})
 
 
 def _all_undefined(placed: Any, now: Any) -> bool:
     if isinstance(placed, _Slot):
-        return now is None
+        return now is None or not placed.variable
     if isinstance(placed, (list, tuple)) and _contains(placed):
         return all(_all_undefined(p, n) for p, n in zip(placed, now, strict=True))
     return True
@@ -337,6 +380,7 @@ def _all_undefined(placed: Any, now: Any) -> bool:
 _COPYING = {aten.clone.default, aten._to_copy.default}
 
 
+@functools.cache
 def _may_alias(op: Callable[..., Any]) -> bool:
     """Whether an operation's result may share memory with its argument."""
     if not isinstance(op, OpOverload):

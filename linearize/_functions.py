@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +151,17 @@ class CustomNode:
         base = torch.autograd.Function
         own = self.cls.backward is not base.backward or self.cls.vjp is not base.vjp
         return own and not only_raises(self.cls)
+
+    def signature(self) -> Hashable:
+        """Return what of the node, besides its edges, decides how it is called."""
+        return (
+            self.cls,
+            self.has_jvp,
+            self.has_backward,
+            self.positions,
+            self._record.inputs,
+            self._record.materialize,
+        )
 
     def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Call the user's `backward` once.
@@ -433,6 +444,10 @@ class CustomBackward(Operation):
         """Printable name."""
         return f"{self.node.name}.backward"
 
+    def moved(self, counterpart: Callable[[Any], Any]) -> CustomBackward:
+        """Return the same with another node."""
+        return CustomBackward(counterpart(self.node))
+
     def __call__(self, *grads: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Call the user's `backward`."""
         return self.node.backward(grads)
@@ -457,6 +472,10 @@ class CustomJvp(Operation):
     def name(self) -> str:  # type: ignore[override]
         """Printable name."""
         return f"{self.node.name}.jvp"
+
+    def moved(self, counterpart: Callable[[Any], Any]) -> CustomJvp:
+        """Return the same with another node."""
+        return CustomJvp(counterpart(self.node), self.wanted)
 
     def __call__(self, *tangents: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Call the user's `jvp`."""

@@ -47,6 +47,7 @@ class KernelTranspose(Operation):
 
     __slots__ = ("args", "count", "formula", "kernel", "kwargs")
     may_alias = False
+    of_point = False
 
     def __init__(
         self, kernel: OpOverload, args: Any, kwargs: Any, count: int, formula: Formula
@@ -198,18 +199,18 @@ def _segments(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     for r in eq.residuals():
         r.check()
     if named["lengths"] is not None:
-        lengths = named["lengths"].tensor
+        ends = named["lengths"].tensor.cumsum(-1)
     else:
-        offsets = named["offsets"].tensor
-        if bool(offsets[..., :1].any()):
-            return None
-        lengths = offsets.diff(dim=-1)
-    batch, length, segments = math.prod(shape[:axis]), shape[axis], lengths.shape[-1]
-    lengths = lengths.reshape(batch, segments)
-    if not bool((lengths.sum(-1) == length).all()):
+        ends = named["offsets"].tensor[..., 1:]
+    batch, length, segments = math.prod(shape[:axis]), shape[axis], ends.shape[-1]
+    if not segments:
         return None
-    place = torch.arange(batch * segments, device=lengths.device)
-    index = Residual(place.repeat_interleave(lengths.flatten()), e.source)
+    # Entries outside of all segments have slope zero, wherever they are put.
+    places = torch.arange(length, device=ends.device, dtype=ends.dtype).expand(batch, length)
+    ends = ends.reshape(batch, segments).contiguous()
+    segment = torch.searchsorted(ends, places.contiguous(), right=True).clamp(max=segments - 1)
+    first = segments * torch.arange(batch, device=ends.device)[:, None]
+    index = Residual((first + segment).flatten(), e.source)
     out = e.emit(aten.mul.Tensor, (ct, _slopes(e, eq)), ct.spec)
     flat = _like(ct, (batch * length, *shape[axis + 1 :]))
     out = e.emit(aten.reshape.default, (out, list(flat.shape)), flat)

@@ -65,6 +65,19 @@ _GRADIENT_FIRST = frozenset(
 )
 
 
+#: Backward operations that take gradients of any strides.
+_ANY_STRIDES = frozenset(
+    (
+        "slice_backward select_backward diagonal_backward unfold_backward convolution_backward "
+        "native_layer_norm_backward native_batch_norm_backward native_dropout_backward "
+        "embedding_dense_backward _scaled_dot_product_flash_attention_for_cpu_backward "
+        "_scaled_dot_product_flash_attention_backward "
+        "_scaled_dot_product_efficient_attention_backward "
+        "_scaled_dot_product_cudnn_attention_backward"
+    ).split()
+)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Schema:
     """The parts of an operation's schema that recording needs."""
@@ -85,6 +98,18 @@ def schema_of(op: OpOverload) -> Schema:
     )
     name = op._schema.name.partition("::")[2]
     return Schema(name, writes, bool(op.is_view), torch.Tag.pointwise in op.tags)
+
+
+@functools.cache
+def wants_contiguous(op: OpOverload) -> bool:
+    """Whether an operation may go wrong, without a word, for gradients that are not contiguous.
+
+    Formulas of PyTorch's gradients call `contiguous` for such kernels, which leaves no trace
+    where there is nothing to do: `native_group_norm_backward` on the CPU reads past strides.
+    """
+    schema = schema_of(op)
+    kernel = schema.name.endswith("_backward") and not schema.pointwise
+    return op.namespace == "aten" and kernel and schema.name not in _ANY_STRIDES
 
 
 @functools.cache
@@ -135,6 +160,67 @@ def known_linear(op: OpOverload, variable: Sequence[bool]) -> bool:
     return name in _JOINTLY_LINEAR and count == len(variable) and op._overloadname != "Scalar"
 
 
+#: Operations that put numbers elsewhere: linear wherever what they put in between is zero.
+_PLACE = frozenset(
+    (
+        "where scatter scatter_add index_put _index_put_impl_ index_put_ masked_fill "
+        "constant_pad_nd diagonal_scatter select_scatter slice_scatter as_strided_scatter "
+        "index_add index_copy index_fill masked_scatter masked_select put take "
+        "masked_fill_ _unsafe_masked_index _unsafe_masked_index_put_accumulate _unsafe_index_put"
+    ).split()
+)
+#: Operations that are linear in the argument at this place, whatever the others are.
+_LINEAR_AT = {
+    "linalg_solve_triangular": (1,),
+    "linalg_lu_solve": (2,),
+    "cholesky_solve": (0,),
+    "triangular_solve": (0,),
+    "_trilinear": (0, 1, 2),
+    "convolution": (0, 1),
+    "linalg_cross": (0, 1),
+}
+#: The same for the first argument, by the beginning of the name.
+_LINEAR_FIRST_KINDS = (
+    "upsample_",
+    "_upsample_",
+    "reflection_pad",
+    "replication_pad",
+    "avg_pool",
+    "_adaptive_avg_pool",
+    "grid_sampler",
+    "im2col",
+    "col2im",
+)
+
+
+def linear_by_meaning(
+    op: OpOverload, variable: Sequence[bool], others_static: Callable[[], bool]
+) -> bool:
+    """Whether an operation that tested linear is so for all numbers in its other arguments.
+
+    Parameters
+    ----------
+    op
+        The operation.
+    variable
+        For each positional argument, whether it is or contains a variable.
+    others_static
+        Tells whether the other floating point arguments are the same at every point.
+    """
+    if op.namespace != "aten":
+        return False
+    name = schema_of(op).name
+    if name.endswith("_backward") and not name.endswith("_backward_backward"):
+        # The derivative of something, applied to the gradient that comes first.
+        first = op._schema.arguments[0].name
+        return first.startswith("grad") and variable[0] and sum(variable) == 1
+    if name in _LINEAR_AT:
+        return sum(variable) == 1 and any(variable[i] for i in _LINEAR_AT[name])
+    if name.startswith(_LINEAR_FIRST_KINDS):
+        return variable[0] and sum(variable) == 1
+    return name in _PLACE and others_static()
+
+
 _TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
@@ -149,14 +235,25 @@ def tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, 1e-8)
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+def rounding(dtype: torch.dtype) -> float:
+    """Return the relative error that rounding in another order may well amount to.
+
+    Less than `tolerance` in single precision: there, digits that a simplified program loses by
+    cancellation are missed.
+    """
+    return min(tolerance(dtype), max(200 * torch.finfo(dtype).eps, 1e-9))
+
+
+def close(
+    a: torch.Tensor, b: torch.Tensor, within: Callable[[torch.dtype], float] = tolerance
+) -> bool:
     """Whether two tensors agree within the tolerance of their dtype, relative to the largest.
 
     Numbers that are not finite must stand at the same places.
     """
     if a.shape != b.shape or a.numel() == 0:
         return a.shape == b.shape
-    limit = max(tolerance(a.dtype), tolerance(b.dtype))
+    limit = max(within(a.dtype), within(b.dtype))
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
     a, b = a.detach().to(wide), b.detach().to(wide)
     finite = torch.isfinite(a)

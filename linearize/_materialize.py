@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ._program import Emitter, Program, Residual, Var
+from ._progress import progress
 from ._space import TensorSpec
 from ._torch import aten
 from .errors import MissingDerivativeError
-
-
-def progress(steps: Iterable[int], total: int, what: str) -> Iterable[int]:
-    """Return `steps` with a progress bar where tqdm is installed; short work shows none."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return steps
-    return tqdm(steps, total=total, desc=what, delay=1.0, leave=False)
 
 
 def _reals(spec: TensorSpec) -> int:

@@ -38,6 +38,10 @@ class Stats:
         Points in the memo now.
     bytes
         Bytes of their residuals.
+    recorded
+        Points whose programs were recorded from their graph.
+    reused
+        Points that took over the programs of another one, whose graph has the same structure.
     """
 
     hits: int = 0
@@ -45,6 +49,8 @@ class Stats:
     evictions: int = 0
     points: int = 0
     bytes: int = 0
+    recorded: int = 0
+    reused: int = 0
 
     def __getitem__(self, name: str) -> int:
         if name not in self.__dataclass_fields__:

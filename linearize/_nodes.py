@@ -1,8 +1,9 @@
-"""Floor 2: pullbacks of graph nodes whose formula is linear as a whole, not step by step.
+"""Floor 2: pullbacks of graph nodes for which PyTorch's formula does not do.
 
 PyTorch computes some gradients by steps that are not linear in the cotangent although the
 result is: through a block matrix, or through logarithms of its positive and negative parts.
-Such a node is recognised by its name and written down as one `Differential`.
+Such a node is recognised by its name and written down as one `Differential`. And some
+gradients are wrong: for these there is another formula, written down step by step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from ._program import Operation
-from ._torch import Node
+from ._torch import Node, call_node, leaf_variable
+from .errors import UnsupportedError
 
 
 class Differential(Operation):
@@ -24,6 +26,7 @@ class Differential(Operation):
 
     __slots__ = ("adjoint", "setting")
     may_alias = False
+    of_point = False
 
     def __init__(self, adjoint: bool, setting: Any = None) -> None:
         self.adjoint = adjoint
@@ -128,3 +131,91 @@ _FORMULAS: dict[str, Formula] = {
 def formula_of(node: Node) -> Formula | None:
     """Return what gives a node's pullback and the tensors of its point, None if nothing does."""
     return _FORMULAS.get(node.name())
+
+
+# -- gradients that are wrong -----------------------------------------------------------------
+
+Gradients: TypeAlias = Sequence[torch.Tensor | None]
+
+
+def mended(node: Node) -> Callable[[Gradients], Gradients]:
+    """Return what computes the gradients of a built-in node."""
+    formula = _MENDED.get(node.name())
+    if formula is None:
+        return lambda grads: call_node(node, grads)
+    return lambda grads: formula(node, grads)
+
+
+def _as_strided_scatter(node: Any, grads: Gradients) -> Gradients:
+    """Keep all but the window for the first argument, and the window for the second.
+
+    PyTorch keeps the window for both. It takes an offset as one into the gradient, whose memory
+    begins with its first element; that of the first argument need not.
+    """
+    (grad,) = grads
+    size, stride, offset = (
+        node._saved_size,
+        node._saved_stride,
+        node._saved_storage_offset,
+    )
+    if grad is None:
+        return None, None
+    if offset is not None:
+        leaf = node.next_functions[0][0]
+        variable = None if leaf is None else leaf_variable(leaf)
+        if variable is None:
+            raise UnsupportedError(
+                f"{node.name()}: PyTorch does not keep where in memory the first argument of "
+                "as_strided_scatter begins, unless it is a primal; leave storage_offset out, or "
+                "write by slice_scatter or index_put"
+            )
+        offset -= variable.storage_offset()
+    where = size, stride, offset or 0
+    flat = grad.reshape(-1)
+    places = torch.arange(flat.numel(), device=flat.device).as_strided(*where)
+    if len(places.unique()) < places.numel():
+        raise UnsupportedError(
+            f"{node.name()}: the window of as_strided_scatter overlaps itself, so that its value "
+            "is undefined"
+        )
+    window = flat.as_strided(*where)
+    rest = flat.as_strided_scatter(torch.zeros_like(places, dtype=flat.dtype), *where)
+    return rest.reshape(grad.shape), window
+
+
+def _max_unpool(node: Any, grads: Gradients) -> Gradients:
+    """Leave out entries that others overwrite.
+
+    PyTorch's kernels go through the entries in order, so that the last one at a place stays,
+    if one thread does it all; and autograd gives the gradient of the place to each.
+    """
+    gradients = call_node(node, grads)
+    given = gradients[0]
+    if given is None:
+        return gradients
+    indices = node._saved_indices
+    spatial = 2 if node.name() == "MaxUnpool2DBackward0" else 3
+    planes = indices.flatten(-spatial)
+    count = planes.shape[-1]
+    order = torch.arange(count, device=planes.device).expand_as(planes)
+    if not count or not planes.numel():
+        return gradients
+    last = torch.full((*planes.shape[:-1], int(planes.max()) + 1), -1, device=planes.device)
+    last = last.scatter_reduce(-1, planes, order, "amax")
+    stays = (last.gather(-1, planes) == order).reshape(indices.shape)
+    if bool(stays.all()):
+        return gradients
+    if indices.device.type != "cpu" or torch.get_num_threads() > 1:
+        raise UnsupportedError(
+            f"{node.name()}: with repeated indices several entries are put at one place, and "
+            "which of them stays is left to chance where several threads work on it (on the CPU, "
+            "torch.set_num_threads(1) settles it)"
+        )
+    return [given * stays, *gradients[1:]]
+
+
+_MENDED: dict[str, Callable[[Any, Gradients], Gradients]] = {
+    "AsStridedScatterBackward0": _as_strided_scatter,
+    "MaxUnpool2DBackward0": _max_unpool,
+    "MaxUnpool3DBackward0": _max_unpool,
+}

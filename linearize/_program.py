@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ._origin import Literal, Origin
 from ._space import TensorSpec
 from .errors import LinearizeError, StalenessError
 
@@ -30,15 +31,30 @@ class Residual:
     """A tensor kept from the forward run, with the version that it had then.
 
     Both directions share one `Residual` for one tensor.
+
+    Attributes
+    ----------
+    origin
+        How it is computed from what the graph saved; None if that is not known.
     """
 
-    __slots__ = ("size", "source", "tensor", "version")
+    __slots__ = ("origin", "size", "source", "tensor", "version")
 
-    def __init__(self, tensor: torch.Tensor, source: str = "") -> None:
+    def __init__(
+        self, tensor: torch.Tensor, source: str = "", origin: Origin | None = None
+    ) -> None:
         self.tensor = tensor
         self.source = source
+        self.origin = origin
         self.version = None if tensor.is_inference() else tensor._version
         self.size = _storage_bytes(tensor)
+
+    def blank(self) -> Residual:
+        """Return one that stands for the same tensor of any point, and has none itself."""
+        r = Residual.__new__(Residual)
+        r.source, r.origin = self.source, self.origin
+        r.version, r.size = None, 0
+        return r
 
     def changed(self) -> bool:
         """Whether the tensor was changed in place."""
@@ -79,6 +95,8 @@ class Operation:
     may_return_none: bool = False
     #: Whether outputs may alias something that the operation's author owns.
     may_alias: bool = True
+    #: Whether it belongs to one point, because it holds a node of its graph.
+    of_point: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the operation."""
@@ -87,6 +105,16 @@ class Operation:
     def bytes_kept(self) -> Iterable[torch.Tensor]:
         """Return the tensors that the operation keeps alive."""
         return ()
+
+    def moved(self, counterpart: Callable[[Any], Any]) -> Operation | None:
+        """Return the same operation at another point, None if that is not possible.
+
+        Parameters
+        ----------
+        counterpart
+            Gives, for what the operation holds of its graph, the same of another.
+        """
+        return None if self.of_point else self
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -135,8 +163,35 @@ class Equation:
 
 def zero_residual(spec: TensorSpec) -> Residual:
     """Return zeros of a shape, expanded from one zero: they take no memory."""
-    t = torch.zeros((), dtype=spec.dtype, device=spec.device)
-    return Residual(t.expand(spec.shape), "zeros")
+    t = torch.zeros((), dtype=spec.dtype, device=spec.device).expand(spec.shape)
+    return Residual(t, "zeros", Literal(t))
+
+
+def evaluated(op: Callable[..., Any], *args: Any, source: str, **kwargs: Any) -> Residual:
+    """Apply an operation to residuals, now; the result knows how it came about.
+
+    Parameters
+    ----------
+    op
+        An operation with one result that is a tensor.
+    *args, **kwargs
+        May contain `Residual` leaves.
+    source
+        What the result is kept for.
+    """
+    numbers = map_leaves(_tensor_of, args), map_leaves(_tensor_of, kwargs)
+    result = op(*numbers[0], **numbers[1])
+    known = all(x.origin is not None for x in leaves((args, kwargs)) if isinstance(x, Residual))
+    origin = Origin(op, map_leaves(_origin_of, args), map_leaves(_origin_of, kwargs))
+    return Residual(result, source, origin if known else None)
+
+
+def _tensor_of(x: Any) -> Any:
+    return x.tensor if isinstance(x, Residual) else x
+
+
+def _origin_of(x: Any) -> Any:
+    return x.origin if isinstance(x, Residual) else x
 
 
 def _other_term(eq: Equation, zero: set[Var]) -> Var | None:
@@ -164,17 +219,21 @@ def leaves(tree: Any) -> list[Any]:
 
 def _gather(tree: Any, found: list[Any]) -> None:
     for x in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(x, (list, tuple, dict)):
-            _gather(x, found)
+        if isinstance(x, _NESTED):
+            if x:
+                _gather(x, found)
         else:
             found.append(x)
+
+
+_NESTED = (list, tuple, dict)
 
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Apply `fn` to each leaf of nested lists, tuples and dicts."""
     kind = type(tree)
     if kind is list or kind is tuple:
-        return kind(map_leaves(fn, x) for x in tree)
+        return kind([map_leaves(fn, x) if isinstance(x, _NESTED) else fn(x) for x in tree])
     if kind is dict:
         return {k: map_leaves(fn, x) for k, x in tree.items()}
     return fn(tree)
@@ -193,9 +252,11 @@ class Program:
         One variable per component of the result; None for one that is always zero.
     specs
         Shape, dtype and device of each component of the result.
+    fixed
+        Why another point of the same structure may have another program; empty if it has not.
     """
 
-    __slots__ = ("__weakref__", "equations", "inputs", "name", "outputs", "specs")
+    __slots__ = ("__weakref__", "equations", "fixed", "inputs", "name", "outputs", "specs")
 
     def __init__(
         self,
@@ -204,12 +265,14 @@ class Program:
         outputs: Sequence[Var | None],
         specs: Sequence[TensorSpec],
         name: str = "program",
+        fixed: str = "",
     ) -> None:
         self.inputs = tuple(inputs)
         self.equations = tuple(equations)
         self.outputs = tuple(outputs)
         self.specs = tuple(specs)
         self.name = name
+        self.fixed = fixed
 
     def live(self) -> Program:
         """Return the program without the equations that no output depends on."""
@@ -219,7 +282,14 @@ class Program:
             if any(v in needed for v in eq.outputs if v is not None):
                 kept.append(eq)
                 needed.update(eq.inputs())
-        return Program(self.inputs, kept[::-1], self.outputs, self.specs, self.name)
+        return self.with_equations(kept[::-1])
+
+    def with_equations(
+        self, equations: Sequence[Equation], outputs: Sequence[Var | None] | None = None
+    ) -> Program:
+        """Return a program of the same inputs with other equations."""
+        outs = self.outputs if outputs is None else outputs
+        return Program(self.inputs, equations, outs, self.specs, self.name, self.fixed)
 
     def restricted(self, present: Sequence[bool]) -> Program:
         """Return the program for arguments of which some are zero.
@@ -257,7 +327,7 @@ class Program:
                 kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
         inputs = [v for v, here in zip(self.inputs, present, strict=True) if here]
         outputs = [None if v is None or v in zero else same.get(v, v) for v in self.outputs]
-        return Program(inputs, kept, outputs, self.specs, self.name).live()
+        return Program(inputs, kept, outputs, self.specs, self.name, self.fixed).live()
 
     def is_opaque(self) -> bool:
         """Whether user code is called."""
@@ -278,6 +348,33 @@ class Program:
         for eq in self.equations:
             if isinstance(eq.op, Operation):
                 yield from eq.op.bytes_kept()
+
+    def peak_bytes(self) -> int:
+        """Return the most bytes that variables take at once, each counted in full."""
+        last: dict[Var, int] = {}
+        for i, eq in enumerate(self.equations):
+            last.update((v, i) for v in eq.inputs())
+        results = {v for v in self.outputs if v is not None}
+        dying: dict[int, list[Var]] = {}
+        for v, i in last.items():
+            if v not in results:
+                dying.setdefault(i, []).append(v)
+        now = peak = sum(v.spec.nbytes for v in self.inputs)
+        for i, eq in enumerate(self.equations):
+            now += sum(v.spec.nbytes for v in eq.outputs if v is not None and v in last)
+            now += sum(v.spec.nbytes for v in eq.outputs if v in results and v not in last)
+            peak = max(peak, now)
+            now -= sum(v.spec.nbytes for v in dying.get(i, ()))
+        return peak
+
+    def then(self, other: Program, name: str) -> Program:
+        """Return the program that applies this one and hands its result on to `other`."""
+        e = Emitter()
+        inputs = [Var(v.spec) for v in self.inputs]
+        middle = e.inline(self, inputs)
+        rest = other.restricted([v is not None for v in middle])
+        outputs = e.inline(rest, [v for v in middle if v is not None])
+        return Program(inputs, e.equations, outputs, other.specs, name).live()
 
     def check(self) -> None:
         """Raise if a variable is read before it is defined, or defined twice.
@@ -317,13 +414,20 @@ class Program:
 
 
 class Emitter:
-    """Collects equations while a program is being built."""
+    """Collects equations while a program is being built.
 
-    __slots__ = ("equations", "source")
+    Attributes
+    ----------
+    fixed
+        As of the program (see `Program`).
+    """
 
-    def __init__(self, source: str = "") -> None:
+    __slots__ = ("equations", "fixed", "source")
+
+    def __init__(self, source: str = "", fixed: str = "") -> None:
         self.equations: list[Equation] = []
         self.source = source
+        self.fixed = fixed
 
     def emit(
         self, op: Callable[..., Any], args: tuple[Any, ...], spec: TensorSpec, **kwargs: Any
@@ -339,6 +443,7 @@ class Emitter:
         The program's own variables are renamed, so that it can be inlined any number of times.
         """
         names: dict[Var, Var] = dict(zip(program.inputs, arguments, strict=True))
+        self.fixed = self.fixed or program.fixed
 
         def rename(x: Any) -> Any:
             return names[x] if isinstance(x, Var) else x

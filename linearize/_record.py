@@ -10,8 +10,8 @@ Random cotangents, because real backward formulas branch on zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -19,7 +19,8 @@ from ._capture import Edge, Graph
 from ._execute import Executor
 from ._functions import CustomBackward, CustomNode
 from ._linearity import close
-from ._nodes import formula_of
+from ._nodes import formula_of, mended
+from ._origin import Origin
 from ._program import Emitter, Equation, Operation, Program, Residual, Var
 from ._recorder import OpaqueError, Recorder
 from ._space import TensorSpec
@@ -28,12 +29,14 @@ from ._torch import (
     call_node,
     input_metadata,
     outside_backward,
+    saved_tensors,
     subclasses_ignored,
     unobserved,
 )
 from .errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
 
 T = TypeVar("T")
+SavedBy: TypeAlias = Callable[[Node], Iterable[tuple[torch.Tensor, Origin | None]]]
 
 
 class NodeBackward(Operation):
@@ -77,17 +80,25 @@ def _metadata_spec(meta: Any) -> TensorSpec:
 class _Walk:
     """One walk over a graph, from roots to leaves."""
 
-    def __init__(self, graph: Graph, emitter: Emitter, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        emitter: Emitter,
+        generator: torch.Generator,
+        saved: SavedBy | None = None,
+    ) -> None:
         self.graph = graph
         self.emitter = emitter
         self.generator = generator
+        self.saved = saved or (lambda node: [(t, None) for t in saved_tensors(node)])
         self.recorder = Recorder(emitter)
         self.pending: dict[Node, dict[int, torch.Tensor]] = {}
         self.reached = set(graph.order)
 
     def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
         """Return random numbers that stand for `var`."""
-        t = spec.random(self.generator)
+        with unobserved():
+            t = spec.random(self.generator)
         self.recorder.define(t, var)
         return t
 
@@ -131,6 +142,8 @@ class _Walk:
             return
         count = len(input_metadata(node))
         grads = [received.get(i) for i in range(count)]
+        with unobserved():
+            self.recorder.constants.at_node(self.saved(node))
         formula = formula_of(node)
         if formula is not None:
             op, point = self.guarded(node, lambda: formula(node))
@@ -165,7 +178,7 @@ class _Walk:
                 f"{name}: this operation has no derivative registered (for a torch.library "
                 "operator, call register_autograd)"
             )
-        return self.guarded(node, lambda: call_node(node, grads))
+        return self.guarded(node, lambda: mended(node)(grads))
 
     @staticmethod
     def guarded(node: Node, do: Callable[[], T]) -> T:
@@ -184,6 +197,12 @@ class _Walk:
                 ) from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            if "Sparse" in text:
+                raise UnsupportedError(
+                    f"{name}: a sparse tensor that depends on the primals is not supported (a "
+                    "constant one is); compute with its values by index_select and index_add, or "
+                    "put the operation into a custom Function"
+                ) from error
             # PyTorch goes on with a table of all backends.
             raise UnsupportedError(
                 f"{name}: PyTorch cannot apply its derivative: {text.partition(chr(10))[0]}"
@@ -303,6 +322,8 @@ def record_pullback(
     *,
     seed: int = 0,
     name: str = "pullback",
+    saved: SavedBy | None = None,
+    given: Iterable[Residual] = (),
 ) -> Program:
     """Record the linear program from cotangents of a graph's roots to those of its leaves.
 
@@ -318,6 +339,11 @@ def record_pullback(
         Of the random cotangents.
     name
         The program's name.
+    saved
+        Gives the tensors that a node saved, and the names under which another graph of the
+        same structure has its own.
+    given
+        Residuals that the graph was made from.
 
     Raises
     ------
@@ -327,7 +353,8 @@ def record_pullback(
         If a tensor saved by the graph was changed in place.
     """
     emitter = Emitter()
-    walk = _Walk(graph, emitter, torch.Generator().manual_seed(seed))
+    walk = _Walk(graph, emitter, torch.Generator().manual_seed(seed), saved)
+    walk.recorder.constants.given(given)
     inputs = [Var(spec) for spec in out_specs]
     seeds = [walk.placeholder(v.spec, v) for v in inputs]
     arrived = walk.run(seeds)
@@ -337,7 +364,7 @@ def record_pullback(
             raise UnsupportedError(
                 f"{name}: a gradient arrived at a primal by operations that PyTorch does not show"
             )
-    program = Program(inputs, emitter.equations, outputs, in_specs, name).live()
+    program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
     if walk.recorder.frozen and not program.is_opaque():
         _try_elsewhere(graph, program, seed + 1, walk.recorder.frozen)
     return program
@@ -366,6 +393,7 @@ def record_function(
     seed: int = 0,
     name: str = "map",
     source: str = "",
+    given: Iterable[Residual] = (),
 ) -> tuple[Program, list[torch.Tensor], list[torch.Tensor | None]]:
     """Record a linear function written in PyTorch operations by calling it once.
 
@@ -382,6 +410,7 @@ def record_function(
     """
     emitter = Emitter(source)
     recorder = Recorder(emitter)
+    recorder.constants.given(given)
     generator = torch.Generator().manual_seed(seed)
     inputs = [Var(spec) for spec in in_specs]
     arguments = [spec.random(generator) for spec in in_specs]
@@ -399,4 +428,5 @@ def record_function(
         if got is not None and var is None and bool(got.any()):
             raise OpaqueError("returns something that does not descend from its argument")
         outputs.append(var)
-    return Program(inputs, emitter.equations, outputs, specs, name).live(), arguments, results
+    program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)
+    return program.live(), arguments, results

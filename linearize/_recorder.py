@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ._constants import Constants
 from ._linearity import (
     CONSTANT,
     READS_NUMBERS,
@@ -20,8 +21,10 @@ from ._linearity import (
     Schema,
     functional_variant,
     known_linear,
+    linear_by_meaning,
     schema_of,
     tested_linear,
+    wants_contiguous,
 )
 from ._program import (
     Emitter,
@@ -61,11 +64,16 @@ class _Entry:
         self.uninitialized = uninitialized
 
 
+def _is_dense(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and t.is_contiguous()
+
+
 class Functionalized(Operation):
     """An operation that writes to its arguments, run on copies; returns what it wrote."""
 
     __slots__ = ("op", "writes")
     may_alias = False
+    of_point = False
 
     def __init__(self, op: OpOverload) -> None:
         self.op = op
@@ -113,6 +121,10 @@ class Recorder(DispatchMode):
         self.emitter = emitter
         self._entries: dict[int, _Entry] = {}
         self._residuals: dict[int, Residual] = {}
+        #: Tensors that are linear in the cotangents in some places and constant in others.
+        self._mixed: dict[int, weakref.ref[torch.Tensor]] = {}
+        #: How the constants that are met come about.
+        self.constants = Constants(emitter)
         #: A comparison of something derived from a cotangent, if one was met.
         self.frozen = ""
 
@@ -123,7 +135,11 @@ class Recorder(DispatchMode):
     def variable(self, t: Any) -> Var | None:
         """Return the variable that `t` stands for, None for a constant."""
         entry = self._entries.get(id(t))
-        return entry.var if entry is not None and entry.ref() is t else None
+        if entry is None or entry.ref() is not t:
+            return None
+        if id(t) in self._mixed:
+            raise OpaqueError("writes a constant into something linear in the cotangent")
+        return entry.var
 
     def __torch_dispatch__(
         self,
@@ -137,14 +153,22 @@ class Recorder(DispatchMode):
 
     def _see(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         schema = schema_of(func)
+        if self._mixed:
+            if schema.is_view and id(args[0]) in self._mixed:
+                return self._view_of_mixed(func, args, kwargs)
+            self._overwritten(schema, args, kwargs)
         derived = any(
             isinstance(x, torch.Tensor) and self.variable(x) is not None
             for x in leaves((args, kwargs))
         )
         if not derived or func in CONSTANT or _only_shape(kwargs):
+            note = self.constants.seen(func, args, kwargs)
             if schema.writes:
-                self._constant_written(schema, args, kwargs)
+                targets = self._constant_written(schema, args, kwargs)
             out = func(*args, **kwargs)
+            note(out)
+            for t in targets if schema.writes else ():
+                self._partly_constant(t, self._aliases(t))
             empty = func in UNINITIALIZED or (schema.is_view and self._uninitialized(args[0]))
             for t in leaves(out):
                 if isinstance(t, torch.Tensor) and self.variable(t) is None:
@@ -170,22 +194,39 @@ class Recorder(DispatchMode):
         keyword = any(self.variable(x) is not None for x in leaves(kwargs))
         if not keyword and known_linear(func, self._without_zeros(func, args, holds)):
             return None
+        self._judge(func, holds, keyword, (args, kwargs))
         with torch.no_grad():
             linear = tested_linear(func, args, kwargs, lambda x: self.variable(x) is not None)
         if linear is None:
             raise OpaqueError(f"{schema_of(func).name} is not linear in the cotangent")
         return linear
 
+    def _judge(self, func: OpOverload, holds: list[bool], keyword: bool, given: Any) -> None:
+        """Note whether a test of linearity says something about other points too."""
+
+        def static() -> bool:
+            others = (
+                x
+                for x in leaves(given)
+                if isinstance(x, torch.Tensor)
+                and self.variable(x) is None
+                and (x.is_floating_point() or x.is_complex())
+            )
+            return all(self.constants.static(x) for x in others)
+
+        if keyword or not linear_by_meaning(func, holds, static):
+            self.constants.decided(f"linearity of {schema_of(func).name}")
+
     def _without_zeros(self, func: OpOverload, args: Any, holds: list[bool]) -> list[bool]:
         """Count constants that are zero as variables in sums: `0 + g` is linear."""
         name = schema_of(func).name
         if name in ("add", "sub") and len(args) == 2 and not all(holds):
             other = args[holds.index(False)]
-            zero = not bool(other.any()) if isinstance(other, torch.Tensor) else other == 0
+            zero = not self.some(other) if isinstance(other, torch.Tensor) else other == 0
             return [True, True] if zero else holds
         if name in ("cat", "stack"):
             parts = args[0]
-            fine = all(self.variable(x) is not None or not bool(x.any()) for x in parts)
+            fine = all(self.variable(x) is not None or not self.some(x) for x in parts)
             return [True] if fine else holds
         return holds
 
@@ -199,8 +240,14 @@ class Recorder(DispatchMode):
         """Return the residual for a constant, one for each tensor."""
         known = self._residuals.get(id(t))
         if known is None or known.tensor is not t:
-            known = self._residuals[id(t)] = Residual(t, self.emitter.source)
+            known = Residual(t, self.emitter.source, self.constants.origin(t))
+            self._residuals[id(t)] = known
         return known
+
+    def some(self, t: torch.Tensor) -> bool:
+        """Whether a constant has an entry that is not zero."""
+        self.constants.decided_by(t)
+        return bool(t.any())
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
@@ -211,13 +258,18 @@ class Recorder(DispatchMode):
                 r.tensor = without_subclass(r.tensor)
         self._residuals = {}
 
-    def _constant_written(self, schema: Schema, args: Any, kwargs: Any) -> None:
-        """Give residuals copies of their own before a constant is overwritten."""
+    def _constant_written(self, schema: Schema, args: Any, kwargs: Any) -> list[torch.Tensor]:
+        """Note that a constant is overwritten."""
         targets = [args[i] if 0 <= i < len(args) else kwargs[name] for i, name in schema.writes]
         for t in targets:
             for a in (t, *self._aliases(t)):
                 if id(a) in self._entries:
                     self._entries[id(a)].uninitialized = False
+        self._spare_residuals(targets)
+        return targets
+
+    def _spare_residuals(self, targets: Sequence[torch.Tensor]) -> None:
+        """Give residuals copies of their own before their memory is overwritten."""
         written = {t.untyped_storage().data_ptr() for t in targets}
         for key, r in list(self._residuals.items()):
             if r.tensor.untyped_storage().data_ptr() in written:
@@ -241,6 +293,7 @@ class Recorder(DispatchMode):
                         # A comparison with the cotangent is kept as it is at a random one;
                         # whoever records must test that it does not matter elsewhere.
                         self.frozen = f"{schema_of(func).name} in {self.emitter.source}"
+                        self.constants.decided(self.frozen)
                 continue
             var = Var(TensorSpec.of(t))
             outputs.append(var)
@@ -266,6 +319,9 @@ class Recorder(DispatchMode):
         if func in _VIEWS:
             return aten.reshape.default, arguments[:2]
         if func not in _STRIDED:
+            if isinstance(func, OpOverload) and wants_contiguous(func):
+                pairs = zip(arguments, args, strict=True)
+                arguments = [self._dense(a) if _is_dense(t) else a for a, t in pairs]
             return func, arguments
         x = args[0]
         strided = func is not aten.view_as_complex.default
@@ -284,6 +340,11 @@ class Recorder(DispatchMode):
                 arguments[-1] -= x.storage_offset()
         return func, arguments
 
+    def _dense(self, a: Any) -> Any:
+        if not isinstance(a, Var):
+            return a
+        return self.emitter.emit(aten.contiguous.default, (a,), a.spec)
+
     # -- operations that write to their arguments ----------------------------------------
 
     def _mutation(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
@@ -296,7 +357,13 @@ class Recorder(DispatchMode):
         before = [[(a, self._old(a)) for a in group] for group in aliases]
         contents = [self._content(t) for t in written]
         values = self._functional(func, args, kwargs, written, contents)
+        self._spare_residuals(written)
+        note = self.constants.seen(func, args, kwargs)
         out = func(*args, **kwargs)
+        if any(var is not None for var in values):
+            self.constants.overwritten(written, None)
+        else:
+            note(out)
         for t, var, group in zip(written, values, before, strict=True):
             changed = self._overlapping(t, group)
             flat = self._flat_content(t, [*(a for a, _ in group), t]) if changed else None
@@ -308,10 +375,46 @@ class Recorder(DispatchMode):
             if var is not None:
                 self._propagate(t, var, changed, flat)
             elif isinstance(flat, Var):
-                if bool(t.any()):
-                    raise OpaqueError("writes a constant into something linear in the cotangent")
-                self._propagate(t, zero_residual(TensorSpec.of(t)), changed, flat)
+                if self.some(t):
+                    self._partly_constant(t, changed)
+                else:  # zero is linear
+                    self._propagate(t, zero_residual(TensorSpec.of(t)), changed, flat)
         return out
+
+    # -- buffers that are used piece by piece, and may never be read as a whole again ------
+
+    def _partly_constant(self, t: torch.Tensor, others: list[torch.Tensor]) -> None:
+        """After a constant was written to `t`, note what is left of tensors on its storage."""
+        variables = [a for a in others if self.variable(a) is not None]
+        if not variables or not self.some(t):
+            return  # zero is linear
+        for a, here in zip(variables, covered(t, variables), strict=True):
+            if bool(here.any()):
+                self.define(a, None)
+                if not bool(here.all()):
+                    self._set_mixed(a)
+
+    def _set_mixed(self, t: torch.Tensor) -> None:
+        """Note that `t` is linear in the cotangents in some places and constant in others."""
+        key = id(t)
+        self._mixed[key] = weakref.ref(t, lambda _: self._mixed.pop(key, None))
+
+    def _view_of_mixed(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        for t in leaves(out):
+            self.define(t, None)
+            self._set_mixed(t)
+        return out
+
+    def _overwritten(self, schema: Schema, args: Any, kwargs: Any) -> None:
+        """Forget what was in tensors that are written to without being read."""
+        if schema.name in ("copy_", "zero_", "fill_"):
+            targets = [args[0]]
+        else:
+            targets = [kwargs[name] for position, name in schema.writes if position == -1]
+        for t in targets:
+            if self._mixed.pop(id(t), None) is not None:
+                self.define(t, None, uninitialized=True)
 
     def _old(self, a: torch.Tensor) -> torch.Tensor | None:
         """Return a copy of a constant's content, None for what has none that matters."""
@@ -334,6 +437,8 @@ class Recorder(DispatchMode):
                         if old.is_complex()
                         else old[..., None]
                     )
+                if old is not None:
+                    self.constants.decided_by(a)
                 if old is not None and bool((old != 0).logical_and(~here).any()):
                     raise OpaqueError("writes into a buffer that holds something else")
         return found
@@ -350,7 +455,9 @@ class Recorder(DispatchMode):
             other = entry.ref()
             if other is None:
                 del self._entries[key]
-            elif other is not t and other.untyped_storage().data_ptr() == storage:
+            elif other is t or key in self._mixed:
+                continue
+            elif other.untyped_storage().data_ptr() == storage:
                 found.append(other)
         return found
 
@@ -359,10 +466,10 @@ class Recorder(DispatchMode):
         var = self.variable(t)
         if var is not None:
             return var
-        if self._uninitialized(t) or not bool(t.any()):
+        if self._uninitialized(t) or not self.some(t):
             # One zero, expanded: it costs no memory.
             return zero_residual(TensorSpec.of(t))
-        return Residual(t.clone(), self.emitter.source)
+        return Residual(t.clone(), self.emitter.source, self.constants.origin(t))
 
     def _functional(
         self,
@@ -391,6 +498,10 @@ class Recorder(DispatchMode):
                     return content
             return self._argument(x)
 
+        if all(position == -1 for position, _ in schema_of(func).writes):  # `out=`
+            read = [x for x in leaves((args, kwargs)) if all(x is not t for t in written)]
+            if all(self.variable(x) is None for x in read):
+                return [None] * len(written)
         variant = functional_variant(func)
         out_names = {n for position, n in schema_of(func).writes if position == -1}
         keywords = {k: v for k, v in kwargs.items() if k not in out_names or variant is None}
@@ -404,6 +515,7 @@ class Recorder(DispatchMode):
 
         holds = [any(is_variable(x) for x in leaves(a)) for a in args]
         if variant is None or keywords or not known_linear(variant, holds):
+            self._judge(variant or func, holds, any(map(is_variable, leaves(keywords))), args)
             with torch.no_grad():
                 linear = tested_linear(operation, args, keywords, is_variable)
             if linear is None or not all(linear):

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ._linearity import schema_of
-from ._program import Emitter, Equation, Operation, Residual, Var, zero_residual
+from ._program import Emitter, Equation, Operation, Residual, Var, evaluated, zero_residual
 from ._space import TensorSpec
 from ._torch import OpOverload, aten
 
@@ -85,18 +85,18 @@ def _with(spec: TensorSpec, **changes: Any) -> TensorSpec:
 def conj(x: Any) -> Any:
     """Return the conjugate of a residual or number; real ones as they are."""
     if isinstance(x, Residual):
-        return _derived(x, x.tensor.conj()) if x.tensor.is_complex() else x
+        return _derived(x, aten._conj.default) if x.tensor.is_complex() else x
     return x.conjugate() if isinstance(x, complex) else x
 
 
 def adjoint_matrix(x: Residual) -> Residual:
     """Return the conjugate transpose of a residual, a view of it."""
-    return _derived(x, x.tensor.mH)
+    return _derived(x, aten.mH.default)
 
 
-def _derived(x: Residual, t: torch.Tensor) -> Residual:
+def _derived(x: Residual, view: Any) -> Residual:
     """Return a residual that is a view of another, with the version that the other has."""
-    r = Residual(t, x.source)
+    r = evaluated(view, x, source=x.source)
     r.version = x.version
     return r
 
@@ -150,6 +150,7 @@ def _diagonal(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     aten.alias.default,
     aten.detach.default,
     aten.clone.default,
+    aten.contiguous.default,
     aten.lift_fresh.default,
     aten.resolve_conj.default,
     aten.resolve_neg.default,
@@ -208,7 +209,7 @@ def _where(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     ct = cts[0]
     assert ct is not None
     results = []
-    zero = Residual(torch.zeros((), dtype=ct.spec.dtype, device=ct.spec.device), "zeros")
+    zero = zero_residual(_with(ct.spec, shape=()))
     for i, x in enumerate((a, b)):
         if isinstance(x, Var):
             picked = (condition, ct, zero) if i == 0 else (condition, zero, ct)

@@ -4,6 +4,8 @@ A program that will run a hundred times is worth simplifying. Passes are small f
 a program to a program that is the same map:
 
 - `merge_copies` drops casts and views that change nothing and computes equal things once;
+- `join_parts` puts side by side what would be padded with zeros and added;
+- `share_matrices` multiplies a batch by one matrix where all are the same;
 - `fold_diagonals` treats a pointwise linear operation as what it is, a diagonal: chains of
   diagonals multiply into one, sums of diagonals of the same base add.
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -28,6 +30,7 @@ from ._program import (
     Program,
     Residual,
     Var,
+    evaluated,
     map_leaves,
     total_bytes,
 )
@@ -35,8 +38,8 @@ from ._rules import UNTAGGED_POINTWISE
 from ._space import TensorSpec
 from ._torch import OpOverload, aten, reachable_elsewhere
 
-#: A coefficient of a term: a number, or a tensor that broadcasts to the base's shape.
-Coefficient: TypeAlias = "complex | torch.Tensor"
+#: A coefficient of a term: a number, or a residual that broadcasts to the base's shape.
+Coefficient: TypeAlias = "complex | Residual"
 
 #: The source of residuals made here.
 FOLDED = "folded diagonals"
@@ -72,21 +75,25 @@ def simplify(program: Program) -> Program:
 
 
 def guards(before: Program, after: Program) -> list[Residual]:
-    """Return the residuals that only `before` reads and that somebody else can change.
-
-    A tensor whose storage nobody but the program refers to cannot be changed from outside.
-    """
-    ours: Counter[int] = Counter()
-    for r in before.residuals():
-        if r.size:
-            ours[r.tensor.untyped_storage().data_ptr()] += 1
+    """Return the residuals that only `before` reads and that somebody else can change."""
     kept = {id(r) for r in after.residuals()}
+    gone = [r for r in before.residuals() if id(r) not in kept]
+    return watched(gone, before.residuals())
+
+
+def watched(residuals: Iterable[Residual], ours: Iterable[Residual]) -> list[Residual]:
+    """Return those residuals that somebody else can change.
+
+    A tensor whose storage nobody but `ours` refers to cannot be changed from outside.
+    """
+    count: Counter[int] = Counter()
+    for r in ours:
+        if r.size:
+            count[r.tensor.untyped_storage().data_ptr()] += 1
     return [
         r
-        for r in before.residuals()
-        if id(r) not in kept
-        and r.size
-        and reachable_elsewhere(r.tensor, ours[r.tensor.untyped_storage().data_ptr()])
+        for r in residuals
+        if r.size and reachable_elsewhere(r.tensor, count[r.tensor.untyped_storage().data_ptr()])
     ]
 
 
@@ -173,21 +180,17 @@ def merge_copies(program: Program) -> Program:
         known[key] = eq.outputs
         kept.append(Equation(op, args, kwargs, eq.outputs, eq.source))
     outputs = [None if v is None else same.get(v, v) for v in program.outputs]
-    return Program(program.inputs, kept, outputs, program.specs, program.name).live()
+    return program.with_equations(kept, outputs).live()
 
 
 def _key(op: Any, args: Any, kwargs: Any) -> Any:
-    def leaf(x: Any) -> Any:
-        if isinstance(x, (Var, Residual)):
-            return id(x)
-        return (type(x).__name__, repr(x))
+    return op, _frozen(args), tuple((k, _frozen(v)) for k, v in sorted(kwargs.items()))
 
-    def freeze(x: Any) -> Any:
-        if isinstance(x, (list, tuple)):
-            return tuple(freeze(y) for y in x)
-        return leaf(x)
 
-    return op, freeze(args), tuple((k, freeze(v)) for k, v in sorted(kwargs.items()))
+def _frozen(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return tuple(map(_frozen, x))
+    return id(x) if isinstance(x, (Var, Residual)) else (type(x).__name__, repr(x))
 
 
 # -- diagonals ------------------------------------------------------------------------------
@@ -201,7 +204,19 @@ def fold_diagonals(program: Program) -> Program:
     """
     folded = _Folding(program).run()
     new = [r for r in folded.residuals() if r.source == FOLDED]
-    return folded if all(bool(torch.isfinite(r.tensor).all()) for r in new) else program
+    return folded if finite([r.tensor for r in new]) else program
+
+
+def finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no tensor holds an infinite number or NaN; denied too if a sum overflows.
+
+    One pass over each tensor, and the host waits for the device once.
+    """
+    sums = [t.sum().abs() for t in tensors]
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for t in sums:
+        groups.setdefault((t.dtype, t.device), []).append(t)
+    return all(bool(torch.isfinite(torch.stack(group)).all()) for group in groups.values())
 
 
 class _Folding:
@@ -231,14 +246,41 @@ class _Folding:
                     if len(form.terms) > 1 and out in self.needed:
                         # Each use would otherwise repeat its terms.
                         self.value(out)
-                else:
+                elif not self.scaled(eq):
                     self.step(eq)
                 for v in eq.inputs():
                     if last[v] == i and v not in self.results:
                         self.forms.pop(v, None)  # its coefficients are not needed any more
             outputs = [None if v is None else self.value(v) for v in self.program.outputs]
-        p = self.program
-        return Program(p.inputs, self.e.equations, outputs, p.specs, p.name).live()
+        return self.program.with_equations(self.e.equations, outputs).live()
+
+    def scaled(self, eq: Equation) -> bool:
+        """Keep an equation, with a number in its one argument left for later: A(c x) = c (A x).
+
+        In the end numbers meet a coefficient or a sum, where they cost nothing.
+        """
+        variables = set(eq.inputs())
+        if len(variables) != 1 or isinstance(eq.op, Operation):
+            return False
+        (x,) = variables
+        form = self.forms.get(x)
+        if form is None or x in self.computed or len(form.terms) != 1:
+            return False
+        ((base, c),) = form.terms.items()
+        number = c.real if isinstance(c, complex) and c.imag == 0 else c
+        if not isinstance(number, (int, float)) or base.spec != x.spec:
+            return False  # what is linear for real numbers need not be for complex ones
+
+        def rename(y: Any) -> Any:
+            return base if y is x else y
+
+        bare = tuple(None if v is None else Var(v.spec) for v in eq.outputs)
+        args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
+        self.e.equations.append(Equation(eq.op, args, kwargs, bare, eq.source))
+        for v, new in zip(eq.outputs, bare, strict=True):
+            if v is not None and new is not None:
+                self.forms[v] = _Form({new: number})
+        return True
 
     def step(self, eq: Equation) -> None:
         """Keep an equation, with its arguments computed."""
@@ -291,10 +333,10 @@ class _Folding:
         if form is None or x in self.computed or len(form.terms) != 1:
             return None
         ((base, c),) = form.terms.items()
-        if isinstance(c, torch.Tensor):
-            if c.shape != x.spec.shape:
+        if isinstance(c, Residual):
+            if c.tensor.shape != x.spec.shape:
                 return None
-            c = eq.op(c, *rest, **eq.kwargs)
+            c = evaluated(eq.op, c, *rest, source=FOLDED, **eq.kwargs)
         key = _key(eq.op, (base, *rest), eq.kwargs)
         if key not in self.moved:
             self.moved[key] = self.e.emit(eq.op, (base, *rest), out.spec, **eq.kwargs)
@@ -307,11 +349,25 @@ class _Folding:
             return None
         alpha = eq.kwargs.get("alpha", 1)
         sign = -alpha if eq.op is aten.sub.Tensor else alpha
+        common = self.common(a, b)
+        if common is not None and sign == 1:
+            (x, y), number = common
+            return _Form({self.e.emit(aten.add.Tensor, (x, y), out.spec): number})
         terms = dict(self.form(a).terms)
         for base, c in self.form(b).terms.items():
-            c = c * sign if sign != 1 else c
-            terms[base] = terms[base] + c if base in terms else c
+            c = _product(c, sign)
+            terms[base] = _total(terms[base], c) if base in terms else c
         return _Form(terms) if len(terms) <= MOST_TERMS else None
+
+    def common(self, a: Var, b: Var) -> tuple[tuple[Var, Var], complex] | None:
+        """Return the bases of two values and the number that both are multiplied by."""
+        first, second = self.form(a).terms, self.form(b).terms
+        if len(first) != 1 or len(second) != 1:
+            return None
+        ((x, c),), ((y, d),) = first.items(), second.items()
+        if isinstance(c, Residual) or isinstance(d, Residual) or c != d or c == 1 or x is y:
+            return None
+        return (x, y), c
 
     # -- computing ----------------------------------------------------------------------
 
@@ -332,8 +388,11 @@ class _Folding:
             self.step(form.equation)
             return v
         total: Var | None = None
-        # Plain terms last: they can be added, and the first product needs no addition.
-        terms = sorted(form.terms.items(), key=lambda t: not isinstance(t[1], torch.Tensor))
+        # Products with tensors first: the first needs no addition. Then plain terms: the
+        # first needs nothing at all.
+        terms = sorted(
+            form.terms.items(), key=lambda t: (not isinstance(t[1], Residual), not _is_one(t[1]))
+        )
         for base, c in terms:
             total = self.add_term(total, base, c, v.spec)
         assert total is not None
@@ -341,11 +400,10 @@ class _Folding:
 
     def add_term(self, total: Var | None, base: Var, c: Coefficient, spec: TensorSpec) -> Var:
         """Emit `total + c * base`."""
-        if isinstance(c, torch.Tensor):
-            r = Residual(c, FOLDED)
+        if isinstance(c, Residual):
             if total is None:
-                return self.e.emit(aten.mul.Tensor, (base, r), spec)
-            return self.e.emit(aten.addcmul.default, (total, base, r), spec)
+                return self.e.emit(aten.mul.Tensor, (base, c), spec)
+            return self.e.emit(aten.addcmul.default, (total, base, c), spec)
         number = c.real if isinstance(c, complex) and c.imag == 0 else c
         if total is None:
             return base if number == 1 else self.e.emit(aten.mul.Scalar, (base, number), spec)
@@ -388,25 +446,24 @@ def _foldable(eq: Equation) -> bool:
 
 def _grows(product: Coefficient, c: Coefficient, eq: Equation) -> bool:
     """Whether a coefficient is larger than all that it is made from (an outer product)."""
-    if not isinstance(product, torch.Tensor):
+    if not isinstance(product, Residual):
         return False
-    sizes = [c.numel() if isinstance(c, torch.Tensor) else 1]
+    sizes = [c.tensor.numel() if isinstance(c, Residual) else 1]
     sizes += [r.tensor.numel() for r in eq.residuals()]
-    return product.numel() > max(sizes)
+    return product.tensor.numel() > max(sizes)
 
 
 def _factor(eq: Equation, x: Var) -> Callable[[Coefficient], Coefficient | None] | None:
     """Return what a pointwise operation makes of a coefficient, None if it is no diagonal."""
     op, args = eq.op, eq.args
     if op is aten.neg.default:
-        return lambda c: -c
+        return lambda c: _product(c, -1)
     if op in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
         if eq.kwargs:
             return None
         other = args[1] if args[0] is x else args[0]
-        by = other.tensor if isinstance(other, Residual) else other
         divide = op in (aten.div.Tensor, aten.div.Scalar)
-        return lambda c: _times(c, by, x.spec, divide=divide)
+        return lambda c: _times(c, other, x.spec, divide=divide)
     assert isinstance(op, OpOverload)
     schema = schema_of(op)
     if not (schema.pointwise or schema.name in UNTAGGED_POINTWISE):
@@ -415,43 +472,170 @@ def _factor(eq: Equation, x: Var) -> Callable[[Coefficient], Coefficient | None]
         return None
 
     def apply(c: Coefficient) -> Coefficient | None:
-        tensor = c if isinstance(c, torch.Tensor) else _full(c, x.spec)
-        given = [tensor.expand(x.spec.shape) if a is x else _number(a) for a in args]
-        kwargs = {k: _number(a) for k, a in eq.kwargs.items()}
-        result: torch.Tensor = op(*given, **kwargs)
-        return result
+        whole = evaluated(aten.expand.default, _residual(c, x.spec), x.spec.shape, source=FOLDED)
+        args = [whole if a is x else a for a in eq.args]
+        return evaluated(op, *args, source=FOLDED, **eq.kwargs)
 
     return apply
-
-
-def _number(a: Any) -> Any:
-    return map_leaves(lambda y: y.tensor if isinstance(y, Residual) else y, a)
 
 
 def _fits(t: torch.Tensor, spec: TensorSpec) -> bool:
     return bool(torch.broadcast_shapes(t.shape, spec.shape) == torch.Size(spec.shape))
 
 
-def _full(c: complex, spec: TensorSpec) -> torch.Tensor:
+def _residual(c: Coefficient, spec: TensorSpec) -> Residual:
+    if isinstance(c, Residual):
+        return c
     value = c.real if isinstance(c, complex) and not spec.dtype.is_complex else c
-    return torch.full((), value, dtype=spec.dtype, device=spec.device).expand(spec.shape)
+    kwargs = {"dtype": spec.dtype, "device": spec.device}
+    return evaluated(aten.full.default, [], value, source=FOLDED, **kwargs)
+
+
+def _product(a: Coefficient, b: Coefficient) -> Coefficient:
+    """Return a · b."""
+    if isinstance(a, Residual) or isinstance(b, Residual):
+        if not isinstance(a, Residual):
+            a, b = b, a
+        return a if _is_one(b) else evaluated(aten.mul.Tensor, a, b, source=FOLDED)
+    return a * b
+
+
+def _total(a: Coefficient, b: Coefficient) -> Coefficient:
+    """Return a + b."""
+    if isinstance(a, Residual) or isinstance(b, Residual):
+        first, second = (a, b) if isinstance(a, Residual) else (b, a)
+        return evaluated(aten.add.Tensor, first, second, source=FOLDED)
+    return a + b
+
+
+def _is_one(c: Coefficient) -> bool:
+    return isinstance(c, (int, float, complex)) and c == 1
 
 
 def _times(c: Coefficient, by: Any, spec: TensorSpec, *, divide: bool) -> Coefficient | None:
-    if not isinstance(by, (torch.Tensor, int, float, complex)):
+    """Return c · by, or c / by; None if that is no coefficient of a value like `spec`."""
+    if not isinstance(by, (Residual, int, float, complex)):
         return None
-    if isinstance(by, torch.Tensor):
-        if not _fits(by, spec):
+    if isinstance(by, Residual):
+        if not _fits(by.tensor, spec):
             return None
-        by = by.to(spec.dtype) if by.dtype != spec.dtype else by
-    if isinstance(c, (int, float, complex)) and c == 1 and not divide:
-        return by.resolve_conj() if isinstance(by, torch.Tensor) else by
-    if divide:
-        zero = not isinstance(by, torch.Tensor) and by == 0
-        quotient: Coefficient | None = None if zero else c / by
-        return quotient
-    product: Coefficient = c * by
-    return product
+        if by.tensor.dtype != spec.dtype:
+            by = evaluated(aten._to_copy.default, by, source=FOLDED, dtype=spec.dtype)
+    if _is_one(c) and not divide:
+        # Marked as made here, so that it is watched for overflow like the others.
+        return (
+            evaluated(aten.resolve_conj.default, by, source=FOLDED)
+            if isinstance(by, Residual)
+            else by
+        )
+    if not divide:
+        return _product(c, by)
+    if isinstance(by, Residual):
+        if isinstance(c, Residual):
+            return evaluated(aten.div.Tensor, c, by, source=FOLDED)
+        inverse = evaluated(aten.reciprocal.default, by, source=FOLDED)
+        return _product(inverse, c)
+    if isinstance(c, Residual):
+        return None if by == 0 else evaluated(aten.div.Scalar, c, by, source=FOLDED)
+    return None if by == 0 else c / by
 
 
-PASSES = (merge_copies, fold_diagonals)
+# -- parts of one whole, one matrix for all ---------------------------------------------------
+
+_PARTS = {
+    aten.select_backward.default: aten.stack.default,
+    aten.slice_backward.default: aten.cat.default,
+}
+
+
+def join_parts(program: Program) -> Program:
+    """Replace a sum of parts, each padded with zeros to the whole, by the parts side by side."""
+    made = {eq.outputs[0]: eq for eq in program.equations if len(eq.outputs) == 1}
+    uses = Counter(v for eq in program.equations for v in eq.inputs())
+    uses.update(v for v in program.outputs if v is not None)
+
+    def join(eq: Equation) -> Equation:
+        out = eq.outputs[0]
+        if eq.op is not aten.add.Tensor or out is None:
+            return eq
+        whole = _joined([made.get(v) for v in _terms(out, made, uses)], uses)
+        if whole is None:
+            return eq
+        op, pieces, dim = whole
+        return Equation(op, (pieces, dim), {}, eq.outputs, eq.source)
+
+    return program.with_equations([join(eq) for eq in program.equations]).live()
+
+
+def _terms(v: Var, made: dict[Any, Equation], uses: Counter[Any]) -> list[Var]:
+    """Return the terms of a sum; sums that are used elsewhere too are terms themselves."""
+    found: list[Var] = []
+    stack = [v]
+    while stack:
+        x = stack.pop()
+        eq = made.get(x)
+        inside = x is v or uses[x] == 1
+        if eq is not None and inside and eq.op is aten.add.Tensor and not eq.kwargs:
+            terms = eq.args
+            if all(isinstance(t, Var) and t.spec == v.spec for t in terms):
+                stack += terms
+                continue
+        found.append(x)
+    return found
+
+
+def _joined(
+    parts: Sequence[Equation | None], uses: Counter[Any]
+) -> tuple[Any, list[Var], int] | None:
+    """Return the operation that puts parts side by side, if together they are the whole."""
+    first = parts[0]
+    if len(parts) < 2 or first is None or first.op not in _PARTS:
+        return None
+    _, shape, dim, *_ = first.args
+    placed = []
+    for part in parts:
+        if part is None or part.op is not first.op or part.args[1:3] != first.args[1:3]:
+            return None
+        if not isinstance(part.args[0], Var) or uses[part.outputs[0]] != 1:
+            return None
+        start, end, step = (*part.args[3:], None, 1)[:3]
+        if first.op is aten.select_backward.default:
+            start = start % shape[dim]
+            end = start + 1
+        if step != 1:
+            return None
+        placed.append((start, end, part.args[0]))
+    placed.sort(key=lambda p: p[0])
+    ends = [0, *(end for _, end, _ in placed)]
+    if [start for start, _, _ in placed] != ends[:-1] or ends[-1] != shape[dim]:
+        return None
+    return _PARTS[first.op], [x for *_, x in placed], dim
+
+
+def share_matrices(program: Program) -> Program:
+    """Multiply a batch by one matrix, instead of by as many copies of it."""
+    e = Emitter()
+    for eq in program.equations:
+        out = eq.outputs[0]
+        if eq.op is not aten.bmm.default or out is None:
+            e.equations.append(eq)
+            continue
+        v, r = eq.args
+        if not (isinstance(v, Var) and isinstance(r, Residual) and r.tensor.stride(0) == 0):
+            e.equations.append(eq)
+            continue
+        count, rows, inner = v.spec.shape
+        columns = out.spec.shape[-1]
+        e.source = eq.source
+        matrix = evaluated(aten.select.int, r, 0, 0, source=r.source)
+        matrix.version = r.version
+        flat = TensorSpec((count * rows, inner), out.spec.dtype, out.spec.device)
+        tall = e.emit(aten.reshape.default, (v, list(flat.shape)), flat)
+        product = TensorSpec((count * rows, columns), out.spec.dtype, out.spec.device)
+        done = e.emit(aten.mm.default, (tall, matrix), product)
+        args = (done, list(out.spec.shape))
+        e.equations.append(Equation(aten.reshape.default, args, {}, (out,), eq.source))
+    return program.with_equations(e.equations)
+
+
+PASSES = (merge_copies, join_parts, share_matrices, fold_diagonals, merge_copies)

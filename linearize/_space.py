@@ -8,6 +8,7 @@ turns a flat list back into the user's structure.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,16 @@ class TensorSpec:
     def differentiable(self) -> bool:
         """Whether such a tensor has tangents."""
         return self.dtype.is_floating_point or self.dtype.is_complex
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of such a tensor."""
+        return self.numel * self.dtype.itemsize
 
     def matches(self, t: torch.Tensor) -> bool:
         """Whether `t` has this shape, dtype and device."""
@@ -136,7 +147,17 @@ class Space:
     @property
     def size(self) -> int:
         """Number of scalars in an element."""
-        return sum(torch.Size(leaf.shape).numel() for leaf in self.tensors)
+        return sum(leaf.numel for leaf in self.tensors)
+
+    def unpacked(self) -> Space:
+        """Return the space of the only entry of a tuple of one; any other space as it is."""
+        if self.spec.type is not tuple or self.spec.is_leaf():
+            return self
+        children = spec_children(self.spec)
+        if len(children) != 1:
+            return self
+        paths = [path.removeprefix("[0]") for path in self.paths]
+        return Space(children[0], self.leaves, paths, self.word, self.of)
 
     def flatten(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
         """Return the tensors of `tree`, one per differentiable leaf, None for zero.

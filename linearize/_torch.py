@@ -7,6 +7,7 @@ so that a new release is met by editing one file.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import types
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 __all__ = [
     "ContextWatcher",
+    "DispatchKey",
     "DispatchMode",
     "Node",
     "OpOverload",
@@ -40,7 +42,9 @@ __all__ = [
     "has_forward_tangent",
     "input_metadata",
     "is_custom",
+    "is_generated",
     "is_view_op",
+    "is_wrapped_number",
     "key_string",
     "lazy_bits_respected",
     "leaf_variable",
@@ -52,15 +56,19 @@ __all__ = [
     "packed_by_hooks",
     "pytree",
     "reachable_elsewhere",
+    "saved_names",
     "saved_tensors",
     "spec_children",
     "subclasses_ignored",
+    "transform_depth",
     "unobserved",
+    "unpacks_by_hook",
     "without_inference_mode",
     "without_subclass",
 ]
 
 aten: Any = torch.ops.aten
+DispatchKey: Any = torch._C.DispatchKey
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 T = TypeVar("T")
@@ -129,6 +137,11 @@ def spec_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
 def functorch_active() -> bool:
     """Whether a `torch.func` transform is running around the caller."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def transform_depth() -> int:
+    """Return how many `torch.func` transforms are running around the caller, one in another."""
+    return len(torch._C._functorch.get_interpreter_stack() or ())
 
 
 def has_forward_tangent(t: Any) -> bool:
@@ -336,11 +349,18 @@ def lazy_bits_respected() -> contextlib.AbstractContextManager[Any]:
     PyTorch hands over below the keys that resolve these bits, so that there
     `x.conj() * 2` would be `x * 2`, also inside composite operations such as `linalg.pinv`.
     """
-    key = torch._C.DispatchKey
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for lazy in (key.Conjugate, key.Negative, key.ZeroTensor):
-        excluded = excluded.remove(lazy)
+    now = torch._C._dispatch_tls_local_exclude_set()
+    raw = now.raw_repr()
+    excluded = _LESS_EXCLUDED.get(raw)
+    if excluded is None:
+        key = torch._C.DispatchKey
+        for lazy in (key.Conjugate, key.Negative, key.ZeroTensor):
+            now = now.remove(lazy)
+        excluded = _LESS_EXCLUDED[raw] = now
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+_LESS_EXCLUDED: dict[int, Any] = {}
 
 
 def decompositions(op: Any) -> Callable[..., Any] | None:
@@ -355,7 +375,55 @@ def is_view_op(op: OpOverload) -> bool:
     return bool(op.is_view)
 
 
-_SAVED: dict[type, tuple[str, ...]] = {}
+def is_generated(kind: type) -> bool:
+    """Whether a node class is one of those that PyTorch generates from its derivative table.
+
+    They show what they saved, but for what shapes and dtypes tell.
+    """
+    return getattr(torch._C._functions, kind.__name__, None) is kind and kind.__name__ not in (
+        "CopySlices",
+        "Error",
+        "DelayedError",
+        "NotImplemented",
+        "SendRpcBackward",
+    )
+
+
+def is_wrapped_number(t: torch.Tensor) -> bool:
+    """Whether a tensor without dimensions stands for a Python number.
+
+    Such a number does not take part in type promotion as a tensor would. Never wrongly denied.
+    """
+    if t.device.type != "cpu":
+        return False
+    smaller = _SMALLER.get(t.dtype)
+    if smaller is None:
+        return t.dtype == torch.bool
+    return torch.result_type(torch.empty((), dtype=smaller), t) == smaller
+
+
+#: Python numbers are saved in the dtypes on the left.
+_SMALLER = {
+    torch.float64: torch.float32,
+    torch.complex128: torch.complex64,
+    torch.int64: torch.int32,
+}
+
+
+@functools.cache
+def saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the attributes of a node class that are saved tensors, and the other saved ones."""
+    raw = [name for name in dir(kind) if name.startswith("_raw_saved_")]
+    tensors = tuple(name.removeprefix("_raw") for name in raw)
+    known = [name for name in dir(kind) if name.startswith("_saved_")]
+    return tensors, tuple(name for name in known if name not in tensors)
+
+
+def unpacks_by_hook(node: Node, name: str) -> bool:
+    """Whether a saved tensor was packed by a saved-tensor hook."""
+    saved = getattr(node, f"_raw{name}")
+    parts = saved if isinstance(saved, (tuple, list)) else (saved,)
+    return any(getattr(raw, "unpack_hook", None) is not None for raw in parts)
 
 
 def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
@@ -363,11 +431,8 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
 
     What was packed by a hook is left alone: to unpack it may mean to compute it again.
     """
-    kind = type(node)
-    if kind not in _SAVED:
-        _SAVED[kind] = tuple(name for name in dir(node) if name.startswith("_raw_saved_"))
-    for name in _SAVED[kind]:
-        saved = getattr(node, name)
+    for name in saved_names(type(node))[0]:
+        saved = getattr(node, f"_raw{name}")
         for raw in saved if isinstance(saved, (tuple, list)) else (saved,):
             if raw is None or getattr(raw, "unpack_hook", None) is not None:
                 continue

@@ -10,13 +10,16 @@ the given one is recorded and transposed.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd.graph import get_gradient_edge
 
 from . import _kernel_rules as _kernel_rules  # registers its rules
+from . import _norm_rules as _norm_rules  # registers its rules
 from ._capture import Graph
 from ._execute import Executor
 from ._functions import CustomBackward, CustomJvp, CustomNode
@@ -58,7 +61,7 @@ def transpose(program: Program, name: str = "pushforward") -> Program:
     UnsupportedError
         If an operation cannot be transposed; the message names it.
     """
-    e = Emitter()
+    e = Emitter(fixed=program.fixed)
     inputs = [Var(spec) for spec in program.specs]
     cotangents: dict[Var, Var] = {}
 
@@ -69,14 +72,81 @@ def transpose(program: Program, name: str = "pushforward") -> Program:
     for v, ct in zip(program.outputs, inputs, strict=True):
         if v is not None:
             add(v, ct)
+    masks = _masks(program)
     for eq in reversed(program.equations):
         cts = [None if v is None else cotangents.pop(v, None) for v in eq.outputs]
         if any(ct is not None for ct in cts):
             e.source = eq.source
-            for v, ct in _transposed(e, eq, cts):
+            scales = eq.op in _SCALINGS and len(eq.inputs()) == 1
+            mask = masks.get(eq.outputs[0]) if scales else None
+            pairs = _transposed(e, eq, cts) if mask is None else _kept_zero(e, eq, cts, mask)
+            for v, ct in pairs:
                 add(v, ct)
     outputs = [cotangents.get(v) for v in program.inputs]
-    return Program(inputs, e.equations, outputs, [v.spec for v in program.inputs], name).live()
+    specs = [v.spec for v in program.inputs]
+    return Program(inputs, e.equations, outputs, specs, name, e.fixed).live()
+
+
+Mask: TypeAlias = Callable[[Emitter, Var], Var]
+
+_SCALINGS = frozenset({aten.mul.Tensor, aten.div.Tensor})
+_PLAIN = frozenset({aten.mul.Scalar, aten.div.Scalar, aten.neg.default})
+
+
+def _masks(program: Program) -> dict[Var | None, Mask]:
+    """Return what sets entries to zero in values that are read by nothing else.
+
+    PyTorch divides by zero and drops the result afterwards. The transpose drops first, and
+    zero divided by zero is not zero: what a scaling gives must be dropped once more.
+    """
+    count = Counter(v for eq in program.equations for v in eq.inputs())
+    count.update(v for v in program.outputs if v is not None)
+    masks: dict[Var | None, Mask] = {}
+    for eq in reversed(program.equations):
+        out = eq.outputs[0]
+        inputs = eq.inputs()
+        if len(inputs) != 1 or count[inputs[0]] != 1 or out is None or inputs[0].spec != out.spec:
+            continue
+        if _is_mask(eq):
+            masks[inputs[0]] = functools.partial(_masked, eq)
+        elif out in masks and eq.op in _SCALINGS | _PLAIN:
+            masks[inputs[0]] = masks[out]
+    return masks
+
+
+def _kept_zero(
+    e: Emitter, eq: Equation, cts: Sequence[Var | None], mask: Mask
+) -> list[tuple[Var, Var]]:
+    """Transpose a scaling, and drop from what it gives what was dropped before."""
+    (out,), (x,) = eq.outputs, eq.inputs()
+    assert out is not None
+    wide = Var(out.spec)  # the mask comes before broadcasts and casts are undone
+    args = tuple(wide if a is x else a for a in eq.args)
+    whole = Equation(eq.op, args, eq.kwargs, eq.outputs, eq.source)
+    return [(x, fit(e, mask(e, ct), x.spec)) for _, ct in _transposed(e, whole, cts)]
+
+
+def _is_mask(eq: Equation) -> bool:
+    """Whether an equation does nothing but set entries of its one variable to zero."""
+    if eq.op is aten.masked_fill.Scalar:
+        return bool(eq.args[2] == 0)
+    if eq.op not in (aten.where.self, aten.masked_fill.Tensor):
+        return False
+    others = [x for x in eq.args if isinstance(x, Residual) and x.tensor.dtype != torch.bool]
+    return isinstance(eq.args[eq.op is aten.masked_fill.Tensor], Residual) and all(
+        _is_always_zero(r) for r in others
+    )
+
+
+def _is_always_zero(r: Residual) -> bool:
+    """Whether a residual is zero at every point for which the program may be used."""
+    return (r.origin is None or r.origin.static) and not bool(r.tensor.any())
+
+
+def _masked(mask: Equation, e: Emitter, v: Var) -> Var:
+    """Emit a mask of another value."""
+    args = tuple(v if isinstance(a, Var) else a for a in mask.args)
+    return e.emit(mask.op, args, v.spec, **mask.kwargs)
 
 
 def _transposed(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
@@ -132,7 +202,7 @@ def resolve(program: Program, policy: Policy) -> Program:
     """
     if not any(_missing(eq.op) for eq in program.equations):
         return program
-    e = Emitter()
+    e = Emitter(fixed="a method of a custom Function was recorded")
     names: dict[Var, Var] = {}
 
     def rename(x: Any) -> Any:
@@ -152,7 +222,9 @@ def resolve(program: Program, policy: Policy) -> Program:
                 # A direction on which the output does not depend is a zero of its shape.
                 names[out] = got if got is not None else _zero(e, out.spec, args)
     outputs = [None if v is None else names.get(v, v) for v in program.outputs]
-    return Program(program.inputs, e.equations, outputs, program.specs, program.name).live()
+    whole = program.with_equations(e.equations, outputs)
+    whole.fixed = e.fixed
+    return whole.live()
 
 
 def _zero(e: Emitter, spec: TensorSpec, args: Sequence[Any]) -> Var:
@@ -301,7 +373,7 @@ def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tu
         arguments, keywords = map_leaves(number, eq.args), map_leaves(number, eq.kwargs)
         try:
             out = eq.op(*arguments, **keywords)
-            program = _pullback_of(out, [numbers[v] for v in variables], cts)
+            program = _pullback_of(out, [numbers[v] for v in variables], cts, eq.residuals())
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -315,7 +387,12 @@ def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tu
     return _inlined(e, program, variables, cts)
 
 
-def _pullback_of(out: Any, leaves: list[torch.Tensor], cts: Sequence[Var | None]) -> Program:
+def _pullback_of(
+    out: Any,
+    leaves: list[torch.Tensor],
+    cts: Sequence[Var | None],
+    given: Sequence[Residual],
+) -> Program:
     outs = out if isinstance(out, (tuple, list)) else (out,)
     roots = []
     specs = []
@@ -328,7 +405,7 @@ def _pullback_of(out: Any, leaves: list[torch.Tensor], cts: Sequence[Var | None]
         roots.append((edge.node, edge.output_nr))
         specs.append(ct.spec)
     graph = Graph(roots, [get_gradient_edge(x).node for x in leaves])
-    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves])
+    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves], given=given)
 
 
 def _inlined(
@@ -364,7 +441,12 @@ def _by_decomposition(
     specs = [None if v is None else v.spec for v in eq.outputs]
     try:
         program, _, _ = record_function(
-            fn, [v.spec for v in variables], specs, name=eq.name, source=eq.source
+            fn,
+            [v.spec for v in variables],
+            specs,
+            name=eq.name,
+            source=eq.source,
+            given=eq.residuals(),
         )
         turned = transpose(program)
     except (LinearizeError, RuntimeError) as error:

@@ -84,5 +84,12 @@ class ClosedError(LinearizeError, RuntimeError):
     """
 
 
+class DistributedError(LinearizeError, RuntimeError):
+    """A rank of a distributed operator failed or cannot be reached; raised on every rank.
+
+    The message names the rank and its error.
+    """
+
+
 class CheckFailure(LinearizeError, AssertionError):  # noqa: N818 - reads like AssertionError
     """`linearize.testing.check_linearization` found a product that is not right."""

@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ._capture import Capture
 from ._program import Program, Residual, total_bytes
-from ._record import record_pullback
 from ._simplify import explain, simplify
+from ._source import Source
+from ._structure import Structures
 from ._torch import pytree
-from ._transpose import Policy, transpose
+from ._transpose import Policy
 from .errors import ClosedError, CopyError
+from .operators import Jacobian
 from .products import JvpFn, Lifetime, VjpFn
-
-
-class _Source:
-    """Makes the two programs of one point when they are first needed, each once."""
-
-    def __init__(self, captured: Capture) -> None:
-        self.lock = threading.RLock()
-        # The graph is made now: it stamps what contexts keep, before anybody changes it.
-        self._graph: Any = captured.graph()
-        self._leaves: Any = [t for t, _ in captured.leaves]
-        self._specs = (captured.out_space.tensors, captured.in_space.tensors)
-        self._pullback: Program | None = None
-
-    def pullback(self) -> Program:
-        with self.lock:
-            if self._pullback is None:
-                self._pullback = record_pullback(self._graph, *self._specs)
-                self._graph = self._leaves = None
-            return self._pullback
-
-    def pushforward(self) -> Program:
-        with self.lock:
-            return transpose(self.pullback(), "pushforward")
-
-    def kept(self) -> Iterator[torch.Tensor]:
-        """Yield the tensors that are kept for programs still to be made."""
-        graph, pullback = self._graph, self._pullback
-        if graph is not None:
-            yield from graph.saved_tensors()
-        elif pullback is not None:
-            yield from pullback.kept_tensors()
 
 
 class ProgramPair:
@@ -100,9 +70,10 @@ class Linearization:
         captured: Capture,
         policy: Policy | None = None,
         notify: Callable[[], None] | None = None,
+        structures: Structures | None = None,
     ) -> None:
         policy = policy or Policy()
-        source = _Source(captured)
+        source = Source(captured, structures)
         self._lifetime = Lifetime(notify)
         self._lifetime.register(self)
         self.in_space = captured.in_space
@@ -116,7 +87,7 @@ class Linearization:
         ]
         self._external = {t.untyped_storage().data_ptr() for t, _ in captured.leaves}
         self._source = weakref.ref(source)
-        common = (self._lifetime, policy)
+        common = (self._lifetime, policy, source)
         self.jvp_fn = JvpFn(source.pushforward, self.in_space, self.out_space, *common)
         self.vjp_fn = VjpFn(source.pullback, self.out_space, self.in_space, *common)
 
@@ -147,6 +118,20 @@ class Linearization:
         """
         self._check_open()
         return self._aux
+
+    @property
+    def jacobian(self) -> Jacobian:
+        """The Jacobian as a linear operator: `J @ v`, `J.T @ u`, `J.gram()`, ...
+
+        It costs nothing to make, and keeps the two products only.
+
+        Raises
+        ------
+        ClosedError
+            If the linearization was closed.
+        """
+        self._check_open()
+        return Jacobian(self.jvp_fn, self.vjp_fn)
 
     @property
     def program(self) -> ProgramPair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -12,6 +13,7 @@ import torch
 
 from ._capture import capture
 from ._memo import Memo, Stats, content_key
+from ._structure import Structures
 from ._torch import pytree
 from ._transpose import Policy
 from .errors import CopyError, OptionError, StructureError
@@ -91,6 +93,7 @@ class Linearizer:
         self._memo: Memo[Linearization] = Memo(
             maxsize, max_bytes, Linearization._size, Linearization._fresh
         )
+        self._structures = Structures()
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scopes: list[weakref.WeakSet[Any]] = []
         self._lock = threading.Lock()
@@ -144,8 +147,11 @@ class Linearizer:
                 run.done.set()
 
     def stats(self) -> Stats:
-        """Return the memo's counters."""
-        return self._memo.stats()
+        """Return the memo's counters, and how many points shared their structure."""
+        known = self._structures
+        return dataclasses.replace(
+            self._memo.stats(), recorded=known.recorded, reused=known.reused
+        )
 
     def clear(self) -> None:
         """Forget all points. Those still held elsewhere go on working."""
@@ -202,7 +208,8 @@ class Linearizer:
                 watch=watch,
                 copy=self._by_value,
             )
-            return Linearization(captured, self._policy, self._notifier()), captured.reads
+            point = Linearization(captured, self._policy, self._notifier(), self._structures)
+            return point, captured.reads
 
         try:
             return once()

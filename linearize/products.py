@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from ._execute import Executor
-from ._linearity import close
+from ._execute import Binding, Executor, filled
+from ._linearity import close, rounding
 from ._program import Program, Residual
 from ._simplify import guards, simplify
+from ._source import PULLBACK, PUSHFORWARD, Source
 from ._space import Space
+from ._structure import Template
 from ._torch import functorch_active, outside_transforms
 from ._transpose import Policy, resolve, transpose
 from .errors import ClosedError, CopyError, StructureError
@@ -23,44 +25,82 @@ SIMPLIFY_AT = 3
 
 
 class _Plan:
-    """How a map is run: as recorded at first, simplified once it is run again and again."""
+    """How a map is run: as recorded at first, simplified once it is run again and again.
+
+    Parameters
+    ----------
+    executor, binding
+        What is run.
+    settled
+        Whether nothing is to be simplified (any more).
+
+    Attributes
+    ----------
+    news
+        The simplified program that has taken over, until somebody takes note.
+    """
 
     def __init__(
-        self, program: Program, *, simplified: bool, taken_over: Callable[[Program], None]
+        self,
+        executor: Executor,
+        binding: Binding,
+        *,
+        settled: bool,
     ) -> None:
-        self.executor = Executor(program)
-        self._taken_over = taken_over
-        self._calls = 0
-        self._settled = not simplified
+        #: One reference, so that a change is seen as a whole.
+        self._running = executor, binding
+        self._settled = settled
+        self.news: Program | None = None
         self._lock = threading.Lock()
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        executor, binding = self._running
         if not self._settled and not functorch_active():
-            self._calls += 1
-            if self._calls >= SIMPLIFY_AT and self._lock.acquire(blocking=False):
+            executor.runs += 1
+            if executor.runs >= SIMPLIFY_AT and self._lock.acquire(blocking=False):
                 try:
                     return self._settle(arguments)
                 finally:
                     self._settled = True
                     self._lock.release()
-        return self.executor(arguments)
+        return executor(arguments, binding)
+
+    @property
+    def binding(self) -> Binding:
+        """The numbers that are used."""
+        return self._running[1]
+
+    def program(self) -> Program:
+        """Return what is run, with its numbers."""
+        executor, binding = self._running
+        return filled(executor.program, binding)
 
     def _settle(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Run as before, and take the simplified program if it gives the same."""
+        """Run as before, and take the simplified program if it gives the same, as precisely.
+
+        A sum of large terms that cancel may lose digits when a factor goes to each term.
+        """
         tape: list[Any] = []
-        results = self.executor(arguments, tape)
-        before = self.executor.program
+        executor, old = self._running
+        results = executor(arguments, old, tape)
+        before = filled(executor.program, old)
         with torch.inference_mode(False), torch.no_grad():
             after = simplify(before)
-        smaller = Executor(after, guards(before, after))
-        again = smaller(arguments, tape, replay=True)
+        smaller = Executor(after)
+        binding = Binding.of(after)
+        again = smaller(arguments, binding, tape, replay=True)
         if all(
-            (a is None) == (b is None) and (a is None or b is None or close(a, b))
+            (a is None) == (b is None) and (a is None or b is None or close(a, b, rounding))
             for a, b in zip(again, results, strict=True)
         ):
-            self.executor = smaller
-            self._taken_over(after)
+            binding.guard_by([*guards(before, after), *old.guards])
+            self._running = smaller, binding
+            self.news = after
         return results
+
+    def use(self, executor: Executor) -> None:
+        """Run the same program by an executor that other points use too."""
+        self._running = executor, self.binding
 
 
 class Lifetime:
@@ -102,6 +142,7 @@ class Product:
 
     #: Name in messages.
     _name = "product"
+    _direction = ""
 
     def __init__(
         self,
@@ -110,8 +151,10 @@ class Product:
         results: Space,
         lifetime: Lifetime,
         policy: Policy,
+        source: Source | None = None,
     ) -> None:
         self._make: Callable[[], Program] | None = make
+        self._source = source
         self._arguments = arguments
         self._results = results
         self._lifetime = lifetime
@@ -121,6 +164,8 @@ class Product:
         self._plans: dict[tuple[bool, ...], _Plan] = {}
         self._turned: Product | None = None
         lifetime.register(self)
+        if source is not None:
+            source.wait(self._direction, self)
 
     @property
     def program(self) -> Program:
@@ -129,11 +174,14 @@ class Product:
         with self._lock:
             if self._program is None:
                 assert self._make is not None
+                whole = self._plans.get((True,) * len(self._arguments.tensors))
                 # What is kept must be usable everywhere.
                 with outside_transforms(), torch.inference_mode(False):
-                    program = self._make()
+                    program = self._make() if whole is None else whole.program()
                 self._check_open()
                 self._program, self._make = program, None
+                if self._source is not None:
+                    self._source.served(self._direction)
                 self._lifetime.changed()
             return self._program
 
@@ -153,7 +201,7 @@ class Product:
 
     def _release(self) -> None:
         with self._lock:
-            self._make = self._program = self._turned = None
+            self._make = self._program = self._turned = self._source = None
             self._plans = {}
 
     def _plan(self, present: tuple[bool, ...]) -> _Plan:
@@ -161,24 +209,61 @@ class Product:
         plan = self._plans.get(present)
         if plan is None:
             with self._lock:
-                program = self.program
                 with outside_transforms(), torch.inference_mode(False):
-                    if not all(present):
-                        program = program.restricted(present)
-                    program = resolve(program, self._policy)
-                    plan = _Plan(
-                        program,
-                        simplified=self._policy.simplify,
-                        taken_over=self._replaced if all(present) else _ignore,
-                    )
+                    plan = self._shared_plan(present) or self._own_plan(present)
                 self._check_open()
                 self._plans[present] = plan
+                self._lifetime.changed()
         return plan
 
-    def _replaced(self, program: Program) -> None:
-        """Let go of the program as it was recorded: another one gives the same."""
+    def _shared_plan(self, present: tuple[bool, ...]) -> _Plan | None:
+        """Take over what another point of the same structure left."""
+        source = self._source
+        if source is None or self._program is not None:
+            return None
+        known = source.known(self._direction, present, simplified=self._policy.simplify)
+        if known is None:
+            return None
+        template, binding = known
+        if all(present):
+            source.served(self._direction)
+        return _Plan(
+            template.executor,
+            binding,
+            settled=template.simplified or not self._policy.simplify,
+        )
+
+    def _own_plan(self, present: tuple[bool, ...]) -> _Plan:
+        """Make a plan of this point's program."""
+        program = self.program
+        if not all(present):
+            program = program.restricted(present)
+        program = resolve(program, self._policy)
+        template = self._offer(present, program, simplified=False)
+        return _Plan(
+            Executor(program) if template is None else template.executor,
+            Binding.of(program),
+            settled=not self._policy.simplify,
+        )
+
+    def _offer(
+        self, present: tuple[bool, ...], program: Program, *, simplified: bool
+    ) -> Template | None:
+        source = self._source
+        if source is None:
+            return None
+        return source.offer(self._direction, present, program, simplified=simplified)
+
+    def _take_note(self, plan: _Plan, present: tuple[bool, ...]) -> None:
+        """Let go of the program as it was recorded: a simplified one gives the same."""
         with self._lock:
-            if self._program is not None:
+            program, plan.news = plan.news, None
+            if program is None:
+                return
+            template = self._offer(present, program, simplified=True)
+            if template is not None:
+                plan.use(template.executor)
+            if self._program is not None and all(present):
                 self._program = program
         self._lifetime.changed()
 
@@ -204,10 +289,22 @@ class Product:
         plan = self._plan(present)
         with torch.no_grad():
             results = plan([t for t in tensors if t is not None])
+        if plan.news is not None:
+            self._take_note(plan, present)
         return [
             spec.zeros() if t is None else t
             for t, spec in zip(results, self._results.tensors, strict=True)
         ]
+
+    def _then(self, other: Product, name: str) -> Product:
+        """Return this product followed by another one, as one program: one pass."""
+        return Product(
+            lambda: self.program.then(other.program, name),
+            self._arguments,
+            other._results,
+            self._lifetime,
+            self._policy,
+        )
 
     def _transposed(self) -> Product:
         """Return the other product."""
@@ -224,8 +321,9 @@ class Product:
 
     def _residuals(self) -> list[Residual]:
         """Return the residuals of this product, as far as it is recorded."""
-        program = self._program
-        return [] if program is None else program.residuals()
+        program, plans = self._program, list(self._plans.values())
+        residuals = [] if program is None else program.residuals()
+        return [*residuals, *(r for plan in plans for r in plan.binding.residuals)]
 
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
@@ -233,7 +331,7 @@ class Product:
         if program is not None:
             yield from program.kept_tensors()
         for plan in plans:
-            yield from plan.executor.program.kept_tensors()
+            yield from plan.binding.kept()
 
 
 class _DifferentiableProduct(torch.autograd.Function):
@@ -259,10 +357,6 @@ class _DifferentiableProduct(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
         return tuple(ctx.product._apply(tangents))
-
-
-def _ignore(program: Program) -> None:
-    """Do nothing with a program."""
 
 
 def _stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:
@@ -294,6 +388,7 @@ class JvpFn(Product):
     """
 
     _name = "jvp_fn"
+    _direction = PUSHFORWARD
 
     def __call__(self, *tangents: Any) -> Any:
         """Return J·v."""
@@ -352,6 +447,7 @@ class VjpFn(Product):
     """
 
     _name = "vjp_fn"
+    _direction = PULLBACK
 
     def __call__(self, *cotangent: Any) -> Any:
         """Return Jᵀ·u (Jᴴ·u for complex numbers)."""

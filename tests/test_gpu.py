@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import linearize as lz
+from benchmarks import gpu
+from benchmarks.case import Case
 
 pytestmark = pytest.mark.gpu
 
@@ -54,3 +56,79 @@ def test_a_tangent_on_another_device_is_refused() -> None:
     there = lz.Linearizer(torch.sin).at(torch.ones(3, device="cuda"))
     with pytest.raises(lz.errors.SpaceError, match="device: expected cuda:0, got cpu"):
         there.jvp_fn(torch.ones(3))
+
+
+def test_products_work_on_a_stream_that_is_not_the_one_of_capture() -> None:
+    point = [torch.randn(64, 64, dtype=torch.float64, device="cuda") for _ in range(2)]
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    first.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(first):
+        there = lz.Linearizer(f).at(*point)
+        there.vjp_fn(point[0])
+    second.wait_stream(first)
+    with torch.cuda.stream(second):
+        found = [there.jvp_fn(*point) for _ in range(5)]
+        pulled = there.vjp_fn(point[0])
+    torch.cuda.current_stream().wait_stream(second)
+    expected = torch.func.jvp(f, tuple(point), tuple(point))[1]
+    for jv in found:
+        torch.testing.assert_close(jv, expected)
+    leaves = [p.clone().requires_grad_() for p in point]
+    expected_back = torch.autograd.grad(f(*leaves), leaves, point[0])
+    torch.testing.assert_close(list(pulled), list(expected_back))
+
+
+def test_products_can_be_captured_into_a_graph_and_replayed() -> None:
+    point = [torch.randn(32, 32, dtype=torch.float64, device="cuda") for _ in range(2)]
+    there = lz.Linearizer(f).at(*point)
+    replay = gpu.replayed(there.jvp_fn, tuple(point))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        v = [torch.randn_like(p) for p in point]
+        torch.testing.assert_close(replay(*v)[0], torch.func.jvp(f, tuple(point), tuple(v))[1])
+
+
+def test_a_triton_function_runs_its_own_kernels(request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.triton_functions import SiLU
+
+    x = torch.randn(5000, device="cuda")
+    w = torch.randn(5000, device="cuda")
+    runs = 0
+
+    def g(x: torch.Tensor) -> torch.Tensor:
+        nonlocal runs
+        runs += 1
+        return SiLU.apply(SiLU.apply(x) * w)
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(torch.nn.functional.silu(x) * w)
+
+    there = lz.Linearizer(g).at(x)
+    v, u = torch.randn_like(x), torch.randn_like(x)
+    expected = torch.func.jvp(plain, (x,), (v,))[1]
+    (pulled,) = torch.func.vjp(plain, x)[1](u)
+    for _ in range(4):
+        torch.testing.assert_close(there.jvp_fn(v), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(there.vjp_fn(u)[0], pulled, rtol=1e-4, atol=1e-5)
+    assert runs == 1
+    request.getfixturevalue("no_synchronisation")
+    there.jvp_fn(v)
+    there.vjp_fn(u)
+
+
+def test_large_products_take_the_time_of_their_kernels() -> None:
+    w = torch.randn(4096, 4096, device="cuda")
+    x = torch.randn(4096, 4096, device="cuda")
+    there = lz.Linearizer(lambda x: torch.tanh(torch.tanh(x @ w) @ w)).at(x)
+    for _ in range(5):
+        there.jvp_fn(x)
+    elapsed = min(gpu.seconds(lambda: there.jvp_fn(x)) for _ in range(3))
+    assert elapsed < 1.3 * gpu.kernel_seconds(lambda: there.jvp_fn(x))
+
+
+@pytest.mark.parametrize("case", gpu.cases()[:4], ids=lambda case: case.name)
+def test_the_benchmark_verifies_its_engines(case: Case) -> None:
+    found = gpu.measure(case, 1)["engines"]
+    for name in ("linearize", "linearize, captured", "limit", "limit, captured"):
+        assert "error" in found[name], found[name]

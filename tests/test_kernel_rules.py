@@ -40,7 +40,7 @@ def finite_difference(
 
 
 def check(f: Function, *primals: torch.Tensor) -> lz.Linearization:
-    """Compare J·v with finite differences and Jᵀ·u with native backward, twice."""
+    """Compare J·v with finite differences and Jᵀ·u with native backward, four times."""
     runs = 0
 
     def counted(*x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def check(f: Function, *primals: torch.Tensor) -> lz.Linearization:
     expected = torch.autograd.grad(value, leaves, u)
     with torch.no_grad():
         quotient = finite_difference(f, list(primals), v)
-    for _ in range(2):
+    for _ in range(CALLS):
         jv = here.jvp_fn(*v)
         torch.testing.assert_close(jv, quotient, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(here.vjp_fn(u), expected)
@@ -71,6 +71,7 @@ def check(f: Function, *primals: torch.Tensor) -> lz.Linearization:
 
 
 CASES: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {}
+CALLS = 4  # later calls run simplified programs
 
 
 def case(name: str, f: Function, *primals: torch.Tensor) -> None:
@@ -116,6 +117,40 @@ case(
     randn(7, 3),
 )
 case("embedding_bag of rows", lambda w: F.embedding_bag(INDEX[:6].view(2, 3), w), randn(7, 3))
+
+# -- recurrent networks and sampled images ----------------------------------------------------
+
+
+def _recurrent(kind: str) -> tuple[Function, tuple[torch.Tensor, ...]]:
+    """Return a network as a function of its input and its first weight."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = getattr(torch.nn, kind)(3, 4, num_layers=2, bidirectional=True, dtype=D)
+    weight = net.weight_ih_l0.detach().clone()
+
+    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = torch.func.functional_call(net, {"weight_ih_l0": weight}, x)[0]
+        return output
+
+    return run, (randn(5, 2, 3), weight)
+
+
+for _kind in ("RNN", "GRU", "LSTM"):
+    _run, _primals = _recurrent(_kind)
+    case(_kind, _run, *_primals)
+for _mode in ("bilinear", "nearest", "bicubic"):
+    case(
+        f"grid_sample {_mode}",
+        lambda x, g, m=_mode: F.grid_sample(x, g.tanh(), mode=m, align_corners=False),
+        randn(1, 2, 4, 5),
+        randn(1, 3, 3, 2),
+    )
+case(
+    "grid_sample in three dimensions",
+    lambda x, g: F.grid_sample(x, g.tanh(), padding_mode="border", align_corners=True),
+    randn(1, 2, 3, 4, 3),
+    randn(1, 2, 2, 2, 3),
+)
 
 # -- losses -----------------------------------------------------------------------------------
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 PACKAGE = "linearize"
 FLOORS = (
-    ("errors", "_torch"),
-    ("_space", "_program", "_memo"),
+    ("errors", "_torch", "_progress"),
+    ("_origin", "_space", "_program", "_memo"),
     (
+        "_flat",
         "_linearity",
+        "_batching",
         "_execute",
         "_contexts",
         "_functions",
@@ -23,14 +25,25 @@ FLOORS = (
         "_capture",
         "_nodes",
         "_storage",
+        "_constants",
         "_recorder",
         "_record",
     ),
-    ("_materialize", "_rules", "_kernel_formulas", "_kernel_rules", "_transpose", "_simplify"),
-    ("products", "linearization"),
-    ("linearizer",),
-    ("func", "operators"),
-    ("testing", "scipy", "cupy", "__init__"),
+    (
+        "_materialize",
+        "_rules",
+        "_kernel_formulas",
+        "_kernel_rules",
+        "_norm_rules",
+        "_transpose",
+        "_simplify",
+        "_structure",
+        "_source",
+    ),
+    ("products", "_operator", "operators", "linearization"),
+    ("linearizer", "_gradient"),
+    ("_history", "_matrices", "functional", "func", "_dependence", "sparse"),
+    ("testing", "curvature", "distributed", "implicit", "scipy", "cupy", "__init__"),
 )
 RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
 

@@ -31,7 +31,7 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="only the first N samples of each operator")
     parser.add_argument("--dtype", choices=PLAN, action="append", help="only this dtype")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one operator")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one operator")
     parser.add_argument("--fresh", action="store_true", help="run finished operators anew")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
     return parser.parse_args(args)

@@ -31,8 +31,6 @@ def _work(connection: Connection) -> None:
     from .judge import judge_operator
 
     torch.set_num_threads(1)
-    # Said once for each operation and each sample, past Python's filters.
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
     while (task := connection.recv()) is not None:
         try:
             dtype = getattr(torch, task.dtype)

@@ -1,0 +1,165 @@
+"""Floor 1: how constants of a linear program come about.
+
+An `Origin` is an expression: it says how a tensor was computed from what the autograd graph
+saved. With it the same tensor can be computed at another point whose graph has the same
+structure, without recording anew.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ._torch import aten
+
+
+class Origin:
+    """The result of an operation on other origins and static arguments.
+
+    Attributes
+    ----------
+    op
+        The operation.
+    args, kwargs
+        Its arguments; origins may stand in lists and tuples.
+    static
+        Whether nothing of a run goes into it, so that it is the same at every point.
+    """
+
+    __slots__ = ("args", "kwargs", "op", "static")
+
+    def __init__(
+        self,
+        op: Callable[..., Any] | None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.op = op
+        self.args = args
+        self.kwargs = dict(kwargs or {})
+        self.static: bool = all(o.static for o in self.inputs())
+
+    def inputs(self) -> Iterator[Origin]:
+        """Yield the origins among the arguments."""
+        yield from _origins((self.args, self.kwargs))
+
+
+class Saved(Origin):
+    """A tensor that a graph node saved.
+
+    Attributes
+    ----------
+    node
+        The node's place in the graph's order.
+    name
+        The attribute of the node.
+    position
+        The place in the attribute, if that is a list; else None.
+    """
+
+    __slots__ = ("name", "node", "position")
+
+    def __init__(self, node: int, name: str, position: int | None = None) -> None:
+        super().__init__(None)
+        self.node, self.name, self.position = node, name, position
+        self.static = False
+
+    @property
+    def place(self) -> Hashable:
+        """What tells it from others of the same graph."""
+        return self.node, self.name, self.position
+
+
+class Literal(Origin):
+    """A tensor that is part of the structure."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(None)
+        self.tensor = tensor
+
+
+def results(origin: Origin, count: int) -> list[Origin]:
+    """Return the origins of the single results of an operation that returns several."""
+    return [Origin(operator.getitem, (origin, i)) for i in range(count)]
+
+
+def filled(shape: Sequence[int], value: Any, like: torch.Tensor) -> Origin:
+    """Return the origin of a tensor filled with one number."""
+    kwargs = {"dtype": like.dtype, "device": like.device}
+    return Origin(aten.full.default, (list(shape), value), kwargs)
+
+
+def _origins(tree: Any) -> Iterator[Origin]:
+    for x in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(x, Origin):
+            yield x
+        elif isinstance(x, (list, tuple, dict)):
+            yield from _origins(x)
+
+
+def _replaced(tree: Any, values: Mapping[Origin, Any]) -> Any:
+    if isinstance(tree, Origin):
+        return values[tree]
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_replaced(x, values) for x in tree)
+    return tree
+
+
+class Schedule:
+    """Computes tensors from their origins, each intermediate once and no longer than needed."""
+
+    __slots__ = ("_last", "_order", "saved", "wanted")
+
+    def __init__(self, wanted: Sequence[Origin]) -> None:
+        self.wanted = tuple(wanted)
+        self._order = _ordered(self.wanted)
+        #: What is read of the graph.
+        self.saved = [o for o in self._order if isinstance(o, Saved)]
+        last: dict[Origin, int] = {}
+        for i, o in enumerate(self._order):
+            for x in o.inputs():
+                last[x] = i
+        keep = set(self.wanted)
+        self._last: dict[int, list[Origin]] = {}
+        for o, i in last.items():
+            if o not in keep:
+                self._last.setdefault(i, []).append(o)
+
+    def __call__(self, read: Callable[[Saved], torch.Tensor]) -> list[torch.Tensor]:
+        """Compute the wanted tensors; `read` gives what is saved."""
+        values: dict[Origin, Any] = {}
+        for i, o in enumerate(self._order):
+            if isinstance(o, Saved):
+                values[o] = read(o)
+            elif isinstance(o, Literal):
+                values[o] = o.tensor
+            else:
+                assert o.op is not None
+                args = [_replaced(a, values) for a in o.args]
+                kwargs = {k: _replaced(a, values) for k, a in o.kwargs.items()}
+                values[o] = o.op(*args, **kwargs)
+            for done in self._last.get(i, ()):
+                del values[done]
+        return [values[o] for o in self.wanted]
+
+
+def _ordered(wanted: Sequence[Origin]) -> list[Origin]:
+    """Return what has to be computed, each after what it needs. Iterative: chains are long."""
+    order: dict[Origin, None] = {}
+    entered: set[Origin] = set()
+    stack = list(reversed(wanted))
+    while stack:
+        o = stack[-1]
+        if o in order:
+            stack.pop()
+        elif o in entered:
+            order[stack.pop()] = None
+        else:
+            entered.add(o)
+            stack.extend(x for x in o.inputs() if x not in order)
+    return list(order)

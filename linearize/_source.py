@@ -1,0 +1,223 @@
+"""Floor 3: where the programs of one point come from.
+
+They are recorded from the point's graph, unless a point with the same structure was recorded
+before: then its numbers are bound into the known programs.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ._capture import Capture, Graph
+from ._execute import Binding, filled
+from ._functions import CustomNode
+from ._origin import Origin, Saved
+from ._program import Program, Residual
+from ._record import record_pullback
+from ._simplify import watched
+from ._structure import Structure, Structures, Template, saved_by, signature
+from ._torch import outside_backward
+from ._transpose import transpose
+from .errors import StalenessError
+
+#: The names of the two directions.
+PULLBACK, PUSHFORWARD = "pullback", "pushforward"
+
+
+class Source:
+    """Gives the programs of one point when they are first needed, each once.
+
+    Parameters
+    ----------
+    captured
+        The run of f.
+    structures
+        What is known of other points; None if nothing is to be shared.
+    """
+
+    def __init__(self, captured: Capture, structures: Structures | None = None) -> None:
+        self.lock = threading.RLock()
+        # The graph is made now: it stamps what contexts keep, before anybody changes it.
+        self._graph: Graph | None = captured.graph()
+        self._leaves: list[torch.Tensor] = [t for t, _ in captured.leaves]
+        self._specs = (captured.out_space.tensors, captured.in_space.tensors)
+        self._pullback: Program | None = None
+        self._structures = structures
+        self._structure: Structure | None = None
+        self._signature: tuple[object, ...] | None = None
+        self._searched = False
+        self._counted = False
+        #: Where the custom Functions' nodes stand in the graph.
+        self._places: dict[int, int] = {}
+        self._read: dict[object, Residual] = {}
+        self._known: dict[Origin, Residual] = {}
+        self._bound: list[Binding] = []
+        #: Who may still ask for a program.
+        self._waiting: dict[str, weakref.ref[Any]] = {}
+
+    def wait(self, direction: str, user: Any) -> None:
+        """Expect `user` to ask for a direction, as long as it lives."""
+        me = weakref.ref(self)
+
+        def died(_: Any) -> None:
+            source = me()
+            # Called by the garbage collector, which must not wait for anybody.
+            if source is not None and source.lock.acquire(blocking=False):
+                try:
+                    source.served(direction)
+                finally:
+                    source.lock.release()
+
+        self._waiting[direction] = weakref.ref(user, died)
+
+    def served(self, direction: str) -> None:
+        """Take note that a direction is not asked for any more."""
+        with self.lock:
+            self._waiting.pop(direction, None)
+            if not self._waiting:
+                self._let_go_of_graph()
+                self._pullback = None
+
+    # -- recorded ---------------------------------------------------------------------------
+
+    def pullback(self) -> Program:
+        """Return the recorded pullback."""
+        with self.lock:
+            if self._pullback is None:
+                present = (True,) * len(self._specs[0])
+                known = self.known(PULLBACK, present, simplified=False)
+                self._pullback = (
+                    self._record() if known is None else filled(known[0].program, known[1])
+                )
+                self._let_go_of_graph()
+            return self._pullback
+
+    def pushforward(self) -> Program:
+        """Return the transpose of the pullback."""
+        with self.lock:
+            return transpose(self.pullback(), PUSHFORWARD)
+
+    def _record(self) -> Program:
+        graph = self._graph
+        assert graph is not None
+        self._search()
+        places = {id(node): i for i, node in enumerate(graph.order)}
+        program = record_pullback(
+            graph, *self._specs, saved=lambda node: saved_by(node, places[id(node)])
+        )
+        self._places = {id(custom): places[id(node)] for node, custom in graph.custom.items()}
+        if self._structures is not None:
+            self._count(reused=False)
+            if self._signature is not None and self._structure is None and not program.fixed:
+                self._structure = Structure(self._signature)
+                self._structures.add(self._structure)
+        return program
+
+    # -- taken over -------------------------------------------------------------------------
+
+    def known(
+        self, direction: str, present: tuple[bool, ...], *, simplified: bool = True
+    ) -> tuple[Template, Binding] | None:
+        """Return the program that another point left, with the numbers of this one.
+
+        Parameters
+        ----------
+        direction
+            Of the map.
+        present
+            Which arguments are not zero.
+        simplified
+            Whether a simplified program will do.
+        """
+        with self.lock:
+            if self._graph is None:
+                return None
+            self._search()
+            if self._structure is None:
+                return None
+            for template in self._structure.templates((direction, present)):
+                if template.simplified and not simplified:
+                    continue
+                binding = template.bind(self._saved, self._custom, self._known)
+                if binding is not None:
+                    self._count(reused=True)
+                    self._bound.append(binding)
+                    return template, binding
+            return None
+
+    def offer(
+        self, direction: str, present: tuple[bool, ...], program: Program, *, simplified: bool
+    ) -> Template | None:
+        """Let other points take over a program; return it without numbers if they can."""
+        if self._structure is None:
+            return None
+        template = Template.of(program, self._places, simplified=simplified)
+        if template is not None:
+            self._structure.offer((direction, present), template)
+        return template
+
+    def kept(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that are kept for programs still to be made."""
+        graph, pullback = self._graph, self._pullback
+        if graph is not None:
+            yield from graph.saved_tensors()
+        elif pullback is not None:
+            yield from pullback.kept_tensors()
+
+    def _search(self) -> None:
+        """Look once whether a point of the same structure was recorded."""
+        if self._searched or self._structures is None or self._graph is None:
+            return
+        self._searched = True
+        graph = self._graph
+        self._signature = outside_backward(lambda: signature(graph, self._specs))
+        if self._signature is not None:
+            self._structure = self._structures.find(self._signature)
+            self._places = {
+                id(graph.custom[node]): i
+                for i, node in enumerate(graph.order)
+                if node in graph.custom
+            }
+
+    def _count(self, *, reused: bool) -> None:
+        if not self._counted and self._structures is not None:
+            self._counted = True
+            self._structures.count(reused=reused)
+
+    def _saved(self, origin: Saved) -> Residual:
+        """Return what the graph saved, one residual for each."""
+        known = self._read.get(origin.place)
+        if known is None:
+            assert self._graph is not None
+            node = self._graph.order[origin.node]
+            try:
+                value = getattr(node, origin.name)
+            except RuntimeError as error:
+                raise StalenessError(
+                    f"{node.name()}: a tensor that it needs was changed in place after the "
+                    f"linearization: {error}"
+                ) from error
+            t = value if origin.position is None else value[origin.position]
+            with torch.inference_mode(False):
+                known = Residual(t.detach(), node.name(), origin)
+            self._read[origin.place] = known
+        return known
+
+    def _custom(self, place: int) -> CustomNode:
+        assert self._graph is not None
+        return self._graph.custom[self._graph.order[place]]
+
+    def _let_go_of_graph(self) -> None:
+        """Let go of the graph, once everything is made of it."""
+        self._graph = None
+        self._leaves = []
+        self._read, self._known = {}, {}
+        bindings, self._bound = self._bound, []
+        ours = {id(r): r for b in bindings for r in (*b.residuals, *b.guards)}
+        for b in bindings:
+            b.guard_by(watched(b.guards, ours.values()))

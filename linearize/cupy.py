@@ -1,0 +1,131 @@
+"""Floor 7: operators in the form that the solvers of `cupyx.scipy.sparse.linalg` expect.
+
+Vectors go from CuPy to PyTorch and back by DLPack: they stay where they are on the GPU, nothing
+is copied, and nothing passes through the host. The streams of the two libraries are made to wait
+for each other by the exchange itself.
+
+    A = linearize.cupy.aslinearoperator(here.jacobian.gram())
+    x, info = cupyx.scipy.sparse.linalg.cg(A, b)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._flat import check_flat, flat_spec
+from ._operator import LinearOperator
+from .errors import SpaceError, StructureError, UnsupportedError
+from .linearization import Linearization
+
+__all__ = ["aslinearoperator"]
+
+
+def aslinearoperator(operator: LinearOperator | Linearization) -> Any:
+    """Return a `cupyx.scipy.sparse.linalg.LinearOperator` with all four products.
+
+    Parameters
+    ----------
+    operator
+        Any operator of this package on a CUDA device, or a linearization, which stands for its
+        Jacobian.
+
+    Returns
+    -------
+    cupyx.scipy.sparse.linalg.LinearOperator
+        Of the flat vectors of both sides, which are CuPy arrays of the operator's dtype on its
+        device.
+
+    Raises
+    ------
+    ImportError
+        If CuPy is not installed.
+    SpaceError
+        If the operator is not on a CUDA device; in products, if a vector does not fit.
+    UnsupportedError
+        If the operator's dtype is unknown to CuPy's solvers (half precision), or it is linear
+        over the real numbers only although its spaces are complex.
+    """
+    import cupy
+    import cupyx.scipy.sparse.linalg as solvers
+
+    products = Products(operator, cupy.from_dlpack)
+    if products.operator.device.type != "cuda":
+        raise SpaceError(
+            f"linearize.cupy: expected an operator on a CUDA device, got one on "
+            f"{products.operator.device}; for the CPU there is linearize.scipy"
+        )
+    return solvers.LinearOperator(
+        products.operator.shape,
+        matvec=products.matvec,
+        rmatvec=products.rmatvec,
+        matmat=products.matmat,
+        rmatmat=products.rmatmat,
+        dtype=cupy.dtype(str(products.operator.dtype).removeprefix("torch.")),
+    )
+
+
+class Products:
+    """The four products of an operator on arrays of another library that speaks DLPack.
+
+    Parameters
+    ----------
+    operator
+        The operator, or a linearization.
+    from_dlpack
+        Makes an array of the other library from a tensor, without copying.
+    """
+
+    def __init__(
+        self, operator: LinearOperator | Linearization, from_dlpack: Callable[[Any], Any]
+    ) -> None:
+        if isinstance(operator, Linearization):
+            operator = operator.jacobian
+        if not isinstance(operator, LinearOperator):
+            raise StructureError(
+                "aslinearoperator: expected a linear operator or a linearization, got "
+                f"{type(operator).__name__}"
+            )
+        sides = [flat_spec(s).dtype for s in (operator.in_space, operator.out_space)]
+        for dtype in sides:
+            if dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+                raise UnsupportedError(
+                    f"aslinearoperator: solvers work in single or double precision, got {dtype}"
+                )
+        if sides[0] != sides[1]:
+            raise UnsupportedError(
+                f"aslinearoperator: the two sides have different dtypes, {sides[0]} and {sides[1]}"
+            )
+        operator.check_complex_linear("aslinearoperator")
+        self.operator = operator
+        self._back = operator.H
+        self._from_dlpack = from_dlpack
+
+    def matvec(self, x: Any) -> Any:
+        """Return A·x; a column of shape (n, 1) gives a column."""
+        return self._through(self.operator, x)
+
+    def rmatvec(self, x: Any) -> Any:
+        """Return Aᴴ·x."""
+        return self._through(self._back, x)
+
+    def matmat(self, X: Any) -> Any:
+        """Return A·X, all columns in one vectorised pass."""
+        return self._through(self.operator, X)
+
+    def rmatmat(self, X: Any) -> Any:
+        """Return Aᴴ·X."""
+        return self._through(self._back, X)
+
+    def _through(self, operator: LinearOperator, x: Any) -> Any:
+        given = torch.utils.dlpack.from_dlpack(x)
+        check_flat(operator.in_space, given, f"{operator!r} @ array")
+        if given.dim() not in (1, 2) or given.shape[0] != operator.shape[1]:
+            raise SpaceError(
+                f"{operator!r} @ array: expected shape ({operator.shape[1]},) or "
+                f"({operator.shape[1]}, k), got {tuple(given.shape)}"
+            )
+        result = (operator @ given).detach().resolve_conj().resolve_neg()
+        return self._from_dlpack(result)

@@ -1,0 +1,214 @@
+"""Floor 7: operators whose rows are spread over the ranks of `torch.distributed`.
+
+Every rank has the whole of x and its own share of the data, so its own rows of the Jacobian.
+J·v needs no communication and gives the rank's own part; Jᵀ·u and JᵀJ·v are summed over the
+ranks, and every rank has the same result. A solver for the normal equations, conjugate gradients
+for instance, runs unchanged on every rank.
+
+Every rank must ask for the same products in the same order. If a rank fails inside of one, every
+rank raises `DistributedError` with the reason; if a rank dies, the others raise it as soon as
+the process group notices, at the latest at its timeout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ._flat import Parts, flat_spec, join, split, zeros
+from ._operator import ChunkSize, Direction, LinearOperator, SelfAdjoint
+from .errors import DistributedError, UnsupportedError
+from .linearization import Linearization
+from .linearizer import Linearizer
+
+__all__ = ["RowJacobian", "jacobian", "total"]
+
+Group = Any
+T = TypeVar("T")
+
+
+def jacobian(f: Callable[..., Any], *primals: Any, group: Group = None) -> RowJacobian:
+    """Linearize f on every rank, and return the Jacobian of all ranks' results together.
+
+    Parameters
+    ----------
+    f
+        This rank's function: of the same primals, with this rank's data.
+    *primals
+        The same on every rank.
+    group
+        The process group; None for the default one.
+
+    Raises
+    ------
+    DistributedError
+        On every rank, if f fails on one of them, or the primals differ in shape or dtype.
+    """
+    here = _together(lambda: Linearizer(f, maxsize=0).at(*primals), group, "the run of f")
+    return RowJacobian(here, group)
+
+
+def total(make: Callable[[], LinearOperator], group: Group = None) -> SelfAdjoint:
+    """Return the sum over all ranks of a self-adjoint operator of each rank.
+
+    Parameters
+    ----------
+    make
+        Makes this rank's operator: `lambda: gauss_newton(model, params, loss, own_batches)`.
+    group
+        The process group; None for the default one.
+
+    Raises
+    ------
+    DistributedError
+        On every rank, if `make` fails on one of them, or the operators differ in size.
+    """
+
+    def checked() -> LinearOperator:
+        operator = make()
+        if not isinstance(operator, SelfAdjoint):
+            raise UnsupportedError(
+                "total: expected a self-adjoint operator (a curvature, a gram()), got "
+                f"{operator!r}"
+            )
+        return operator
+
+    own = _together(checked, group, "the operator")
+    _check_same(own, group)
+    reduced = _Reduced(own._apply, own.in_space, group, repr(own))
+    return SelfAdjoint(own.in_space, reduced, peak=own._peak, name=f"total of {own._name}")
+
+
+class RowJacobian(LinearOperator):
+    """A Jacobian whose rows are spread over ranks; made by `jacobian`.
+
+    `in_space` is the same on every rank, `out_space` this rank's own part, and `shape` that of
+    this rank's rows. `J @ v` is local. `J.T @ u` takes this rank's part of u and returns the
+    sum over all ranks. `J.gram()` is the same on every rank.
+
+    Attributes
+    ----------
+    here : Linearization
+        This rank's own linearization.
+    """
+
+    def __init__(self, here: Linearization, group: Group = None) -> None:
+        self.here = here
+        self._own = here.jacobian
+        _check_same(self._own, group)
+        self._group = group
+        adjoint = _Reduced(self._own._apply_adjoint, self._own.in_space, group, "Jᵀ·u")
+        super().__init__(
+            self._own.in_space,
+            self._own.out_space,
+            self._own._apply,
+            adjoint,
+            peak=self._own._peak,
+            name="RowJacobian",
+        )
+
+    def gram(self) -> LinearOperator:
+        """Return Jᵀ·J of all ranks' rows: one sum over the ranks for each product."""
+        own = self._own.gram()
+        reduced = _Reduced(own._apply, own.in_space, self._group, "JᵀJ·v")
+        return SelfAdjoint(own.in_space, reduced, peak=own._peak, name="RowJacobian.gram()")
+
+    def materialize(
+        self, *, chunk_size: ChunkSize = "auto", direction: Direction = "auto"
+    ) -> torch.Tensor:
+        """Return this rank's rows, without communication."""
+        return self._own.materialize(chunk_size=chunk_size, direction=direction)
+
+
+class _Reduced:
+    """A map whose results are summed over the ranks, errors included."""
+
+    def __init__(self, apply: Any, space: Any, group: Group, what: str) -> None:
+        self._apply = apply
+        self._space = space
+        self._group = group
+        self._what = what
+
+    def __call__(self, parts: Parts, *, stacked: bool) -> Parts:
+        count = len(parts[0]) if stacked else 1
+        failure: BaseException | None = None
+        try:
+            results = self._apply(parts, stacked=stacked)
+        except Exception as error:
+            failure = error
+            results = zeros(self._space, count if stacked else None)
+        flat = join(self._space, results, stacked=stacked).detach()
+        # One sum carries the numbers, whether a rank failed, and whether all sent as many.
+        if stacked:
+            counts = torch.tensor([count, -count], device=flat.device)
+            _reduce(counts, dist.ReduceOp.MAX, self._group, self._what)
+            if int(counts[0]) != -int(counts[1]):
+                raise DistributedError(
+                    f"{self._what}: the ranks passed different numbers of vectors, from "
+                    f"{-int(counts[1])} to {int(counts[0])}"
+                )
+        flag = flat.new_tensor([0.0 if failure is None else 1.0])
+        buffer = torch.cat([flat.reshape(-1), flag])
+        _reduce(buffer, dist.ReduceOp.SUM, self._group, self._what)
+        if buffer[-1].real > 0:
+            _raise(failure, self._group, self._what)
+        return split(self._space, buffer[:-1].reshape(flat.shape))
+
+
+def _together(work: Callable[[], T], group: Group, what: str) -> T:
+    """Do something on every rank; if one fails, raise on all of them."""
+    failure: BaseException | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    _raise(failure, group, what)
+    assert result is not None
+    return result
+
+
+def _raise(failure: BaseException | None, group: Group, what: str) -> None:
+    """Tell the ranks of each other's failures, and raise on all if there is one."""
+    own = None if failure is None else f"{type(failure).__name__}: {failure}"
+    messages = _gathered(own, group, what)
+    failed = {rank: text for rank, text in enumerate(messages) if text is not None}
+    if failed:
+        reasons = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+        raise DistributedError(
+            f"{what} failed on {len(failed)} of the ranks: {reasons}"
+        ) from failure
+
+
+def _check_same(operator: LinearOperator, group: Group) -> None:
+    spec = flat_spec(operator.in_space)
+    own = (spec.shape, str(spec.dtype), [leaf.shape for leaf in operator.in_space.tensors])
+    given = _gathered(own, group, "the input side")
+    if any(other != given[0] for other in given):
+        raise DistributedError(f"the input sides of the ranks' operators differ: {given}")
+
+
+def _gathered(item: Any, group: Group, what: str) -> list[Any]:
+    items: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(items, item, group=group)
+    except RuntimeError as error:
+        raise _lost(what, error) from error
+    return items
+
+
+def _reduce(t: torch.Tensor, operation: Any, group: Group, what: str) -> None:
+    try:
+        dist.all_reduce(t, operation, group=group)
+    except RuntimeError as error:
+        raise _lost(what, error) from error
+
+
+def _lost(what: str, error: BaseException) -> DistributedError:
+    return DistributedError(
+        f"{what}: a rank cannot be reached; it may have died, or raised an error elsewhere "
+        f"({error})"
+    )

@@ -1,0 +1,265 @@
+"""Floor 7: derivatives of solutions, by the implicit function theorem.
+
+A solver finds x with f(x, p) = 0. How x moves with p does not depend on how it was found:
+∂f/∂x · dx = −∂f/∂p · dp. The functions here attach that derivative to a solution that any solver
+found, at the price of one run of f and one linear solve for each derivative.
+
+>>> import torch, linearize as lz, linearize.implicit
+>>> p = torch.tensor([4.0, 9.0], dtype=torch.float64, requires_grad=True)
+>>> found = p.detach().sqrt()  # by any solver
+>>> x = lz.implicit.root(lambda x, p: x * x - p, found, p)
+>>> torch.autograd.grad(x.sum(), p)[0]
+tensor([0.2500, 0.1667], dtype=torch.float64)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+
+from ._flat import Parts, join, split
+from ._gradient import gradient_and_value
+from ._operator import LinearOperator
+from ._space import Space, differentiable
+from ._torch import pytree
+from .errors import LinearizeError, SpaceError, UnsupportedError
+from .linearization import Linearization
+from .linearizer import Linearizer
+
+__all__ = ["least_squares", "minimum", "root"]
+
+#: Given an operator A and a flat vector b, returns the flat vector x with A·x = b.
+Solve: TypeAlias = Callable[[LinearOperator, torch.Tensor], torch.Tensor]
+
+
+def dense(A: LinearOperator, b: torch.Tensor) -> torch.Tensor:
+    """Solve A·x = b by writing the matrix out: exact, for some thousands of unknowns."""
+    x: torch.Tensor = torch.linalg.solve(A.materialize(), b)
+    return x
+
+
+def root(
+    f: Callable[..., Any],
+    x: Any,
+    *params: Any,
+    solve: Solve = dense,
+    tol: float | None = None,
+) -> Any:
+    """Return the solution x of f(x, *params) = 0 with its derivatives by the params.
+
+    Parameters
+    ----------
+    f
+        A function of x and the params with as many numbers as x.
+    x
+        The solution, found by any solver: a pytree of real tensors.
+    *params
+        Pytrees of tensors.
+    solve
+        Solves the linear systems: takes an operator A, ∂f/∂x or its transpose, and a flat
+        vector b. The default writes the matrix out; for large systems pass an iterative solver,
+        `lambda A, b: bicgstab(A.__matmul__, b)`.
+    tol
+        The largest component of f(x, *params) that still counts as zero. None for 1e-6 in
+        double precision and 1e-3 in single.
+
+    Returns
+    -------
+    pytree
+        x, differentiable once with respect to the params, in reverse and in forward mode.
+
+    Raises
+    ------
+    LinearizeError
+        If f is not zero at x: the derivative would be that of something else. Or, in the
+        backward pass, if what `solve` returns does not solve the system.
+    SpaceError
+        If f does not return as many numbers as x has.
+    """
+    space = Space.of_tree(x, "tangent", "x")
+    if any(leaf.dtype.is_complex for leaf in space.tensors):
+        raise UnsupportedError("root: expected real numbers, got complex ones")
+    leaves, structure = pytree.tree_flatten(params)
+    given = [t for t in leaves if differentiable(t)]
+    start = pytree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, x)
+    fixed = pytree.tree_unflatten(
+        [t.detach() if differentiable(t) else t for t in leaves], structure
+    )
+    here = Linearizer(f, maxsize=0).at(start, *fixed)
+    value = [t for t in here.out_space.flatten(_differentiable(here.value)) if t is not None]
+    if here.out_space.size != space.size:
+        raise SpaceError(
+            f"root: f returns {here.out_space.size} numbers for the {space.size} of x"
+        )
+    largest = max((float(t.abs().max()) for t in value if t.numel()), default=0.0)
+    limit = _limit(space) if tol is None else tol
+    if not largest <= limit:
+        raise LinearizeError(
+            f"root: x is no solution, the largest component of f(x) is {largest:.3g} (tol "
+            f"{limit:.3g}); solve more accurately, or give tol"
+        )
+    parts = [t for t in space.flatten(start) if t is not None]
+    system = _System(here, space, len(given), solve)
+    results = _Solution.apply(system, *parts, *given)  # type: ignore[no-untyped-call]
+    others = pytree.tree_leaves(start)
+    return space.unflatten(list(results), others)
+
+
+def minimum(
+    loss: Callable[..., torch.Tensor],
+    x: Any,
+    *params: Any,
+    solve: Solve = dense,
+    tol: float | None = None,
+) -> Any:
+    """Return the minimum x of loss(x, *params) with its derivatives by the params.
+
+    The gradient is zero there: the derivatives are those of its root. The systems are those of
+    the Hessian, which is symmetric.
+
+    Parameters
+    ----------
+    loss
+        Returns one real number.
+    x, *params, solve, tol
+        As for `root`; `tol` is for the gradient.
+
+    Raises
+    ------
+    LinearizeError
+        As for `root`.
+    """
+
+    def gradient(x: Any, *params: Any) -> Any:
+        return gradient_and_value(lambda x: loss(x, *params))(x)[0]
+
+    return root(gradient, x, *params, solve=solve, tol=tol)
+
+
+def least_squares(
+    residual: Callable[..., Any],
+    x: Any,
+    *params: Any,
+    solve: Solve = dense,
+    tol: float | None = None,
+) -> Any:
+    """Return the least-squares solution x of residual(x, *params) with its derivatives.
+
+    The systems are those of the exact Hessian of half the sum of squares, not of its
+    Gauss–Newton part: where residuals remain, only the former gives the derivative.
+
+    Parameters
+    ----------
+    residual
+        Returns a tensor, or a pytree of tensors.
+    x, *params, solve, tol
+        As for `root`; `tol` is for the gradient Jᵀ·r.
+
+    Raises
+    ------
+    LinearizeError
+        As for `root`.
+    """
+
+    def half(x: Any, *params: Any) -> torch.Tensor:
+        leaves = [t for t in pytree.tree_leaves(residual(x, *params)) if differentiable(t)]
+        return torch.stack([(t * t).sum() for t in leaves]).sum() / 2
+
+    return minimum(half, x, *params, solve=solve, tol=tol)
+
+
+class _System:
+    """∂f/∂x and ∂f/∂p at the solution, from one run of f."""
+
+    def __init__(self, here: Linearization, space: Space, count: int, solve: Solve) -> None:
+        self.space = space
+        self.of = here.out_space
+        self._jvp, self._vjp = here.jvp_fn, here.vjp_fn
+        self._count = count
+        self._solve = solve
+        self._size = len(space.tensors)
+        self.by_x = LinearOperator(
+            space, here.out_space, self._apply, self._apply_adjoint, name="∂f/∂x"
+        )
+
+    def _apply(self, parts: Parts, *, stacked: bool) -> Parts:
+        tensors = [*parts, *([None] * self._count)]
+        return self._jvp._batched(tensors, None) if stacked else self._jvp._apply(tensors)
+
+    def _apply_adjoint(self, parts: Parts, *, stacked: bool) -> Parts:
+        all_of_them = self._vjp._batched(parts, None) if stacked else self._vjp._apply(parts)
+        return all_of_them[: self._size]
+
+    def forward(self, tangents: list[torch.Tensor | None]) -> Parts:
+        """Return dx for dp."""
+        change = self._jvp._apply([*([None] * self._size), *tangents])
+        b = join(self.of, change)
+        return split(self.space, self.solved(self.by_x, -b))
+
+    def reverse(self, cotangents: Parts) -> Parts:
+        """Return the cotangents of p for those of x."""
+        w = self.solved(self.by_x.H, join(self.space, cotangents))
+        return self._vjp._apply(split(self.of, -w))[self._size :]
+
+    def solved(self, A: LinearOperator, b: torch.Tensor) -> torch.Tensor:
+        """Solve a system, and see whether it is solved."""
+        x = self._solve(A, b)
+        error, size = float((A @ x - b).norm()), float(b.norm())
+        if not error <= 1e3 * _limit(self.space) * size:
+            raise LinearizeError(
+                f"implicit derivative: the solver left a residual of {error:.3g} for a right-hand "
+                f"side of norm {size:.3g}; the system may be singular, or the solver stopped early"
+            )
+        return x
+
+
+class _Solution(torch.autograd.Function):
+    """A solution as a function of the params."""
+
+    @staticmethod
+    def forward(system: _System, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(t.clone() for t in tensors[: len(system.space.tensors)])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.system = inputs[0]
+        ctx.save_for_backward(*inputs[1 + len(ctx.system.space.tensors) :])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        system: _System = ctx.system
+        results = system.reverse([u.detach() for u in cotangents])
+        if torch.is_grad_enabled():
+            results = list(_Once.apply(len(results), *results, *cotangents, *ctx.saved_tensors))  # type: ignore[no-untyped-call]
+        return (None, *([None] * len(cotangents)), *results)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
+        system: _System = ctx.system
+        return tuple(system.forward(list(tangents[len(system.space.tensors) :])))
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated again: without this, they would pass as constant."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        raise UnsupportedError(
+            "an implicit derivative can be differentiated once only; differentiate through the "
+            "solver's own steps, or use finite differences of the gradient"
+        )
+
+
+def _limit(space: Space) -> float:
+    double = all(leaf.dtype == torch.float64 for leaf in space.tensors)
+    return 1e-6 if double else 1e-3
+
+
+def _differentiable(value: Any) -> Any:
+    return pytree.tree_map(lambda t: t if differentiable(t) else None, value)

@@ -1,0 +1,137 @@
+"""Floor 4: linear operators, matrices that are known by their products alone.
+
+`here.jacobian` is one. Operators add, scale and multiply to operators, and every one of them
+can be applied to pytrees, to flat vectors and to matrices of these, turned into its adjoint
+and written out as a matrix.
+
+>>> import torch, linearize as lz
+>>> J = lz.Linearizer(lambda x: x[1:] * x[:-1]).at(torch.tensor([1.0, 2.0, 3.0])).jacobian
+>>> J
+<Jacobian 2 x 3 float32>
+>>> J @ torch.tensor([1.0, 0.0, 0.0])
+tensor([2., 0.])
+>>> normal = J.gram() + 0.1 * lz.operators.identity(J.in_space)
+>>> normal.shape
+(3, 3)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from ._flat import Parts, check_flat, split, zeros
+from ._operator import LinearOperator, SelfAdjoint
+from ._space import Space
+from .products import JvpFn, Product, VjpFn
+
+__all__ = ["Jacobian", "LinearOperator", "SelfAdjoint", "diagonal", "identity"]
+
+
+class Jacobian(LinearOperator):
+    """The Jacobian of a function at a point: `here.jacobian`.
+
+    A function of one primal has that primal's structure as `in_space`, one of several primals
+    the tuple of them. It keeps the two products and nothing else of the linearization.
+
+    Parameters
+    ----------
+    jvp_fn, vjp_fn
+        The products of a linearization.
+
+    Raises
+    ------
+    LinearizeError
+        In products, what `jvp_fn` and `vjp_fn` raise.
+    """
+
+    def __init__(self, jvp_fn: JvpFn, vjp_fn: VjpFn) -> None:
+        super().__init__(
+            jvp_fn._arguments.unpacked(),
+            jvp_fn._results,
+            functools.partial(run, jvp_fn),
+            functools.partial(run, vjp_fn),
+            peak=lambda: max(p.program.peak_bytes() for p in (jvp_fn, vjp_fn)),
+            name="Jacobian",
+        )
+        self._products = jvp_fn, vjp_fn
+
+    def gram(self) -> LinearOperator:
+        """Return Jᴴ·J. Both maps are one program, simplified together."""
+        jvp_fn, vjp_fn = self._products
+        product = jvp_fn._then(vjp_fn, "gram")
+        return SelfAdjoint(
+            self.in_space,
+            functools.partial(run, product),
+            peak=lambda: product.program.peak_bytes(),
+            name="Jacobian.gram()",
+        )
+
+
+def run(product: Product, parts: Parts, *, stacked: bool) -> Parts:
+    """Apply a product to an element, or to several stacked ones in one pass."""
+    if not stacked:
+        return product._apply(parts)
+    if len(parts[0]) == 0:
+        return zeros(product._results, 0)
+    try:
+        return product._batched(parts, None)
+    except RuntimeError as error:
+        # A few operations (`as_strided_scatter`) cannot be vectorised.
+        if "batching rule" not in str(error):
+            raise
+    each = [product._apply([t[i] for t in parts]) for i in range(len(parts[0]))]
+    return [torch.stack(list(column)) for column in zip(*each, strict=True)]
+
+
+def _diagonal(space: Space, entries: Parts, name: str) -> LinearOperator:
+    def apply(parts: Parts, *, stacked: bool) -> Parts:
+        return [d * t for d, t in zip(entries, parts, strict=True)]
+
+    def apply_adjoint(parts: Parts, *, stacked: bool) -> Parts:
+        return [d.conj() * t for d, t in zip(entries, parts, strict=True)]
+
+    if not any(t.is_complex() for t in entries):
+        return SelfAdjoint(space, apply, name=name)
+    return LinearOperator(space, space, apply, apply_adjoint, name=name)
+
+
+def identity(space: Space) -> LinearOperator:
+    """Return the identity of a space, for damping: `J.gram() + 0.1 * identity(J.in_space)`.
+
+    Parameters
+    ----------
+    space
+        An operator's `in_space` or `out_space`.
+    """
+
+    def apply(parts: Parts, *, stacked: bool) -> Parts:
+        return [t.clone() for t in parts]
+
+    return SelfAdjoint(space, apply, name="identity")
+
+
+def diagonal(space: Space, entries: Any) -> LinearOperator:
+    """Return the diagonal operator of a space with the given entries.
+
+    Parameters
+    ----------
+    space
+        An operator's `in_space` or `out_space`.
+    entries
+        A pytree structured like the space, or a flat vector.
+
+    Raises
+    ------
+    StructureError, SpaceError
+        If the entries do not fit.
+    """
+    if isinstance(entries, torch.Tensor) and tuple(entries.shape) == (space.size,):
+        check_flat(space, entries, "diagonal")
+        parts = [t.clone() for t in split(space, entries)]
+    else:
+        given = zip(space.flatten(entries), space.tensors, strict=True)
+        parts = [s.zeros() if t is None else t.clone() for t, s in given]
+    return _diagonal(space, parts, "diagonal")
