@@ -24,7 +24,7 @@ endif
 IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 say = @printf '\n==> %s\n' '$(1)'
 
-.PHONY: help venv demo test test-packages bench conformance check format-check lint layering types docs format clean
+.PHONY: help venv demo test test-packages soak bench conformance check format-check lint layering types docs format clean
 
 help: ## show this list
 	@echo 'Usage: make TARGET'
@@ -71,6 +71,10 @@ test-packages: $(READY) ## try the custom Functions and models of other packages
 	  --constraint constraints-dev.txt --editable '.[packages]'
 	$(call say,Running the tests of other packages)
 	$(PY) -m pytest tests/packages
+
+soak: $(READY) ## make 10^5 points and 10^6 products, see that memory is flat (minutes)
+	$(call say,Soaking)
+	$(PY) tools/soak.py --docs docs/soak.md $(ARGS)
 
 # ARGS='--rounds 20 --only Burgers' and the like; ARGS='--resume' goes on where a run was cut off,
 # ARGS='--help' lists the options. JAX takes part if it is installed: pip install -e '.[bench]'.

@@ -118,6 +118,8 @@ class CustomNode:
                 kept = [t for t in ctx.saved_tensors if t is not None]
                 self._saved = [Residual(t.detach(), source) for t in kept]
             except RuntimeError as error:  # the value is right all the same
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 self._unusable = f"a tensor that it saved was changed in place inside f: {error}"
         self._attributes: list[Residual] = []
         self._stamp()

@@ -449,7 +449,9 @@ def _by_decomposition(
             given=eq.residuals(),
         )
         turned = transpose(program)
-    except (LinearizeError, RuntimeError):
+    except (LinearizeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         return None
     present = [ct for v, ct in zip(eq.outputs, cts, strict=True) if v is not None]
     turned = turned.restricted([ct is not None for ct in present])

@@ -93,7 +93,11 @@ def twice_backward(f: Plain, v: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     ys = f(leaves)
     us = [torch.zeros_like(y, requires_grad=True) for y in ys]
     back = torch.autograd.grad(ys, leaves, us, create_graph=True, materialize_grads=True)
-    return list(torch.autograd.grad(back, us, v, materialize_grads=True))
+    pairs = [(b, t) for b, t in zip(back, v, strict=True) if b.requires_grad]
+    if not pairs:  # of tensors without elements
+        return [torch.zeros_like(u) for u in us]
+    along, directions = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(along, us, directions, materialize_grads=True))
 
 
 REFERENCES = {"difference": difference, "native": native, "twice": twice_backward}

@@ -13,6 +13,7 @@ import torch
 import linearize as lz
 from linearize.errors import (
     ClosedError,
+    OptionError,
     SpaceError,
     StructureError,
     UnsupportedError,
@@ -307,7 +308,7 @@ def test_argnums_of_another_kind(argnums: Any) -> None:
     ],
 )
 def test_options(options: Any, word: str) -> None:
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(OptionError, match=word):
         lz.Linearizer(torch.sin, **options)
 
 
