@@ -24,7 +24,7 @@ endif
 IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 say = @printf '\n==> %s\n' '$(1)'
 
-.PHONY: help venv demo test test-packages soak bench conformance check format-check lint layering types docs format clean
+.PHONY: help venv demo test test-slow test-packages soak bench conformance check format-check lint layering types docs format clean
 
 help: ## show this list
 	@echo 'Usage: make TARGET'
@@ -63,7 +63,11 @@ demo: $(READY) ## fit the NIST regression problems and plot the fits
 
 test: $(READY) ## run the tests and the code blocks of README and docs
 	$(call say,Running the tests)
-	$(PY) -m pytest
+	$(PY) -m pytest -m 'not slow'
+
+test-slow: $(READY) ## run the tests that take minutes
+	$(call say,Running the slow tests)
+	$(PY) -m pytest -m slow
 
 test-packages: $(READY) ## try the custom Functions and models of other packages
 	$(call say,Installing the packages)

@@ -17,7 +17,7 @@ import torch
 from ._linearity import CONSTANT, READS_NUMBERS, UNINITIALIZED, functional_variant, schema_of
 from ._origin import Literal, Origin, filled, results
 from ._program import Emitter, Residual, leaves, map_leaves
-from ._torch import OpOverload, aten
+from ._torch import OpOverload, aten, has_memory
 
 _UNREPEATABLE = frozenset(
     {
@@ -218,7 +218,7 @@ def _filled_like(name: str, args: Any, out: torch.Tensor) -> Origin | None:
 
 def _place(t: torch.Tensor) -> Hashable:
     """Return what two tensors share that are the same numbers in the same memory."""
-    if t.layout != torch.strided:
+    if t.layout != torch.strided or not has_memory(t):
         return id(t)
     bits = (t.is_conj(), t.is_neg())
     memory = t.untyped_storage().data_ptr(), t.storage_offset()

@@ -53,10 +53,15 @@ def _plain(*residuals: Any) -> bool:
     )
 
 
+def _mixed(x: Residual, weight: Residual | None) -> bool:
+    """Whether the weight is more precise than the input, which the kernel must be told by it."""
+    return weight is not None and weight.tensor.dtype != x.tensor.dtype
+
+
 @rule(aten.native_layer_norm_backward.default)
 def _layer_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     grad, x, shape, mean, rstd, weight, bias, _ = eq.args
-    if not isinstance(grad, Var) or not _plain(x, mean, rstd, weight, bias):
+    if not isinstance(grad, Var) or not _plain(x, mean, rstd, weight, bias) or _mixed(x, weight):
         return None
     results = []
     if cts[0] is not None:
@@ -103,6 +108,8 @@ def _batch_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
 def _group_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     grad, x, mean, rstd, weight, n, c, size, groups, _ = eq.args
     if not isinstance(grad, Var) or not _plain(x, mean, rstd, weight) or c == 0 or n == 0:
+        return None
+    if _mixed(x, weight):
         return None
     shape = [c, *(1,) * (len(grad.spec.shape) - 2)]
     results = []

@@ -553,10 +553,18 @@ def join_parts(program: Program) -> Program:
     made = {eq.outputs[0]: eq for eq in program.equations if len(eq.outputs) == 1}
     uses = Counter(v for eq in program.equations for v in eq.inputs())
     uses.update(v for v in program.outputs if v is not None)
+    #: Sums that are terms of another one.
+    inner = {
+        v
+        for eq in program.equations
+        if eq.op is aten.add.Tensor and not eq.kwargs
+        for v in eq.inputs()
+        if uses[v] == 1 and v.spec == eq.outputs[0].spec  # type: ignore[union-attr]
+    }
 
     def join(eq: Equation) -> Equation:
         out = eq.outputs[0]
-        if eq.op is not aten.add.Tensor or out is None:
+        if eq.op is not aten.add.Tensor or out is None or out in inner:
             return eq
         whole = _joined([made.get(v) for v in _terms(out, made, uses)], uses)
         if whole is None:

@@ -40,6 +40,7 @@ __all__ = [
     "functorch_active",
     "gradient_edge",
     "has_forward_tangent",
+    "has_memory",
     "input_metadata",
     "is_custom",
     "is_generated",
@@ -149,6 +150,11 @@ def has_forward_tangent(t: Any) -> bool:
     if not isinstance(t, torch.Tensor) or forward_ad._current_level < 0:
         return False
     return forward_ad.unpack_dual(t).tangent is not None
+
+
+def has_memory(t: torch.Tensor) -> bool:
+    """Whether a dense tensor has memory; forward mode makes zeros that have none."""
+    return not t._is_zerotensor()
 
 
 def batched_or_wrapped(t: torch.Tensor) -> bool:

@@ -880,7 +880,5 @@ def test_gradients_of_sparse_tensors_are_refused(name: str) -> None:
     here = lz.Linearizer(SPARSE_REFUSED[name]).at(rand(4, 4))
     for _ in range(CALLS):
         for call in (lambda: here.jvp_fn(rand(4, 4)), lambda: here.vjp_fn(like(here.value, 1))):
-            with pytest.raises(
-                UnsupportedError, match=r"Backward0: .*[Ss]parse"
-            ):
+            with pytest.raises(UnsupportedError, match=r"Backward0: .*[Ss]parse"):
                 call()
