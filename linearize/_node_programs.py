@@ -82,7 +82,7 @@ class NodeProgram:
         inputs: Sequence[Var],
         equations: Sequence[Equation],
         outputs: Sequence[tuple[Var, Layout] | None],
-        constants: Constants,
+        constants: Constants | None = None,
     ) -> NodeProgram | None:
         """Take over what was just recorded of the node at `place`.
 
@@ -99,7 +99,7 @@ class NodeProgram:
                 if r in blanks:
                     continue
                 origin = r.origin
-                if origin is None or not _belongs(origin, place):
+                if constants is not None and (origin is None or not _belongs(origin, place)):
                     origin = constants.origin(r.tensor)  # of another node, which saved it too
                 if origin is None or not _belongs(origin, place):
                     return None
@@ -118,33 +118,31 @@ class NodeProgram:
     def write(
         self,
         emitter: Emitter,
-        place: int,
         inputs: Sequence[Var],
         read: Callable[[Saved], torch.Tensor],
-        adopt: Callable[[torch.Tensor, Origin], Residual],
+        move: Callable[[Saved], Origin | None],
+        adopt: Callable[[torch.Tensor, Origin | None], Residual],
     ) -> list[Gradient | None]:
-        """Write down the equations for the node at `place`; return its gradients.
+        """Write down the equations for another node of the kind; return its gradients.
 
         Parameters
         ----------
         emitter
             Receives the equations.
-        place
-            Of the node in its graph.
         inputs
             The gradients that it takes.
-        read
-            Gives what it saved.
+        read, move
+            Give what it saved, and what tells it from the rest.
         adopt
             Makes a residual.
         """
         names: dict[Any, Any] = dict(zip(self._inputs, inputs, strict=True))
         if self._residuals:
             computed = iter(self._schedule(read))
-            moved: dict[Origin, Origin] = {}
+            moved: dict[Origin, Origin | None] = {}
             for blank, origin in self._residuals:
                 t = read(origin) if isinstance(origin, Saved) else next(computed)
-                names[blank] = adopt(t, _moved(origin, place, moved))
+                names[blank] = adopt(t, _moved(origin, move, moved))
 
         def rename(x: Any) -> Any:
             return names[x] if isinstance(x, (Var, Residual)) else x
@@ -171,27 +169,33 @@ def _belongs(origin: Origin, place: int) -> bool:
     return True
 
 
-def _moved(origin: Origin, place: int, known: dict[Origin, Origin]) -> Origin:
-    """Return the origin of the same constant of the node at another place."""
+def _moved(
+    origin: Origin,
+    move: Callable[[Saved], Origin | None],
+    known: dict[Origin, Origin | None],
+) -> Origin | None:
+    """Return the origin of the same constant of another node, None if that is not known."""
     if isinstance(origin, Literal):
         return origin
     if origin not in known:
         if isinstance(origin, Saved):
-            known[origin] = Saved(place, origin.name, origin.position)
-        else:
+            known[origin] = move(origin)
+        elif all(_moved(o, move, known) is not None for o in origin.inputs()):
 
             def leaf(x: Any) -> Any:
-                return _moved(x, place, known) if isinstance(x, Origin) else x
+                return known.get(x, x) if isinstance(x, Origin) else x
 
             args, kwargs = map_leaves(leaf, origin.args), map_leaves(leaf, origin.kwargs)
             known[origin] = Origin(origin.op, args, kwargs)
+        else:
+            known[origin] = None
     return known[origin]
 
 
 class NodePrograms:
-    """The programs of the kinds of nodes met lately, for all graphs of the process.
+    """What is remembered of the nodes and operations met lately, for the whole process.
 
-    They hold shapes, static arguments and operations; no tensors but single numbers.
+    It holds shapes, static arguments and operations; no tensors but single numbers.
     """
 
     def __init__(self, most: int = 4096) -> None:

@@ -276,7 +276,11 @@ class _Walk:
 
         inputs = [g.var for _, g in sorted(received.items())]
         place = self.graph.places[node]
-        return known.write(self.emitter, place, inputs, read, self.recorder.adopt)
+
+        def move(origin: Saved) -> Origin:
+            return Saved(place, origin.name, origin.position)
+
+        return known.write(self.emitter, inputs, read, move, self.recorder.adopt)
 
     def remember(
         self,

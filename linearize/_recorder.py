@@ -239,9 +239,9 @@ class Recorder(DispatchMode):
 
     def residual(self, t: torch.Tensor) -> Residual:
         """Return the residual for a constant, one for each tensor."""
-        return self.adopt(t)
+        return self.adopt(t, None)
 
-    def adopt(self, t: torch.Tensor, origin: Origin | None = None) -> Residual:
+    def adopt(self, t: torch.Tensor, origin: Origin | None) -> Residual:
         """Return the residual for a constant that comes about as `origin` tells, if given."""
         known = self._residuals.get(id(t))
         if known is None or known.tensor is not t:
