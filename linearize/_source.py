@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ._adjoint import check_built_in
 from ._capture import Capture, Graph
 from ._execute import Binding, filled
 from ._functions import CustomNode
@@ -38,9 +39,13 @@ class Source:
         The run of f.
     structures
         What is known of other points; None if nothing is to be shared.
+    check
+        Whether to check, once per structure, that the two programs are adjoint.
     """
 
-    def __init__(self, captured: Capture, structures: Structures | None = None) -> None:
+    def __init__(
+        self, captured: Capture, structures: Structures | None = None, *, check: bool = True
+    ) -> None:
         self.lock = threading.RLock()
         # The graph is made now: it stamps what contexts keep, before anybody changes it.
         self._graph: Graph | None = captured.graph()
@@ -48,6 +53,7 @@ class Source:
         self._specs = (captured.out_space.tensors, captured.in_space.tensors)
         self._pullback: Program | None = None
         self._structures = structures
+        self._check = check
         self._structure: Structure | None = None
         self._signature: tuple[object, ...] | None = None
         self._searched = False
@@ -100,7 +106,14 @@ class Source:
     def pushforward(self) -> Program:
         """Return the transpose of the pullback."""
         with self.lock:
-            return transpose(self.pullback(), PUSHFORWARD)
+            pullback = self.pullback()
+            pushforward = transpose(pullback, PUSHFORWARD)
+            structure = self._structure
+            if self._check and not (structure is not None and structure.checked):
+                check_built_in(pullback, pushforward, transpose)
+                if structure is not None:
+                    structure.checked = True
+            return pushforward
 
     def _record(self) -> Program:
         graph = self._graph

@@ -275,10 +275,17 @@ def _mapped(
 
 
 class Structure:
-    """What is known of all points with one signature."""
+    """What is known of all points with one signature.
+
+    Attributes
+    ----------
+    checked
+        Whether its two programs were found to be adjoint.
+    """
 
     def __init__(self, of: tuple[Any, ...]) -> None:
         self.signature = of
+        self.checked = False
         self._lock = threading.Lock()
         self._templates: dict[Key, list[Template]] = {}
 

@@ -46,11 +46,14 @@ class Policy:
         The most bytes that one such matrix may take.
     simplify
         Whether programs that are run often are simplified.
+    check
+        When the two programs are checked to be adjoint: "structure", "always" or "never".
     """
 
     materialize: bool = False
     limit: int = 1 << 28
     simplify: bool = True
+    check: str = "structure"
 
 
 def transpose(program: Program, name: str = "pushforward") -> Program:

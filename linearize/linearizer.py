@@ -53,6 +53,11 @@ class Linearizer:
     simplify
         Whether a program that is run repeatedly is simplified; the simplified one takes over
         when it was seen to give the same.
+    check
+        When the two products are checked to be adjoint on one random pair. "structure": once
+        for all points with one structure, without calling custom Functions. "always": at each
+        point, before its first product, with the methods of custom Functions, each called
+        once more for it. "never": not at all. A failure is an `AdjointError`.
 
     Notes
     -----
@@ -73,6 +78,7 @@ class Linearizer:
         opaque: Literal["error", "materialize"] = "error",
         opaque_limit: int = 1 << 28,
         simplify: bool = True,
+        check: Literal["structure", "always", "never"] = "structure",
     ) -> None:
         if not callable(f):
             raise StructureError(f"Linearizer: f must be callable, got {type(f).__name__}")
@@ -81,6 +87,8 @@ class Linearizer:
             raise OptionError(f'match must be "identity" or "value", got {match!r}')
         if opaque not in ("error", "materialize"):
             raise OptionError(f'opaque must be "error" or "materialize", got {opaque!r}')
+        if check not in ("structure", "always", "never"):
+            raise OptionError(f'check must be "structure", "always" or "never", got {check!r}')
         for name, limit in (("maxsize", maxsize), ("max_bytes", max_bytes)):
             if limit is not None and limit < 0:
                 raise OptionError(f"{name} must not be negative, got {limit}")
@@ -88,7 +96,7 @@ class Linearizer:
         self._argnums = argnums
         self._has_aux = has_aux
         self._by_value = match == "value"
-        self._policy = Policy(opaque == "materialize", opaque_limit, simplify)
+        self._policy = Policy(opaque == "materialize", opaque_limit, simplify, check)
         self._keeps = maxsize != 0
         self._memo: Memo[Linearization] = Memo(
             maxsize, max_bytes, Linearization._size, Linearization._fresh

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ._adjoint import check_maps
 from ._execute import Binding, Executor, filled
 from ._linearity import close, rounding
 from ._program import Program, Residual
@@ -18,7 +19,14 @@ from ._space import Space
 from ._structure import Template
 from ._torch import functorch_active, outside_transforms
 from ._transpose import Policy, resolve, transpose
-from .errors import ClosedError, CopyError, StructureError
+from .errors import (
+    AdjointError,
+    ClosedError,
+    CopyError,
+    LinearizeError,
+    MissingDerivativeError,
+    StructureError,
+)
 
 #: At which call a program is simplified: sooner would cost more than it saves.
 SIMPLIFY_AT = 3
@@ -166,6 +174,8 @@ class Product:
         self._program: Program | None = None
         self._plans: dict[tuple[bool, ...], _Plan] = {}
         self._turned: Product | None = None
+        #: Checks the product before its first use.
+        self._first: Callable[[], None] | None = None
         lifetime.register(self)
         if source is not None and not joined:
             source.wait(self._direction, self)
@@ -204,7 +214,7 @@ class Product:
 
     def _release(self) -> None:
         with self._lock:
-            self._make = self._program = self._turned = self._source = None
+            self._make = self._program = self._turned = self._source = self._first = None
             self._plans = {}
 
     def _plan(self, present: tuple[bool, ...]) -> _Plan:
@@ -289,6 +299,8 @@ class Product:
             return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
         present = tuple(t is not None for t in tensors)
         self._check_open()
+        if self._first is not None:
+            self._first()
         plan = self._plan(present)
         with torch.no_grad():
             results = plan([t for t in tensors if t is not None])
@@ -341,6 +353,69 @@ class Product:
             yield from program.kept_tensors()
         for plan in plans:
             yield from plan.binding.kept()
+
+
+def check_adjoint(pushforward: Product, pullback: Product) -> None:
+    """Check that two products are adjoint, and name what is at fault if they are not.
+
+    Raises
+    ------
+    AdjointError
+        Naming the first operation or custom Function at which they part.
+    """
+
+    def resolved() -> tuple[Program, Program]:
+        policy = pushforward._policy
+        return resolve(pullback.program, policy), resolve(pushforward.program, policy)
+
+    with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+        # Both programs are made first: what is derived of one is then at hand for both.
+        programs = pullback.program, pushforward.program
+        check_maps(
+            pullback._apply,
+            pushforward._apply,
+            [v.spec for v in programs[0].inputs],
+            [v.spec for v in programs[1].inputs],
+            resolved,
+            transpose,
+        )
+
+
+class _FirstUse:
+    """Checks two products when one of them is used first; a failure stays one."""
+
+    def __init__(self, pushforward: Product, pullback: Product) -> None:
+        # Weak, and held by the products: either of them may be gone.
+        self.products = weakref.ref(pushforward), weakref.ref(pullback)
+        self.lock = threading.RLock()
+        self.state: LinearizeError | None = None
+        self.busy = False
+
+    def __call__(self) -> None:
+        with self.lock:
+            if self.busy:
+                return
+            if self.state is not None:
+                raise self.state
+            products = [p for p in (ref() for ref in self.products) if p is not None]
+            if len(products) == 2:
+                self.busy = True
+                try:
+                    check_adjoint(*products)
+                except MissingDerivativeError:
+                    pass  # there is nothing to compare with
+                except AdjointError as error:
+                    self.state = error
+                    raise
+                finally:
+                    self.busy = False
+            for p in products:
+                p._first = None
+
+
+def check_before_use(pushforward: Product, pullback: Product) -> None:
+    """Have two products checked when one of them is used first, if both are alive then."""
+    pushforward._first = pullback._first = _FirstUse(pushforward, pullback)
 
 
 class _DifferentiableProduct(torch.autograd.Function):

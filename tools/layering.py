@@ -36,6 +36,7 @@ FLOORS = (
         "_kernel_rules",
         "_norm_rules",
         "_transpose",
+        "_adjoint",
         "_simplify",
         "_structure",
         "_source",
