@@ -10,7 +10,8 @@ Random cotangents, because real backward formulas branch on zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -36,6 +37,7 @@ from ._torch import (
 from .errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
 
 T = TypeVar("T")
+Numbers: TypeAlias = Sequence[torch.Tensor | None]
 SavedBy: TypeAlias = Callable[[Node], Iterable[tuple[torch.Tensor, Origin | None]]]
 
 
@@ -73,6 +75,32 @@ class NodeBackward(Operation):
         return outside_backward(call)
 
 
+@dataclasses.dataclass(slots=True)
+class Trial:
+    """The numbers that a pullback was recorded with: a random pair, to try its transpose.
+
+    Attributes
+    ----------
+    cotangents, results
+        Of the pullback.
+    calls
+        For each operation on a node, by the node's id: the numbers that arrived there, and the
+        random ones that stood for its results, because it was not executed.
+    intact
+        Whether nobody has written to these numbers.
+    """
+
+    cotangents: Numbers = ()
+    results: Numbers = ()
+    calls: dict[int, tuple[Numbers, Numbers]] = dataclasses.field(default_factory=dict)
+    intact: bool = False
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield all the numbers."""
+        for group in (self.cotangents, self.results, *(n for c in self.calls.values() for n in c)):
+            yield from (t for t in group if t is not None)
+
+
 def _metadata_spec(meta: Any) -> TensorSpec:
     return TensorSpec(tuple(meta.shape), meta.dtype, meta.device)
 
@@ -86,8 +114,11 @@ class _Walk:
         emitter: Emitter,
         generator: torch.Generator,
         saved: SavedBy | None = None,
+        trial: Trial | None = None,
     ) -> None:
         self.graph = graph
+        self.trial = trial
+        self.versions: list[tuple[torch.Tensor, int]] = []
         self.emitter = emitter
         self.generator = generator
         self.saved = saved or (lambda node: [(t, None) for t in saved_tensors(node)])
@@ -104,7 +135,17 @@ class _Walk:
 
     def run(self, seeds: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Walk from the roots, one seed each; return what arrives at the leaves."""
-        return outside_backward(lambda: self._run(seeds))
+        self.note(seeds)
+        arrived = outside_backward(lambda: self._run(seeds))
+        if self.trial is not None:
+            self.trial.cotangents, self.trial.results = tuple(seeds), tuple(arrived)
+            self.trial.intact = all(t._version == version for t, version in self.versions)
+        return arrived
+
+    def note(self, numbers: Numbers) -> None:
+        """Have an eye on numbers that the trial takes over."""
+        if self.trial is not None:
+            self.versions += [(t, t._version) for t in numbers if t is not None]
 
     def _run(self, seeds: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         with (
@@ -269,14 +310,25 @@ class _Walk:
         """Write down an operation that is not executed, and let random numbers stand for it."""
         outputs: list[Var | None] = []
         after: list[tuple[Edge, torch.Tensor]] = []
+        stand_ins: list[torch.Tensor | None] = []
         for edge, spec in zip(edges, specs, strict=True):
             node, nr = edge
             if node is None or spec is None or node not in self.reached:
                 outputs.append(None)
+                stand_ins.append(None)
                 continue
             var = Var(spec)
             outputs.append(var)
-            after.append(((node, nr), self.placeholder(spec, var)))
+            number = self.placeholder(spec, var)
+            stand_ins.append(number)
+            after.append(((node, nr), number))
+        if self.trial is not None:
+            self.note([*grads, *stand_ins])
+            known = getattr(op, "node", None)
+            if known is not None:
+                self.trial.calls[id(known)] = tuple(grads), tuple(stand_ins)
+            else:  # in the transpose, nobody could tell what the numbers belong to
+                self.trial = None
         variables = (None if g is None else self.recorder.variable(g) for g in grads)
         args = (*variables, *point)
         self.emitter.equations.append(Equation(op, args, {}, tuple(outputs), self.emitter.source))
@@ -324,6 +376,7 @@ def record_pullback(
     name: str = "pullback",
     saved: SavedBy | None = None,
     given: Iterable[Residual] = (),
+    trial: Trial | None = None,
 ) -> Program:
     """Record the linear program from cotangents of a graph's roots to those of its leaves.
 
@@ -344,6 +397,8 @@ def record_pullback(
         same structure has its own.
     given
         Residuals that the graph was made from.
+    trial
+        Receives the numbers that the pullback is recorded with.
 
     Raises
     ------
@@ -353,7 +408,7 @@ def record_pullback(
         If a tensor saved by the graph was changed in place.
     """
     emitter = Emitter()
-    walk = _Walk(graph, emitter, torch.Generator().manual_seed(seed), saved)
+    walk = _Walk(graph, emitter, torch.Generator().manual_seed(seed), saved, trial)
     walk.recorder.constants.given(given)
     inputs = [Var(spec) for spec in out_specs]
     seeds = [walk.placeholder(v.spec, v) for v in inputs]

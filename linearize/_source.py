@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from ._adjoint import check_built_in
+from ._adjoint import Proof
 from ._capture import Capture, Graph
 from ._execute import Binding, filled
 from ._functions import CustomNode
 from ._origin import Origin, Saved
-from ._program import Program, Residual
-from ._record import record_pullback
+from ._program import Program, Residual, total_bytes
+from ._record import Trial, record_pullback
 from ._simplify import watched
 from ._structure import Structure, Structures, Template, saved_by, signature
 from ._torch import outside_backward
@@ -41,6 +41,11 @@ class Source:
         What is known of other points; None if nothing is to be shared.
     check
         Whether to check, once per structure, that the two programs are adjoint.
+
+    Attributes
+    ----------
+    proof
+        That check, as long as it has not been made.
     """
 
     def __init__(
@@ -54,6 +59,9 @@ class Source:
         self._pullback: Program | None = None
         self._structures = structures
         self._check = check
+        self._trial: Trial | None = None
+        #: What the pushforward owes before its first product is handed out.
+        self.proof: Proof | None = None
         self._structure: Structure | None = None
         self._signature: tuple[object, ...] | None = None
         self._searched = False
@@ -65,6 +73,8 @@ class Source:
         self._bound: list[Binding] = []
         #: Who may still ask for a program.
         self._waiting: dict[str, weakref.ref[Any]] = {}
+        #: Whether the pushforward is being made.
+        self._awaited = False
 
     def wait(self, direction: str, user: Any) -> None:
         """Expect `user` to ask for a direction, as long as it lives."""
@@ -85,6 +95,8 @@ class Source:
         """Take note that a direction is not asked for any more."""
         with self.lock:
             self._waiting.pop(direction, None)
+            if PUSHFORWARD not in self._waiting:
+                self._trial = None
             if not self._waiting:
                 self._let_go_of_graph()
                 self._pullback = None
@@ -106,23 +118,38 @@ class Source:
     def pushforward(self) -> Program:
         """Return the transpose of the pullback."""
         with self.lock:
+            self._awaited = True
             pullback = self.pullback()
             pushforward = transpose(pullback, PUSHFORWARD)
-            structure = self._structure
-            if self._check and not (structure is not None and structure.checked):
-                check_built_in(pullback, pushforward, transpose)
-                if structure is not None:
-                    structure.checked = True
+            if self._owes_proof():
+                trial, self._trial = self._trial, None
+                self.proof = Proof(pullback, pushforward, trial, transpose, self._proved)
             return pushforward
+
+    def _owes_proof(self) -> bool:
+        structure = self._structure
+        return self._check and not (structure is not None and structure.proved)
+
+    def _proved(self) -> None:
+        self.proof = None
+        if self._structure is not None:
+            self._structure.proved = True
 
     def _record(self) -> Program:
         graph = self._graph
         assert graph is not None
         self._search()
         places = {id(node): i for i, node in enumerate(graph.order)}
+        trial = Trial() if self._check and PUSHFORWARD in self._waiting else None
         program = record_pullback(
-            graph, *self._specs, saved=lambda node: saved_by(node, places[id(node)])
+            graph, *self._specs, saved=lambda node: saved_by(node, places[id(node)]), trial=trial
         )
+        # If it is to wait for the pushforward, it must not take much.
+        if trial is not None and (
+            self._awaited
+            or total_bytes(trial.tensors()) <= total_bytes(r.tensor for r in program.residuals())
+        ):
+            self._trial = trial
         self._places = {id(custom): places[id(node)] for node, custom in graph.custom.items()}
         if self._structures is not None:
             self._count(reused=False)
@@ -151,7 +178,7 @@ class Source:
             if self._graph is None:
                 return None
             self._search()
-            if self._structure is None:
+            if self._structure is None or (direction == PUSHFORWARD and self._owes_proof()):
                 return None
             for template in self._structure.templates((direction, present)):
                 if template.simplified and not simplified:
@@ -181,6 +208,8 @@ class Source:
             yield from graph.saved_tensors()
         elif pullback is not None:
             yield from pullback.kept_tensors()
+        if self._trial is not None:
+            yield from self._trial.tensors()
 
     def _search(self) -> None:
         """Look once whether a point of the same structure was recorded."""

@@ -279,13 +279,13 @@ class Structure:
 
     Attributes
     ----------
-    checked
+    proved
         Whether its two programs were found to be adjoint.
     """
 
     def __init__(self, of: tuple[Any, ...]) -> None:
         self.signature = of
-        self.checked = False
+        self.proved = False
         self._lock = threading.Lock()
         self._templates: dict[Key, list[Template]] = {}
 

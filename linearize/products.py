@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ._adjoint import check_maps
+from ._adjoint import Proof, check_built_in, check_maps
 from ._execute import Binding, Executor, filled
 from ._linearity import close, rounding
 from ._program import Program, Residual
@@ -41,6 +41,10 @@ class _Plan:
         What is run.
     settled
         Whether nothing is to be simplified (any more).
+    proof
+        What is to be checked before the first result is handed out.
+    whole
+        Whether no argument is zero.
 
     Attributes
     ----------
@@ -54,15 +58,23 @@ class _Plan:
         binding: Binding,
         *,
         settled: bool,
+        proof: Proof | None = None,
+        whole: bool = True,
     ) -> None:
         #: One reference, so that a change is seen as a whole.
         self._running = executor, binding
         self._settled = settled
+        self._proof = proof
+        self._whole = whole
         self.news: Program | None = None
         self._lock = threading.Lock()
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         executor, binding = self._running
+        if self._proof is not None:
+            results = self._proof.run(executor, binding, arguments, self._whole)
+            self._proof = None
+            return results
         due = not self._settled and executor.runs >= SIMPLIFY_AT - 1
         if due and not functorch_active() and self._lock.acquire(blocking=False):
             try:
@@ -261,7 +273,22 @@ class Product:
             Executor(program) if template is None else template.executor,
             Binding.of(program),
             settled=not self._policy.simplify,
+            proof=self._proof(),
+            whole=all(present),
         )
+
+    def _proof(self) -> Proof | None:
+        """Return what is to be checked before the first product is handed out."""
+        source = self._source
+        return source.proof if source is not None and self._direction == PUSHFORWARD else None
+
+    def _proved(self) -> Program:
+        """Return the program, checked: it goes elsewhere."""
+        program = self.program
+        proof = self._proof()
+        if proof is not None:
+            proof.complete()
+        return program
 
     def _offer(
         self, present: tuple[bool, ...], program: Program, *, simplified: bool
@@ -327,7 +354,7 @@ class Product:
         """
         mine, theirs = self._source, other._source
         return Product(
-            lambda: self.program.then(other.program, name),
+            lambda: self._proved().then(other._proved(), name),
             self._arguments,
             other._results,
             self._lifetime,
@@ -341,13 +368,20 @@ class Product:
         with self._lock:
             if self._turned is None:
                 self._turned = Product(
-                    lambda: transpose(self.program, f"transpose of {self.program.name}"),
+                    self._transpose,
                     self._results,
                     self._arguments,
                     self._lifetime,
                     self._policy,
                 )
             return self._turned
+
+    def _transpose(self) -> Program:
+        program = self._proved()
+        turned = transpose(program, f"transpose of {program.name}")
+        if self._policy.check != "never":
+            check_built_in(program, turned, transpose)
+        return turned
 
     def _residuals(self) -> list[Residual]:
         """Return the residuals of this product, as far as it is recorded."""
@@ -383,8 +417,7 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
         check_maps(
             pullback._apply,
             pushforward._apply,
-            [v.spec for v in programs[0].inputs],
-            [v.spec for v in programs[1].inputs],
+            *programs,
             resolved,
             transpose,
         )

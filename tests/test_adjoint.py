@@ -10,6 +10,8 @@ from torch.autograd import Function
 
 import linearize as lz
 from linearize import _rules
+from linearize._adjoint import Proof
+from linearize._execute import Executor
 from linearize._torch import aten
 from linearize.errors import AdjointError, OptionError
 
@@ -97,7 +99,7 @@ def test_a_wrong_rule_beside_opaque_calls_is_named(monkeypatch: pytest.MonkeyPat
     here = lz.Linearizer(lambda x: Scale.apply(x.sin()).roll(2) * Scale.apply(x)).at(X)
     with pytest.raises(AdjointError, match=r"first to part is roll"):
         here.jvp_fn(X)
-    assert Scale.calls == []
+    assert Scale.calls == ["jvp", "jvp"]  # for the product, none for the check
 
 
 def test_never_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,17 +109,9 @@ def test_never_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_once_per_structure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from linearize import _source
-
-    count = 0
-    check = _source.check_built_in
-
-    def counted(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        check(*args)
-
-    monkeypatch.setattr(_source, "check_built_in", counted)
+    runs = []
+    run = Proof.run
+    monkeypatch.setattr(Proof, "run", lambda *args: (runs.append(1), run(*args))[1])
     lin = lz.Linearizer(lambda x: (A @ x.sin()).cos())
     for k in range(4):
         here = lin.at(X + k)
@@ -125,7 +119,110 @@ def test_once_per_structure(monkeypatch: pytest.MonkeyPatch) -> None:
             here.jvp_fn(X)
             here.vjp_fn(torch.ones(4, dtype=torch.float64))
     assert lin.stats().recorded == 1
-    assert count == 1
+    assert len(runs) == 1
+
+
+def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that every run of a program is entered in."""
+    found: list[str] = []
+    run = Executor.__call__
+
+    def counted(self: Executor, *args: Any, **kwargs: Any) -> Any:
+        found.append(self.program.name)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Executor, "__call__", counted)
+    return found
+
+
+@pytest.mark.parametrize("first", ["jvp", "vjp"])
+def test_the_check_needs_no_product_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    here = lz.Linearizer(lambda x: Scale.apply(A @ x.sin()).cos() * Scale.apply(x).sum()).at(X)
+    u = torch.linspace(1, 2, 4, dtype=torch.float64)
+    names = products(monkeypatch)
+    if first == "vjp":
+        here.vjp_fn(u)
+    here.jvp_fn(X)
+    assert names == ["pullback"] * (first == "vjp") + ["pushforward"]
+
+
+@pytest.mark.parametrize("v", [torch.zeros(6), torch.ones(6), torch.eye(6)[2]])
+def test_a_tangent_that_tells_nothing_is_no_proof(
+    monkeypatch: pytest.MonkeyPatch, v: torch.Tensor
+) -> None:
+    """A roll by the wrong shift moves ones to where they are."""
+    right = _rules.rule_for(aten.roll.default)
+
+    def again(e: Any, eq: Any, cts: Any) -> Any:
+        assert right is not None
+        return [
+            (x, e.emit(aten.roll.default, (ct, [1]), x.spec)) for x, ct in right(e, eq, cts) or []
+        ]
+
+    monkeypatch.setitem(_rules._RULES, aten.roll.default, again)
+    here = lz.Linearizer(lambda x: x.roll(1).sin()).at(X)
+    with pytest.raises(AdjointError, match="first to part is roll"):
+        here.jvp_fn(v.double())
+
+
+def test_batched_first_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, aten.roll.default)
+    here = lz.Linearizer(lambda x: x.roll(1).sin()).at(X)
+    with pytest.raises(AdjointError):
+        here.jvp_fn.batched(torch.stack([X, X]))
+
+
+def test_some_tangents_first_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, aten.roll.default)
+    here = lz.Linearizer(lambda x, y: x.roll(1).sin() + y).at(X, X)
+    with pytest.raises(AdjointError):
+        here.jvp_fn(None, X)
+
+
+def test_products_that_go_elsewhere_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, aten.roll.default)
+    here = lz.Linearizer(lambda x: x.roll(1).sin()).at(X)
+    with pytest.raises(AdjointError):
+        here.jacobian.gram() @ X
+    with pytest.raises(AdjointError):  # the derivative of a vjp is another pushforward
+        here.vjp_fn(X.clone().requires_grad_())[0].sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_wrong_rule_is_found_among_many_numbers(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """⟨u, J·v⟩ is small beside ‖u‖·‖J·v‖ where there are many entries."""
+    broken(monkeypatch, aten.roll.default)
+    x = torch.linspace(-1, 1, 200_000).to(dtype)
+    here = lz.Linearizer(lambda x: x.roll(1).sin()).at(x)
+    with pytest.raises(AdjointError):
+        here.jvp_fn(x)
+    with pytest.raises(AdjointError):
+        lz.Linearizer(lambda x: x.roll(1).sin()).at(x).jvp_fn.batched(torch.stack([x, x]))
+
+
+def test_the_random_state_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    here = lz.Linearizer(lambda x: x.roll(1).sin()).at(X)
+    here.jvp_fn.batched(torch.stack([X, X]))
+    here.check()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_matrix_close_to_singular_passes() -> None:
+    n = 30
+    i = torch.arange(n, dtype=torch.float32)
+    hilbert = 1 / (i[:, None] + i + 1) + 1e-6 * torch.eye(n)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve(hilbert * (1 + 0.1 * x), x).sin()
+
+    here = lz.Linearizer(f, check="always").at(torch.linspace(0, 1, n))
+    here.jvp_fn(torch.linspace(1, 2, n))
+    here.check()
 
 
 def test_by_default_user_code_is_called_for_products_only() -> None:
