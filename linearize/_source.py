@@ -18,10 +18,11 @@ from ._capture import Capture, Graph
 from ._execute import Binding, filled
 from ._functions import CustomNode
 from ._origin import Origin, Saved
-from ._program import Program, Residual, total_bytes
-from ._record import Trial, record_pullback
+from ._program import Program, Residual
+from ._record import record_pullback
+from ._signature import signature
 from ._simplify import watched
-from ._structure import Structure, Structures, Template, saved_by, signature
+from ._structure import Structure, Structures, Template
 from ._torch import outside_backward
 from ._transpose import transpose
 from .errors import StalenessError
@@ -59,7 +60,6 @@ class Source:
         self._pullback: Program | None = None
         self._structures = structures
         self._check = check
-        self._trial: Trial | None = None
         #: What the pushforward owes before its first product is handed out.
         self.proof: Proof | None = None
         self._structure: Structure | None = None
@@ -73,8 +73,6 @@ class Source:
         self._bound: list[Binding] = []
         #: Who may still ask for a program.
         self._waiting: dict[str, weakref.ref[Any]] = {}
-        #: Whether the pushforward is being made.
-        self._awaited = False
 
     def wait(self, direction: str, user: Any) -> None:
         """Expect `user` to ask for a direction, as long as it lives."""
@@ -95,8 +93,6 @@ class Source:
         """Take note that a direction is not asked for any more."""
         with self.lock:
             self._waiting.pop(direction, None)
-            if PUSHFORWARD not in self._waiting:
-                self._trial = None
             if not self._waiting:
                 self._let_go_of_graph()
                 self._pullback = None
@@ -118,12 +114,10 @@ class Source:
     def pushforward(self) -> Program:
         """Return the transpose of the pullback."""
         with self.lock:
-            self._awaited = True
             pullback = self.pullback()
             pushforward = transpose(pullback, PUSHFORWARD)
             if self._owes_proof():
-                trial, self._trial = self._trial, None
-                self.proof = Proof(pullback, pushforward, trial, transpose, self._proved)
+                self.proof = Proof(pullback, pushforward, transpose, self._proved)
             return pushforward
 
     def _owes_proof(self) -> bool:
@@ -139,18 +133,8 @@ class Source:
         graph = self._graph
         assert graph is not None
         self._search()
-        places = {id(node): i for i, node in enumerate(graph.order)}
-        trial = Trial() if self._check and PUSHFORWARD in self._waiting else None
-        program = record_pullback(
-            graph, *self._specs, saved=lambda node: saved_by(node, places[id(node)]), trial=trial
-        )
-        # If it is to wait for the pushforward, it must not take much.
-        if trial is not None and (
-            self._awaited
-            or total_bytes(trial.tensors()) <= total_bytes(r.tensor for r in program.residuals())
-        ):
-            self._trial = trial
-        self._places = {id(custom): places[id(node)] for node, custom in graph.custom.items()}
+        program = record_pullback(graph, *self._specs, remembered=True)
+        self._places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
         if self._structures is not None:
             self._count(reused=False)
             if self._signature is not None and self._structure is None and not program.fixed:
@@ -208,8 +192,6 @@ class Source:
             yield from graph.saved_tensors()
         elif pullback is not None:
             yield from pullback.kept_tensors()
-        if self._trial is not None:
-            yield from self._trial.tensors()
 
     def _search(self) -> None:
         """Look once whether a point of the same structure was recorded."""
@@ -221,9 +203,7 @@ class Source:
         if self._signature is not None:
             self._structure = self._structures.find(self._signature)
             self._places = {
-                id(graph.custom[node]): i
-                for i, node in enumerate(graph.order)
-                if node in graph.custom
+                id(custom): graph.places[node] for node, custom in graph.custom.items()
             }
 
     def _count(self, *, reused: bool) -> None:

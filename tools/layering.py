@@ -27,7 +27,9 @@ FLOORS = (
         "_nodes",
         "_storage",
         "_constants",
+        "_signature",
         "_recorder",
+        "_node_programs",
         "_record",
     ),
     (
