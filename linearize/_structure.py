@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import torch
 
 from ._execute import Binding, Executor
+from ._folding import FOLDED, finite
 from ._functions import CustomNode
 from ._origin import Origin, Saved, Schedule
 from ._program import Equation, Operation, Program, Residual, map_leaves
 from ._signature import HiddenError
-from ._simplify import FOLDED, finite
 
 #: A direction, and which arguments are not zero.
 Key: TypeAlias = tuple[str, tuple[bool, ...]]
