@@ -42,6 +42,8 @@ class Stats:
         Points whose programs were recorded from their graph.
     reused
         Points that took over the programs of another one, whose graph has the same structure.
+    dense
+        Matrices that took the place of programs.
     """
 
     hits: int = 0
@@ -51,6 +53,7 @@ class Stats:
     bytes: int = 0
     recorded: int = 0
     reused: int = 0
+    dense: int = 0
 
     def __getitem__(self, name: str) -> int:
         if name not in self.__dataclass_fields__:

@@ -15,6 +15,7 @@ import torch
 
 from ._adjoint import Proof
 from ._capture import Capture, Graph
+from ._dense import Dense
 from ._execute import Binding, filled
 from ._functions import CustomNode
 from ._origin import Origin, Saved
@@ -62,6 +63,7 @@ class Source:
         self._check = check
         #: What the pushforward owes before its first product is handed out.
         self.proof: Proof | None = None
+        self._dense: Dense | None = None
         self._structure: Structure | None = None
         self._signature: tuple[object, ...] | None = None
         self._searched = False
@@ -184,6 +186,18 @@ class Source:
         if template is not None:
             self._structure.offer((direction, present), template)
         return template
+
+    def dense(self, limit: int) -> Dense | None:
+        """Return what stands ready to become the matrix of both products."""
+        with self.lock:
+            if self._dense is None:
+                outs, ins = self._specs
+                self._dense = Dense.of(ins, outs, limit, self._count_dense)
+            return self._dense
+
+    def _count_dense(self) -> None:
+        if self._structures is not None:
+            self._structures.count_dense()
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are kept for programs still to be made."""

@@ -195,6 +195,8 @@ class Structures:
     ----------
     recorded, reused
         How many points were recorded, and how many took over a structure.
+    dense
+        How many matrices took the place of programs.
     """
 
     #: How many are kept; each is a few kilobytes per operation.
@@ -205,6 +207,7 @@ class Structures:
         self._known: list[Structure] = []
         self.recorded = 0
         self.reused = 0
+        self.dense = 0
 
     def find(self, of: tuple[Any, ...]) -> Structure | None:
         """Return the structure with a signature."""
@@ -228,6 +231,11 @@ class Structures:
                 self.reused += 1
             else:
                 self.recorded += 1
+
+    def count_dense(self) -> None:
+        """Count a matrix."""
+        with self._lock:
+            self.dense += 1
 
     def clear(self) -> None:
         """Forget all structures."""

@@ -50,12 +50,15 @@ class Policy:
         Whether programs that are run often are simplified.
     check
         When the two programs are checked to be adjoint: "structure", "always" or "never".
+    dense_limit
+        The most bytes that the matrix of a whole program may take; 0 for no such matrices.
     """
 
     materialize: bool = False
     limit: int = 1 << 28
     simplify: bool = True
     check: str = "structure"
+    dense_limit: int = 1 << 24
 
 
 def transpose(program: Program, name: str = "pushforward") -> Program:

@@ -58,6 +58,11 @@ class Linearizer:
         for all points with one structure, without calling custom Functions. "always": at each
         point, before its first product, with the methods of custom Functions, each called
         once more for it. "never": not at all. A failure is an `AdjointError`.
+    dense_limit
+        The most bytes that the Jacobian of a point may take as a matrix. A program that is
+        slower than its matrix, and was run often enough to pay for it, is replaced by it;
+        programs that call custom Functions are not, nor any if `simplify` is False. 0 or None
+        for no matrices.
 
     Notes
     -----
@@ -79,6 +84,7 @@ class Linearizer:
         opaque_limit: int = 1 << 28,
         simplify: bool = True,
         check: Literal["structure", "always", "never"] = "structure",
+        dense_limit: int | None = 1 << 24,
     ) -> None:
         if not callable(f):
             raise StructureError(f"Linearizer: f must be callable, got {type(f).__name__}")
@@ -89,14 +95,17 @@ class Linearizer:
             raise OptionError(f'opaque must be "error" or "materialize", got {opaque!r}')
         if check not in ("structure", "always", "never"):
             raise OptionError(f'check must be "structure", "always" or "never", got {check!r}')
-        for name, limit in (("maxsize", maxsize), ("max_bytes", max_bytes)):
+        limits = {"maxsize": maxsize, "max_bytes": max_bytes, "dense_limit": dense_limit}
+        for name, limit in limits.items():
             if limit is not None and limit < 0:
                 raise OptionError(f"{name} must not be negative, got {limit}")
         self.f = f
         self._argnums = argnums
         self._has_aux = has_aux
         self._by_value = match == "value"
-        self._policy = Policy(opaque == "materialize", opaque_limit, simplify, check)
+        self._policy = Policy(
+            opaque == "materialize", opaque_limit, simplify, check, dense_limit or 0
+        )
         self._keeps = maxsize != 0
         self._memo: Memo[Linearization] = Memo(
             maxsize, max_bytes, Linearization._size, Linearization._fresh
@@ -158,7 +167,7 @@ class Linearizer:
         """Return the memo's counters, and how many points shared their structure."""
         known = self._structures
         return dataclasses.replace(
-            self._memo.stats(), recorded=known.recorded, reused=known.reused
+            self._memo.stats(), recorded=known.recorded, reused=known.reused, dense=known.dense
         )
 
     def clear(self) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ._adjoint import Proof, check_built_in, check_maps
+from ._dense import Dense, random_arguments
 from ._execute import Binding, Executor, filled
 from ._linearity import close, rounding
-from ._program import Program, Residual
+from ._program import Operation, Program, Residual
 from ._simplify import guards, simplify
 from ._source import PULLBACK, PUSHFORWARD, Source
 from ._space import Space
@@ -45,6 +46,10 @@ class _Plan:
         What is to be checked before the first result is handed out.
     whole
         Whether no argument is zero.
+    dense
+        What may become the map's matrix.
+    forward
+        Whether that is the matrix itself, or its transpose.
 
     Attributes
     ----------
@@ -60,12 +65,16 @@ class _Plan:
         settled: bool,
         proof: Proof | None = None,
         whole: bool = True,
+        dense: Dense | None = None,
+        forward: bool = True,
     ) -> None:
         #: One reference, so that a change is seen as a whole.
         self._running = executor, binding
         self._settled = settled
         self._proof = proof
         self._whole = whole
+        self._dense = dense
+        self._forward = forward
         self.news: Program | None = None
         self._lock = threading.Lock()
 
@@ -76,10 +85,18 @@ class _Plan:
             self._proof = None
             return results
         due = not self._settled and executor.runs >= SIMPLIFY_AT - 1
+        dense = self._dense
+        if dense is not None:
+            dense.count += 1
+            due |= dense.count >= dense.due
         if due and not functorch_active() and self._lock.acquire(blocking=False):
             try:
-                return self._settle(arguments)
+                if not self._settled:
+                    return self._settle(arguments)
+                return self._make_dense(arguments)
             finally:
+                if self._settled:
+                    self._dense = None
                 self._settled = True
                 self._lock.release()
         return executor(arguments, binding)
@@ -99,6 +116,27 @@ class _Plan:
         executor, binding = self._running
         return filled(executor.program, binding)
 
+    def _make_dense(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Run as before, and take the matrix if that is quicker and gives the same."""
+        executor, old = self._running
+        results = executor(arguments, old)
+        dense = self._dense
+        if dense is None:
+            return results
+        with torch.inference_mode(False), torch.no_grad():
+            before = filled(executor.program, old)
+            after = dense.program(before, lambda a: executor(a, old), forward=self._forward)
+            if after is None:
+                return results
+            smaller, binding = Executor(after), Binding.of(after)
+            probe = random_arguments(before)
+            if _same(smaller(probe), executor(probe, old)) and _same(smaller(arguments), results):
+                binding.guard_by([*guards(before, after), *old.guards])
+                self._running = smaller, binding
+                self.news = after
+                dense.taken()
+        return results
+
     def _settle(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run as before, and take the simplified program if it gives the same, as precisely.
 
@@ -113,10 +151,7 @@ class _Plan:
         smaller = Executor(after)
         binding = Binding.of(after)
         again = smaller(arguments, binding, tape, replay=True)
-        if all(
-            (a is None) == (b is None) and (a is None or b is None or close(a, b, rounding))
-            for a, b in zip(again, results, strict=True)
-        ):
+        if _same(again, results):
             binding.guard_by([*guards(before, after), *old.guards])
             self._running = smaller, binding
             self.news = after
@@ -125,6 +160,14 @@ class _Plan:
     def use(self, executor: Executor) -> None:
         """Run the same program by an executor that other points use too."""
         self._running = executor, self.binding
+
+
+def _same(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> bool:
+    """Whether two results are the same within rounding."""
+    return all(
+        (x is None) == (y is None) and (x is None or y is None or close(x, y, rounding))
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 class Lifetime:
@@ -260,6 +303,8 @@ class Product:
             template.executor,
             binding,
             settled=template.simplified or not self._policy.simplify,
+            dense=self._dense(template.program, present),
+            forward=self._direction != PULLBACK,
         )
 
     def _own_plan(self, present: tuple[bool, ...]) -> _Plan:
@@ -275,7 +320,21 @@ class Product:
             settled=not self._policy.simplify,
             proof=self._proof(),
             whole=all(present),
+            dense=self._dense(program, present),
+            forward=self._direction != PULLBACK,
         )
+
+    def _dense(self, program: Program, present: tuple[bool, ...]) -> Dense | None:
+        """Return what may become the matrix of a program."""
+        policy, source = self._policy, self._source
+        if not (policy.simplify and policy.dense_limit and all(present)):
+            return None
+        if any(isinstance(eq.op, Operation) and eq.op.of_point for eq in program.equations):
+            return None  # custom Functions are promised one call for each product
+        if source is not None and self._direction in (PUSHFORWARD, PULLBACK):
+            return source.dense(policy.dense_limit)
+        sides = self._arguments.tensors, self._results.tensors
+        return Dense.of(*sides, policy.dense_limit, lambda: None)
 
     def _proof(self) -> Proof | None:
         """Return what is to be checked before the first product is handed out."""

@@ -45,6 +45,7 @@ FLOORS = (
         "_contractions",
         "_folding",
         "_simplify",
+        "_dense",
         "_structure",
         "_source",
     ),
