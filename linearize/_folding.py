@@ -347,7 +347,10 @@ def _factor(
 
 
 def _fits(t: torch.Tensor, spec: TensorSpec) -> bool:
-    return bool(torch.broadcast_shapes(t.shape, spec.shape) == torch.Size(spec.shape))
+    """Whether a tensor broadcasts to a shape."""
+    # `torch.broadcast_shapes` would load a computer algebra system.
+    pairs = zip(reversed(t.shape), reversed(spec.shape), strict=False)
+    return t.dim() <= len(spec.shape) and all(a in (1, b) for a, b in pairs)
 
 
 def _is_one(c: Coefficient) -> bool:
