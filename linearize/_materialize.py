@@ -153,6 +153,8 @@ def matrix_program(
         v = e.emit(aten.reshape.default, (v, list(shape)), TensorSpec(shape, dtype, device))
         v = _cast(e, v, TensorSpec(shape, real, spec.device))
         if spec.dtype.is_complex:
+            # Pairs must lie side by side, in a batched run too.
+            v = e.emit(aten.clone.default, (v,), v.spec, memory_format=torch.contiguous_format)
             v = e.emit(aten.view_as_complex.default, (v,), spec)
         outputs.append(v)
         start = end
