@@ -123,13 +123,13 @@ class Dense:
 
     def _pays(self, program: Program, run: Run, forward: bool) -> bool:
         arguments = random_arguments(program)
-        now = _seconds(lambda: run(arguments), self.spec.device)
+        now = seconds(lambda: run(arguments), self.spec.device)
         if self.spec.nbytes > _FASTEST * GAIN * now:
             return False
         shape = self.spec.shape if forward else self.spec.shape[::-1]
         stand_in = torch.ones(shape, dtype=self.spec.dtype, device=self.spec.device)
         dense = Executor(_around(stand_in, program))
-        return _seconds(lambda: dense(arguments), self.spec.device) <= GAIN * now
+        return seconds(lambda: dense(arguments), self.spec.device) <= GAIN * now
 
     def _written_out(self, program: Program, forward: bool) -> torch.Tensor | None:
         """Return the matrix of the pushforward, from the fewest unit vectors."""
@@ -194,7 +194,7 @@ def random_arguments(program: Program) -> list[torch.Tensor]:
     return [v.spec.random(generator) for v in program.inputs]
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Return the least time of several runs, the first two of which prepare the others."""
     times = []
     for _ in range(6):

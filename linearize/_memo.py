@@ -44,6 +44,8 @@ class Stats:
         Points that took over the programs of another one, whose graph has the same structure.
     dense
         Matrices that took the place of programs.
+    compiled
+        Programs that were compiled; one serves all points of a structure.
     """
 
     hits: int = 0
@@ -54,6 +56,7 @@ class Stats:
     recorded: int = 0
     reused: int = 0
     dense: int = 0
+    compiled: int = 0
 
     def __getitem__(self, name: str) -> int:
         if name not in self.__dataclass_fields__:

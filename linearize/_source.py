@@ -195,6 +195,11 @@ class Source:
                 self._dense = Dense.of(ins, outs, limit, self._count_dense)
             return self._dense
 
+    def count_compiled(self) -> None:
+        """Take note that a program was compiled."""
+        if self._structures is not None:
+            self._structures.count_compiled()
+
     def _count_dense(self) -> None:
         if self._structures is not None:
             self._structures.count_dense()

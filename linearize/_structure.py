@@ -197,6 +197,8 @@ class Structures:
         How many points were recorded, and how many took over a structure.
     dense
         How many matrices took the place of programs.
+    compiled
+        How many programs were compiled.
     """
 
     #: How many are kept; each is a few kilobytes per operation.
@@ -208,6 +210,7 @@ class Structures:
         self.recorded = 0
         self.reused = 0
         self.dense = 0
+        self.compiled = 0
 
     def find(self, of: tuple[Any, ...]) -> Structure | None:
         """Return the structure with a signature."""
@@ -236,6 +239,11 @@ class Structures:
         """Count a matrix."""
         with self._lock:
             self.dense += 1
+
+    def count_compiled(self) -> None:
+        """Count a compiled program."""
+        with self._lock:
+            self.compiled += 1
 
     def clear(self) -> None:
         """Forget all structures."""

@@ -71,6 +71,13 @@ class AdjointError(LinearizeError, RuntimeError):
     """
 
 
+class CompilationWarning(UserWarning):
+    """A program could not be compiled; it runs as it was, and is right.
+
+    For instance because there is no C++ compiler, which Inductor needs on the CPU.
+    """
+
+
 class FunctionContractError(LinearizeError, RuntimeError):
     """A custom Function's `jvp` or `backward` returned something that its contract forbids.
 

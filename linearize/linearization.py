@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ._capture import Capture
+from ._compile import Options
 from ._program import Program, Residual, total_bytes
 from ._simplify import explain, simplify
 from ._source import Source
@@ -140,6 +141,25 @@ class Linearization:
         """The two linear programs, recorded if they are not yet. Readable by `print`."""
         self._check_open()
         return ProgramPair(self.jvp_fn.program, self.vjp_fn.program)
+
+    def compile(self, **options: Any) -> None:
+        """Have the programs of both products compiled, at their next calls.
+
+        Points with the same structure use what was compiled.
+
+        Parameters
+        ----------
+        **options
+            For `torch.compile`, as of `Linearizer(compile=...)`.
+
+        Raises
+        ------
+        ClosedError
+            If the linearization was closed.
+        """
+        self._check_open()
+        for product in (self.jvp_fn, self.vjp_fn):
+            product._compile(Options.of(options))
 
     def check(self) -> None:
         """Check now that the two products are adjoint, on one random pair.

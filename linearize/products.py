@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from ._adjoint import Proof, check_built_in, check_maps
-from ._dense import Dense, random_arguments
-from ._execute import Binding, Executor, filled
-from ._linearity import close, rounding
+from ._compile import Options
+from ._dense import Dense
+from ._execute import Binding, Executor
+from ._plan import Plan
 from ._program import Operation, Program, Residual
-from ._simplify import guards, simplify
 from ._source import PULLBACK, PUSHFORWARD, Source
 from ._space import Space
 from ._structure import Template
-from ._torch import functorch_active, outside_transforms
+from ._torch import outside_transforms
 from ._transpose import Policy, resolve, transpose
 from .errors import (
     AdjointError,
@@ -28,146 +28,6 @@ from .errors import (
     MissingDerivativeError,
     StructureError,
 )
-
-#: At which call a program is simplified: sooner would cost more than it saves.
-SIMPLIFY_AT = 3
-
-
-class _Plan:
-    """How a map is run: as recorded at first, simplified once it is run again and again.
-
-    Parameters
-    ----------
-    executor, binding
-        What is run.
-    settled
-        Whether nothing is to be simplified (any more).
-    proof
-        What is to be checked before the first result is handed out.
-    whole
-        Whether no argument is zero.
-    dense
-        What may become the map's matrix.
-    forward
-        Whether that is the matrix itself, or its transpose.
-
-    Attributes
-    ----------
-    news
-        The simplified program that has taken over, until somebody takes note.
-    """
-
-    def __init__(
-        self,
-        executor: Executor,
-        binding: Binding,
-        *,
-        settled: bool,
-        proof: Proof | None = None,
-        whole: bool = True,
-        dense: Dense | None = None,
-        forward: bool = True,
-    ) -> None:
-        #: One reference, so that a change is seen as a whole.
-        self._running = executor, binding
-        self._settled = settled
-        self._proof = proof
-        self._whole = whole
-        self._dense = dense
-        self._forward = forward
-        self.news: Program | None = None
-        self._lock = threading.Lock()
-
-    def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        executor, binding = self._running
-        if self._proof is not None:
-            results = self._proof.run(executor, binding, arguments, self._whole)
-            self._proof = None
-            return results
-        due = not self._settled and executor.runs >= SIMPLIFY_AT - 1
-        dense = self._dense
-        if dense is not None:
-            dense.count += 1
-            due |= dense.count >= dense.due
-        if due and not functorch_active() and self._lock.acquire(blocking=False):
-            try:
-                if not self._settled:
-                    return self._settle(arguments)
-                return self._make_dense(arguments)
-            finally:
-                if self._settled:
-                    self._dense = None
-                self._settled = True
-                self._lock.release()
-        return executor(arguments, binding)
-
-    @property
-    def makes_history(self) -> bool:
-        """Whether autograd would record a call in grad mode."""
-        return self._running[1].makes_history or functorch_active()
-
-    @property
-    def binding(self) -> Binding:
-        """The numbers that are used."""
-        return self._running[1]
-
-    def program(self) -> Program:
-        """Return what is run, with its numbers."""
-        executor, binding = self._running
-        return filled(executor.program, binding)
-
-    def _make_dense(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Run as before, and take the matrix if that is quicker and gives the same."""
-        executor, old = self._running
-        results = executor(arguments, old)
-        dense = self._dense
-        if dense is None:
-            return results
-        with torch.inference_mode(False), torch.no_grad():
-            before = filled(executor.program, old)
-            after = dense.program(before, lambda a: executor(a, old), forward=self._forward)
-            if after is None:
-                return results
-            smaller, binding = Executor(after), Binding.of(after)
-            probe = random_arguments(before)
-            if _same(smaller(probe), executor(probe, old)) and _same(smaller(arguments), results):
-                binding.guard_by([*guards(before, after), *old.guards])
-                self._running = smaller, binding
-                self.news = after
-                dense.taken()
-        return results
-
-    def _settle(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Run as before, and take the simplified program if it gives the same, as precisely.
-
-        A sum of large terms that cancel may lose digits when a factor goes to each term.
-        """
-        tape: list[Any] = []
-        executor, old = self._running
-        results = executor(arguments, old, tape)
-        before = filled(executor.program, old)
-        with torch.inference_mode(False), torch.no_grad():
-            after = simplify(before)
-        smaller = Executor(after)
-        binding = Binding.of(after)
-        again = smaller(arguments, binding, tape, replay=True)
-        if _same(again, results):
-            binding.guard_by([*guards(before, after), *old.guards])
-            self._running = smaller, binding
-            self.news = after
-        return results
-
-    def use(self, executor: Executor) -> None:
-        """Run the same program by an executor that other points use too."""
-        self._running = executor, self.binding
-
-
-def _same(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> bool:
-    """Whether two results are the same within rounding."""
-    return all(
-        (x is None) == (y is None) and (x is None or y is None or close(x, y, rounding))
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 class Lifetime:
@@ -229,9 +89,10 @@ class Product:
         self._results = results
         self._lifetime = lifetime
         self._policy = policy
+        self._compiling = Options.of(policy.compile)
         self._lock = threading.RLock()
         self._program: Program | None = None
-        self._plans: dict[tuple[bool, ...], _Plan] = {}
+        self._plans: dict[tuple[bool, ...], Plan] = {}
         self._turned: Product | None = None
         #: Checks the product before its first use.
         self._first: Callable[[], None] | None = None
@@ -276,7 +137,7 @@ class Product:
             self._make = self._program = self._turned = self._source = self._first = None
             self._plans = {}
 
-    def _plan(self, present: tuple[bool, ...]) -> _Plan:
+    def _plan(self, present: tuple[bool, ...]) -> Plan:
         """Return what runs the program for arguments of which some are zero."""
         plan = self._plans.get(present)
         if plan is None:
@@ -288,7 +149,7 @@ class Product:
                 self._lifetime.changed()
         return plan
 
-    def _shared_plan(self, present: tuple[bool, ...]) -> _Plan | None:
+    def _shared_plan(self, present: tuple[bool, ...]) -> Plan | None:
         """Take over what another point of the same structure left."""
         source = self._source
         if source is None or self._program is not None:
@@ -299,22 +160,24 @@ class Product:
         template, binding = known
         if all(present):
             source.served(self._direction)
-        return _Plan(
+        return Plan(
             template.executor,
             binding,
             settled=template.simplified or not self._policy.simplify,
             dense=self._dense(template.program, present),
             forward=self._direction != PULLBACK,
+            compiling=self._compiling,
+            counted=self._count_compiled,
         )
 
-    def _own_plan(self, present: tuple[bool, ...]) -> _Plan:
+    def _own_plan(self, present: tuple[bool, ...]) -> Plan:
         """Make a plan of this point's program."""
         program = self.program
         if not all(present):
             program = program.restricted(present)
         program = resolve(program, self._policy)
         template = self._offer(present, program, simplified=False)
-        return _Plan(
+        return Plan(
             Executor(program) if template is None else template.executor,
             Binding.of(program),
             settled=not self._policy.simplify,
@@ -322,6 +185,8 @@ class Product:
             whole=all(present),
             dense=self._dense(program, present),
             forward=self._direction != PULLBACK,
+            compiling=self._compiling,
+            counted=self._count_compiled,
         )
 
     def _dense(self, program: Program, present: tuple[bool, ...]) -> Dense | None:
@@ -349,6 +214,18 @@ class Product:
             proof.complete()
         return program
 
+    def _compile(self, options: Options | None) -> None:
+        """Have the programs compiled, or not, those to come too."""
+        with self._lock:
+            self._compiling = options
+            plans = list(self._plans.values())
+        for plan in plans:
+            plan.compile(options)
+
+    def _count_compiled(self) -> None:
+        if self._source is not None:
+            self._source.count_compiled()
+
     def _offer(
         self, present: tuple[bool, ...], program: Program, *, simplified: bool
     ) -> Template | None:
@@ -357,7 +234,7 @@ class Product:
             return None
         return source.offer(self._direction, present, program, simplified=simplified)
 
-    def _take_note(self, plan: _Plan, present: tuple[bool, ...]) -> None:
+    def _take_note(self, plan: Plan, present: tuple[bool, ...]) -> None:
         """Let go of the program as it was recorded: a simplified one gives the same."""
         with self._lock:
             program, plan.news = plan.news, None

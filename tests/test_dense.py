@@ -98,13 +98,13 @@ def test_a_negative_limit_is_refused() -> None:
 
 def test_a_matrix_that_is_not_quicker_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1e-3, 0.71e-3])  # of the program, of a product with a matrix
-    monkeypatch.setattr(_dense, "_seconds", lambda *_: next(times))
+    monkeypatch.setattr(_dense, "seconds", lambda *_: next(times))
     assert used(steps, X)[0].stats().dense == 0
 
 
 def test_the_rule_is_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1e-3, 0.69e-3])
-    monkeypatch.setattr(_dense, "_seconds", lambda *_: next(times))
+    monkeypatch.setattr(_dense, "seconds", lambda *_: next(times))
     assert used(steps, X)[0].stats().dense == 1
 
 
