@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,8 +70,12 @@ class CompilationFailure(Exception):  # noqa: N818 (raised inside the package on
 
 
 def compiled(
-    program: Program, copies: Sequence[bool], binding: Binding, options: Options
-) -> Segments:
+    program: Program,
+    copies: Sequence[bool],
+    binding: Binding,
+    options: Options,
+    failed: Callable[[str], None],
+) -> Segments | None:
     """Return a program with its stretches compiled, as far as that makes them quicker.
 
     Each is compared with what it replaces, on random inputs.
@@ -84,24 +88,36 @@ def compiled(
         The numbers of a point, to try it with.
     options
         How to compile.
+    failed
+        Told why, if the compiler fails or its result is wrong.
 
-    Raises
-    ------
-    CompilationFailure
-        If the compiler fails, or its result is wrong.
+    Returns
+    -------
+    Segments or None
+        None if there is nothing to gain.
     """
     try:
         segments = Segments(program, copies)
     except ValueError as error:
-        raise CompilationFailure(str(error)) from error
+        failed(str(error))
+        return None
     generator = torch.Generator().manual_seed(8)
-    with _LOCK:
-        for stretch in segments.stretches:
-            if _suits(stretch):
-                residuals = [binding.residuals[k].tensor for k in stretch.residuals]
-                inputs = [v.spec.random(generator) for v in stretch.inputs]
-                _compile(stretch, residuals, inputs, options)
-    return segments
+    gained = 0
+    try:
+        with _LOCK:
+            for stretch in segments.stretches:
+                if _suits(stretch):
+                    residuals = [binding.residuals[k].tensor for k in stretch.residuals]
+                    inputs = [v.spec.random(generator) for v in stretch.inputs]
+                    gained += _compile(stretch, residuals, inputs, options)
+    except CompilationFailure as reason:
+        failed(str(reason))
+    return segments if gained or replayed(program, options) else None
+
+
+def replayed(program: Program, options: Options) -> bool:
+    """Whether a program's stretches are to be replayed from CUDA graphs."""
+    return options.cudagraph and any(v.spec.device.type == "cuda" for v in program.inputs)
 
 
 def _suits(stretch: Stretch) -> bool:
@@ -118,7 +134,8 @@ def _compile(
     residuals: list[torch.Tensor],
     inputs: list[torch.Tensor],
     options: Options,
-) -> None:
+) -> bool:
+    """Compile a stretch, and use that if it is quicker."""
     settings = {"dynamic": False, "fullgraph": True, **options.torch}
     eager = stretch.function
     quicker = _alone(torch.compile(eager, **settings))
@@ -127,7 +144,7 @@ def _compile(
         try:
             found = quicker(residuals, inputs)
         except Exception as error:  # whatever a compiler may raise
-            reason = str(error).strip().partition("\n")[0]
+            reason = " ".join(str(error).split())[:300]
             raise CompilationFailure(f"{type(error).__name__}: {reason}") from error
         for a, b in zip(found, expected, strict=True):
             if not close(a, b, rounding):
@@ -136,8 +153,9 @@ def _compile(
         if device.type == "cpu":
             now = seconds(lambda: eager(residuals, inputs), device)
             if seconds(lambda: quicker(residuals, inputs), device) > GAIN * now:
-                return
+                return False
     stretch.function = quicker
+    return True
 
 
 def _alone(function: Function) -> Function:

@@ -207,6 +207,7 @@ class Executor:
         "copies",
         "program",
         "runs",
+        "tried",
     )
 
     def __init__(self, program: Program) -> None:
@@ -230,6 +231,8 @@ class Executor:
         self.runs = 0
         #: What runs in its place outside of transforms, once it was compiled.
         self.compiled: Compiled | None = None
+        #: Whether that was tried.
+        self.tried = False
 
     def _free(self, program: Program, slots: dict[Any, int]) -> None:
         """Note after which step each intermediate can go."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ._adjoint import Proof
-from ._compile import CompilationFailure, Options, compiled
+from ._compile import Options, compiled, replayed
 from ._dense import Dense, random_arguments
 from ._execute import Binding, Executor, filled
 from ._linearity import close, rounding
@@ -48,6 +49,8 @@ class Plan:
         Whether that is the matrix itself, or its transpose.
     compiling
         How to compile, None for not at all.
+    hurry
+        Whether to do so as soon as possible.
     counted
         Called when a program was compiled.
 
@@ -68,6 +71,7 @@ class Plan:
         dense: Dense | None = None,
         forward: bool = True,
         compiling: Options | None = None,
+        hurry: bool = False,
         counted: Callable[[], None] = lambda: None,
     ) -> None:
         #: One reference, so that a change is seen as a whole.
@@ -79,8 +83,7 @@ class Plan:
         self._forward = forward
         self._compiling = compiling
         self._counted = counted
-        #: Whether to simplify at the next call.
-        self._hurry = False
+        self._hurry = hurry
         #: Runs the stretches of a compiled program from CUDA graphs.
         self._replays: Replays | None = None
         self.news: Program | None = None
@@ -105,10 +108,12 @@ class Plan:
                 return segments(arguments, binding, replays)
         return executor(arguments, binding)
 
-    def compile(self, options: Options | None) -> None:
+    def compile(self, options: Options) -> None:
         """Have the map compiled at one of the next calls."""
-        self._hurry = options is not None
+        self._hurry = True
         self._compiling = options
+        executor, _ = self._running
+        executor.tried = executor.compiled is not None
 
     @property
     def makes_history(self) -> bool:
@@ -203,29 +208,31 @@ class Plan:
         executor, binding = self._running
         tape: list[object] = []
         results = executor(arguments, binding, tape)
-        if executor.compiled is None:
-            try:
-                with torch.inference_mode(False), torch.no_grad():
-                    segments = compiled(executor.program, executor.copies, binding, options)
-                    # User code is not called again.
-                    ops = [lambda *_, k=k: tape[k] for k in range(len(binding.ops))]
-                    taped = Binding(binding.residuals, ops, binding.guards)  # type: ignore[arg-type]
-                    if not _same(segments(arguments, taped), results):
-                        raise CompilationFailure("what was compiled does not give the same")
-            except CompilationFailure as reason:
-                warnings.warn(
-                    f"{executor.program.name}: torch.compile failed, the program runs as it was: "
-                    f"{reason}",
-                    CompilationWarning,
-                    stacklevel=2,
+        if not executor.tried:
+            executor.tried = True
+            with torch.inference_mode(False), torch.no_grad():
+                segments = compiled(
+                    executor.program, executor.copies, binding, options, self._not_compiled
                 )
-                return results
-            executor.compiled = segments
-            self._counted()
-        device = arguments[0].device
-        if device.type == "cuda" and options.cudagraph:
-            self._replays = Replays(capture_on_cuda(device))
+                # User code is not called again.
+                ops: Any = [lambda *_, k=k: tape[k] for k in range(len(binding.ops))]
+                taped = Binding(binding.residuals, ops, binding.guards)
+                if segments is not None and not _same(segments(arguments, taped), results):
+                    self._not_compiled("what was compiled does not give the same")
+                elif segments is not None:
+                    executor.compiled = segments
+                    self._counted()
+        if executor.compiled is not None and replayed(executor.program, options):
+            self._replays = Replays(capture_on_cuda(arguments[0].device))
         return results
+
+    def _not_compiled(self, reason: str) -> None:
+        executor, _ = self._running
+        warnings.warn(
+            f"{executor.program.name}: torch.compile failed, the program runs as it was: {reason}",
+            CompilationWarning,
+            stacklevel=2,
+        )
 
 
 def _same(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> bool:

@@ -158,8 +158,10 @@ class Linearization:
             If the linearization was closed.
         """
         self._check_open()
+        chosen = Options.of(options)
+        assert chosen is not None
         for product in (self.jvp_fn, self.vjp_fn):
-            product._compile(Options.of(options))
+            product._compile(chosen)
 
     def check(self) -> None:
         """Check now that the two products are adjoint, on one random pair.

@@ -90,6 +90,7 @@ class Product:
         self._lifetime = lifetime
         self._policy = policy
         self._compiling = Options.of(policy.compile)
+        self._hurry = False
         self._lock = threading.RLock()
         self._program: Program | None = None
         self._plans: dict[tuple[bool, ...], Plan] = {}
@@ -167,6 +168,7 @@ class Product:
             dense=self._dense(template.program, present),
             forward=self._direction != PULLBACK,
             compiling=self._compiling,
+            hurry=self._hurry,
             counted=self._count_compiled,
         )
 
@@ -186,6 +188,7 @@ class Product:
             dense=self._dense(program, present),
             forward=self._direction != PULLBACK,
             compiling=self._compiling,
+            hurry=self._hurry,
             counted=self._count_compiled,
         )
 
@@ -214,10 +217,10 @@ class Product:
             proof.complete()
         return program
 
-    def _compile(self, options: Options | None) -> None:
+    def _compile(self, options: Options) -> None:
         """Have the programs compiled, or not, those to come too."""
         with self._lock:
-            self._compiling = options
+            self._compiling, self._hurry = options, True
             plans = list(self._plans.values())
         for plan in plans:
             plan.compile(options)
