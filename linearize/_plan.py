@@ -223,7 +223,8 @@ class Plan:
                     executor.compiled = segments
                     self._counted()
         if executor.compiled is not None and replayed(executor.program, options):
-            self._replays = Replays(capture_on_cuda(arguments[0].device))
+            device = arguments[0].device
+            self._replays = Replays(capture_on_cuda(device), device)
         return results
 
     def _not_compiled(self, reason: str) -> None:

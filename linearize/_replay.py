@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from ._generate import Function
+from ._segments import Stretch
 
 #: Stretches of fewer operations are launched one by one: copies in and out take as long.
 SHORTEST = 5
@@ -30,8 +31,8 @@ class Captured(Protocol):
     def begin(self) -> None:
         """Wait, on the device, for the run before."""
 
-    def end(self) -> None:
-        """Mark the end of a run, on the device."""
+    def end(self, used: Sequence[torch.Tensor]) -> None:
+        """Mark the end of a run, on the device, which used these buffers."""
 
 
 #: Runs a function once and returns how to replay that, and its results.
@@ -55,10 +56,13 @@ class CudaGraph:
         if self._done is not None:
             torch.cuda.current_stream(self.device).wait_event(self._done)
 
-    def end(self) -> None:
-        """Mark the end of a run on the current stream."""
+    def end(self, used: Sequence[torch.Tensor]) -> None:
+        """Mark the end of a run on the current stream, which used these buffers."""
+        stream = torch.cuda.current_stream(self.device)
+        for t in used:
+            t.record_stream(stream)
         self._done = self._done or torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(self.device))
+        self._done.record(stream)
 
 
 def capture_on_cuda(device: torch.device) -> Capture:
@@ -104,53 +108,56 @@ class _Replayed:
                 mine.copy_(t)
             self._captured.replay()
             results = [t.clone() for t in self._results]
-            self._captured.end()
+            self._captured.end(self._inputs)
             return results
 
 
 class Replays:
     """Runs the stretches of a program at one point from graphs, each captured at its first run.
 
-    A stretch that cannot be captured runs as it is.
+    A stretch that is short, is not wholly on the device or cannot be captured runs as it is.
 
     Parameters
     ----------
     capture
         How to capture.
+    device
+        Where.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, device: torch.device) -> None:
         self._capture = capture
+        self._device = device
         self._known: dict[int, _Replayed | None] = {}
         self._lock = threading.Lock()
 
     def __call__(
         self,
         place: int,
-        length: int,
-        function: Function,
+        stretch: Stretch,
         residuals: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
     ) -> Sequence[torch.Tensor]:
         """Run a stretch."""
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return stretch.function(residuals, inputs)  # into a graph of the caller's
         with torch.inference_mode(False), torch.no_grad():
             with self._lock:
                 if place not in self._known:
-                    self._known[place] = self._made(length, function, residuals, inputs)
+                    self._known[place] = self._made(stretch, residuals, inputs)
             known = self._known[place]
-            return function(residuals, inputs) if known is None else known(inputs)
+            return stretch.function(residuals, inputs) if known is None else known(inputs)
 
     def _made(
-        self,
-        length: int,
-        function: Function,
-        residuals: Sequence[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
+        self, stretch: Stretch, residuals: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
     ) -> _Replayed | None:
-        if length < SHORTEST:
+        equations = stretch.program.equations
+        values = [v for eq in equations for v in (*eq.inputs(), *eq.outputs) if v is not None]
+        # What is computed elsewhere would be computed once, at the capture.
+        if len(equations) < SHORTEST or any(v.spec.device != self._device for v in values):
             return None
         try:
-            return _Replayed(self._capture, function, residuals, inputs)
+            return _Replayed(self._capture, stretch.function, residuals, inputs)
         except RuntimeError as error:  # an operation that must not be captured
             if isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -13,13 +13,8 @@ from typing import Any, TypeAlias
 import torch
 
 from ._execute import Binding, Executor
-from ._generate import Function, generate
+from ._generate import generate
 from ._program import Equation, Operation, Program, Var
-
-#: Runs a stretch: its number, its length, its function, residuals and inputs to results.
-Runner: TypeAlias = Callable[
-    [int, int, Function, Sequence[torch.Tensor], Sequence[torch.Tensor]], Sequence[torch.Tensor]
-]
 
 
 class Stretch:
@@ -43,6 +38,12 @@ class Stretch:
         self.program = program
         self.inputs, self.outputs = program.inputs, program.outputs
         self.residuals = [places[r] for r in program.residuals()]
+
+
+#: Runs a stretch: its number, the stretch, residuals and inputs to results.
+Runner: TypeAlias = Callable[
+    [int, Stretch, Sequence[torch.Tensor], Sequence[torch.Tensor]], Sequence[torch.Tensor]
+]
 
 
 class _Call:
@@ -128,8 +129,7 @@ class Segments:
                 if runner is None:
                     found = part.function(residuals, inputs)
                 else:
-                    length = len(part.program.equations)
-                    found = runner(i, length, part.function, residuals, inputs)
+                    found = runner(i, part, residuals, inputs)
             values.update(zip(part.outputs, found, strict=True))  # type: ignore[arg-type]
             for v in part.inputs:
                 if self._last[v] == i and v not in keep:

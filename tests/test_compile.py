@@ -338,7 +338,7 @@ class FakeGraph:
     def begin(self) -> None:
         self.log.append("begin")
 
-    def end(self) -> None:
+    def end(self, used: Any) -> None:
         self.log.append("end")
 
 
@@ -355,7 +355,7 @@ def test_stretches_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     whole = program(calls)
     segments = Segments(whole, Executor(whole).copies)
-    binding, replays = Binding.of(whole), Replays(capture)
+    binding, replays = Binding.of(whole), Replays(capture, SPEC.device)
     check(lambda t: segments([t], binding, replays), [2.5, 4, 1, 5, None])
     assert len(captures) == 2
     assert log == ["begin", "replay", "end"] * 6
@@ -370,12 +370,20 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
     whole = program([])
     segments = Segments(whole, Executor(whole).copies)
-    binding, replays = Binding.of(whole), Replays(capture)
+    binding, replays = Binding.of(whole), Replays(capture, SPEC.device)
     check(lambda t: segments([t], binding, replays), [2.5, 4, 1, 5, None])
+
+
+def test_what_is_elsewhere_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linearize._replay.SHORTEST", 1)
+    whole = program([])
+    segments = Segments(whole, Executor(whole).copies)
+    replays = Replays(lambda _: pytest.fail("captured"), torch.device("meta"))
+    check(lambda t: segments([t], Binding.of(whole), replays), [2.5, 4, 1, 5, None])
 
 
 def test_short_stretches_are_not_captured() -> None:
     whole = program([])
     segments = Segments(whole, Executor(whole).copies)
-    replays = Replays(lambda _: pytest.fail("captured"))
+    replays = Replays(lambda _: pytest.fail("captured"), SPEC.device)
     check(lambda t: segments([t], Binding.of(whole), replays), [2.5, 4, 1, 5, None])
