@@ -19,7 +19,7 @@ from ._generate import Function
 from ._linearity import close, rounding
 from ._program import Program
 from ._segments import Segments, Stretch
-from .errors import OptionError
+from .errors import LinearizeError, OptionError
 
 #: Shorter stretches are left alone.
 SHORTEST = 2
@@ -65,7 +65,7 @@ class Options:
         return Options(rest, bool(rest.pop("cudagraph", True)))
 
 
-class CompilationFailure(Exception):  # noqa: N818 (raised inside the package only)
+class CompilationFailure(LinearizeError):  # noqa: N818 (raised inside the package only)
     """Raised where a program cannot be compiled."""
 
 
@@ -98,7 +98,7 @@ def compiled(
     """
     try:
         segments = Segments(program, copies)
-    except ValueError as error:
+    except LinearizeError as error:
         failed(str(error))
         return None
     generator = torch.Generator().manual_seed(8)

@@ -96,7 +96,7 @@ class Plan:
             results = self._proof.run(executor, binding, arguments, self._whole)
             self._proof = None
             return results
-        if self._due(executor) and not functorch_active() and self._lock.acquire(blocking=False):
+        if self._due(executor) and _undisturbed() and self._lock.acquire(blocking=False):
             try:
                 return self._advance(arguments)
             finally:
@@ -234,6 +234,12 @@ class Plan:
             CompilationWarning,
             stacklevel=2,
         )
+
+
+def _undisturbed() -> bool:
+    """Whether nobody transforms or captures what is run now."""
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return not (capturing or functorch_active())
 
 
 def _same(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> bool:

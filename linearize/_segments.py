@@ -15,6 +15,7 @@ import torch
 from ._execute import Binding, Executor
 from ._generate import generate
 from ._program import Equation, Operation, Program, Var
+from .errors import LinearizeError
 
 
 class Stretch:
@@ -33,7 +34,7 @@ class Stretch:
     def __init__(self, program: Program, copies: Sequence[bool], places: dict[Any, int]) -> None:
         function = generate(program, copies, in_place=False)
         if function is None:
-            raise ValueError("too long to be written out")
+            raise LinearizeError("the program is too long to be written out")
         self.function = function
         self.program = program
         self.inputs, self.outputs = program.inputs, program.outputs
