@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,10 +25,13 @@ from ._replay import Replays, capture_on_cuda
 from ._segments import Segments
 from ._simplify import guards, simplify
 from ._torch import functorch_active
+from ._vectorize import vectorized
 from .errors import CompilationWarning
 
 #: At which call a program is simplified: sooner would cost more than it saves.
 SIMPLIFY_AT = 3
+#: For how many sizes of stacks programs are kept.
+MOST_STACKS = 4
 
 
 class Plan:
@@ -88,6 +92,9 @@ class Plan:
         self._replays: Replays | None = None
         self.news: Program | None = None
         self._lock = threading.Lock()
+        #: How often stacks of each size came, and what runs them.
+        self._counts: Counter[int] = Counter()
+        self._stacked: dict[int, tuple[Executor, Binding] | None] = {}
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run the map."""
@@ -133,6 +140,75 @@ class Plan:
     def use(self, executor: Executor) -> None:
         """Run the same program by an executor that other points use too."""
         self._running = executor, self.binding
+
+    # -- many arguments at once ---------------------------------------------------------
+
+    def stacked(
+        self,
+        arguments: Sequence[torch.Tensor],
+        mapped: Callable[[], Sequence[torch.Tensor]],
+    ) -> Sequence[torch.Tensor | None]:
+        """Apply the map to stacks of arguments, along their first dimension.
+
+        From the second time on by a program of its own, if it gives what `mapped` does.
+        """
+        count = len(arguments[0])
+        known = self._stacked.get(count)
+        if known is not None:
+            executor, binding = known
+            with torch.no_grad():
+                return executor(arguments, binding)
+        if not self._running[0].gains_by_stacks:
+            with torch.no_grad():
+                return self._looped(arguments)
+        self._counts[count] += 1
+        if self._counts[count] < 2 or count in self._stacked or count < 2:
+            return mapped()
+        if not self._settled and self._lock.acquire(blocking=False):
+            try:
+                self._settled = True
+                with torch.no_grad():
+                    self._simplified([t[0] for t in arguments])
+            finally:
+                self._lock.release()
+        expected = mapped()
+        if len(self._stacked) >= MOST_STACKS:
+            self._stacked.clear()
+        self._stacked[count] = self._stacked_program(count, arguments, expected)
+        return expected
+
+    def _looped(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        rows = [self(row) for row in zip(*(t.unbind() for t in arguments), strict=True)]
+        stacks: list[torch.Tensor | None] = []
+        for column in zip(*rows, strict=True):
+            like = next((t for t in column if t is not None), None)
+            some = [torch.zeros_like(like) if t is None else t for t in column]  # type: ignore[arg-type]
+            stacks.append(None if like is None else torch.stack(some))
+        return stacks
+
+    def _stacked_program(
+        self, count: int, arguments: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+    ) -> tuple[Executor, Binding] | None:
+        before = self.program()
+        with torch.inference_mode(False), torch.no_grad():
+            after = vectorized(before, count)
+        if after is None:
+            return None
+        executor, binding = Executor(after), Binding.of(after)
+        with torch.no_grad():
+            results = executor(arguments, binding)
+        if not all(
+            not b.any() if a is None else close(a, b, rounding)
+            for a, b in zip(results, expected, strict=True)
+        ):
+            return None
+        binding.guard_by([*guards(before, after), *self._running[1].guards])
+        return executor, binding
+
+    def bindings(self) -> list[Binding]:
+        """Return the numbers that are used, those for stacks too."""
+        stacked = [known[1] for known in self._stacked.values() if known is not None]
+        return [self._running[1], *stacked]
 
     # -- better forms -------------------------------------------------------------------
 
@@ -199,6 +275,7 @@ class Plan:
         after = executor.program
         binding.guard_by([*guards(before, after), *old.guards])
         self._running = executor, binding
+        self._stacked = {}
         self.news = after
 
     def _compiled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from ._program import Operation, Program, Residual
 from ._source import PULLBACK, PUSHFORWARD, Source
 from ._space import Space
 from ._structure import Template
-from ._torch import outside_transforms
+from ._torch import functorch_active, outside_transforms
 from ._transpose import Policy, resolve, transpose
 from .errors import (
     AdjointError,
@@ -255,13 +256,41 @@ class Product:
     ) -> list[torch.Tensor]:
         """Apply the map to stacks of arguments, along their first dimension."""
         given = [t for t in tensors if t is not None]
-        present = [t is not None for t in tensors]
+        present = tuple([t is not None for t in tensors])
 
         def one(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
             rest = iter(parts)
             return tuple(self._apply([next(rest) if here else None for here in present]))
 
-        return list(torch.vmap(one, chunk_size=chunk_size)(*given))
+        differentiable = torch.is_grad_enabled() and _wants_history(given)
+        if differentiable or functorch_active() or not len(given[0]):
+            return list(torch.vmap(one, chunk_size=chunk_size)(*given))
+        self._check_open()
+        if self._first is not None:
+            self._first()
+        plan = self._plans.get(present) or self._plan(present)
+        size = chunk_size or len(given[0])
+        each = torch.vmap(one)
+        chunks = [
+            self._stack(plan, present, parts, functools.partial(each, *parts))
+            for parts in zip(*(t.split(size) for t in given), strict=True)
+        ]
+        return [c[0] if len(c) == 1 else torch.cat(c) for c in zip(*chunks, strict=True)]
+
+    def _stack(
+        self,
+        plan: Plan,
+        present: tuple[bool, ...],
+        parts: Sequence[torch.Tensor],
+        mapped: Callable[[], Sequence[torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        results = plan.stacked(parts, mapped)
+        if plan.news is not None:
+            self._take_note(plan, present)
+        return [
+            spec.zeros().expand(len(parts[0]), *spec.shape).clone() if t is None else t
+            for t, spec in zip(results, self._results.tensors, strict=True)
+        ]
 
     def _apply(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Apply the map to flat lists of tensors, None for zero."""
@@ -326,7 +355,8 @@ class Product:
         """Return the residuals of this product, as far as it is recorded."""
         program, plans = self._program, list(self._plans.values())
         residuals = [] if program is None else program.residuals()
-        return [*residuals, *(r for plan in plans for r in plan.binding.residuals)]
+        bindings = [b for plan in plans for b in plan.bindings()]
+        return [*residuals, *(r for b in bindings for r in b.residuals)]
 
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
@@ -334,7 +364,8 @@ class Product:
         if program is not None:
             yield from program.kept_tensors()
         for plan in plans:
-            yield from plan.binding.kept()
+            for binding in plan.bindings():
+                yield from binding.kept()
 
 
 def check_adjoint(pushforward: Product, pullback: Product) -> None:
