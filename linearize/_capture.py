@@ -7,6 +7,7 @@ custom Functions. It owns everything that must be known while f runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 from ._contexts import ContextRecords
 from ._functions import CustomNode
 from ._reads import Reads, scripted_state
+from ._lines import Line
 from ._space import Space, TensorSpec, differentiable
 from ._torch import (
     Node,
@@ -31,6 +33,7 @@ from ._torch import (
     pytree,
     saved_tensors,
 )
+from ._trace import Trace
 from .errors import StructureError, UnsupportedError
 
 Edge: TypeAlias = tuple[Node, int]
@@ -53,14 +56,16 @@ class Graph:
         Whether there are custom Functions that are not, as inside `CopySlices`.
     """
 
-    __slots__ = ("custom", "hidden", "leaves", "order", "roots")
+    __slots__ = ("_trace", "custom", "hidden", "leaves", "order", "roots")
 
     def __init__(
         self,
         roots: Sequence[Edge | None],
         leaves: Sequence[Node],
         records: ContextRecords | None = None,
+        trace: Trace | None = None,
     ) -> None:
+        self._trace = trace
         self.leaves = tuple(leaves)
         self.order = _between([edge[0] for edge in roots if edge is not None], self.leaves)
         reached = set(self.order)
@@ -70,13 +75,23 @@ class Graph:
         #: Whether contexts were made that are no nodes here: they may be inside others.
         self.hidden = len(records) > len(self.custom)
 
+    def label(self, node: Node) -> str:
+        """Return a node's name; it knows the line of f that made it, if f was traced."""
+        return node.name() if self._trace is None else self._trace.label(node)
+
+    def line(self, node: Node) -> Line | None:
+        """Return the line of f that made a node, None if that is not known."""
+        return None if self._trace is None else self._trace.line(node)
+
     def saved_tensors(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the graph keeps for its backward."""
         for node in self.order:
-            if node in self.custom:
-                yield from self.custom[node].kept()
-            else:
-                yield from saved_tensors(node)
+            yield from self.saved_by(node)
+
+    def saved_by(self, node: Node) -> Iterator[torch.Tensor]:
+        """Yield the tensors that a node of the graph keeps for its backward."""
+        custom = self.custom.get(node)
+        yield from saved_tensors(node) if custom is None else custom.kept()
 
 
 def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
@@ -158,6 +173,8 @@ class Capture:
         The tensors that f read, with their versions after the run.
     outputs
         The differentiable outputs with their history.
+    trace
+        Knows the lines of f; None if it was not traced.
     """
 
     value: Any
@@ -169,10 +186,12 @@ class Capture:
     records: ContextRecords
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
     outputs: list[torch.Tensor]
+    trace: Trace | None = None
 
     def graph(self) -> Graph:
         """Return the graph between value and primals."""
-        return Graph(self.edges, [node for _, node in self.leaves], self.records)
+        leaves = [node for _, node in self.leaves]
+        return Graph(self.edges, leaves, self.records, self.trace)
 
 
 def capture(
@@ -185,6 +204,7 @@ def capture(
     watch: bool = False,
     copy: bool = False,
     records: ContextRecords | None = None,
+    trace: bool = False,
 ) -> Capture:
     """Run f once and keep its graph.
 
@@ -204,6 +224,8 @@ def capture(
         Whether f gets copies of the tensors, for callers that overwrite theirs unseen.
     records
         Where to note what is seen of custom Functions' contexts.
+    trace
+        Whether to note which line of f makes which node of the graph.
 
     Raises
     ------
@@ -224,6 +246,9 @@ def capture(
     records = ContextRecords() if records is None else records
     frozen = torch.is_inference_mode_enabled()
     reads = Reads(thaw=frozen) if watch or frozen else None
+    traced = Trace(capture.__code__, records) if trace else None
+    if traced is not None:
+        records.locate = traced.locate
     with torch.inference_mode(False), torch.enable_grad():
         leaves: list[torch.Tensor] = []
 
@@ -247,13 +272,13 @@ def capture(
         ]
         keywords = {k: pytree.tree_map(lambda x: alias(x, False), v) for k, v in kwargs.items()}
         nodes = [gradient_edge(t).node for t in leaves]
-        with records.watching(), eager_compiled_functions():
-            if reads is None:
-                result = f(*arguments, **keywords)
-            else:
+        with records.watching(), eager_compiled_functions(), contextlib.ExitStack() as modes:
+            if reads is not None:
                 reads.note(scripted_state(f, (args, kwargs)))
-                with reads:
-                    result = f(*arguments, **keywords)
+                modes.enter_context(reads)
+            if traced is not None:
+                modes.enter_context(traced)
+            result = f(*arguments, **keywords)
         aux = None
         if has_aux:
             if not (isinstance(result, tuple) and len(result) == 2):
@@ -283,6 +308,7 @@ def capture(
         records=records,
         reads=[] if reads is None else reads.stamps(),
         outputs=[x for x in outputs if differentiable(x)],
+        trace=traced,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ._lines import joined
 from ._origin import Literal, Origin
 from ._space import TensorSpec
 from .errors import LinearizeError, StalenessError
@@ -181,9 +182,11 @@ def evaluated(op: Callable[..., Any], *args: Any, source: str, **kwargs: Any) ->
     """
     numbers = map_leaves(_tensor_of, args), map_leaves(_tensor_of, kwargs)
     result = op(*numbers[0], **numbers[1])
-    known = all(x.origin is not None for x in leaves((args, kwargs)) if isinstance(x, Residual))
+    used = [x for x in leaves((args, kwargs)) if isinstance(x, Residual)]
+    known = all(x.origin is not None for x in used)
     origin = Origin(op, map_leaves(_origin_of, args), map_leaves(_origin_of, kwargs))
-    return Residual(result, source, origin if known else None)
+    label = joined(source, [x.source for x in used])
+    return Residual(result, label, origin if known else None)
 
 
 def _tensor_of(x: Any) -> Any:
@@ -455,7 +458,7 @@ class Emitter:
                 if v is not None:
                     names[v] = Var(v.spec)
                 outs.append(None if v is None else names[v])
-            source = eq.source or self.source
+            source = joined(eq.source, [self.source]) if eq.source else self.source
             self.equations.append(Equation(eq.op, args, kwargs, tuple(outs), source))
         return [None if v is None else names[v] for v in program.outputs]
 

@@ -135,7 +135,7 @@ class _Walk:
 
     def visit(self, node: Node, received: dict[int, torch.Tensor]) -> None:
         """Write down one node."""
-        self.emitter.source = node.name()
+        self.emitter.source = self.graph.label(node)
         custom = self.graph.custom.get(node)
         if custom is not None:
             self.custom(custom, node, received)

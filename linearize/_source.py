@@ -204,7 +204,7 @@ class Source:
                 ) from error
             t = value if origin.position is None else value[origin.position]
             with torch.inference_mode(False):
-                known = Residual(t.detach(), node.name(), origin)
+                known = Residual(t.detach(), self._graph.label(node), origin)
             self._read[origin.place] = known
         return known
 

@@ -447,6 +447,17 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
                 yield t
 
 
+def next_node_number() -> int:
+    """Return the number that the next node of an autograd graph made in this thread gets."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+def node_number(node: Node) -> int:
+    """Return the number of a node, which tells when it was made in its thread."""
+    return node._sequence_nr()
+
+
 def packed_by_hooks(node: Any) -> bool:
     """Whether what a custom node saved was packed by saved-tensor hooks."""
     return any(

@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "linearize"
 FLOORS = (
     ("errors", "_torch", "_progress"),
-    ("_origin", "_space", "_program", "_memo"),
+    ("_lines", "_origin", "_space", "_program", "_memo"),
     (
         "_linearity",
         "_flat",
@@ -22,6 +22,7 @@ FLOORS = (
         "_contexts",
         "_functions",
         "_reads",
+        "_trace",
         "_capture",
         "_nodes",
         "_storage",
