@@ -17,8 +17,8 @@ import torch
 
 from ._contexts import ContextRecords
 from ._functions import CustomNode
-from ._reads import Reads, scripted_state
 from ._lines import Line
+from ._reads import Reads, scripted_state
 from ._space import Space, TensorSpec, differentiable
 from ._torch import (
     Node,
@@ -175,6 +175,8 @@ class Capture:
         The differentiable outputs with their history.
     trace
         Knows the lines of f; None if it was not traced.
+    name
+        Of f.
     """
 
     value: Any
@@ -187,6 +189,7 @@ class Capture:
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
     outputs: list[torch.Tensor]
     trace: Trace | None = None
+    name: str = ""
 
     def graph(self) -> Graph:
         """Return the graph between value and primals."""
@@ -309,6 +312,7 @@ def capture(
         reads=[] if reads is None else reads.stamps(),
         outputs=[x for x in outputs if differentiable(x)],
         trace=traced,
+        name=getattr(f, "__qualname__", None) or type(f).__name__,
     )
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+import sysconfig
 from collections.abc import Iterable
 from types import CodeType
 from typing import NamedTuple
 
 import torch
-
-#: Code in these folders is not the user's.
-_OTHERS = tuple(os.path.dirname(os.path.abspath(p)) + os.sep for p in (torch.__file__, __file__))
 
 
 class Line(NamedTuple):
@@ -29,7 +27,7 @@ class Line(NamedTuple):
     number
         Of the line, from 1.
     function
-        The name of the function that the line is in.
+        The qualified name of the function that the line is in.
     """
 
     file: str
@@ -48,21 +46,33 @@ class Line(NamedTuple):
 class Site(str):
     """What something is kept or computed for, with the lines of f that it comes from.
 
-    Equal to the plain string, so that nothing else needs to know of lines.
-
     Attributes
     ----------
+    name
+        The text without lines.
     lines
         Each once, in the order met.
     """
 
+    name: str
     lines: tuple[Line, ...]
 
-    def __new__(cls, text: str, lines: Iterable[Line]) -> Site:
+    def __new__(cls, text: str, lines: Iterable[Line], name: str = "") -> Site:
         """Return `text` with its lines."""
         site = super().__new__(cls, text)
+        site.name = name or text
         site.lines = tuple(dict.fromkeys(lines))
         return site
+
+
+def at_line(text: str, line: Line | None) -> str:
+    """Return a label that names a line, if that is known."""
+    return text if line is None else Site(f"{text} ({line})", [line], text)
+
+
+def name_of(text: str) -> str:
+    """Return a label without the lines that it names."""
+    return text.name if isinstance(text, Site) else text
 
 
 def lines_of(text: str) -> tuple[Line, ...]:
@@ -73,7 +83,7 @@ def lines_of(text: str) -> tuple[Line, ...]:
 def joined(text: str, parts: Iterable[str]) -> str:
     """Return `text` with the lines that it and the other labels know."""
     found = [line for part in (text, *parts) for line in lines_of(part)]
-    return Site(text, found) if found else text
+    return Site(text, found, name_of(text)) if found else text
 
 
 def named(lines: Iterable[Line]) -> str:
@@ -94,6 +104,23 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
+def _folder(path: str) -> str:
+    return os.path.dirname(os.path.abspath(path)) + os.sep
+
+
+#: Code in these folders is not the user's: PyTorch, this package, the standard library.
+_OTHERS = (_folder(torch.__file__), _folder(__file__), "<frozen ")
+_STANDARD = _folder(os.__file__)
+#: What is installed may lie below the standard library.
+_INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
+
+
+def _is_users(file: str) -> bool:
+    if file.startswith(_OTHERS):
+        return False
+    return file.startswith(_INSTALLED) or not file.startswith(_STANDARD)
+
+
 class Locator:
     """Finds the line of f that is being executed.
 
@@ -105,20 +132,25 @@ class Locator:
 
     def __init__(self, stop: CodeType) -> None:
         self._stop = stop
+        self._users: dict[str, bool] = {}
         self._known: dict[tuple[CodeType, int], Line] = {}
 
     def __call__(self) -> Line | None:
-        """Return the innermost line outside PyTorch and this package; None if f has none."""
+        """Return the innermost line of the user's; None if f has none."""
         frame = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
             if code is self._stop:
                 return None
-            if not code.co_filename.startswith(_OTHERS):
+            file = code.co_filename
+            users = self._users.get(file)
+            if users is None:
+                users = self._users[file] = _is_users(file)
+            if users:
                 key = code, frame.f_lineno
                 line = self._known.get(key)
                 if line is None:
-                    line = self._known[key] = Line(code.co_filename, frame.f_lineno, code.co_name)
+                    line = self._known[key] = Line(file, frame.f_lineno, code.co_qualname)
                 return line
             frame = frame.f_back  # type: ignore[assignment]
         return None

@@ -16,6 +16,7 @@ import torch
 from ._lines import joined
 from ._origin import Literal, Origin
 from ._space import TensorSpec
+from ._tables import escaped, framed, shortened
 from .errors import LinearizeError, StalenessError
 
 
@@ -411,6 +412,9 @@ class Program:
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
+
+    def _repr_html_(self) -> str:
+        return framed(f"<pre>{escaped(shortened(str(self)))}</pre>")
 
     def __repr__(self) -> str:
         return f"<Program {self.name}: {len(self.equations)} equations>"

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ._constants import Constants
-from ._lines import lines_of
 from ._linearity import (
     CONSTANT,
     READS_NUMBERS,
@@ -121,7 +120,7 @@ class Recorder(DispatchMode):
         super().__init__()
         self.emitter = emitter
         self._entries: dict[int, _Entry] = {}
-        self._residuals: dict[Any, Residual] = {}
+        self._residuals: dict[int, Residual] = {}
         #: Tensors that are linear in the cotangents in some places and constant in others.
         self._mixed: dict[int, weakref.ref[torch.Tensor]] = {}
         #: How the constants that are met come about.
@@ -238,12 +237,11 @@ class Recorder(DispatchMode):
         return self.residual(x) if var is None else var
 
     def residual(self, t: torch.Tensor) -> Residual:
-        """Return the residual for a constant, one for each tensor (and each line of f)."""
-        key = id(t), lines_of(self.emitter.source)
-        known = self._residuals.get(key)
+        """Return the residual for a constant, one for each tensor."""
+        known = self._residuals.get(id(t))
         if known is None or known.tensor is not t:
             known = Residual(t, self.emitter.source, self.constants.origin(t))
-            self._residuals[key] = known
+            self._residuals[id(t)] = known
         return known
 
     def some(self, t: torch.Tensor) -> bool:

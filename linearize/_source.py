@@ -163,11 +163,16 @@ class Source:
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are kept for programs still to be made."""
-        graph, pullback = self._graph, self._pullback
+        graph, pullback = self.waiting()
         if graph is not None:
             yield from graph.saved_tensors()
         elif pullback is not None:
             yield from pullback.kept_tensors()
+
+    def waiting(self) -> tuple[Graph | None, Program | None]:
+        """Return what programs are still to be made of: the graph, or the pullback."""
+        graph = self._graph
+        return graph, self._pullback if graph is None else None
 
     def _search(self) -> None:
         """Look once whether a point of the same structure was recorded."""

@@ -87,9 +87,7 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
 
 def _node(graph: Graph, node: Node, edge: Callable[..., Any]) -> tuple[Any, ...]:
     edges = tuple(edge(*e) for e in node.next_functions)
-    metadata: tuple[Any, ...] = tuple(
-        (m.shape, m.dtype, m.device) for m in input_metadata(node)
-    )
+    metadata: tuple[Any, ...] = tuple((m.shape, m.dtype, m.device) for m in input_metadata(node))
     line = graph.line(node)
     if line is not None:  # programs name the lines that they come from
         metadata = (*metadata, line)

@@ -250,14 +250,23 @@ class _Children:
 _SHALLOW = 2000
 
 
-def let_die_in_turn(nodes: Collection[Node]) -> None:
+def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
     """Prepare nodes of a deep graph, seen from Python, for their end.
 
+    Parameters
+    ----------
+    nodes
+        Of the graph.
+    others
+        How many more of its nodes were seen before.
+
+    Notes
+    -----
     A node that Python has seen keeps its Python object, and then PyTorch (2.13) destroys what
     is below it recursively: from some ten thousand nodes on the stack overflows. The nodes'
     metadata, which go first, hand over what is below to a loop.
     """
-    if len(nodes) > _SHALLOW:
+    if len(nodes) + others > _SHALLOW:
         for node in nodes:
             below = [child for child, _ in node.next_functions if child is not None]
             if below:

@@ -343,6 +343,14 @@ class Product:
         residuals = [] if program is None else program.residuals()
         return [*residuals, *(r for plan in plans for r in plan.binding.residuals)]
 
+    def _programs(self) -> Iterator[tuple[Program, Sequence[Residual]]]:
+        """Yield each program that is kept, with what is watched besides its residuals."""
+        program, plans = self._program, list(self._plans.values())
+        if program is not None:
+            yield program, ()
+        for plan in plans:
+            yield plan.program(), plan.binding.guards
+
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
         program, plans = self._program, list(self._plans.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = "linearize"
 FLOORS = (
-    ("errors", "_torch", "_progress"),
+    ("errors", "_torch", "_progress", "_tables", "_layout"),
     ("_lines", "_origin", "_space", "_program", "_memo"),
     (
         "_linearity",
@@ -42,7 +42,8 @@ FLOORS = (
         "_structure",
         "_source",
     ),
-    ("products", "_operator", "operators", "linearization"),
+    ("products", "_operator", "operators"),
+    ("_cost", "_drawing", "inside", "_page", "linearization"),
     ("linearizer", "_gradient"),
     ("_history", "_matrices", "functional", "func", "_dependence", "sparse"),
     ("testing", "curvature", "distributed", "implicit", "scipy", "cupy", "__init__"),
