@@ -10,7 +10,7 @@ from pathlib import Path
 from ._layout import Layout, layered
 from ._lines import lines_of, name_of, named
 from ._program import Equation, Operation, Program, Var, op_name, total_bytes
-from ._tables import escaped, size
+from ._tables import clipped, escaped, size
 
 #: Sizes of text, in units of the drawing. Letters of equal width can be reckoned with.
 _FONT, _LETTER, _LINE = 12, 7.4, 16
@@ -84,7 +84,7 @@ class _Box:
     tip: str = ""
 
     def __post_init__(self) -> None:
-        self.lines = [_cut(line) for line in self.lines if line]
+        self.lines = [clipped(line, _MOST_LETTERS) for line in self.lines if line]
 
     @property
     def size(self) -> tuple[float, float]:
@@ -209,9 +209,12 @@ def _box(eq: Equation, tip: str) -> _Box:
     name = op_name(eq.op) if opaque else op_name(eq.op).partition(".")[0]
     bytes_kept = f"keeps {size(total_bytes(kept))}" if kept else ""
     source = name_of(eq.source)
+    lines = [
+        line for s in (eq.source, *(r.source for r in eq.residuals())) for line in lines_of(s)
+    ]
     return _Box(
         "opaque" if opaque else "built",
-        [name, result, bytes_kept, source if source != name else "", named(lines_of(eq.source))],
+        [name, result, bytes_kept, source if source != name else "", named(lines)],
         tip,
     )
 
@@ -227,11 +230,6 @@ def _texts(program: Program) -> list[str]:
     """Return each equation as it is printed."""
     lines = str(program).splitlines()
     return [line.strip() for line in lines[1 + len(program.residuals()) : -1]]
-
-
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _MOST_LETTERS else text[: _MOST_LETTERS - 1] + "…"
 
 
 # -- SVG --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ keep order and distance.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 #: The distance between neighbours in a layer, and between layers.
@@ -99,7 +100,7 @@ class _Layers:
                 self.below.append([])
             path.append(new)
         path.append(b)
-        for u, v in zip(path, path[1:], strict=False):
+        for u, v in itertools.pairwise(path):
             if v not in self.below[u]:
                 self.below[u].append(v)
                 self.above[v].append(u)
@@ -140,7 +141,7 @@ class _Layers:
     def crossings(self) -> int:
         """Count the crossings of edges."""
         count = 0
-        for upper, lower in zip(self.rows, self.rows[1:], strict=False):
+        for upper, lower in itertools.pairwise(self.rows):
             place = {v: i for i, v in enumerate(lower)}
             ends = [place[v] for u in upper for v in sorted(self.below[u], key=place.__getitem__)]
             count += sum(ends[i] > e for j, e in enumerate(ends) for i in range(j))
@@ -166,7 +167,7 @@ class _Layers:
     def _place_row(self, row: Sequence[int], wish: Callable[[int], float]) -> None:
         """Place a layer as near to the wishes as order and distance allow."""
         offsets = [0.0]
-        for u, v in zip(row, row[1:], strict=False):
+        for u, v in itertools.pairwise(row):
             offsets.append(offsets[-1] + (self.widths[u] + self.widths[v]) / 2 + GAP)
         #: Mean wish and number of neighbours that touch (pool adjacent violators).
         pools: list[tuple[float, int]] = []

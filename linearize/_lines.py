@@ -11,7 +11,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 import torch
@@ -68,6 +68,12 @@ class Site(str):
 def at_line(text: str, line: Line | None) -> str:
     """Return a label that names a line, if that is known."""
     return text if line is None else Site(f"{text} ({line})", [line], text)
+
+
+def beside(name: str, source: str) -> str:
+    """Return a name with the lines that a label knows, for messages."""
+    lines = lines_of(source)
+    return f"{name} ({named(lines)})" if lines else name
 
 
 def name_of(text: str) -> str:
@@ -137,7 +143,7 @@ class Locator:
 
     def __call__(self) -> Line | None:
         """Return the innermost line of the user's; None if f has none."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
             if code is self._stop:
@@ -152,5 +158,5 @@ class Locator:
                 if line is None:
                     line = self._known[key] = Line(file, frame.f_lineno, code.co_qualname)
                 return line
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return None

@@ -10,7 +10,7 @@ from ._cost import cost_of
 from ._drawing import draw
 from ._program import Program
 from ._simplify import explain, simplify
-from ._tables import STYLE, as_html, bars, code, escaped, number, shortened, size
+from ._tables import STYLE, as_html, bars, code, escaped, fewer, number, shortened, size
 from .inside import Cost, Summary
 
 #: The most residuals that are listed, and the most lines of a program that are printed.
@@ -22,7 +22,8 @@ html { background: #ffffff; } body { margin: 0; }
 main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 h1 code { font-size: 1.35rem !important; }
-.wide { overflow-x: auto; } details { margin: .5em 0; } summary { cursor: pointer; }
+.wide { overflow-x: auto; } .drawings { display: flex; flex-wrap: wrap; align-items: flex-start; }
+.drawings > div { max-width: 100%; } details { margin: .5em 0; } summary { cursor: pointer; }
 pre { overflow-x: auto; white-space: pre; padding: .6em .8em; border-radius: 6px;
   border: 1px solid var(--lz-line); }
 """.strip()
@@ -60,8 +61,8 @@ def page(
         summary._memory_html(),
     ]
     if residuals.traced:
-        kinds = [(code(kind), n) for kind, n in residuals.by_operation().items()]
-        parts.append(bars(kinds, ("kept by", "bytes")))
+        kinds = fewer(list(residuals.by_operation().items()))
+        parts.append(bars([(code(kind), n) for kind, n in kinds], ("kept by", "bytes")))
     parts += ["<h2>Tensors kept</h2>", _wide(residuals._html(_ROWS))]
     parts += _shown("The programs", programs, limit)
     if smaller:
@@ -132,10 +133,10 @@ def _operations(summary: Summary, smaller: Mapping[str, Program]) -> str:
 def _shown(title: str, programs: Mapping[str, Program], limit: int) -> list[str]:
     if not programs:
         return []
-    drawing = draw(list(programs.values()), limit)
+    drawings = "".join(_wide(draw([p], limit).svg) for p in programs.values())
     text = "\n\n".join(shortened(str(p), _LINES) for p in programs.values())
     return [
         f"<h2>{title}</h2>",
-        _wide(drawing.svg),
+        f'<div class="drawings">{drawings}</div>',
         f"<details><summary>As text</summary><pre>{escaped(text)}</pre></details>",
     ]

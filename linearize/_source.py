@@ -204,7 +204,7 @@ class Source:
                 value = getattr(node, origin.name)
             except RuntimeError as error:
                 raise StalenessError(
-                    f"{node.name()}: a tensor that it needs was changed in place after the "
+                    f"{self._graph.label(node)}: a tensor that it needs was changed in place after the "
                     f"linearization: {error}"
                 ) from error
             t = value if origin.position is None else value[origin.position]

@@ -67,6 +67,12 @@ def shortened(text: str, limit: int = 200) -> str:
     )
 
 
+def clipped(text: str, limit: int = 44) -> str:
+    """Return one line of at most `limit` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def size(count: int) -> str:
     """Return a number of bytes for people: exact below ten thousand."""
     if count < 10_000:
@@ -87,6 +93,14 @@ def _scaled(count: float, units: Sequence[str]) -> str:
             break
         count /= 1000
     return f"{count:.3g} {unit}"
+
+
+def fewer(sizes: Sequence[tuple[str, int]], limit: int = 25) -> list[tuple[str, int]]:
+    """Return the first sizes, and what the others amount to."""
+    shown, rest = list(sizes[:limit]), sizes[limit:]
+    if rest:
+        shown.append((f"{len(rest):,} more", sum(n for _, n in rest)))
+    return shown
 
 
 def as_text(

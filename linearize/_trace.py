@@ -95,9 +95,9 @@ class Trace(TorchFunctionMode):
             if node is None:
                 continue
             new = node_number(node) in numbers if old is None else node not in old
-            if not new or _KEY in node.metadata:
-                continue
             metadata: Any = node.metadata
+            if not new or _KEY in metadata:
+                continue
             metadata[_KEY] = line
             made.append(node)
             if len(made) < len(numbers) or old is not None:

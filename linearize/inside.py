@@ -15,7 +15,7 @@ from ._cost import Cost, cost_of
 from ._lines import Line, lines_of, name_of, named
 from ._program import Operation, Program
 from ._source import Source
-from ._tables import as_html, as_text, bars, code, framed, number, size
+from ._tables import as_html, as_text, bars, clipped, code, fewer, framed, number, size
 from .errors import ClosedError, LinearizeError
 from .products import Product
 
@@ -37,12 +37,11 @@ class KeptTensor:
     nbytes
         Bytes of memory that are kept because of it: those of its whole storage, or 0 if `note`
         says that they count elsewhere.
-    operation
-        What keeps it: a node of the autograd graph, named by PyTorch after the operation of f
-        (`SinBackward0`), a method of a custom Function, or "folded diagonals" for what
-        simplifying made.
+    operations
+        What keeps it: nodes of the autograd graph, named by PyTorch after the operations of f
+        (`SinBackward0`), custom Functions, or "folded diagonals" for what simplifying made.
     lines
-        The lines of f that the operation comes from; empty if they are not known.
+        The lines of f that these come from; empty if they are not known.
     keepers
         Who needs it: "jvp_fn", "vjp_fn", or "graph" as long as no product has been asked for.
     note
@@ -54,7 +53,7 @@ class KeptTensor:
     dtype: torch.dtype
     device: torch.device
     nbytes: int
-    operation: str
+    operations: tuple[str, ...]
     lines: tuple[Line, ...]
     keepers: tuple[str, ...]
     note: str = ""
@@ -102,7 +101,7 @@ class Residuals(Sequence[KeptTensor]):
 
     def by_operation(self) -> dict[str, int]:
         """Return the bytes kept by each kind of operation, the most first."""
-        return _summed((t.operation, t.nbytes) for t in self._tensors)
+        return _summed((", ".join(t.operations), t.nbytes) for t in self._tensors)
 
     def table(self, limit: int | None = 50) -> tuple[list[str], list[list[str]]]:
         """Return the names of columns, and one row of cells for each tensor.
@@ -118,7 +117,7 @@ class Residuals(Sequence[KeptTensor]):
         shown = self._tensors if limit is None else self._tensors[:limit]
         rows = []
         for t in shown:
-            row = [size(t.nbytes), str(t), t.operation, ", ".join(t.keepers), t.note]
+            row = [size(t.nbytes), str(t), ", ".join(t.operations), ", ".join(t.keepers), t.note]
             if self.traced:
                 row[3:3] = [named(t.lines) or _UNKNOWN, _text(t.lines)]
             rows.append(row)
@@ -129,7 +128,8 @@ class Residuals(Sequence[KeptTensor]):
         return head, rows
 
     def __str__(self) -> str:
-        table = as_text(*self.table(), right=(0,))
+        head, rows = self.table()
+        table = as_text(head, [[clipped(c) for c in row] for row in rows], right=(0,))
         return "\n".join([self._headline(), table, *([] if self.traced else [_HINT])])
 
     def _repr_html_(self) -> str:
@@ -184,8 +184,8 @@ class Summary:
         lines += ["(estimated from shapes, for one product)", ""]
         head, rows = self._operations()
         lines += [as_text(head, rows, right=range(1, 3)), "", residuals._headline()]
-        head, sizes = self._memory()
-        lines.append(as_text(head, [(label, size(n)) for label, n in sizes], right=(1,)))
+        columns, sizes = self._memory()
+        lines.append(as_text(columns, [(label, size(n)) for label, n in sizes], right=(1,)))
         return "\n".join([*lines, *([] if residuals.traced else [_HINT])])
 
     def _repr_html_(self) -> str:
@@ -227,8 +227,8 @@ class Summary:
     def _memory(self) -> tuple[tuple[str, str], list[tuple[str, int]]]:
         residuals = self.residuals
         traced = residuals.traced
-        sizes = residuals.by_line() if traced else residuals.by_operation()
-        return ("line of f" if traced else "kept by", "bytes"), list(sizes.items())
+        sizes = list((residuals.by_line() if traced else residuals.by_operation()).items())
+        return ("line of f" if traced else "kept by", "bytes"), fewer(sizes)
 
     def __repr__(self) -> str:
         return f"<Summary of {self.name}: {self.residuals._headline()}>"
@@ -276,13 +276,14 @@ def costs(products: Iterable[Product]) -> dict[str, Cost | str]:
 @dataclasses.dataclass(slots=True)
 class _Entry:
     tensor: torch.Tensor
-    operation: str
+    operations: tuple[str, ...]
     lines: tuple[Line, ...]
     keepers: tuple[str, ...]
     watched: bool = False
 
     def merge(self, other: _Entry) -> None:
         """Take in what else keeps the same tensor."""
+        self.operations = tuple(dict.fromkeys((*self.operations, *other.operations)))
         self.lines = tuple(dict.fromkeys((*self.lines, *other.lines)))
         self.keepers = tuple(dict.fromkeys((*self.keepers, *other.keepers)))
         self.watched &= other.watched
@@ -300,7 +301,7 @@ class _Entry:
             else:
                 count = storage.nbytes()
             seen.add(pointer)
-        what = (tuple(t.shape), t.dtype, t.device, count, self.operation, self.lines)
+        what = (tuple(t.shape), t.dtype, t.device, count, self.operations, self.lines)
         return KeptTensor(*what, self.keepers, note)
 
 
@@ -310,13 +311,14 @@ def _kept(products: Sequence[Product], source: Source | None) -> Iterator[_Entry
         for program, guards in product._programs():
             yield from _kept_by(program, keeper)
             for r in guards:
-                yield _Entry(r.tensor, name_of(r.source), lines_of(r.source), keeper, watched=True)
+                names = (name_of(r.source),)
+                yield _Entry(r.tensor, names, lines_of(r.source), keeper, watched=True)
     graph, pullback = (None, None) if source is None else source.waiting()
     if graph is not None:
         for node in graph.order:
             label = graph.label(node)
             for t in graph.saved_by(node):
-                yield _Entry(t, name_of(label), lines_of(label), ("graph",))
+                yield _Entry(t, (name_of(label),), lines_of(label), ("graph",))
     if pullback is not None:
         yield from _kept_by(pullback, tuple(p._name for p in products))
 
@@ -325,11 +327,11 @@ def _kept_by(program: Program, keepers: tuple[str, ...]) -> Iterator[_Entry]:
     for eq in program.equations:
         for r in eq.residuals():
             lines = (*lines_of(r.source), *lines_of(eq.source))
-            name = name_of(r.source) or eq.name
-            yield _Entry(r.tensor, name, tuple(dict.fromkeys(lines)), keepers)
+            names = (name_of(r.source) or eq.name,)
+            yield _Entry(r.tensor, names, tuple(dict.fromkeys(lines)), keepers)
         if isinstance(eq.op, Operation):
             for t in eq.op.bytes_kept():
-                yield _Entry(t, eq.name, lines_of(eq.source), keepers)
+                yield _Entry(t, (eq.name,), lines_of(eq.source), keepers)
 
 
 def _identity(t: torch.Tensor) -> Any:
