@@ -53,11 +53,16 @@ def layered(sizes: Sequence[tuple[float, float]], edges: Sequence[tuple[int, int
     """
     layer = [0] * len(sizes)
     below: list[list[int]] = [[] for _ in sizes]
-    for a, b in sorted(set(edges), key=lambda e: e[1]):
-        layer[b] = max(layer[b], layer[a] + 1)
+    #: Whether a box hangs on boxes that lead nowhere else, and so can follow what it leads to.
+    free = [True] * len(sizes)
+    for a, b in sorted(set(edges)):
         below[a].append(b)
-    for a in reversed(range(len(sizes))):  # what nothing leads to stands above what it leads to
-        if below[a] and not any(b == a for _, b in edges):
+    for a, children in enumerate(below):
+        for b in children:
+            layer[b] = max(layer[b], layer[a] + 1)
+            free[b] &= free[a] and len(children) == 1
+    for a in reversed(range(len(sizes))):
+        if free[a] and below[a]:
             layer[a] = min(layer[b] for b in below[a]) - 1
     graph = _Layers(sizes, layer)
     paths = [graph.connect(a, b) for a, b in edges]

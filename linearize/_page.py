@@ -22,7 +22,8 @@ html { background: #ffffff; } body { margin: 0; }
 main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 h1 code { font-size: 1.35rem !important; }
-.wide { overflow-x: auto; } .drawings { display: flex; flex-wrap: wrap; align-items: flex-start; }
+.wide { overflow-x: auto; } .long { max-height: 32rem; overflow-y: auto; }
+.drawings { display: flex; flex-wrap: wrap; align-items: flex-start; }
 .drawings > div { max-width: 100%; } details { margin: .5em 0; } summary { cursor: pointer; }
 pre { overflow-x: auto; white-space: pre; padding: .6em .8em; border-radius: 6px;
   border: 1px solid var(--lz-line); }
@@ -63,7 +64,7 @@ def page(
     if residuals.traced:
         kinds = fewer(list(residuals.by_operation().items()))
         parts.append(bars([(code(kind), n) for kind, n in kinds], ("kept by", "bytes")))
-    parts += ["<h2>Tensors kept</h2>", _wide(residuals._html(_ROWS))]
+    parts += ["<h2>Tensors kept</h2>", f'<div class="wide long">{residuals._html(_ROWS)}</div>']
     parts += _shown("The programs", programs, limit)
     if smaller:
         parts += _shown("The programs simplified", smaller, limit)

@@ -204,8 +204,8 @@ class Source:
                 value = getattr(node, origin.name)
             except RuntimeError as error:
                 raise StalenessError(
-                    f"{self._graph.label(node)}: a tensor that it needs was changed in place after the "
-                    f"linearization: {error}"
+                    f"{self._graph.label(node)}: a tensor that it needs was changed in place "
+                    f"after the linearization: {error}"
                 ) from error
             t = value if origin.position is None else value[origin.position]
             with torch.inference_mode(False):
