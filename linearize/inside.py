@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 
 from ._cost import Cost, cost_of
+from ._drawing import Drawing
 from ._lines import Line, lines_of, name_of, named
 from ._program import Operation, Program
 from ._source import Source
@@ -19,7 +20,7 @@ from ._tables import as_html, as_text, bars, clipped, code, fewer, framed, numbe
 from .errors import ClosedError, LinearizeError
 from .products import Product
 
-__all__ = ["Cost", "KeptTensor", "Line", "Residuals", "Summary"]
+__all__ = ["Cost", "Drawing", "KeptTensor", "Line", "Residuals", "Summary"]
 
 #: How lines of f become known.
 _HINT = "Lines of f are known with Linearizer(f, trace=True)."

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import draw_programs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -237,13 +238,16 @@ def test_in_place_operations_and_views() -> None:
     assert lines_in(here) <= {line_of(f, m) for m in ("set", "copy", "mul")}
 
 
-def test_gradients_inside_f() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_inside_f(device: str) -> None:
+    """On a GPU other threads make the gradient's nodes."""
+
     def f(x: torch.Tensor) -> torch.Tensor:
         y = torch.sin(x) * x.sum()  # forward
         (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)  # gradient
         return torch.tanh(g)  # after
 
-    here = lz.Linearizer(f, trace=True).at(point())
+    here = lz.Linearizer(f, trace=True).at(point().to(device))
     assert lines_of_operation(here, "TanhBackward0") == {line_of(f, "after")}
     assert lines_of_operation(here, "CosBackward0") == {line_of(f, "gradient")}
     expected = {line_of(f, m) for m in ("forward", "gradient", "after")}
@@ -485,6 +489,10 @@ def test_a_drawing_has_a_box_for_each_equation(tmp_path: Path) -> None:
     assert f"{HERE}:{line_of(f, 'both')}" in found
     assert "keeps 24 B" in found
     assert "4 equations, 72 B kept" in found
+
+
+def test_the_picture_in_the_documentation_is_what_is_drawn() -> None:
+    assert draw_programs.TARGET.read_text(encoding="utf-8") == f"{draw_programs.drawing()}\n"
 
 
 def test_a_long_program_is_cut_off_readably() -> None:
