@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -292,6 +292,23 @@ def gradient_edge(t: torch.Tensor) -> GradientEdge:
 def subclasses_ignored() -> contextlib.AbstractContextManager[Any]:
     """Let operations on tensor subclasses return plain tensors, as C++ code sees them."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def history(tensors: Iterable[torch.Tensor]) -> list[Node]:
+    """Return the graph nodes that made tensors, asked out of sight of all function modes.
+
+    A view that must not be used any more, as PyTorch would say, counts as having none.
+    """
+    nodes = []
+    with torch._C.DisableTorchFunction():
+        for t in tensors:
+            try:
+                node = t.grad_fn
+            except RuntimeError:
+                continue
+            if node is not None:
+                nodes.append(node)
+    return nodes
 
 
 def without_subclass(t: torch.Tensor) -> torch.Tensor:

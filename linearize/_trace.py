@@ -21,6 +21,7 @@ from ._lines import Line, Locator, at_line
 from ._torch import (
     Node,
     functorch_active,
+    history,
     is_custom,
     let_die_in_turn,
     next_node_number,
@@ -88,12 +89,10 @@ class Trace(TorchFunctionMode):
             For a backward pass, which other threads may do: the nodes that were there before.
         """
         found = [result] if isinstance(result, torch.Tensor) else list(_tensors(result))
-        nodes = [t.grad_fn for t in found or _tensors(given)]
+        nodes = history(found or _tensors(given))
         made = []
         while nodes:
             node = nodes.pop()
-            if node is None:
-                continue
             new = node_number(node) in numbers if old is None else node not in old
             metadata: Any = node.metadata
             if not new or _KEY in metadata:
@@ -101,7 +100,7 @@ class Trace(TorchFunctionMode):
             metadata[_KEY] = line
             made.append(node)
             if len(made) < len(numbers) or old is not None:
-                nodes += [child for child, _ in node.next_functions]
+                nodes += [child for child, _ in node.next_functions if child is not None]
         let_die_in_turn(made, self._count)
         self._count += len(made)
         if len(made) < len(numbers) and functorch_active():
@@ -140,11 +139,11 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 def _reachable(tensors: Iterable[torch.Tensor]) -> set[Node]:
     """Return all nodes below some tensors."""
     seen: set[Node] = set()
-    todo = [t.grad_fn for t in tensors]
+    todo = history(tensors)
     while todo:
         node = todo.pop()
-        if node is not None and node not in seen:
+        if node not in seen:
             seen.add(node)
-            todo += [child for child, _ in node.next_functions]
+            todo += [child for child, _ in node.next_functions if child is not None]
     let_die_in_turn(seen)
     return seen

@@ -235,8 +235,40 @@ def test_in_place_operations_and_views() -> None:
     assert lines_of_operation(here, "SinBackward0") == {line_of(f, "set")}
     assert lines_of_operation(here, "ExpBackward0") == {line_of(f, "copy")}
     assert lines_of_operation(here, "MulBackward0") == {line_of(f, "mul")}
-    assert lines_of_operation(here, "torch::autograd::CopySlices") == {line_of(f, "set"), line_of(f, "copy")}
+    assert lines_of_operation(here, "torch::autograd::CopySlices") == {
+        line_of(f, "set"),
+        line_of(f, "copy"),
+    }
     assert lines_in(here) <= {line_of(f, m) for m in ("set", "copy", "mul")}
+
+
+def test_tracing_does_not_disturb_f_or_the_memo() -> None:
+    kept: dict[str, torch.Tensor] = {}
+    runs = 0
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        nonlocal runs
+        runs += 1
+        base = x * 2
+        with torch.no_grad():
+            view = base[1:]  # must not be used by autograd once its base has changed
+        base.mul_(x)
+        torch._foreach_mul_([base], 2.0)
+        kept["made"] = base * 3  # made by f and not read by it
+        del view
+        return base.sin()
+
+    lin = lz.Linearizer(f, trace=True)
+    x = point()
+    here = lin.at(x)
+    kept["made"].data.zero_()
+    kept["made"].detach().add_(1)
+    assert lin.at(x) is here
+    assert runs == 1
+    for k in range(4):
+        v = direction(x, k)
+        torch.testing.assert_close(here.jvp_fn(v), torch.cos(4 * x * x) * 8 * x * v)
+        torch.testing.assert_close(here.vjp_fn(v)[0], torch.cos(4 * x * x) * 8 * x * v)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
