@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ._linearity import may_alias
-from ._program import Equation, Operation, Program, Residual, Var, map_leaves, op_name
+from ._program import Equation, Operation, Program, Residual, Var, map_leaves
 from ._torch import OpOverload, aten
 
 
@@ -48,7 +48,7 @@ class Cost:
 
 def cost_of(program: Program) -> Cost:
     """Estimate what one run of a program costs."""
-    kinds = Counter(op_name(eq.op).partition(".")[0] for eq in program.equations)
+    kinds = Counter(eq.kind for eq in program.equations)
     return Cost(
         equations=len(program.equations),
         operations=dict(kinds.most_common()),
@@ -71,8 +71,7 @@ def _flops(eq: Equation) -> int:
     if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
         return 0
     packet = eq.op.overloadpacket
-    name = op_name(eq.op).partition(".")[0]
-    if name in _COPIES:
+    if eq.kind in _COPIES:
         return 0
     if packet in _DOTS:
         return 2 * math.prod(_shape(eq.args[_DOTS[packet]]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ._layout import Layout, layered
 from ._lines import lines_of, name_of, named
-from ._program import Equation, Operation, Program, Var, op_name, total_bytes
+from ._program import Equation, Operation, Program, Var, total_bytes
 from ._tables import clipped, escaped, size
 
 #: Sizes of text, in units of the drawing. Letters of equal width can be reckoned with.
@@ -206,7 +206,6 @@ def _box(eq: Equation, tip: str) -> _Box:
     kept = [r.tensor for r in eq.residuals()]
     if isinstance(eq.op, Operation):
         kept += eq.op.bytes_kept()
-    name = op_name(eq.op) if opaque else op_name(eq.op).partition(".")[0]
     bytes_kept = f"keeps {size(total_bytes(kept))}" if kept else ""
     source = name_of(eq.source)
     lines = [
@@ -214,13 +213,13 @@ def _box(eq: Equation, tip: str) -> _Box:
     ]
     return _Box(
         "opaque" if opaque else "built",
-        [name, result, bytes_kept, source if source != name else "", named(lines)],
+        [eq.kind, result, bytes_kept, source if source != eq.kind else "", named(lines)],
         tip,
     )
 
 
 def _skipped(inside: Sequence[Equation]) -> _Box:
-    kinds = dict.fromkeys(op_name(eq.op).partition(".")[0] for eq in inside)
+    kinds = dict.fromkeys(eq.kind for eq in inside)
     kept = size(total_bytes(r.tensor for eq in inside for r in eq.residuals()))
     shown = ", ".join(list(kinds)[:8]) + (", …" if len(kinds) > 8 else "")
     return _Box("cut", [f"… {len(inside):,} more equations …", shown, f"keep {kept}"])

@@ -147,6 +147,11 @@ class Equation:
         """Printable name of the operation."""
         return op_name(self.op)
 
+    @property
+    def kind(self) -> str:
+        """The name without the overload: `add` for `add.Tensor`."""
+        return self.name if isinstance(self.op, Operation) else self.name.partition(".")[0]
+
     def inputs(self) -> list[Var]:
         """Return the variables that the equation reads, repeated as they are."""
         return [x for x in self.reads() if type(x) is Var]

@@ -477,6 +477,10 @@ def test_calls_of_custom_functions_are_counted_apart() -> None:
         "pushforward": (2, 0),
         "pullback": (2, 0),
     }
+    assert summary.operations == {
+        "pushforward": {"Cube.jvp": 2},
+        "pullback": {"Cube.backward": 2},
+    }
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
