@@ -43,6 +43,7 @@ FLOORS = (
         "_copies",
         "_joining",
         "_contractions",
+        "_rows",
         "_folding",
         "_simplify",
         "_structure",
