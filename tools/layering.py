@@ -46,6 +46,7 @@ FLOORS = (
         "_rows",
         "_folding",
         "_simplify",
+        "_vectorize",
         "_structure",
         "_source",
     ),
