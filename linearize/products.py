@@ -139,6 +139,11 @@ class _Plan:
         stacked = [known[1] for known in self._stacked.values() if known is not None]
         return [self._running[1], *stacked]
 
+    def programs(self) -> list[tuple[Program, Sequence[Residual]]]:
+        """Return what is run, with its numbers, and what is watched besides; stacks too."""
+        stacked = [known for known in self._stacked.values() if known is not None]
+        return [(filled(e.program, b), b.guards) for e, b in (self._running, *stacked)]
+
     @property
     def makes_history(self) -> bool:
         """Whether autograd would record a call in grad mode."""
@@ -452,7 +457,7 @@ class Product:
         if program is not None:
             yield program, ()
         for plan in plans:
-            yield plan.program(), plan.binding.guards
+            yield from plan.programs()
 
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""

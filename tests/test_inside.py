@@ -112,6 +112,8 @@ def test_their_bytes_are_those_of_the_linearization_at_every_stage(custom: bool)
             here.vjp_fn((direction(point(4), k), None))
             here.jvp_fn(direction(x, k), direction(y, k))
             assert here.residuals().nbytes == here.nbytes
+            here.vjp_fn.batched((torch.eye(4, dtype=F64), None))
+            assert here.residuals().nbytes == here.nbytes
     assert custom or lin.stats().reused == 2
 
 
