@@ -93,6 +93,8 @@ class _Plan:
         self._counts[count] += 1
         if self._counts[count] < 2 or count in self._stacked or count < 2:
             return mapped()
+        if self._running[0].program.is_opaque():
+            return mapped()  # user code is not called to try something
         if not self._settled and self._lock.acquire(blocking=False):
             try:
                 with torch.no_grad():
@@ -124,8 +126,13 @@ class _Plan:
         if after is None:
             return None
         executor, binding = Executor(after), Binding.of(after)
-        with torch.no_grad():
-            results = executor(arguments, binding)
+        try:
+            with torch.no_grad():
+                results = executor(arguments, binding)
+        except RuntimeError as error:  # what PyTorch maps need not be possible in another way
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return None
         if not all(
             not b.any() if a is None else close(a, b, rounding)
             for a, b in zip(results, expected, strict=True)
@@ -366,8 +373,9 @@ class Product:
             rest = iter(parts)
             return tuple(self._apply([next(rest) if here else None for here in present]))
 
-        differentiable = torch.is_grad_enabled() and _wants_history(given)
-        if differentiable or functorch_active() or not len(given[0]):
+        if torch.is_grad_enabled() and _wants_history(given) and not functorch_active():
+            return list(_DifferentiableStack.apply(self, chunk_size, *tensors))  # type: ignore[no-untyped-call]
+        if functorch_active() or not len(given[0]):
             return list(torch.vmap(one, chunk_size=chunk_size)(*given))
         self._check_open()
         plan = self._plans.get(present) or self._plan(present)
@@ -492,6 +500,25 @@ class _DifferentiableProduct(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
         return tuple(ctx.product._apply(tangents))
+
+
+class _DifferentiableStack(torch.autograd.Function):
+    """A batched product as a function of its arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, product: Product, chunk_size: int | None, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.product, ctx.chunk_size = product, chunk_size
+        ctx.given = [t is not None for t in tensors]
+        ctx.set_materialize_grads(False)
+        detached = [None if t is None else t.detach() for t in tensors]
+        return tuple(product._batched(detached, chunk_size))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        results = ctx.product._transposed()._batched(grads, ctx.chunk_size)
+        return (None, None, *(r if w else None for r, w in zip(results, ctx.given, strict=True)))
 
 
 def _wants_history(tensors: Sequence[torch.Tensor | None]) -> bool:
