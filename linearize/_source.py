@@ -147,7 +147,12 @@ class Source:
     # -- taken over -------------------------------------------------------------------------
 
     def known(
-        self, direction: str, present: tuple[bool, ...], *, simplified: bool = True
+        self,
+        direction: str,
+        present: tuple[bool, ...],
+        *,
+        simplified: bool = True,
+        costly: bool = True,
     ) -> tuple[Template, Binding] | None:
         """Return the program that another point left, with the numbers of this one.
 
@@ -159,6 +164,8 @@ class Source:
             Which arguments are not zero.
         simplified
             Whether a simplified program will do.
+        costly
+            Whether one is taken though another one's numbers cost less to compute.
         """
         with self.lock:
             if self._graph is None:
@@ -166,7 +173,8 @@ class Source:
             self._search()
             if self._structure is None or (direction == PUSHFORWARD and self._owes_proof()):
                 return None
-            for template in self._structure.templates((direction, present)):
+            templates = self._structure.templates((direction, present))
+            for template in templates if costly else sorted(templates, key=lambda t: t.costly):
                 if template.simplified and not simplified:
                     continue
                 binding = template.bind(self._saved, self._custom, self._known)
@@ -175,6 +183,14 @@ class Source:
                     self._bound.append(binding)
                     return template, binding
             return None
+
+    def has_better(self, direction: str, present: tuple[bool, ...]) -> bool:
+        """Whether another point left a simplified program whose numbers cost much."""
+        with self.lock:
+            known = self._structure
+            return known is not None and any(
+                t.simplified and t.costly for t in known.templates((direction, present))
+            )
 
     def offer(
         self, direction: str, present: tuple[bool, ...], program: Program, *, simplified: bool

@@ -156,16 +156,31 @@ class Product:
         source = self._source
         if source is None or self._program is not None:
             return None
-        known = source.known(self._direction, present, simplified=self._policy.simplify)
+        known = source.known(
+            self._direction, present, simplified=self._policy.simplify, costly=False
+        )
         if known is None:
             return None
         template, binding = known
-        if all(present):
+        simplify = self._policy.simplify
+        waits = (
+            simplify and not template.simplified and source.has_better(self._direction, present)
+        )
+        if all(present) and not waits:
             source.served(self._direction)
+
+        def better() -> tuple[Executor, Binding] | None:
+            with outside_transforms(), torch.inference_mode(False):
+                found = source.known(self._direction, present)
+            if all(present):
+                source.served(self._direction)
+            return None if found is None else (found[0].executor, found[1])
+
         return Plan(
             template.executor,
             binding,
-            settled=template.simplified or not self._policy.simplify,
+            settled=template.simplified or not simplify,
+            better=better if waits else None,
             dense=self._dense(template.program, present),
             forward=self._direction != PULLBACK,
             compiling=self._compiling,
@@ -262,8 +277,9 @@ class Product:
             rest = iter(parts)
             return tuple(self._apply([next(rest) if here else None for here in present]))
 
-        differentiable = torch.is_grad_enabled() and _wants_history(given)
-        if differentiable or functorch_active() or not len(given[0]):
+        if torch.is_grad_enabled() and _wants_history(given) and not functorch_active():
+            return list(_DifferentiableStack.apply(self, chunk_size, *tensors))  # type: ignore[no-untyped-call]
+        if functorch_active() or not len(given[0]):
             return list(torch.vmap(one, chunk_size=chunk_size)(*given))
         self._check_open()
         if self._first is not None:
@@ -453,6 +469,25 @@ class _DifferentiableProduct(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
         return tuple(ctx.product._apply(tangents))
+
+
+class _DifferentiableStack(torch.autograd.Function):
+    """A batched product as a function of its arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, product: Product, chunk_size: int | None, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.product, ctx.chunk_size = product, chunk_size
+        ctx.given = [t is not None for t in tensors]
+        ctx.set_materialize_grads(False)
+        detached = [None if t is None else t.detach() for t in tensors]
+        return tuple(product._batched(detached, chunk_size))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        results = ctx.product._transposed()._batched(grads, ctx.chunk_size)
+        return (None, None, *(r if w else None for r, w in zip(results, ctx.given, strict=True)))
 
 
 def _wants_history(tensors: Sequence[torch.Tensor | None]) -> bool:
