@@ -126,7 +126,15 @@ def test_custom_functions_stay_calls() -> None:
     assert Root.calls == ["jvp", "jvp", "backward", "backward"] * 6
     assert lin.stats().compiled == 2
     assert backend.graphs >= 2
-    assert backend.runs > backend.graphs
+    # What was compiled serves another point, with the contexts of that one.
+    J = jacobian(lambda x: g(x, cube_root), X + 1)
+    there, graphs, runs = lin.at(X + 1), backend.graphs, backend.runs
+    for k in range(3):
+        torch.testing.assert_close(there.jvp_fn(V + k), J @ (V + k))
+        torch.testing.assert_close(there.vjp_fn(V + k)[0], J.T @ (V + k))
+    assert Root.calls == ["jvp", "jvp", "backward", "backward"] * 9
+    assert backend.graphs == graphs
+    assert backend.runs > runs
 
 
 def test_a_compiler_that_fails_is_reported_once() -> None:
