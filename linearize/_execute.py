@@ -7,18 +7,21 @@ nothing that is kept or owned by somebody else.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ._batching import call
-from ._linearity import schema_of
+from ._generate import Function, generate
+from ._linearity import close, may_alias, returns_several
 from ._program import Equation, Operation, Program, Residual, Var, map_leaves, op_name
 from ._space import TensorSpec
-from ._torch import OpOverload, aten, functorch_active
+from ._torch import functorch_active
 from .errors import LinearizeError
+
+#: At which run a program is written out as a function.
+WRITE_OUT_AT = 2
 
 
 class _Slot:
@@ -70,7 +73,7 @@ class _Step:
         self.call = (args, kwargs)
         self.outs = [-1 if v is None else slots[v] for v in eq.outputs]
         self.opaque = isinstance(eq.op, Operation)
-        self.many = self.opaque or len(eq.outputs) != 1 or _returns_list(eq.op)
+        self.many = self.opaque or len(eq.outputs) != 1 or returns_several(eq.op)
         self.free: list[int] = []
         self.expected, self.source = eq.outputs, eq.source
         self.specs = {slots[v]: v.spec for v in eq.inputs()}
@@ -97,14 +100,6 @@ class _Step:
         return _with_zeros(self, args, keywords)
 
 
-@functools.cache
-def _returns_list(op: Any) -> bool:
-    if not isinstance(op, OpOverload):
-        return False
-    returns = op._schema.returns
-    return len(returns) != 1 or str(returns[0].type) == "List[Tensor]"
-
-
 def _contains(a: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return any(isinstance(x, _Slot) or _contains(x) for x in a)
@@ -125,7 +120,7 @@ class Binding:
         made from one that did.
     """
 
-    __slots__ = ("_all", "guards", "ops", "residuals")
+    __slots__ = ("_all", "guards", "makes_history", "ops", "residuals")
 
     def __init__(
         self,
@@ -135,6 +130,8 @@ class Binding:
     ) -> None:
         self.residuals = tuple(residuals)
         self.ops = tuple(ops)
+        #: Whether something in it could require grad, as user code may.
+        self.makes_history = bool(ops) or any(r.tensor.requires_grad for r in residuals)
         self.guard_by(guards)
 
     def guard_by(self, guards: Sequence[Residual]) -> None:
@@ -198,6 +195,7 @@ class Executor:
 
     __slots__ = (
         "_copies",
+        "_function",
         "_inputs",
         "_outputs",
         "_size",
@@ -222,7 +220,9 @@ class Executor:
         self._free(program, slots)
         self._copies = self._to_copy(program)
         self._verified = False
-        #: How often it ran, counted by its users.
+        #: The program written out, once it has run often enough.
+        self._function: Function | None = None
+        #: How often it ran.
         self.runs = 0
 
     def _free(self, program: Program, slots: dict[Any, int]) -> None:
@@ -244,7 +244,7 @@ class Executor:
             outs = [v for v in eq.outputs if v is not None]
             if isinstance(eq.op, Operation):
                 root.update((v, None if eq.op.may_alias else v) for v in outs)
-            elif not _may_alias(eq.op):
+            elif not may_alias(eq.op):
                 root.update((v, v) for v in outs)
             else:
                 roots = {root[v] for v in eq.inputs()}
@@ -286,10 +286,13 @@ class Executor:
         if binding is None:
             binding = Binding.of(self.program)
         binding.check()
+        batching = functorch_active()
+        plain = tape is None and not batching
+        if plain and self._function is not None:
+            return self._function([r.tensor for r in binding.residuals], arguments)
         values: list[Any] = [r.tensor for r in binding.residuals]
         values += [None] * (self._size - len(values))
         ops = binding.ops
-        batching = functorch_active()
         for slot, t in zip(self._inputs, arguments, strict=True):
             values[slot] = t
         for step in self._steps:
@@ -330,10 +333,32 @@ class Executor:
                 values[slot] = None
         self._verified = True
         results = [None if slot < 0 else values[slot] for slot in self._outputs]
-        return [
+        results = [
             t.clone() if copy and t is not None else t
             for t, copy in zip(results, self._copies, strict=True)
         ]
+        if plain:
+            self.runs += 1
+            if self.runs == WRITE_OUT_AT:
+                self._write_out(arguments, binding, results)
+        return results
+
+    def _write_out(
+        self,
+        arguments: Sequence[torch.Tensor],
+        binding: Binding,
+        results: Sequence[torch.Tensor | None],
+    ) -> None:
+        """Write the program out as a function, and use it if it gives the same."""
+        function = generate(self.program, self._copies)
+        if function is None:
+            return
+        again = function([r.tensor for r in binding.residuals], arguments)
+        if all(
+            (a is None) == (b is None) and (a is None or b is None or close(a, b))
+            for a, b in zip(again, results, strict=True)
+        ):
+            self._function = function
 
 
 def _fill(step: _Step, args: list[Any], keywords: dict[str, Any], values: list[Any]) -> bool:
@@ -375,33 +400,3 @@ def _all_undefined(placed: Any, now: Any) -> bool:
     if isinstance(placed, (list, tuple)) and _contains(placed):
         return all(_all_undefined(p, n) for p, n in zip(placed, now, strict=True))
     return True
-
-
-_COPYING = {aten.clone.default, aten._to_copy.default}
-
-
-@functools.cache
-def _may_alias(op: Callable[..., Any]) -> bool:
-    """Whether an operation's result may share memory with its argument."""
-    if not isinstance(op, OpOverload):
-        return True
-    if op in _COPYING:
-        return False
-    if schema_of(op).is_view:
-        return True
-    aliases = any(r.alias_info is not None for r in op._schema.returns)
-    # Composite operations (`reshape`) return a view where they can, without saying so.
-    return aliases or op.name() in _MAYBE_VIEW
-
-
-_MAYBE_VIEW = frozenset(
-    {
-        "aten::reshape",
-        "aten::resolve_conj",
-        "aten::resolve_neg",
-        "aten::contiguous",
-        "aten::_unsafe_view",
-        "aten::lift_fresh",
-        "aten::_reshape_alias",
-    }
-)

@@ -301,3 +301,42 @@ def tested_linear(
         else:
             return None
     return linear
+
+
+_COPYING = {aten.clone.default, aten._to_copy.default}
+
+
+@functools.cache
+def may_alias(op: Callable[..., Any]) -> bool:
+    """Whether an operation's result may share memory with its argument."""
+    if not isinstance(op, OpOverload):
+        return True
+    if op in _COPYING:
+        return False
+    if schema_of(op).is_view:
+        return True
+    aliases = any(r.alias_info is not None for r in op._schema.returns)
+    # Composite operations (`reshape`) return a view where they can, without saying so.
+    return aliases or op.name() in _MAYBE_VIEW
+
+
+_MAYBE_VIEW = frozenset(
+    {
+        "aten::reshape",
+        "aten::resolve_conj",
+        "aten::resolve_neg",
+        "aten::contiguous",
+        "aten::_unsafe_view",
+        "aten::lift_fresh",
+        "aten::_reshape_alias",
+    }
+)
+
+
+@functools.cache
+def returns_several(op: Callable[..., Any]) -> bool:
+    """Whether an operation returns a tuple or list, be it of one tensor."""
+    if not isinstance(op, OpOverload):
+        return True
+    returns = op._schema.returns
+    return len(returns) != 1 or str(returns[0].type) == "List[Tensor]"

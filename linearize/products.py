@@ -55,15 +55,19 @@ class _Plan:
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         executor, binding = self._running
-        if not self._settled and not functorch_active():
-            executor.runs += 1
-            if executor.runs >= SIMPLIFY_AT and self._lock.acquire(blocking=False):
-                try:
-                    return self._settle(arguments)
-                finally:
-                    self._settled = True
-                    self._lock.release()
+        due = not self._settled and executor.runs >= SIMPLIFY_AT - 1
+        if due and not functorch_active() and self._lock.acquire(blocking=False):
+            try:
+                return self._settle(arguments)
+            finally:
+                self._settled = True
+                self._lock.release()
         return executor(arguments, binding)
+
+    @property
+    def makes_history(self) -> bool:
+        """Whether autograd would record a call in grad mode."""
+        return self._running[1].makes_history or functorch_active()
 
     @property
     def binding(self) -> Binding:
@@ -285,13 +289,18 @@ class Product:
 
     def _apply(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Apply the map to flat lists of tensors, None for zero."""
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        grad = torch.is_grad_enabled()
+        if grad and _wants_history(tensors):
             return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
-        present = tuple(t is not None for t in tensors)
+        present = tuple([t is not None for t in tensors])
         self._check_open()
-        plan = self._plan(present)
-        with torch.no_grad():
-            results = plan([t for t in tensors if t is not None])
+        plan = self._plans.get(present) or self._plan(present)
+        given: Any = tensors if all(present) else [t for t in tensors if t is not None]
+        if grad and plan.makes_history:
+            with torch.no_grad():
+                results = plan(given)
+        else:
+            results = plan(given)
         if plan.news is not None:
             self._take_note(plan, present)
         return [
@@ -366,6 +375,13 @@ class _DifferentiableProduct(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
         return tuple(ctx.product._apply(tangents))
+
+
+def _wants_history(tensors: Sequence[torch.Tensor | None]) -> bool:
+    for t in tensors:  # noqa: SIM110 (quicker than any(), and this runs at every call)
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:

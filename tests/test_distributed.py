@@ -164,13 +164,11 @@ def together(world, path, *scenes):
     assert [p.exitcode for p in ranks] == [0] * world
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 def test_two_ranks(tmp_path):
     together(2, tmp_path, "agree", "fail", "die")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 def test_four_ranks(tmp_path):
     together(4, tmp_path, "agree", "fail")

@@ -16,6 +16,7 @@ FLOORS = (
     ("_origin", "_space", "_program", "_memo"),
     (
         "_linearity",
+        "_generate",
         "_flat",
         "_batching",
         "_execute",

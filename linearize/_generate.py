@@ -1,0 +1,176 @@
+"""Floor 2: linear programs as Python functions.
+
+A program of built-in operations that runs often is written out as straight-line Python, one
+call per equation, so that nothing but the operations themselves is left to do. Where an
+operand is an intermediate of the program's own that is not needed any more, the operation
+writes into it instead of into new memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from ._linearity import may_alias, returns_several
+from ._program import Equation, Program, Residual, Var
+from ._torch import aten
+
+#: From residuals and arguments to results.
+Function: TypeAlias = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[Any]]
+
+#: Longer programs would take Python's compiler too long.
+LONGEST = 20_000
+
+#: Operations that can write into their first argument; True if the first two can be swapped.
+_IN_PLACE: dict[Any, tuple[Any, bool]] = {
+    aten.mul.Tensor: (aten.mul_.Tensor, True),
+    aten.mul.Scalar: (aten.mul_.Scalar, False),
+    aten.div.Tensor: (aten.div_.Tensor, False),
+    aten.div.Scalar: (aten.div_.Scalar, False),
+    aten.add.Tensor: (aten.add_.Tensor, True),
+    aten.sub.Tensor: (aten.sub_.Tensor, False),
+    aten.neg.default: (aten.neg_.default, False),
+    aten.addcmul.default: (aten.addcmul_.default, False),
+}
+
+
+def generate(program: Program, copies: Sequence[bool]) -> Function | None:
+    """Write a program out as a function.
+
+    Parameters
+    ----------
+    program
+        Whose residuals need not have tensors.
+    copies
+        Which results must be copied, because they may share memory with something else.
+
+    Returns
+    -------
+    callable or None
+        None if the program calls user code or is very long.
+    """
+    if len(program.equations) > LONGEST or program.is_opaque():
+        return None
+    return _Writer(program, copies).function()
+
+
+class _Writer:
+    def __init__(self, program: Program, copies: Sequence[bool]) -> None:
+        self.program = program
+        self.copies = copies
+        self.names: dict[Any, str] = {}
+        self.known: dict[str, Any] = {}
+        self.by_value: dict[Any, str] = {}
+        for i, r in enumerate(program.residuals()):
+            self.names[r] = f"r{i}"
+        for v in (*program.inputs, *(v for eq in program.equations for v in eq.outputs if v)):
+            self.names[v] = f"v{len(self.names)}"
+        self.last = self._last_uses()
+        self.group, self.group_end = self._groups()
+
+    def _last_uses(self) -> dict[Var, int]:
+        last: dict[Var, int] = {}
+        for i, eq in enumerate(self.program.equations):
+            for v in (*eq.outputs, *eq.inputs()):
+                if v is not None:
+                    last[v] = i
+        for v in self.program.outputs:
+            if v is not None:
+                last[v] = len(self.program.equations)
+        return last
+
+    def _groups(self) -> tuple[dict[Var, int], dict[int, int]]:
+        """Return which variables may share memory, and when each group is last read.
+
+        Group 0 is memory that is not the program's own.
+        """
+        group: dict[Var, int] = dict.fromkeys(self.program.inputs, 0)
+        for i, eq in enumerate(self.program.equations):
+            place = i + 1
+            if may_alias(eq.op):
+                places = {group[v] for v in eq.inputs()}
+                foreign = len(places) != 1 or bool(eq.residuals())
+                place = 0 if foreign else places.pop()
+            group.update((v, place) for v in eq.outputs if v is not None)
+        end: dict[int, int] = {}
+        for v, place in group.items():
+            end[place] = max(end.get(place, -1), self.last.get(v, -1))
+        return group, end
+
+    def function(self) -> Function:
+        residuals = self.program.residuals()
+        lines = ["def run(residuals, arguments):"]
+        if residuals:
+            lines.append(f" {', '.join(self.names[r] for r in residuals)}, = residuals")
+        if self.program.inputs:
+            lines.append(f" {', '.join(self.names[v] for v in self.program.inputs)}, = arguments")
+        for i, eq in enumerate(self.program.equations):
+            lines.append(f" {self.call(i, eq)}")
+            gone = {v for v in (*eq.inputs(), *eq.outputs) if v is not None and self.last[v] == i}
+            if gone:
+                lines.append(f" del {', '.join(sorted(self.names[v] for v in gone))}")
+        results = [
+            "None" if v is None else f"{self.names[v]}.clone()" if copy else self.names[v]
+            for v, copy in zip(self.program.outputs, self.copies, strict=True)
+        ]
+        lines.append(f" return [{', '.join(results)}]")
+        code = compile("\n".join(lines), f"<{self.program.name}>", "exec")
+        exec(code, self.known)
+        run: Function = self.known.pop("run")
+        return run
+
+    def call(self, i: int, eq: Equation) -> str:
+        op, args = self.in_place(i, eq) or (eq.op, eq.args)
+        given = [self.text(a) for a in args]
+        given += [f"{k}={self.text(a)}" for k, a in eq.kwargs.items()]
+        called = f"{self.constant(op)}({', '.join(given)})"
+        if len(eq.outputs) == 1 and not returns_several(eq.op):
+            return f"{self.names[eq.outputs[0]]} = {called}"
+        outs = ["_" if v is None else self.names[v] for v in eq.outputs]
+        return f"{', '.join(outs)}, = {called}"
+
+    def in_place(self, i: int, eq: Equation) -> tuple[Any, tuple[Any, ...]] | None:
+        """Return an operation that writes into an operand which is needed no more."""
+        known = _IN_PLACE.get(eq.op)
+        if known is None:
+            return None
+        op, swaps = known
+        (first, *rest), out = eq.args, eq.outputs[0]
+        if self.is_free(i, first, rest, out):
+            return op, eq.args
+        if swaps and not eq.kwargs and self.is_free(i, rest[0], [first], out):
+            return op, (rest[0], first)
+        return None
+
+    def is_free(self, i: int, x: Any, rest: Sequence[Any], out: Var | None) -> bool:
+        if not isinstance(x, Var) or out is None or x.spec != out.spec or x in rest:
+            return False
+        place = self.group[x]
+        if place == 0 or self.group_end[place] != i:
+            return False
+        # The operands beside it must not lie in the same memory, shifted.
+        beside = {self.group[y] for y in rest if isinstance(y, Var)}
+        return place not in beside and self.last[x] == i and self.is_whole(x, place)
+
+    def is_whole(self, x: Var, place: int) -> bool:
+        """Whether a variable is what an operation computed, not a view of that."""
+        return x in self.program.equations[place - 1].outputs
+
+    def text(self, x: Any) -> str:
+        if isinstance(x, (Var, Residual)):
+            return self.names[x]
+        if x is None or type(x) in (bool, int):
+            return repr(x)
+        if type(x) is list:
+            return f"[{', '.join(map(self.text, x))}]"
+        if type(x) is tuple:
+            return f"({', '.join(map(self.text, x))}{',' * bool(x)})"
+        return self.constant(x)
+
+    def constant(self, x: Any) -> str:
+        name = f"c{len(self.by_value)}"
+        name = self.by_value.setdefault(id(x), name)
+        self.known[name] = x
+        return name
