@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -27,6 +28,7 @@ def options(doc: str | None, name: str, arguments: Sequence[str] | None) -> argp
         metavar="PNG",
         help=f"where the picture goes (default: out/{name}.png beside this script)",
     )
+    torch.set_num_threads(1)  # small problems: threads would cost more than they give
     return parser.parse_args(arguments)
 
 

@@ -6,49 +6,26 @@ divides by the depth, bends the ray by the lens (Brown's model) and scales it to
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Data", "NumpyReprojection", "residual_in_numpy", "residual_in_torch"]
+from .data import Scene
+
+__all__ = ["NumpyReprojection", "residual_in_numpy", "residual_in_torch"]
 
 Array = NDArray[np.float64]
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Markers seen in images.
-
-    Attributes
-    ----------
-    intrinsics
-        Focal length, centre (2), radial (3) and tangential (2) distortion.
-    turn
-        (cameras, 3, 3), the rotations at the start.
-    camera, point
-        (markers,), which camera saw which point.
-    xy
-        (markers, 2), where, in pixels.
-    """
-
-    intrinsics: tuple[float, ...]
-    turn: Array
-    camera: NDArray[np.int64]
-    point: NDArray[np.int64]
-    xy: Array
-
 
 # -- plain torch --------------------------------------------------------------------------------
 
 
-def residual_in_torch(data: Data) -> Any:
+def residual_in_torch(scene: Scene) -> Any:
     """Return the residuals as a function of rotations, shifts and points."""
-    focal, cx, cy, k1, k2, k3, p1, p2 = data.intrinsics
-    turn, observed = torch.from_numpy(data.turn), torch.from_numpy(data.xy)
-    camera, point = torch.from_numpy(data.camera), torch.from_numpy(data.point)
+    focal, cx, cy, k1, k2, k3, p1, p2 = scene.intrinsics
+    turn, observed = torch.from_numpy(scene.turn), torch.from_numpy(scene.xy)
+    camera, point = torch.from_numpy(scene.camera), torch.from_numpy(scene.point)
     turn = turn[camera]
 
     def f(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -98,13 +75,13 @@ class NumpyReprojection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rotation: torch.Tensor, shift: torch.Tensor, points: torch.Tensor, data: Data
+        ctx: Any, rotation: torch.Tensor, shift: torch.Tensor, points: torch.Tensor, scene: Scene
     ) -> torch.Tensor:
-        focal, cx, cy, k1, k2, k3, p1, p2 = data.intrinsics
+        focal, cx, cy, k1, k2, k3, p1, p2 = scene.intrinsics
         R, D = _exp(rotation.numpy())
-        turned = (R @ data.turn)[data.camera]
-        q = (turned @ points.numpy()[data.point][:, :, None])[:, :, 0]
-        seen = q + shift.numpy()[data.camera]
+        turned = (R @ scene.turn)[scene.camera]
+        q = (turned @ points.numpy()[scene.point][:, :, None])[:, :, 0]
+        seen = q + shift.numpy()[scene.camera]
         a, b, depth = seen[:, 0] / seen[:, 2], seen[:, 1] / seen[:, 2], seen[:, 2]
         r2 = a * a + b * b
         radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
@@ -121,18 +98,18 @@ class NumpyReprojection(torch.autograd.Function):
         rays[:, 0, 0] = rays[:, 1, 1] = 1 / depth
         rays[:, 0, 2], rays[:, 1, 2] = -a / depth, -b / depth
         project = focal * lens @ rays
-        ctx.by_camera = np.concatenate([-project @ _skew(q) @ D[data.camera], project], 2)
+        ctx.by_camera = np.concatenate([-project @ _skew(q) @ D[scene.camera], project], 2)
         ctx.by_point = project @ turned
-        ctx.data, ctx.counts = data, (len(rotation), len(points))
-        return torch.from_numpy(np.stack([focal * u + cx, focal * v + cy], 1) - data.xy)
+        ctx.scene, ctx.counts = scene, (len(rotation), len(points))
+        return torch.from_numpy(np.stack([focal * u + cx, focal * v + cy], 1) - scene.xy)
 
     @staticmethod
     def jvp(ctx: Any, dw: Any, dt: Any, dx: Any, _: None) -> torch.Tensor:
         cameras, points = ctx.counts
         zero = torch.zeros(max(cameras, points), 3, dtype=torch.float64)
         dw, dt = (zero[:cameras] if d is None else d for d in (dw, dt))
-        pose = torch.cat([dw, dt], 1).numpy()[ctx.data.camera]
-        move = (zero[:points] if dx is None else dx).numpy()[ctx.data.point]
+        pose = torch.cat([dw, dt], 1).numpy()[ctx.scene.camera]
+        move = (zero[:points] if dx is None else dx).numpy()[ctx.scene.point]
         change = ctx.by_camera @ pose[:, :, None] + ctx.by_point @ move[:, :, None]
         return torch.from_numpy(change[:, :, 0])
 
@@ -140,8 +117,8 @@ class NumpyReprojection(torch.autograd.Function):
     def backward(ctx: Any, u: torch.Tensor) -> Any:
         cameras, points = ctx.counts
         row = u.numpy()[:, None, :]
-        pose = _sums((row @ ctx.by_camera)[:, 0], ctx.data.camera, cameras)
-        moved = _sums((row @ ctx.by_point)[:, 0], ctx.data.point, points)
+        pose = _sums((row @ ctx.by_camera)[:, 0], ctx.scene.camera, cameras)
+        moved = _sums((row @ ctx.by_point)[:, 0], ctx.scene.point, points)
         return (*map(torch.from_numpy, (pose[:, :3], pose[:, 3:], moved)), None)
 
 
@@ -151,12 +128,12 @@ def _sums(rows: Array, where: NDArray[np.int64], count: int) -> Array:
     return np.stack(columns, 1)
 
 
-def residual_in_numpy(data: Data) -> Any:
+def residual_in_numpy(scene: Scene) -> Any:
     """Return the same residuals as `residual_in_torch`, from the custom Function."""
 
     def f(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
         inputs = (parameters[name] for name in ("rotation", "shift", "points"))
-        result: torch.Tensor = NumpyReprojection.apply(*inputs, data)
+        result: torch.Tensor = NumpyReprojection.apply(*inputs, scene)
         return result
 
     return f

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 import linearize as lz
 import linearize.scipy
 
-from .reprojection import Data
+from .data import Scene
 
 __all__ = ["ENGINES", "Fit", "Point", "adjust"]
 
@@ -106,7 +107,9 @@ def by_func_linearize(f: Residual, start: Parameters) -> Callable[[Array], Point
 
         def pushed(v: torch.Tensor) -> torch.Tensor:
             if not push:
-                push.append(torch.func.linearize(g, primal)[1])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of torch.fx, about its own work
+                    push.append(torch.func.linearize(g, primal)[1])
             result: torch.Tensor = push[0](v)
             return result
 
@@ -147,7 +150,7 @@ class Fit:
 
 def adjust(
     f: Residual,
-    data: Data,
+    scene: Scene,
     start: Parameters,
     engine: Engine,
     *,
@@ -171,9 +174,9 @@ def adjust(
     x = torch.cat([t.flatten() for t in start.values()]).numpy()
     here = at(x)
     cost = 0.5 * float(here.value @ here.value)
-    errors = [float(np.sqrt(2 * cost / len(data.xy)))]
+    errors = [float(np.sqrt(2 * cost / len(scene.xy)))]
     damping, growth, iterations = 1e-4, 2.0, 0
-    blocks = _diagonal_blocks(here, data, start)
+    blocks = _diagonal_blocks(here, scene, start)
     while iterations < max_iterations:
         iterations += 1
         gradient = here.pull(here.value)
@@ -199,17 +202,17 @@ def adjust(
             x, here, cost = x + step, there, trial
             damping *= max(1 / 3, 1 - (2 * gain - 1) ** 3)
             growth = 2.0
-            errors.append(float(np.sqrt(2 * cost / len(data.xy))))
+            errors.append(float(np.sqrt(2 * cost / len(scene.xy))))
             progress(errors[-1])
             if done:
                 break
-            blocks = _diagonal_blocks(here, data, start)
+            blocks = _diagonal_blocks(here, scene, start)
         else:
             damping, growth = damping * growth, growth * 2
     return Fit(x, errors, iterations, runs, products, time.perf_counter() - began)
 
 
-def _diagonal_blocks(here: Point, data: Data, start: Parameters) -> list[Array]:
+def _diagonal_blocks(here: Point, scene: Scene, start: Parameters) -> list[Array]:
     """Return the 3 x 3 blocks on the diagonal of JᵀJ: for each rotation, shift and point.
 
     A marker depends on one camera and one point. So the product with a vector that has ones at
@@ -226,7 +229,7 @@ def _diagonal_blocks(here: Point, data: Data, start: Parameters) -> list[Array]:
     derivatives = here.columns(units).reshape(-1, 2, 9)
     blocks = []
     for k, (count, where) in enumerate(
-        zip(counts, (data.camera, data.camera, data.point), strict=True)
+        zip(counts, (scene.camera, scene.camera, scene.point), strict=True)
     ):
         part = derivatives[:, :, 3 * k : 3 * k + 3]
         block = np.zeros((count, 3, 3))
