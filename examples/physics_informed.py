@@ -220,11 +220,11 @@ def picture(problem: Poisson, found: dict[str, History], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train with each method, compare, draw; return 1 if Gauss–Newton is not the most accurate."""
     chosen = options(__doc__, "physics_informed", arguments)
-    problem = Poisson(12, 16) if chosen.quick else Poisson()
+    problem = Poisson(8, 8) if chosen.quick else Poisson()
     tasks: dict[str, tuple[Callable[[Training, int], None], int]] = {
-        "Gauss–Newton": (gauss_newton, 40 if chosen.quick else 100),
-        "Adam": (adam, 200 if chosen.quick else 5000),
-        "L-BFGS": (lbfgs, 100 if chosen.quick else 2000),
+        "Gauss–Newton": (gauss_newton, 20 if chosen.quick else 100),
+        "Adam": (adam, 50 if chosen.quick else 5000),
+        "L-BFGS": (lbfgs, 40 if chosen.quick else 2000),
     }
     found = {n: train(problem, method, steps, chosen.quiet) for n, (method, steps) in tasks.items()}
     unknowns = sum(p.numel() for p in problem.start.values())
