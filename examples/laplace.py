@@ -144,7 +144,9 @@ def matrices(best: Posterior) -> list[list[Any]]:
     return rows
 
 
-def picture(found: dict[float, Posterior], scores: dict[float, Any], plane: Any, path: Path) -> None:
+def picture(
+    found: dict[float, Posterior], scores: dict[float, Any], plane: Any, path: Path
+) -> None:
     """Draw evidence and test loss over the prior, and predictions in the plane of two features."""
     made, ((left, right),) = figure(2)
     precisions = list(found)
@@ -154,7 +156,7 @@ def picture(found: dict[float, Posterior], scores: dict[float, Any], plane: Any,
     for k, (name, style) in enumerate((("most probable", "C1.--"), ("averaged", "C0.-"))):
         twin.semilogx(precisions, [s[k] for s in scores.values()], style, label=name)
     twin.set_ylabel("test loss")
-    twin.legend(fontsize=8, loc="lower center")
+    twin.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 
     Z, y, sure = plane
     x1, x2 = (np.linspace(Z[:, k].min() - 4, Z[:, k].max() + 4, 120) for k in (0, 1))
@@ -163,7 +165,7 @@ def picture(found: dict[float, Posterior], scores: dict[float, Any], plane: Any,
     p = sure.probability(torch.from_numpy(np.hstack([grid, ones]))).numpy().reshape(120, 120)
     image = right.contourf(x1, x2, p, np.linspace(0, 1, 11), cmap="RdBu", alpha=0.7)
     right.contour(x1, x2, p, [0.5], colors="k", linewidths=1)
-    right.scatter(*Z.T, c=y, cmap="RdBu", s=6, edgecolors="k", linewidths=0.2)
+    right.scatter(*Z.T, c=y, cmap="RdBu", s=12, edgecolors="w", linewidths=0.3)
     right.set(xlabel="first principal component", ylabel="second", title="p(benign), averaged")
     made.colorbar(image, ax=right)
     save(made, path)

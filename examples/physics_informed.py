@@ -226,7 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "Adam": (adam, 50 if chosen.quick else 5000),
         "L-BFGS": (lbfgs, 40 if chosen.quick else 2000),
     }
-    found = {n: train(problem, method, steps, chosen.quiet) for n, (method, steps) in tasks.items()}
+    found = {
+        n: train(problem, method, steps, chosen.quiet) for n, (method, steps) in tasks.items()
+    }
     unknowns = sum(p.numel() for p in problem.start.values())
     equations = len(problem.inside) + len(problem.edge)
     print(f"{equations} residuals, {unknowns} weights, error at the start", end=" ")

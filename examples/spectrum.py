@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ class Digits:
         self.batches: Batches = list(zip(inputs.split(300), targets.split(300), strict=True))
         sizes = [64, *widths, 10]
         layers: list[nn.Module] = []
-        for a, b in zip(sizes, sizes[1:], strict=False):
+        for a, b in itertools.pairwise(sizes):
             layers += [nn.Linear(a, b), nn.Tanh()]
         self.net = nn.Sequential(*layers[:-1])
         self.runs = 0
