@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits
 
 __all__ = ["figure", "options", "save", "table"]
 
@@ -17,7 +18,7 @@ OUT = Path(__file__).resolve().parent / "out"
 
 
 def options(doc: str | None, name: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line: `--quick`, `--quiet` and `--out`."""
+    """Read the command line: `--quick`, `--quiet` and `--out`. Also settle on one thread."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
     parser.add_argument("--quick", action="store_true", help="a small version, in seconds")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -28,7 +29,9 @@ def options(doc: str | None, name: str, arguments: Sequence[str] | None) -> argp
         metavar="PNG",
         help=f"where the picture goes (default: out/{name}.png beside this script)",
     )
-    torch.set_num_threads(1)  # small problems: threads would cost more than they give
+    # The problems are small: threads would cost more than they give.
+    torch.set_num_threads(1)
+    threadpool_limits(1)
     return parser.parse_args(arguments)
 
 
