@@ -33,7 +33,7 @@ def problem(quick: bool) -> tuple[Scene, Parameters, Parameters]:
     """
     scene = read("problem_01.bin")
     if quick:
-        scene = first_cameras(scene, 20)
+        scene = first_cameras(scene, 12)
     solved = {
         "rotation": torch.zeros(len(scene.turn), 3, dtype=torch.float64),
         "shift": torch.tensor(scene.shift),
@@ -82,7 +82,7 @@ def solve_all(
                 bar.update()
 
             fits[written, engine] = adjust(
-                f, scene, start, ENGINES[engine], max_iterations=6 if quick else 50, progress=step
+                f, scene, start, ENGINES[engine], max_iterations=4 if quick else 50, progress=step
             )
     return fits
 
