@@ -3,7 +3,7 @@
 The loss of a physics-informed network is a sum of squared residuals of a differential equation.
 SciPy's `least_squares` takes Gauss–Newton steps within a trust region (for squared residuals
 these are damped natural gradient steps), each from some hundred products with J and Jᵀ at one run
-of the residual. First-order methods spend their time on more runs, and end far less accurate.
+of the residual. Adam and L-BFGS spend their time on runs, and end less accurate.
 """
 
 from __future__ import annotations

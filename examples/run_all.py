@@ -1,15 +1,16 @@
-"""Run every example in full, one after another; with --docs, write their outputs into a page."""
+"""Run every example in full, one after another; with --docs, write outputs and pictures down."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 NAMES = (
@@ -23,7 +24,9 @@ NAMES = (
     "triton_norm",
 )
 #: Examples that print one line for each of many problems: the page shows the end only.
-LAST_LINES = {"nist_regression": 7}
+LAST_LINES = {"nist_regression": 8}
+#: What an example says that lacks something: its part of the page stays as it is.
+NOT_RUN = "Not run"
 
 
 def run(name: str, quick: bool) -> tuple[int, str]:
@@ -47,12 +50,19 @@ def run(name: str, quick: bool) -> tuple[int, str]:
 def written(page: str, name: str, printed: str) -> str:
     """Return the page with this output between the marks of the example."""
     lines = [line for line in printed.splitlines() if not line.startswith(("Picture:", "Plot:"))]
-    shown = "\n".join(lines[-LAST_LINES.get(name, len(lines)) :]).strip()
+    shown = "\n".join(lines[-LAST_LINES.get(name, len(lines)) :]).strip("\n")
     begin, end = f"<!-- output of {name} -->", "<!-- end -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(page):
         raise ValueError(f"the page has no place for {name}: {begin} … {end}")
     return pattern.sub(lambda _: f"{begin}\n\n```text\n{shown}\n```\n\n{end}", page)
+
+
+def shrink(picture: Path, target: Path) -> None:
+    """Write a picture with few colours, no wider than the page."""
+    with Image.open(picture) as image:
+        image.thumbnail((900, 1200), Image.Resampling.LANCZOS)
+        image.convert("RGB").quantize(64).save(target, optimize=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,14 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status, printed = run(name, given.quick)
         if status:
             failed.append(name)
-        elif given.docs is not None:
+        elif given.docs is not None and not printed.startswith(NOT_RUN):
             page = given.docs.read_text(encoding="utf-8")
             given.docs.write_text(written(page, name, printed), encoding="utf-8")
             pictures = given.docs.parent / "_static" / "examples"
             pictures.mkdir(parents=True, exist_ok=True)
-            made = HERE / "out" / f"{name}.png"
-            if made.exists() and not printed.startswith("Not run"):
-                shutil.copy(made, pictures / made.name)
+            shrink(HERE / "out" / f"{name}.png", pictures / f"{name}.png")
     if failed:
         print(f"\nFailed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

@@ -311,8 +311,7 @@ def test_the_page_has_a_place_and_a_picture_for_each_example() -> None:
     for name in run_all.NAMES:
         assert run_all.written(page, name, "new\nPicture: x") != page
         assert f"python examples/{name}.py" in page
-        if name != "triton_norm":  # there is none without a GPU
-            assert f"_static/examples/{name}.png" in page
-            assert (docs / "_static" / "examples" / f"{name}.png").exists()
+        assert f"_static/examples/{name}.png" in page
+        assert (docs / "_static" / "examples" / f"{name}.png").exists()
     with pytest.raises(ValueError, match="no place"):
         run_all.written(page, "another", "")
