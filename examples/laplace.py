@@ -165,7 +165,9 @@ def picture(
     p = sure.probability(torch.from_numpy(np.hstack([grid, ones]))).numpy().reshape(120, 120)
     image = right.contourf(x1, x2, p, np.linspace(0, 1, 11), cmap="RdBu", alpha=0.7)
     right.contour(x1, x2, p, [0.5], colors="k", linewidths=1)
-    right.scatter(*Z.T, c=y, cmap="RdBu", s=12, edgecolors="w", linewidths=0.3)
+    right.scatter(
+        *Z.T, c=np.where(y > 0, "deepskyblue", "orange"), s=12, edgecolors="w", linewidths=0.3
+    )
     right.set(xlabel="first principal component", ylabel="second", title="p(benign), averaged")
     made.colorbar(image, ax=right)
     save(made, path)

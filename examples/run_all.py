@@ -62,7 +62,7 @@ def shrink(picture: Path, target: Path) -> None:
     """Write a picture with few colours, no wider than the page."""
     with Image.open(picture) as image:
         image.thumbnail((900, 1200), Image.Resampling.LANCZOS)
-        image.convert("RGB").quantize(64).save(target, optimize=True)
+        image.convert("RGB").quantize(160).save(target, optimize=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
