@@ -7,6 +7,7 @@ nothing that is kept or owned by somebody else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from .errors import LinearizeError
 
 #: At which run a program is written out as a function.
 WRITE_OUT_AT = 2
+#: From how many numbers in one value on arguments are not taken together on a CPU.
+LARGE_ENTRY = 1 << 16
 
 
 class _Slot:
@@ -201,6 +204,7 @@ class Executor:
         "_size",
         "_steps",
         "_verified",
+        "gains_by_stacks",
         "program",
         "runs",
     )
@@ -220,6 +224,8 @@ class Executor:
         self._free(program, slots)
         self._copies = self._to_copy(program)
         self._verified = False
+        #: Whether several arguments are taken together faster than one after the other.
+        self.gains_by_stacks = not (_mostly_opaque(program) or _fills_caches(program))
         #: The program written out, once it has run often enough.
         self._function: Function | None = None
         #: How often it ran.
@@ -359,6 +365,22 @@ class Executor:
             for a, b in zip(again, results, strict=True)
         ):
             self._function = function
+
+
+def _mostly_opaque(program: Program) -> bool:
+    """Whether there is no more to do than to call user code that does not take batches."""
+    user = [eq for eq in program.equations if isinstance(eq.op, Operation)]
+    rest = [eq for eq in program.equations if not isinstance(eq.op, Operation)]
+    alone = all(not eq.op.takes_batches for eq in user if isinstance(eq.op, Operation))
+    return bool(user) and alone and sum(not may_alias(eq.op) for eq in rest) <= len(user)
+
+
+def _fills_caches(program: Program) -> bool:
+    """Whether values are so large that the processor's caches do not hold several of them."""
+    values = (v for eq in program.equations for v in eq.outputs if v is not None)
+    return any(
+        v.spec.device.type == "cpu" and math.prod(v.spec.shape) >= LARGE_ENTRY for v in values
+    )
 
 
 def _fill(step: _Step, args: list[Any], keywords: dict[str, Any], values: list[Any]) -> bool:

@@ -33,6 +33,7 @@ class _Place:
     name: str
     has_jvp: bool
     has_backward: bool
+    takes_batches: bool
 
 
 class Template:
@@ -61,7 +62,9 @@ class Template:
             return blank[x]
 
         def place(node: CustomNode) -> Any:
-            return _Place(places[id(node)], node.name, node.has_jvp, node.has_backward)
+            return _Place(
+                places[id(node)], node.name, node.has_jvp, node.has_backward, node.takes_batches
+            )
 
         self.program = _mapped(program, without_numbers, place)
         self.executor = Executor(self.program)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,10 +20,13 @@ from ._space import Space
 from ._structure import Template
 from ._torch import functorch_active, outside_transforms
 from ._transpose import Policy, resolve, transpose
+from ._vectorize import vectorized
 from .errors import ClosedError, CopyError, StructureError
 
 #: At which call a program is simplified: sooner would cost more than it saves.
 SIMPLIFY_AT = 3
+#: For how many sizes of stacks programs are kept.
+MOST_STACKS = 4
 
 
 class _Plan:
@@ -52,6 +57,9 @@ class _Plan:
         self._settled = settled
         self.news: Program | None = None
         self._lock = threading.Lock()
+        #: How often stacks of each size came, and what runs them.
+        self._counts: Counter[int] = Counter()
+        self._stacked: dict[int, tuple[Executor, Binding] | None] = {}
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         executor, binding = self._running
@@ -63,6 +71,73 @@ class _Plan:
                 self._settled = True
                 self._lock.release()
         return executor(arguments, binding)
+
+    def stacked(
+        self,
+        arguments: Sequence[torch.Tensor],
+        mapped: Callable[[], Sequence[torch.Tensor]],
+    ) -> Sequence[torch.Tensor | None]:
+        """Apply the map to stacks of arguments, along their first dimension.
+
+        From the second time on by a program of its own, if it gives what `mapped` does.
+        """
+        count = len(arguments[0])
+        known = self._stacked.get(count)
+        if known is not None:
+            executor, binding = known
+            with torch.no_grad():
+                return executor(arguments, binding)
+        if not self._running[0].gains_by_stacks:
+            with torch.no_grad():
+                return self._looped(arguments)
+        self._counts[count] += 1
+        if self._counts[count] < 2 or count in self._stacked or count < 2:
+            return mapped()
+        if not self._settled and self._lock.acquire(blocking=False):
+            try:
+                with torch.no_grad():
+                    self._settle([t[0] for t in arguments])
+            finally:
+                self._settled = True
+                self._lock.release()
+        expected = mapped()
+        if len(self._stacked) >= MOST_STACKS:
+            self._stacked.clear()
+        self._stacked[count] = self._stacked_program(count, arguments, expected)
+        return expected
+
+    def _looped(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        rows = [self(row) for row in zip(*(t.unbind() for t in arguments), strict=True)]
+        stacks: list[torch.Tensor | None] = []
+        for column in zip(*rows, strict=True):
+            like = next((t for t in column if t is not None), None)
+            some = [torch.zeros_like(like) if t is None else t for t in column]  # type: ignore[arg-type]
+            stacks.append(None if like is None else torch.stack(some))
+        return stacks
+
+    def _stacked_program(
+        self, count: int, arguments: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+    ) -> tuple[Executor, Binding] | None:
+        before = self.program()
+        with torch.inference_mode(False), torch.no_grad():
+            after = vectorized(before, count)
+        if after is None:
+            return None
+        executor, binding = Executor(after), Binding.of(after)
+        with torch.no_grad():
+            results = executor(arguments, binding)
+        if not all(
+            not b.any() if a is None else close(a, b, rounding)
+            for a, b in zip(results, expected, strict=True)
+        ):
+            return None
+        binding.guard_by([*guards(before, after), *self._running[1].guards])
+        return executor, binding
+
+    def bindings(self) -> list[Binding]:
+        """Return the numbers that are used, those for stacks too."""
+        stacked = [known[1] for known in self._stacked.values() if known is not None]
+        return [self._running[1], *stacked]
 
     @property
     def makes_history(self) -> bool:
@@ -99,6 +174,7 @@ class _Plan:
         ):
             binding.guard_by([*guards(before, after), *old.guards])
             self._running = smaller, binding
+            self._stacked = {}
             self.news = after
         return results
 
@@ -279,13 +355,39 @@ class Product:
     ) -> list[torch.Tensor]:
         """Apply the map to stacks of arguments, along their first dimension."""
         given = [t for t in tensors if t is not None]
-        present = [t is not None for t in tensors]
+        present = tuple([t is not None for t in tensors])
 
         def one(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
             rest = iter(parts)
             return tuple(self._apply([next(rest) if here else None for here in present]))
 
-        return list(torch.vmap(one, chunk_size=chunk_size)(*given))
+        differentiable = torch.is_grad_enabled() and _wants_history(given)
+        if differentiable or functorch_active() or not len(given[0]):
+            return list(torch.vmap(one, chunk_size=chunk_size)(*given))
+        self._check_open()
+        plan = self._plans.get(present) or self._plan(present)
+        size = chunk_size or len(given[0])
+        each = torch.vmap(one)
+        chunks = [
+            self._stack(plan, present, parts, functools.partial(each, *parts))
+            for parts in zip(*(t.split(size) for t in given), strict=True)
+        ]
+        return [c[0] if len(c) == 1 else torch.cat(c) for c in zip(*chunks, strict=True)]
+
+    def _stack(
+        self,
+        plan: _Plan,
+        present: tuple[bool, ...],
+        parts: Sequence[torch.Tensor],
+        mapped: Callable[[], Sequence[torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        results = plan.stacked(parts, mapped)
+        if plan.news is not None:
+            self._take_note(plan, present)
+        return [
+            spec.zeros().expand(len(parts[0]), *spec.shape).clone() if t is None else t
+            for t, spec in zip(results, self._results.tensors, strict=True)
+        ]
 
     def _apply(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Apply the map to flat lists of tensors, None for zero."""
@@ -341,7 +443,8 @@ class Product:
         """Return the residuals of this product, as far as it is recorded."""
         program, plans = self._program, list(self._plans.values())
         residuals = [] if program is None else program.residuals()
-        return [*residuals, *(r for plan in plans for r in plan.binding.residuals)]
+        bindings = [b for plan in plans for b in plan.bindings()]
+        return [*residuals, *(r for b in bindings for r in b.residuals)]
 
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
@@ -349,7 +452,8 @@ class Product:
         if program is not None:
             yield from program.kept_tensors()
         for plan in plans:
-            yield from plan.binding.kept()
+            for binding in plan.bindings():
+                yield from binding.kept()
 
 
 class _DifferentiableProduct(torch.autograd.Function):
