@@ -98,7 +98,7 @@ def picture(scene: Scene, start: Parameters, fits: dict[tuple[str, str], Fit], p
     for (written, engine), fit in fits.items():
         seconds = np.linspace(0, fit.seconds, len(fit.errors))
         left.semilogy(seconds, fit.errors, ".-", label=f"{written}, {engine}")
-    left.set(xlabel="seconds", ylabel="reprojection error [px]")
+    left.set(xlabel="seconds of processor time", ylabel="reprojection error [px]")
     left.legend(fontsize=7)
 
     f = residual_in_torch(scene)

@@ -114,11 +114,11 @@ def gradient(model: Equilibrium, loss: Callable[[], torch.Tensor]) -> Gradient:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    model.runs, began = 0, time.perf_counter()
+    model.runs, began = 0, time.process_time()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         value = loss()
     found = torch.autograd.grad(value, list(model.parameters.values()))
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     flat = torch.cat([g.flatten() for g in found])
     return Gradient(flat, model.runs, sum(kept.values()), seconds)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,6 +20,9 @@ from ._program import Equation, Operation, Program, Residual, Var, map_leaves, o
 from ._space import TensorSpec
 from ._torch import functorch_active
 from .errors import LinearizeError
+
+#: From arguments and the numbers of a point to results.
+Compiled: TypeAlias = Callable[[Sequence[torch.Tensor], "Binding"], list[torch.Tensor | None]]
 
 #: At which run a program is written out as a function.
 WRITE_OUT_AT = 2
@@ -197,16 +200,18 @@ class Executor:
     """
 
     __slots__ = (
-        "_copies",
         "_function",
         "_inputs",
         "_outputs",
         "_size",
         "_steps",
         "_verified",
+        "compiled",
+        "copies",
         "gains_by_stacks",
         "program",
         "runs",
+        "tried",
     )
 
     def __init__(self, program: Program) -> None:
@@ -222,7 +227,7 @@ class Executor:
         for i, step in enumerate(step for step in self._steps if step.opaque):
             step.place = i
         self._free(program, slots)
-        self._copies = self._to_copy(program)
+        self.copies = self._to_copy(program)
         self._verified = False
         #: Whether several arguments are taken together faster than one after the other.
         self.gains_by_stacks = not (_mostly_opaque(program) or _fills_caches(program))
@@ -230,6 +235,10 @@ class Executor:
         self._function: Function | None = None
         #: How often it ran.
         self.runs = 0
+        #: What runs in its place outside of transforms, once it was compiled.
+        self.compiled: Compiled | None = None
+        #: Whether that was tried.
+        self.tried = False
 
     def _free(self, program: Program, slots: dict[Any, int]) -> None:
         """Note after which step each intermediate can go."""
@@ -291,9 +300,11 @@ class Executor:
         """
         if binding is None:
             binding = Binding.of(self.program)
-        binding.check()
         batching = functorch_active()
         plain = tape is None and not batching
+        if plain and self.compiled is not None:
+            return self.compiled(arguments, binding)
+        binding.check()
         if plain and self._function is not None:
             return self._function([r.tensor for r in binding.residuals], arguments)
         values: list[Any] = [r.tensor for r in binding.residuals]
@@ -341,7 +352,7 @@ class Executor:
         results = [None if slot < 0 else values[slot] for slot in self._outputs]
         results = [
             t.clone() if copy and t is not None else t
-            for t, copy in zip(results, self._copies, strict=True)
+            for t, copy in zip(results, self.copies, strict=True)
         ]
         if plain:
             self.runs += 1
@@ -356,7 +367,7 @@ class Executor:
         results: Sequence[torch.Tensor | None],
     ) -> None:
         """Write the program out as a function, and use it if it gives the same."""
-        function = generate(self.program, self._copies)
+        function = generate(self.program, self.copies)
         if function is None:
             return
         again = function([r.tensor for r in binding.residuals], arguments)

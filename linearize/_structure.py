@@ -17,7 +17,7 @@ import torch
 from ._execute import Binding, Executor
 from ._folding import FOLDED, finite
 from ._functions import CustomNode
-from ._origin import Origin, Saved, Schedule
+from ._origin import Costly, Origin, Saved, Schedule, ordered
 from ._program import Equation, Operation, Program, Residual, map_leaves
 from ._signature import HiddenError
 
@@ -47,9 +47,11 @@ class Template:
         Runs it with a `Binding`.
     simplified
         Whether it is the simplified one.
+    costly
+        Whether its numbers cost as much to compute as several products.
     """
 
-    __slots__ = ("_ops", "_schedules", "_wanted", "executor", "program", "simplified")
+    __slots__ = ("_ops", "_schedules", "_wanted", "costly", "executor", "program", "simplified")
 
     def __init__(self, program: Program, places: dict[int, int], *, simplified: bool) -> None:
         blank: dict[Residual, Residual] = {}
@@ -70,6 +72,7 @@ class Template:
         self.executor = Executor(self.program)
         self.simplified = simplified
         self._wanted = [(r, r.origin) for r in self.program.residuals() if r.origin is not None]
+        self.costly = any(isinstance(o.op, Costly) for o in ordered([o for _, o in self._wanted]))
         self._ops = [eq.op for eq in self.program.equations if isinstance(eq.op, Operation)]
         self._schedules: dict[Any, Schedule] = {}
 
@@ -145,6 +148,12 @@ def _mapped(
     return program.with_equations(equations)
 
 
+#: The structures whose programs were found to be adjoint, the latest last, as hashes of their
+#: signatures: a function that is linearized anew need not be checked anew.
+PROVED: dict[int, None] = {}
+_MOST_PROVED = 10_000
+
+
 class Structure:
     """What is known of all points with one signature."""
 
@@ -152,6 +161,24 @@ class Structure:
         self.signature = of
         self._lock = threading.Lock()
         self._templates: dict[Key, list[Template]] = {}
+        try:
+            self._hash: int | None = hash(of)
+        except TypeError:
+            self._hash = None
+        self._proved = self._hash in PROVED
+
+    @property
+    def proved(self) -> bool:
+        """Whether its two programs were found to be adjoint."""
+        return self._proved
+
+    @proved.setter
+    def proved(self, value: bool) -> None:
+        self._proved = value
+        if value and self._hash is not None:
+            PROVED[self._hash] = None
+            if len(PROVED) > _MOST_PROVED:
+                PROVED.pop(next(iter(PROVED)), None)
 
     def offer(self, key: Key, template: Template) -> None:
         """Take a template in; simplified ones are preferred."""
@@ -174,6 +201,10 @@ class Structures:
     ----------
     recorded, reused
         How many points were recorded, and how many took over a structure.
+    dense
+        How many matrices took the place of programs.
+    compiled
+        How many programs were compiled.
     """
 
     #: How many are kept; each is a few kilobytes per operation.
@@ -184,6 +215,8 @@ class Structures:
         self._known: list[Structure] = []
         self.recorded = 0
         self.reused = 0
+        self.dense = 0
+        self.compiled = 0
 
     def find(self, of: tuple[Any, ...]) -> Structure | None:
         """Return the structure with a signature."""
@@ -207,6 +240,16 @@ class Structures:
                 self.reused += 1
             else:
                 self.recorded += 1
+
+    def count_dense(self) -> None:
+        """Count a matrix."""
+        with self._lock:
+            self.dense += 1
+
+    def count_compiled(self) -> None:
+        """Count a compiled program."""
+        with self._lock:
+            self.compiled += 1
 
     def clear(self) -> None:
         """Forget all structures."""

@@ -237,6 +237,8 @@ def _later(dims: Iterable[int], rank: int) -> list[int]:
     aten.resolve_neg.default,
     aten._to_copy.default,
     aten._conj.default,
+    aten.view_as_real.default,
+    aten.view_as_complex.default,
 )
 def _as_it_stands(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     if eq.kwargs.get("memory_format") not in (
@@ -342,12 +344,16 @@ def _sum(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
 
 @_rule(aten.linalg_cross.default)
 def _cross(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    dim = eq.kwargs.get("dim", -1)
-    rank = len(out.shape)
-    like = Equation(eq.op, eq.args, {"dim": dim % rank - rank}, eq.outputs)
-    if any(r.tensor.dim() != rank for r in eq.residuals()):
-        return None
-    return s.pointwise(like, out)
+    (dim,) = _later([eq.kwargs.get("dim", -1)], len(out.shape))
+
+    def raised(x: Any) -> Any:
+        if isinstance(x, Var):
+            return s.names[x]
+        r = evaluated(aten.unsqueeze.default, x, 0, source=x.source)
+        r.version = x.version
+        return r
+
+    return s.e.emit(eq.op, (*map(raised, eq.args),), s.spec(out), dim=dim)
 
 
 @_rule(aten._softmax_backward_data.default)
@@ -525,3 +531,14 @@ def _index_put(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     first = s.permute(s.names[x], 1, 0, *range(2, _rank(x) + 1))
     put = s.e.emit(eq.op, (wide, where, first, *rest), TensorSpec(shape, out.dtype, out.device))
     return s.permute(put, 1, 0, *range(2, len(shape)))
+
+
+@_rule(aten.index_add.default)
+def _index_add(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
+    to, dim, where, x = eq.args
+    if not (isinstance(to, Residual) and isinstance(x, Var) and out.shape):
+        return None
+    wide = evaluated(aten.expand.default, to, [s.count, *out.shape], source=to.source)
+    wide.version = to.version
+    args = (wide, *_later([dim], len(out.shape)), where, s.names[x])
+    return s.e.emit(eq.op, args, s.spec(out), **eq.kwargs)

@@ -169,7 +169,7 @@ def adjust(
         runs += 1
         return f(parameters)
 
-    began = time.perf_counter()
+    began = time.process_time()
     at = engine(counted, start)
     x = torch.cat([t.flatten() for t in start.values()]).numpy()
     here = at(x)
@@ -209,7 +209,7 @@ def adjust(
             blocks = _diagonal_blocks(here, scene, start)
         else:
             damping, growth = damping * growth, growth * 2
-    return Fit(x, errors, iterations, runs, products, time.perf_counter() - began)
+    return Fit(x, errors, iterations, runs, products, time.process_time() - began)
 
 
 def _diagonal_blocks(here: Point, scene: Scene, start: Parameters) -> list[Array]:
