@@ -40,7 +40,7 @@ class Origin:
         self.op = op
         self.args = args
         self.kwargs = dict(kwargs or {})
-        self.static: bool = all([o.static for o in self.inputs()])
+        self.static: bool = all(map(operator.attrgetter("static"), self.inputs()))
 
     def inputs(self) -> list[Origin]:
         """Return the origins among the arguments."""
