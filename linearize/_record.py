@@ -29,6 +29,8 @@ from ._torch import (
     call_node,
     input_metadata,
     outside_backward,
+    recomputed_apart,
+    recomputed_once,
     saved_tensors,
     subclasses_ignored,
     unobserved,
@@ -111,6 +113,7 @@ class _Walk:
             torch.inference_mode(False),
             torch.no_grad(),
             subclasses_ignored(),
+            recomputed_once(),
             self.recorder,
         ):
             for edge, seed in zip(self.graph.roots, seeds, strict=True):
@@ -229,7 +232,7 @@ class _Walk:
             specs,
         )
         numbers = [None if g is None else TensorSpec.of(g).random(self.generator) for g in grads]
-        with unobserved():
+        with unobserved(), recomputed_apart():
             again = [g for g in self.call(node, [_clone(t) for t in numbers]) if g is not None]
             expected = Executor(program)([t for t in numbers if t is not None])
         same = all(

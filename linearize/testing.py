@@ -287,7 +287,9 @@ def _finite_differences(
     Several, because a step that suits one entry of a primal may be far too long for another.
     """
     size = max((float(x.abs().max()) for x in at if x.numel()), default=1.0)
-    first = step * max(size, 1e-2) / max((float(t.abs().max()) for t in v if t.numel()), default=1.0)
+    first = (
+        step * max(size, 1e-2) / max((float(t.abs().max()) for t in v if t.numel()), default=1.0)
+    )
     for h in (first, first / 10, first / 100):
 
         def moved(k: int, h: float = h) -> Tensors:
