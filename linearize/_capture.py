@@ -51,9 +51,13 @@ class Graph:
         The custom Functions' nodes among them.
     hidden
         Whether there are custom Functions that are not, as inside `CopySlices`.
+    places
+        Where each node stands in the order.
+    keys
+        What is known of each node's kind.
     """
 
-    __slots__ = ("custom", "hidden", "leaves", "order", "roots")
+    __slots__ = ("custom", "hidden", "keys", "leaves", "order", "places", "roots")
 
     def __init__(
         self,
@@ -63,8 +67,9 @@ class Graph:
     ) -> None:
         self.leaves = tuple(leaves)
         self.order = _between([edge[0] for edge in roots if edge is not None], self.leaves)
-        reached = set(self.order)
-        self.roots = tuple(e if e is not None and e[0] in reached else None for e in roots)
+        self.keys: dict[Node, tuple[Any, ...]] = {}
+        self.places = {node: i for i, node in enumerate(self.order)}
+        self.roots = tuple(e if e is not None and e[0] in self.places else None for e in roots)
         records = records or ContextRecords()
         self.custom = {n: CustomNode(n, records.get(n)) for n in self.order if is_custom(n)}
         #: Whether contexts were made that are no nodes here: they may be inside others.

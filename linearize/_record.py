@@ -10,8 +10,8 @@ Random cotangents, because real backward formulas branch on zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,13 +19,23 @@ from ._capture import Edge, Graph
 from ._execute import Executor
 from ._functions import CustomBackward, CustomNode
 from ._linearity import close
+from ._node_programs import (
+    NODE_PROGRAMS,
+    Gradient,
+    NodeProgram,
+    dense,
+    layout_of,
+    placeholder_like,
+)
 from ._nodes import formula_of, mended
-from ._origin import Origin
+from ._origin import Origin, Saved
 from ._program import Emitter, Equation, Operation, Program, Residual, Var
 from ._recorder import OpaqueError, Recorder
+from ._signature import HiddenError, node_key, saved_by
 from ._space import TensorSpec
 from ._torch import (
     Node,
+    aten,
     call_node,
     input_metadata,
     outside_backward,
@@ -38,7 +48,6 @@ from ._torch import (
 from .errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
 
 T = TypeVar("T")
-SavedBy: TypeAlias = Callable[[Node], Iterable[tuple[torch.Tensor, Origin | None]]]
 
 
 class NodeBackward(Operation):
@@ -80,41 +89,73 @@ def _metadata_spec(meta: Any) -> TensorSpec:
 
 
 class _Walk:
-    """One walk over a graph, from roots to leaves."""
+    """One walk over a graph, from roots to leaves.
+
+    Parameters
+    ----------
+    graph
+        The graph.
+    emitter
+        Receives the equations.
+    generator
+        Of the random numbers that stand for gradients.
+    remembered
+        Whether constants are traced back to what the graph saved, and what is known of single
+        nodes is used.
+    """
 
     def __init__(
         self,
         graph: Graph,
         emitter: Emitter,
         generator: torch.Generator,
-        saved: SavedBy | None = None,
+        *,
+        remembered: bool = False,
     ) -> None:
         self.graph = graph
         self.emitter = emitter
         self.generator = generator
-        self.saved = saved or (lambda node: [(t, None) for t in saved_tensors(node)])
+        self.remembered = remembered
         self.recorder = Recorder(emitter)
-        self.pending: dict[Node, dict[int, torch.Tensor]] = {}
-        self.reached = set(graph.order)
+        self.pending: dict[Node, dict[int, Gradient]] = {}
 
     def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
         """Return random numbers that stand for `var`."""
-        with unobserved():
-            t = spec.random(self.generator)
+        t = spec.random(self.generator)
         self.recorder.define(t, var)
         return t
 
-    def run(self, seeds: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Walk from the roots, one seed each; return what arrives at the leaves."""
-        return outside_backward(lambda: self._run(seeds))
+    def seed(self, var: Var, *, numbers: bool) -> Gradient:
+        """Return a gradient to begin with, or to go on with after an operation not executed."""
+        t = self.placeholder(var.spec, var) if numbers else None
+        return Gradient(var, dense(var.spec.shape), t)
 
-    def _run(self, seeds: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def number(self, g: Gradient) -> torch.Tensor:
+        """Return numbers that stand for a gradient."""
+        if g.tensor is None:
+            numbers = g.var.spec.random(self.generator)
+            g.tensor = placeholder_like(g.layout, g.var.spec, numbers)
+            self.recorder.define(g.tensor, g.var)
+        return g.tensor
+
+    def computed(self, t: torch.Tensor) -> Gradient | None:
+        """Return a gradient that was computed; None if it does not descend from a cotangent."""
+        var = self.recorder.variable(t)
+        return None if var is None else Gradient(var, layout_of(t), t)
+
+    def run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
+        """Walk from the roots, one seed each; return what arrives at the leaves."""
+        result = outside_backward(lambda: self._run(seeds))
+        self.recorder.finish()
+        return result
+
+    def _run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             subclasses_ignored(),
             recomputed_once(),
-            self.recorder,
+            unobserved(),
         ):
             for edge, seed in zip(self.graph.roots, seeds, strict=True):
                 if edge is not None:
@@ -129,24 +170,45 @@ class _Walk:
         arrived = (self.pending.get(leaf, {}) for leaf in self.graph.leaves)
         return [got.get(0) for got in arrived]
 
-    def deliver(self, edge: Edge, grad: torch.Tensor) -> None:
+    def deliver(self, edge: Edge, grad: Gradient) -> None:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
-        grad = _fitted(grad, _metadata_spec(input_metadata(node)[nr]))
+        spec = _metadata_spec(input_metadata(node)[nr])
+        if grad.var.spec != spec:
+            number = self.number(grad)
+            with self.recorder:
+                number = _fitted(number, spec)
+            fitted = self.computed(number)
+            if fitted is None:
+                return
+            grad = fitted
         slot = self.pending.setdefault(node, {})
-        slot[nr] = slot[nr] + grad if nr in slot else grad
+        slot[nr] = self.sum(slot[nr], grad) if nr in slot else grad
 
-    def visit(self, node: Node, received: dict[int, torch.Tensor]) -> None:
+    def sum(self, a: Gradient, b: Gradient) -> Gradient:
+        """Add two gradients of one shape and dtype."""
+        if a.tensor is not None and b.tensor is not None:
+            with self.recorder:
+                t = a.tensor + b.tensor
+            return self.computed(t) or Gradient(a.var, layout_of(t), t)
+        spec = a.var.spec
+        var = self.emitter.emit(aten.add.Tensor, (a.var, b.var), spec)
+        return Gradient(var, a.layout if a.layout == b.layout else dense(spec.shape))
+
+    def visit(self, node: Node, received: dict[int, Gradient]) -> None:
         """Write down one node."""
         self.emitter.source = node.name()
         custom = self.graph.custom.get(node)
         if custom is not None:
             self.custom(custom, node, received)
             return
-        count = len(input_metadata(node))
-        grads = [received.get(i) for i in range(count)]
-        with unobserved():
-            self.recorder.constants.at_node(self.saved(node))
+        key = self.key(node, received)
+        known = None if key is None else NODE_PROGRAMS.find(key)
+        if known is not None:
+            self.forward(node, self.from_memory(node, known, received))
+            return
+        grads = [received.get(i) for i in range(len(input_metadata(node)))]
+        self.recorder.constants.at_node(self.saved(node))
         formula = formula_of(node)
         if formula is not None:
             op, point = self.guarded(node, lambda: formula(node))
@@ -154,24 +216,97 @@ class _Walk:
             self.place(op, edges, specs, grads, [self.recorder.residual(t) for t in point])
             return
         mark = len(self.emitter.equations)
+        before = self.emitter.fixed, self.recorder.frozen
+        self.emitter.fixed = self.recorder.frozen = ""
+        numbers = [None if g is None else self.number(g) for g in grads]
         try:
-            result = self.call(node, grads)
+            result = self.call(node, numbers)
             _check_dense(node, result)
             opaque = self.is_opaque(result)
             reason = "its result does not descend from the cotangent" if opaque else ""
             if not reason and self.graph.hidden and node.name().endswith("CopySlices"):
-                reason = self.second_opinion(node, grads, result, mark)
+                reason = self.second_opinion(node, numbers, result, mark)
         except OpaqueError as error:
             reason = str(error)
         if reason:
             del self.emitter.equations[mark:]
             self.opaque(node, grads, reason)
-            return
+        else:
+            found = [None if g is None else self.computed(g) for g in result]
+            if key is not None and not (self.emitter.fixed or self.recorder.frozen):
+                self.remember(key, node, received, found, mark)
+            self.forward(node, found)
+        self.emitter.fixed = before[0] or self.emitter.fixed
+        self.recorder.frozen = before[1] or self.recorder.frozen
+
+    def saved(self, node: Node) -> Iterable[tuple[torch.Tensor, Origin | None]]:
+        """Return what a node saved, with what tells it from the rest."""
+        if self.remembered:
+            return saved_by(node, self.graph.places[node])
+        return [(t, None) for t in saved_tensors(node)]
+
+    def forward(self, node: Node, result: Sequence[Gradient | None]) -> None:
+        """Hand on what a node returned."""
         for (target, nr), grad in zip(node.next_functions, result, strict=False):
-            if target is None or grad is None or target not in self.reached:
-                continue
-            if self.recorder.variable(grad) is not None:
+            if target is not None and grad is not None and target in self.graph.places:
                 self.deliver((target, nr), grad)
+
+    # -- nodes of a kind that was met before ------------------------------------------------
+
+    def key(self, node: Node, received: dict[int, Gradient]) -> Hashable:
+        """Return what the recording of a node depends on; None if that cannot be seen."""
+        if not self.remembered:
+            return None
+        try:
+            key = (
+                node_key(self.graph, node),
+                tuple([(i, g.layout) for i, g in sorted(received.items())]),
+            )
+            hash(key)
+        except (HiddenError, RuntimeError, TypeError):  # the recording has the words for it
+            return None
+        return key
+
+    def from_memory(
+        self, node: Any, known: NodeProgram, received: dict[int, Gradient]
+    ) -> list[Gradient | None]:
+        """Write down what is known of nodes of this kind."""
+
+        def read(origin: Saved) -> torch.Tensor:
+            value = self.guarded(node, lambda: getattr(node, origin.name))
+            t: torch.Tensor = value if origin.position is None else value[origin.position]
+            return t
+
+        inputs = [g.var for _, g in sorted(received.items())]
+        place = self.graph.places[node]
+
+        def move(origin: Saved) -> Origin:
+            return Saved(place, origin.name, origin.position)
+
+        return known.write(self.emitter, inputs, read, move, self.recorder.adopt)
+
+    def remember(
+        self,
+        key: Hashable,
+        node: Node,
+        received: dict[int, Gradient],
+        result: Sequence[Gradient | None],
+        mark: int,
+    ) -> None:
+        """Keep what was recorded for other nodes of the same kind."""
+        inputs = [g.var for _, g in sorted(received.items())]
+        outputs = [None if g is None else (g.var, g.layout) for g in result]
+        program = NodeProgram.of(
+            self.graph.places[node],
+            inputs,
+            self.emitter.equations[mark:],
+            outputs,
+            self.recorder.constants,
+        )
+        if program is not None:
+            NODE_PROGRAMS.keep(key, program)
+
+    # -- nodes that are called --------------------------------------------------------------
 
     def call(self, node: Node, grads: list[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
         """Call a built-in node."""
@@ -181,7 +316,8 @@ class _Walk:
                 f"{name}: this operation has no derivative registered (for a torch.library "
                 "operator, call register_autograd)"
             )
-        return self.guarded(node, lambda: mended(node)(grads))
+        with self.recorder:
+            return self.guarded(node, lambda: mended(node)(grads))
 
     @staticmethod
     def guarded(node: Node, do: Callable[[], T]) -> T:
@@ -232,9 +368,10 @@ class _Walk:
             specs,
         )
         numbers = [None if g is None else TensorSpec.of(g).random(self.generator) for g in grads]
-        with unobserved(), recomputed_apart():
-            again = [g for g in self.call(node, [_clone(t) for t in numbers]) if g is not None]
-            expected = Executor(program)([t for t in numbers if t is not None])
+        with recomputed_apart():
+            results = self.guarded(node, lambda: mended(node)([_clone(t) for t in numbers]))
+        again = [g for g in results if g is not None]
+        expected = Executor(program)([t for t in numbers if t is not None])
         same = all(
             close(spec.zeros() if t is None else t, g)
             for t, g, spec in zip(expected, again, specs, strict=True)
@@ -247,14 +384,14 @@ class _Walk:
             g is not None and self.recorder.variable(g) is None and bool(g.any()) for g in result
         )
 
-    def opaque(self, node: Node, grads: list[torch.Tensor | None], reason: str) -> None:
+    def opaque(self, node: Node, grads: Sequence[Gradient | None], reason: str) -> None:
         """Write down a node as one operation, because of `reason`."""
         edges, specs = _edges(node)
         takes = [_metadata_spec(m) for m in input_metadata(node)]
         gives = [s for s in specs if s is not None]
         self.place(NodeBackward(node, gives, takes, reason), edges, specs, grads)
 
-    def custom(self, custom: CustomNode, node: Node, received: dict[int, torch.Tensor]) -> None:
+    def custom(self, custom: CustomNode, node: Node, received: dict[int, Gradient]) -> None:
         """Write down a custom Function's node as one operation."""
         custom.know_outputs(received.keys())
         edges = [edge for edge in node.next_functions if edge[0] is not None]
@@ -266,25 +403,24 @@ class _Walk:
         op: Operation,
         edges: Sequence[tuple[Node | None, int]],
         specs: Sequence[TensorSpec | None],
-        grads: Sequence[torch.Tensor | None],
+        grads: Sequence[Gradient | None],
         point: Sequence[Residual] = (),
     ) -> None:
-        """Write down an operation that is not executed, and let random numbers stand for it."""
+        """Write down an operation that is not executed."""
         outputs: list[Var | None] = []
-        after: list[tuple[Edge, torch.Tensor]] = []
+        after: list[tuple[Edge, Var]] = []
         for edge, spec in zip(edges, specs, strict=True):
             node, nr = edge
-            if node is None or spec is None or node not in self.reached:
+            if node is None or spec is None or node not in self.graph.places:
                 outputs.append(None)
                 continue
             var = Var(spec)
             outputs.append(var)
-            after.append(((node, nr), self.placeholder(spec, var)))
-        variables = (None if g is None else self.recorder.variable(g) for g in grads)
-        args = (*variables, *point)
+            after.append(((node, nr), var))
+        args = (*(None if g is None else g.var for g in grads), *point)
         self.emitter.equations.append(Equation(op, args, {}, tuple(outputs), self.emitter.source))
-        for target, t in after:
-            self.deliver(target, t)
+        for target, var in after:
+            self.deliver(target, self.seed(var, numbers=not self.remembered))
 
 
 def _edges(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSpec | None]]:
@@ -325,7 +461,7 @@ def record_pullback(
     *,
     seed: int = 0,
     name: str = "pullback",
-    saved: SavedBy | None = None,
+    remembered: bool = False,
     given: Iterable[Residual] = (),
 ) -> Program:
     """Record the linear program from cotangents of a graph's roots to those of its leaves.
@@ -342,9 +478,9 @@ def record_pullback(
         Of the random cotangents.
     name
         The program's name.
-    saved
-        Gives the tensors that a node saved, and the names under which another graph of the
-        same structure has its own.
+    remembered
+        Whether to trace constants back to what the graph saved, so that the program can be
+        taken over by other graphs, and to use what is known of single nodes.
     given
         Residuals that the graph was made from.
 
@@ -356,17 +492,11 @@ def record_pullback(
         If a tensor saved by the graph was changed in place.
     """
     emitter = Emitter()
-    walk = _Walk(graph, emitter, torch.Generator().manual_seed(seed), saved)
+    walk = _Walk(graph, emitter, torch.Generator().manual_seed(seed), remembered=remembered)
     walk.recorder.constants.given(given)
     inputs = [Var(spec) for spec in out_specs]
-    seeds = [walk.placeholder(v.spec, v) for v in inputs]
-    arrived = walk.run(seeds)
-    outputs = [None if t is None else walk.recorder.variable(t) for t in arrived]
-    for t, v in zip(arrived, outputs, strict=True):
-        if t is not None and v is None and bool(t.any()):
-            raise UnsupportedError(
-                f"{name}: a gradient arrived at a primal by operations that PyTorch does not show"
-            )
+    arrived = walk.run([walk.seed(v, numbers=not remembered) for v in inputs])
+    outputs = [None if g is None else g.var for g in arrived]
     program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
     if walk.recorder.frozen and not program.is_opaque():
         _try_elsewhere(graph, program, seed + 1, walk.recorder.frozen)
@@ -376,10 +506,10 @@ def record_pullback(
 def _try_elsewhere(graph: Graph, program: Program, seed: int, what: str) -> None:
     """Raise if a program is not right for other cotangents than it was recorded with."""
     walk = _Walk(graph, Emitter(), torch.Generator().manual_seed(seed))
-    seeds = [walk.placeholder(v.spec, v) for v in program.inputs]
-    expected = walk.run(seeds)
+    seeds = [walk.seed(v, numbers=True) for v in program.inputs]
+    expected = [None if g is None else g.tensor for g in walk.run(seeds)]
     with torch.inference_mode(False), torch.no_grad():
-        got = Executor(program)(seeds)
+        got = Executor(program)([walk.number(g) for g in seeds])
     for a, b, spec in zip(got, expected, program.specs, strict=True):
         if not close(spec.zeros() if a is None else a, spec.zeros() if b is None else b):
             raise NotLinearError(
@@ -421,6 +551,7 @@ def record_function(
         recorder.define(t, v)
     with torch.inference_mode(False), torch.no_grad(), subclasses_ignored(), recorder:
         results = list(fn(*arguments))
+    recorder.finish()
     outputs: list[Var | None] = []
     specs: list[TensorSpec] = []
     for got, spec in zip(results, out_specs, strict=True):

@@ -26,6 +26,7 @@ from ._linearity import (
     tested_linear,
     wants_contiguous,
 )
+from ._origin import Origin
 from ._program import (
     Emitter,
     Equation,
@@ -238,9 +239,13 @@ class Recorder(DispatchMode):
 
     def residual(self, t: torch.Tensor) -> Residual:
         """Return the residual for a constant, one for each tensor."""
+        return self.adopt(t, None)
+
+    def adopt(self, t: torch.Tensor, origin: Origin | None) -> Residual:
+        """Return the residual for a constant that comes about as `origin` tells, if given."""
         known = self._residuals.get(id(t))
         if known is None or known.tensor is not t:
-            known = Residual(t, self.emitter.source, self.constants.origin(t))
+            known = Residual(t, self.emitter.source, origin or self.constants.origin(t))
             self._residuals[id(t)] = known
         return known
 
@@ -249,8 +254,8 @@ class Recorder(DispatchMode):
         self.constants.decided_by(t)
         return bool(t.any())
 
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+    def finish(self) -> None:
+        """Detach the residuals from the graph: call this outside, when nothing more follows."""
         # Without history: an unpacked output would hold the graph alive. Not before, because
         # inside a dispatch mode an alias does not share its version counter.
         for r in self._residuals.values():

@@ -19,8 +19,9 @@ from ._functions import CustomNode
 from ._origin import Origin, Saved
 from ._program import Program, Residual
 from ._record import record_pullback
+from ._signature import signature
 from ._simplify import watched
-from ._structure import Structure, Structures, Template, saved_by, signature
+from ._structure import Structure, Structures, Template
 from ._torch import outside_backward
 from ._transpose import transpose
 from .errors import StalenessError
@@ -106,11 +107,8 @@ class Source:
         graph = self._graph
         assert graph is not None
         self._search()
-        places = {id(node): i for i, node in enumerate(graph.order)}
-        program = record_pullback(
-            graph, *self._specs, saved=lambda node: saved_by(node, places[id(node)])
-        )
-        self._places = {id(custom): places[id(node)] for node, custom in graph.custom.items()}
+        program = record_pullback(graph, *self._specs, remembered=True)
+        self._places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
         if self._structures is not None:
             self._count(reused=False)
             if self._signature is not None and self._structure is None and not program.fixed:
@@ -179,9 +177,7 @@ class Source:
         if self._signature is not None:
             self._structure = self._structures.find(self._signature)
             self._places = {
-                id(graph.custom[node]): i
-                for i, node in enumerate(graph.order)
-                if node in graph.custom
+                id(custom): graph.places[node] for node, custom in graph.custom.items()
             }
 
     def _count(self, *, reused: bool) -> None:

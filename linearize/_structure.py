@@ -1,160 +1,28 @@
 """Floor 3: what the graphs of different points have in common.
 
 A solver linearizes one function at many points, and the graphs mostly differ in nothing but
-the numbers that they saved. The `signature` of a graph is all else that its derivative
-depends on: the nodes and how they hang together, shapes and dtypes, static arguments, the
-classes of custom Functions. Points with equal signatures share a `Structure`: their linear
-programs as `Template`s, into which the numbers of each point are bound.
+the numbers that they saved: they have equal signatures. Such points share a `Structure`:
+their linear programs as `Template`s, into which the numbers of each point are bound.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 
-from ._capture import Edge, Graph
 from ._execute import Binding, Executor
+from ._folding import FOLDED, finite
 from ._functions import CustomNode
 from ._origin import Origin, Saved, Schedule
 from ._program import Equation, Operation, Program, Residual, map_leaves
-from ._simplify import FOLDED, finite
-from ._space import TensorSpec
-from ._torch import (
-    Node,
-    input_metadata,
-    is_generated,
-    is_wrapped_number,
-    saved_names,
-    unpacks_by_hook,
-)
-from .errors import LinearizeError
+from ._signature import HiddenError
 
 #: A direction, and which arguments are not zero.
 Key: TypeAlias = tuple[str, tuple[bool, ...]]
-
-#: Nodes with state that cannot be read from Python and is not told by shapes and dtypes.
-_HIDDEN_STATE = frozenset(
-    {
-        "AsStridedBackward0",
-        "AsStridedBackward0_copy",
-        "AsStridedBackward1",
-        "AsStridedScatterBackward0",
-        "NativeDropoutBackward0",
-        "SoftmaxBackwardDataBackward0",
-        "ToDenseBackward0",
-    }
-)
-#: Nodes that know the sizes of all arguments; without an edge a size cannot be seen.
-_KNOW_ALL_SIZES = frozenset({"CatBackward0", "BlockDiagBackward0"})
-
-
-class HiddenError(LinearizeError):
-    """Raised where the structure of a graph cannot be seen."""
-
-
-# -- signatures -------------------------------------------------------------------------------
-
-
-def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any, ...] | None:
-    """Return what the derivative of a graph depends on besides numbers.
-
-    None if that cannot be seen.
-    """
-    places = {node: i for i, node in enumerate(graph.order)}
-
-    def edge(target: Node | None, nr: int) -> tuple[int, int]:
-        return (-1 if target is None else places.get(target, -2), nr)
-
-    def roots(edges: Sequence[Edge | None]) -> Iterator[Any]:
-        return (None if e is None else edge(*e) for e in edges)
-
-    if graph.hidden:
-        return None
-    ends = set(graph.leaves)
-    try:
-        nodes = tuple(
-            places[node] if node in ends else _node(graph, node, edge) for node in graph.order
-        )
-    except (HiddenError, RuntimeError):  # recording has the words for what is wrong
-        return None
-    leaves = tuple(places.get(leaf) for leaf in graph.leaves)
-    return nodes, tuple(roots(graph.roots)), leaves, tuple(map(tuple, specs))
-
-
-def _node(graph: Graph, node: Node, edge: Callable[..., Any]) -> tuple[Any, ...]:
-    edges = tuple(edge(*e) for e in node.next_functions)
-    metadata = tuple((m.shape, m.dtype, m.device) for m in input_metadata(node))
-    custom = graph.custom.get(node)
-    if custom is not None:
-        return custom.signature(), edges, metadata
-    kind = type(node)
-    if not is_generated(kind) or kind.__name__ in _HIDDEN_STATE:
-        raise HiddenError(kind.__name__)
-    if kind.__name__ in _KNOW_ALL_SIZES and any(target == -1 for target, _ in edges):
-        raise HiddenError(kind.__name__)
-    tensors, static = saved_names(kind)
-    saved = [t for _, _, t in _saved(node, tensors)]
-    return (
-        kind,
-        edges,
-        metadata,
-        tuple(getattr(node, name) for name in static),
-        tuple(map(_layout, saved)),
-        _sharing(saved),
-    )
-
-
-def _saved(
-    node: Any, names: Sequence[str]
-) -> Iterator[tuple[str, int | None, torch.Tensor | None]]:
-    """Yield attribute, position and tensor of what a built-in node saved."""
-    for name in names:
-        if unpacks_by_hook(node, name):
-            raise HiddenError(name)
-        value = getattr(node, name)
-        if isinstance(value, (tuple, list)):
-            yield from ((name, i, t) for i, t in enumerate(value))
-        else:
-            yield name, None, value
-
-
-def _layout(t: torch.Tensor | None) -> Any:
-    if t is None or t.layout != torch.strided:
-        return None if t is None else (t.layout, t.shape, t.dtype)
-    # A Python number in f is saved as a tensor; recorded code has it as a number again.
-    number = t.item() if t.dim() == 0 and is_wrapped_number(t) else None
-    return t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg(), number
-
-
-def _sharing(saved: Sequence[torch.Tensor | None]) -> Any:
-    """Return which of the tensors lie in the same memory: they may differ elsewhere."""
-    if len(saved) < 2:
-        return None
-    first: dict[int, int] = {}
-    return tuple(
-        -1 if t is None or t.layout != torch.strided else first.setdefault(t.data_ptr(), i)
-        for i, t in enumerate(saved)
-    )
-
-
-def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
-    """Return what a built-in node saved, with the names by which it is found again."""
-    if not is_generated(type(node)):
-        return []
-    tensors, _ = saved_names(type(node))
-    try:
-        return [
-            (t, Saved(place, name, i)) for name, i, t in _saved(node, tensors) if t is not None
-        ]
-    except (HiddenError, RuntimeError):
-        return []
-
-
-# -- templates --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

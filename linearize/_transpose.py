@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +25,8 @@ from ._execute import Executor
 from ._functions import CustomBackward, CustomJvp, CustomNode
 from ._linearity import close
 from ._materialize import dense_transpose
+from ._node_programs import NODE_PROGRAMS, NodeProgram, dense
+from ._origin import Origin, Saved
 from ._program import Emitter, Equation, Program, Residual, Var, map_leaves
 from ._record import NodeBackward, record_function, record_pullback
 from ._recorder import OpaqueError
@@ -359,32 +361,99 @@ def _recorded(
 
 
 def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
-    """Transpose one operation by recording PyTorch's own derivative of it."""
+    """Transpose one operation by recording PyTorch's own derivative of it.
+
+    That is done once for all such operations, with arguments of the same kind.
+    """
     variables = list(dict.fromkeys(eq.inputs()))
+    residuals = list(dict.fromkeys(eq.residuals()))
+    key = _kind(eq, cts, variables, residuals)
+    known = NODE_PROGRAMS.find(key)
+    if known is None:
+        given = [
+            Residual(r.tensor, r.source, Saved(0, "given", i)) for i, r in enumerate(residuals)
+        ]
+        program = _recorded_transpose(eq, cts, variables, given)
+        outputs = [None if v is None else (v, dense(v.spec.shape)) for v in program.outputs]
+        known = NodeProgram.of(0, program.inputs, program.equations, outputs)
+        if known is None or program.fixed:
+            for r in program.residuals():
+                r.origin = None
+            return _inlined(e, program, variables, cts)
+        NODE_PROGRAMS.keep(key, known)
+    mine = {id(r.tensor): r for r in residuals}
+
+    def adopt(t: torch.Tensor, origin: Origin | None) -> Residual:
+        return mine.get(id(t)) or Residual(t, e.source, origin)
+
+    with torch.inference_mode(False), torch.no_grad():
+        results = known.write(
+            e,
+            [ct for ct in cts if ct is not None],
+            lambda o: residuals[o.position or 0].tensor,
+            lambda o: residuals[o.position or 0].origin,
+            adopt,
+        )
+    return [
+        (v, fit(e, got.var, v.spec))
+        for v, got in zip(variables, results, strict=True)
+        if got is not None
+    ]
+
+
+def _kind(
+    eq: Equation,
+    cts: Sequence[Var | None],
+    variables: Sequence[Var],
+    residuals: Sequence[Residual],
+) -> Hashable:
+    """Return what the transpose of an operation depends on besides numbers."""
+
+    def kind(x: Any) -> Any:
+        if isinstance(x, Var):
+            return variables.index(x), x.spec
+        if isinstance(x, Residual):
+            t = x.tensor
+            return residuals.index(x), TensorSpec.of(t), t.stride(), t.is_conj(), t.is_neg()
+        if isinstance(x, (list, tuple)):
+            return tuple(map(kind, x))
+        return type(x), repr(x)
+
+    keywords = tuple([(k, kind(x)) for k, x in sorted(eq.kwargs.items())])
+    return eq.op, kind(eq.args), keywords, tuple([None if c is None else c.spec for c in cts])
+
+
+def _recorded_transpose(
+    eq: Equation,
+    cts: Sequence[Var | None],
+    variables: Sequence[Var],
+    given: Sequence[Residual],
+) -> Program:
+    """Record the transpose of an operation, from its cotangents to those of its variables."""
     generator = torch.Generator().manual_seed(2)
+    stand_ins = dict(zip(dict.fromkeys(eq.residuals()), given, strict=True))
     with torch.inference_mode(False), torch.enable_grad():
         numbers = {v: v.spec.random(generator).requires_grad_() for v in variables}
 
         def number(x: Any) -> Any:
             if isinstance(x, Residual):
-                return x.tensor
+                return stand_ins[x].tensor
             return numbers[x] if isinstance(x, Var) else x
 
         arguments, keywords = map_leaves(number, eq.args), map_leaves(number, eq.kwargs)
         try:
             out = eq.op(*arguments, **keywords)
-            program = _pullback_of(out, [numbers[v] for v in variables], cts, eq.residuals())
+            return _pullback_of(out, [numbers[v] for v in variables], cts, given)
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            decomposed = _by_decomposition(e, eq, cts, variables)
+            decomposed = _by_decomposition(eq, cts, variables, stand_ins)
             if decomposed is not None:
                 return decomposed
             raise UnsupportedError(
                 f"{eq.name} (from {eq.source or 'the graph'}) has no transpose rule, and PyTorch "
                 f"has no derivative of it: {error}"
             ) from error
-    return _inlined(e, program, variables, cts)
 
 
 def _pullback_of(
@@ -420,8 +489,11 @@ def _inlined(
 
 
 def _by_decomposition(
-    e: Emitter, eq: Equation, cts: Sequence[Var | None], variables: Sequence[Var]
-) -> list[tuple[Var, Var]] | None:
+    eq: Equation,
+    cts: Sequence[Var | None],
+    variables: Sequence[Var],
+    stand_ins: Mapping[Residual, Residual],
+) -> Program | None:
     """Transpose one operation through the operations that it decomposes into."""
     parts = decompositions(eq.op)
     if parts is None:
@@ -432,7 +504,7 @@ def _by_decomposition(
 
         def number(x: Any) -> Any:
             if isinstance(x, Residual):
-                return x.tensor
+                return stand_ins[x].tensor
             return given[x] if isinstance(x, Var) else x
 
         out = parts(*map_leaves(number, eq.args), **map_leaves(number, eq.kwargs))
@@ -446,7 +518,7 @@ def _by_decomposition(
             specs,
             name=eq.name,
             source=eq.source,
-            given=eq.residuals(),
+            given=list(stand_ins.values()),
         )
         turned = transpose(program)
     except (LinearizeError, RuntimeError) as error:
@@ -454,5 +526,4 @@ def _by_decomposition(
             raise
         return None
     present = [ct for v, ct in zip(eq.outputs, cts, strict=True) if v is not None]
-    turned = turned.restricted([ct is not None for ct in present])
-    return _inlined(e, turned, variables, cts)
+    return turned.restricted([ct is not None for ct in present])

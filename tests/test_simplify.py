@@ -10,9 +10,11 @@ import torch
 from torch.nn import functional as F
 
 import linearize as lz
+from linearize._copies import merge_copies
 from linearize._execute import Executor
+from linearize._folding import fold_diagonals
 from linearize._program import Emitter, Program
-from linearize._simplify import fold_diagonals, merge_copies, simplify
+from linearize._simplify import simplify
 from linearize._torch import aten
 
 D = torch.float64

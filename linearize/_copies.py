@@ -1,0 +1,86 @@
+"""Floor 3: dropping what changes nothing, and computing equal things once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._program import Equation, Operation, Program, Residual, Var, map_leaves
+from ._torch import OpOverload, aten
+
+_NOTHING = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.expand.default,
+        aten._to_copy.default,
+        aten.squeeze.dim,
+        aten.squeeze.default,
+        aten.lift_fresh.default,
+    }
+)
+_RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+    }
+)
+
+
+def merge_copies(program: Program) -> Program:
+    """Drop operations that change nothing, join reshapes, compute equal things once."""
+    same: dict[Var, Var] = {}
+    origin: dict[Var, Var] = {}
+    known: dict[Any, tuple[Var | None, ...]] = {}
+    kept: list[Equation] = []
+
+    def rename(x: Any) -> Any:
+        return same.get(x, x) if isinstance(x, Var) else x
+
+    for eq in program.equations:
+        args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
+        out = eq.outputs[0] if len(eq.outputs) == 1 else None
+        if isinstance(eq.op, Operation) or not isinstance(eq.op, OpOverload):
+            kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+            continue
+        idle = eq.op in _NOTHING and isinstance(args[0], Var)
+        if out is not None and idle and args[0].spec == out.spec:
+            same[out] = args[0]
+            continue
+        op = eq.op
+        if out is not None and op in _RESHAPES and isinstance(args[0], Var):
+            base = origin.get(args[0], args[0])
+            origin[out] = base
+            if base.spec == out.spec:
+                same[out] = base
+                continue
+            if base is not args[0]:
+                op, args, kwargs = aten.reshape.default, (base, list(out.spec.shape)), {}
+        key = frozen(op, args, kwargs)
+        if key in known and all(
+            a is not None or b is None for a, b in zip(known[key], eq.outputs, strict=True)
+        ):
+            pairs = zip(eq.outputs, known[key], strict=True)
+            same |= {ours: theirs for ours, theirs in pairs if ours and theirs}
+            continue
+        known[key] = eq.outputs
+        kept.append(Equation(op, args, kwargs, eq.outputs, eq.source))
+    outputs = [None if v is None else same.get(v, v) for v in program.outputs]
+    return program.with_equations(kept, outputs).live()
+
+
+def frozen(op: Any, args: Any, kwargs: Any) -> Any:
+    return op, _frozen(args), tuple((k, _frozen(v)) for k, v in sorted(kwargs.items()))
+
+
+def _frozen(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return tuple(map(_frozen, x))
+    return id(x) if isinstance(x, (Var, Residual)) else (type(x).__name__, repr(x))

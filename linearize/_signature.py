@@ -1,0 +1,164 @@
+"""Floor 2: what the derivative of a graph depends on besides numbers.
+
+The `signature` of a graph tells its nodes and how they hang together, shapes and dtypes,
+static arguments, the classes of custom Functions. Where two graphs have equal signatures,
+their linear programs differ in nothing but the residuals' numbers. `node_key` is the part
+that belongs to one built-in node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ._capture import Edge, Graph
+from ._origin import Origin, Saved
+from ._space import TensorSpec
+from ._torch import (
+    Node,
+    input_metadata,
+    is_generated,
+    is_wrapped_number,
+    saved_names,
+    unpacks_by_hook,
+)
+from .errors import LinearizeError
+
+#: Nodes with state that cannot be read from Python and is not told by shapes and dtypes.
+_HIDDEN_STATE = frozenset(
+    {
+        "AsStridedBackward0",
+        "AsStridedBackward0_copy",
+        "AsStridedBackward1",
+        "AsStridedScatterBackward0",
+        "NativeDropoutBackward0",
+        "SoftmaxBackwardDataBackward0",
+        "ToDenseBackward0",
+    }
+)
+#: Nodes that know the sizes of all arguments; without an edge a size cannot be seen.
+_KNOW_ALL_SIZES = frozenset({"CatBackward0", "BlockDiagBackward0"})
+
+
+class HiddenError(LinearizeError):
+    """Raised where the structure of a graph cannot be seen."""
+
+
+def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any, ...] | None:
+    """Return what the derivative of a graph depends on besides numbers.
+
+    None if that cannot be seen.
+    """
+    places = graph.places
+
+    def edge(target: Node | None, nr: int) -> tuple[int, int]:
+        return (-1 if target is None else places.get(target, -2), nr)
+
+    def roots(edges: Sequence[Edge | None]) -> Iterator[Any]:
+        return (None if e is None else edge(*e) for e in edges)
+
+    def described(node: Node) -> Any:
+        edges = tuple([edge(*e) for e in node.next_functions])
+        custom = graph.custom.get(node)
+        key = node_key(graph, node) if custom is None else (custom.signature(), expected(node))
+        return key, edges
+
+    if graph.hidden:
+        return None
+    ends = set(graph.leaves)
+    try:
+        nodes = tuple([places[n] if n in ends else described(n) for n in graph.order])
+    except (HiddenError, RuntimeError):  # recording has the words for what is wrong
+        return None
+    leaves = tuple(places.get(leaf) for leaf in graph.leaves)
+    return nodes, tuple(roots(graph.roots)), leaves, tuple(map(tuple, specs))
+
+
+def expected(node: Node) -> tuple[Any, ...]:
+    """Return the shapes, dtypes and devices of the gradients that a node takes."""
+    return tuple([(tuple(m.shape), m.dtype, m.device) for m in input_metadata(node)])
+
+
+def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
+    """Return what the derivative of a built-in node depends on besides numbers.
+
+    Looked at once, when the graph is new.
+
+    Raises
+    ------
+    HiddenError
+        If that cannot be seen.
+    RuntimeError
+        If a tensor that it saved was changed in place.
+    """
+    known = graph.keys.get(node)
+    if known is None:
+        known = graph.keys[node] = _node_key(node)
+    return known
+
+
+def _node_key(node: Node) -> tuple[Any, ...]:
+    kind = type(node)
+    if not is_generated(kind) or kind.__name__ in _HIDDEN_STATE:
+        raise HiddenError(kind.__name__)
+    wanted = tuple([target is not None for target, _ in node.next_functions])
+    if kind.__name__ in _KNOW_ALL_SIZES and not all(wanted):
+        raise HiddenError(kind.__name__)
+    tensors, static = saved_names(kind)
+    saved = [t for _, _, t in _saved(node, tensors)]
+    return (
+        kind,
+        wanted,
+        expected(node),
+        tuple([getattr(node, name) for name in static]),
+        tuple(map(_layout, saved)),
+        _sharing(saved),
+    )
+
+
+def _saved(
+    node: Any, names: Sequence[str]
+) -> Iterator[tuple[str, int | None, torch.Tensor | None]]:
+    """Yield attribute, position and tensor of what a built-in node saved."""
+    for name in names:
+        if unpacks_by_hook(node, name):
+            raise HiddenError(name)
+        value = getattr(node, name)
+        if isinstance(value, (tuple, list)):
+            yield from ((name, i, t) for i, t in enumerate(value))
+        else:
+            yield name, None, value
+
+
+def _layout(t: torch.Tensor | None) -> Any:
+    if t is None or t.layout != torch.strided:
+        return None if t is None else (t.layout, t.shape, t.dtype)
+    # A Python number in f is saved as a tensor; recorded code has it as a number again.
+    number = t.item() if t.dim() == 0 and is_wrapped_number(t) else None
+    return t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg(), number
+
+
+def _sharing(saved: Sequence[torch.Tensor | None]) -> Any:
+    """Return which of the tensors lie in the same memory: they may differ elsewhere."""
+    if len(saved) < 2:
+        return None
+    first: dict[int, int] = {}
+    return tuple(
+        -1 if t is None or t.layout != torch.strided else first.setdefault(t.data_ptr(), i)
+        for i, t in enumerate(saved)
+    )
+
+
+def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
+    """Return what a built-in node saved, with the names by which it is found again."""
+    if not is_generated(type(node)):
+        return []
+    tensors, _ = saved_names(type(node))
+    try:
+        return [
+            (t, Saved(place, name, i)) for name, i, t in _saved(node, tensors) if t is not None
+        ]
+    except (HiddenError, RuntimeError):
+        return []
