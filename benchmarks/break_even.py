@@ -128,7 +128,9 @@ def generated(page: str) -> str:
             f"In half of the {len(figures)} cases linearizing pays from pair "
             f"{_count(usual)} on at the first point, and from pair {_count(later)} on at further "
             "points.",
+            "<details><summary>The numbers</summary>",
             markdown(rows(figures)),
+            "</details>",
         )
     )
 
@@ -144,14 +146,26 @@ def plot(figures: Sequence[BreakEven], path: Path) -> None:
     ceiling = 2 * max(f.first for f in figures if not math.isinf(f.first))
     figure, axis = plt.subplots(figsize=(8, 0.24 * len(figures) + 1.2), layout="constrained")
     for name, values, style in (
-        ("first point", [f.first for f in figures], {"marker": "o", "color": "tab:blue"}),
-        ("further points", [f.further for f in figures], {"marker": "D", "color": "black"}),
+        (
+            "first point",
+            [f.first for f in figures],
+            {"marker": "o", "markersize": 9, "markerfacecolor": "none"},
+        ),
+        (
+            "further points",
+            [f.further for f in figures],
+            {"marker": "D", "markersize": 4, "color": "black"},
+        ),
     ):
         shown = [min(v, ceiling) for v in values]
-        axis.plot(shown, range(len(shown)), linestyle="", markersize=6, label=name, **style)
+        axis.plot(shown, range(len(shown)), linestyle="", label=name, **style)
     axis.set_xscale("log")
     ticks = [t for t in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500) if t < ceiling]
-    axis.set_xticks([*ticks, ceiling], [*map(str, ticks), "never"])
+    if any(math.isinf(max(f.first, f.further)) for f in figures):
+        ticks = [t for t in ticks if t < 0.6 * ceiling]
+        axis.set_xticks([*ticks, ceiling], [*map(str, ticks), "never"])
+    else:
+        axis.set_xticks(ticks, [*map(str, ticks)])
     axis.minorticks_off()
     axis.set_xlabel("pairs of products, from which on linearizing costs less")
     axis.set_yticks(range(len(figures)), [f.case for f in figures], fontsize=8)

@@ -23,7 +23,11 @@ napoleon_google_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+# Types stand in the annotations, once; the reference shows them beside the parameters.
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
 
 # Links into the package must lead somewhere; names of other packages are not resolved.
 nitpicky = True
@@ -32,6 +36,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!linearize\.).*"), (r"py:.*", r"linearize
 html_theme = "furo"
 html_title = f"linearize {release}"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd import functional as af
 
 import linearize as lz
+import linearize.func
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["torch.func.jvp", "torch.func.linearize", "torch.func.vjp", "double backward"]
@@ -250,6 +251,14 @@ def test_dropout() -> None:
     assert of_one_run(value, lambda: jvp_fn(ones)) == said[2]
     value, vjp_fn = torch.func.vjp(drop, ones)
     assert of_one_run(value, lambda: vjp_fn(ones)[0]) == said[3]
+
+
+def test_running_statistics() -> None:
+    """`docs/migrating.md`: torch.func.linearize moves them twice."""
+    for tool, moves in ((torch.func.linearize, 2), (lz.func.linearize, 1)):
+        norm = nn.BatchNorm1d(2)
+        tool(norm, torch.randn(5, 2))
+        assert norm.num_batches_tracked == moves
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs JAX")
