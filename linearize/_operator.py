@@ -311,6 +311,11 @@ class LinearOperator:
     def columns(self, chunk_size: ChunkSize = "auto") -> Iterator[tuple[int, Parts]]:
         """Yield the images of the unit vectors of `in_space`: the columns of the matrix.
 
+        Parameters
+        ----------
+        chunk_size
+            How many are computed in one pass, as for `materialize`.
+
         Yields
         ------
         start, parts
@@ -323,6 +328,11 @@ class LinearOperator:
 
     def rows(self, chunk_size: ChunkSize = "auto") -> Iterator[tuple[int, Parts]]:
         """Yield the images of the unit vectors of `out_space` under the adjoint.
+
+        Parameters
+        ----------
+        chunk_size
+            How many are computed in one pass, as for `materialize`.
 
         Yields
         ------

@@ -107,6 +107,11 @@ class Linearizer:
         *args, **kwargs
             The arguments of f.
 
+        Returns
+        -------
+        Linearization
+            The same object for the same point, as long as the memo keeps it.
+
         Raises
         ------
         StructureError

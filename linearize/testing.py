@@ -86,6 +86,7 @@ def check_linearization(
     Returns
     -------
     Report
+        What was measured, the largest of all directions.
 
     Raises
     ------

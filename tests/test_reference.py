@@ -1,0 +1,101 @@
+"""The reference is complete: every public name stands in it, and in the place of its own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import linearize
+
+DOCS = Path(__file__).parents[1] / "docs"
+API = (DOCS / "api.md").read_text(encoding="utf-8")
+#: Of the modules without `__all__`: what is there for other modules of the package only.
+INSIDE = {"linearize.products": {"Lifetime", "Product"}}
+
+
+def modules() -> list[ModuleType]:
+    """Return the public modules."""
+    names = [m.name for m in pkgutil.iter_modules(linearize.__path__) if m.name[0] != "_"]
+    return [linearize, *(importlib.import_module(f"linearize.{name}") for name in names)]
+
+
+def public(module: ModuleType) -> list[str]:
+    """Return a module's public names."""
+    known = getattr(module, "__all__", None)
+    if known is not None:
+        return list(known)
+    own = (
+        name
+        for name, x in vars(module).items()
+        if name[0] != "_"
+        and (inspect.isclass(x) or inspect.isfunction(x))
+        and x.__module__ == module.__name__
+    )
+    return [name for name in own if name not in INSIDE.get(module.__name__, set())]
+
+
+NAMES = [(m.__name__, name) for m in modules() for name in public(m)]
+
+
+def directives() -> dict[str, str]:
+    """Return the options of each autodoc directive of the page by what it documents."""
+    found = re.findall(r"\.\. auto\w+:: ([\w.]+)[^\n]*\n((?: +:[^\n]*\n)*)", API)
+    assert found
+    return dict(found)
+
+
+def is_documented(module: str, name: str) -> bool:
+    """Whether a directive covers a name: its own, or its module's with that member."""
+    known = directives()
+    x = getattr(importlib.import_module(module), name)
+    if inspect.ismodule(x):
+        return x.__name__ in known
+    # A name that one module takes over from another stands where it is at home.
+    homes = {module, getattr(x, "__module__", module)}
+    if getattr(linearize, name, None) is x:
+        homes.add("linearize")
+    if any(f"{home}.{name}" in known for home in homes):
+        return True
+    for home in homes & known.keys():
+        options = known[home]
+        members = re.search(r":members:([^\n]*)", options)
+        excluded = re.search(r":exclude-members:([^\n]*)", options)
+        chosen = [m.strip() for m in members[1].split(",")] if members else None
+        dropped = [m.strip() for m in excluded[1].split(",")] if excluded else []
+        if chosen is not None and name not in dropped and (chosen == [""] or name in chosen):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_the_reference_has_every_public_name(module: str, name: str) -> None:
+    assert hasattr(importlib.import_module(module), name)
+    assert is_documented(module, name), f"{module}.{name} is missing from docs/api.md"
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_everything_public_has_a_docstring(module: str, name: str) -> None:
+    x: Any = getattr(importlib.import_module(module), name)
+    assert inspect.getdoc(x)
+    if inspect.isclass(x):
+        for member, value in vars(x).items():
+            if member[0] != "_" and (callable(value) or isinstance(value, property)):
+                assert inspect.getdoc(getattr(x, member)), f"{module}.{name}.{member}"
+
+
+def test_every_page_can_be_reached() -> None:
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    listed = {
+        line.strip()
+        for tree in re.findall(r"```\{toctree\}(.*?)```", index, re.DOTALL)
+        for line in tree.splitlines()
+    }
+    pages = {p.stem for p in DOCS.glob("*.md")} - {"index"}
+    assert pages <= listed
