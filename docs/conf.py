@@ -21,11 +21,11 @@ myst_heading_anchors = 3
 default_role = "code"
 napoleon_google_docstring = False
 napoleon_use_ivar = True
-napoleon_use_rtype = False
+napoleon_use_rtype = True
 autodoc_member_order = "bysource"
 # Types stand in the annotations, once; the reference shows them beside the parameters.
 autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented_params"
+autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 

@@ -76,7 +76,7 @@ class LinearOperator:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns: the numbers of scalars of the two spaces."""
+        """Rows and columns, the numbers of scalars of the two spaces."""
         return self.out_space.size, self.in_space.size
 
     @property
@@ -91,7 +91,7 @@ class LinearOperator:
 
     @property
     def H(self) -> LinearOperator:  # noqa: N802 - as in NumPy
-        """The adjoint: for real numbers the transpose, for complex ones its conjugate."""
+        """The adjoint, for real numbers the transpose, for complex ones its conjugate."""
         return LinearOperator(
             self.out_space,
             self.in_space,
@@ -486,7 +486,7 @@ class SelfAdjoint(LinearOperator):
 
     @property
     def H(self) -> LinearOperator:  # noqa: N802
-        """The adjoint: the operator itself."""
+        """The adjoint, which is the operator itself."""
         return self
 
 

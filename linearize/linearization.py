@@ -121,7 +121,7 @@ class Linearization:
 
     @property
     def jacobian(self) -> Jacobian:
-        """The Jacobian as a linear operator: `J @ v`, `J.T @ u`, `J.gram()`, ...
+        """The Jacobian as a linear operator, for `J @ v`, `J.T @ u`, `J.gram()`, ...
 
         It costs nothing to make, and keeps the two products only.
 

@@ -87,7 +87,11 @@ def test_everything_public_has_a_docstring(module: str, name: str) -> None:
     if inspect.isclass(x):
         for member, value in vars(x).items():
             if member[0] != "_" and (callable(value) or isinstance(value, property)):
-                assert inspect.getdoc(getattr(x, member)), f"{module}.{name}.{member}"
+                text = inspect.getdoc(getattr(x, member))
+                assert text, f"{module}.{name}.{member}"
+                # Sphinx takes `a: b` at the beginning for a type and a description.
+                mistaken = isinstance(value, property) and ":" in text.partition("\n")[0]
+                assert not mistaken, f"{module}.{name}.{member}: a colon in the first line"
 
 
 def test_every_page_can_be_reached() -> None:
