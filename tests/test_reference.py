@@ -103,3 +103,20 @@ def test_every_page_can_be_reached() -> None:
     }
     pages = {p.stem for p in DOCS.glob("*.md")} - {"index"}
     assert pages <= listed
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"],
+    ids=lambda p: p.name,
+)
+def test_links_and_doors_exist(page: Path) -> None:
+    """Sphinx sees the pages in `docs` only, and knows nothing of the Makefile."""
+    text = page.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (DOCS.parent / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"`make ([a-z-]+)", text) + re.findall(
+        r"^make ([a-z-]+)", text, re.MULTILINE
+    )
+    assert set(named) <= targets
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
