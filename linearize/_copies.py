@@ -19,7 +19,12 @@ _NOTHING = frozenset(
         aten.squeeze.dim,
         aten.squeeze.default,
         aten.lift_fresh.default,
+        aten.clone.default,
     }
+)
+#: Operations that rely on how their argument lies in memory.
+_STRIDED = frozenset(
+    {aten.as_strided.default, aten.as_strided_scatter.default, aten.view_as_complex.default}
 )
 _RESHAPES = frozenset(
     {
@@ -35,9 +40,11 @@ _RESHAPES = frozenset(
 
 
 def merge_copies(program: Program) -> Program:
-    """Drop operations that change nothing, join reshapes, compute equal things once."""
+    """Drop what changes nothing, join reshapes and permutations, compute equal things once."""
     same: dict[Var, Var] = {}
     origin: dict[Var, Var] = {}
+    turned: dict[Var, tuple[Var, tuple[int, ...]]] = {}
+    laid_out = {v for eq in program.equations if eq.op in _STRIDED for v in eq.inputs()}
     known: dict[Any, tuple[Var | None, ...]] = {}
     kept: list[Equation] = []
 
@@ -51,7 +58,7 @@ def merge_copies(program: Program) -> Program:
             kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
             continue
         idle = eq.op in _NOTHING and isinstance(args[0], Var)
-        if out is not None and idle and args[0].spec == out.spec:
+        if out is not None and idle and args[0].spec == out.spec and out not in laid_out:
             same[out] = args[0]
             continue
         op = eq.op
@@ -63,6 +70,16 @@ def merge_copies(program: Program) -> Program:
                 continue
             if base is not args[0]:
                 op, args, kwargs = aten.reshape.default, (base, list(out.spec.shape)), {}
+        order = None if out is None else _permutation(op, args)
+        if out is not None and order is not None:
+            base, before = turned.get(args[0], (args[0], None))
+            if before is not None:
+                order = tuple([before[i] for i in order])
+                op, args, kwargs = aten.permute.default, (base, list(order)), {}
+            turned[out] = base, order
+            if order == tuple(range(len(order))):
+                same[out] = base
+                continue
         key = frozen(op, args, kwargs)
         if key in known and all(
             a is not None or b is None for a, b in zip(known[key], eq.outputs, strict=True)
@@ -76,7 +93,25 @@ def merge_copies(program: Program) -> Program:
     return program.with_equations(kept, outputs).live()
 
 
+def _permutation(op: Any, args: Any) -> tuple[int, ...] | None:
+    """Return which dimension of the argument each dimension of a permuted value is."""
+    if op not in _PERMUTATIONS or not isinstance(args[0], Var):
+        return None
+    n = len(args[0].spec.shape)
+    order = list(range(n))
+    if op is aten.permute.default:
+        return tuple([d % n for d in args[1]])
+    if n > 1:
+        i, j = (0, 1) if op is aten.t.default else (args[1] % n, args[2] % n)
+        order[i], order[j] = order[j], order[i]
+    return tuple(order)
+
+
+_PERMUTATIONS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
+
+
 def frozen(op: Any, args: Any, kwargs: Any) -> Any:
+    """Return what two equations have in common that compute the same."""
     return op, _frozen(args), tuple((k, _frozen(v)) for k, v in sorted(kwargs.items()))
 
 

@@ -9,6 +9,7 @@ custom Functions) remains as a step.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -72,10 +73,13 @@ def finite(tensors: Sequence[torch.Tensor]) -> bool:
 class _Folding:
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.c = _Coefficients()
         self.forms: dict[Var, _Form] = {}
         self.computed: dict[Var, Var] = {}
         self.moved: dict[Any, Var] = {}
         self.e = Emitter()
+        #: How often each variable is read, with those that were made here.
+        self.readers = Counter(v for eq in program.equations for v in eq.inputs())
         #: Values that are needed as they are, by steps or as results, or more than once.
         self.results = {v for v in program.outputs if v is not None}
         self.needed = set(self.results)
@@ -163,10 +167,12 @@ class _Folding:
         x = variables[0]
         if x.spec != out.spec:
             return None
-        factor = _factor(eq, x)
+        factor = _factor(self.c, eq, x)
         if factor is None:
             return None
         before = self.form(x)
+        if len(before.terms) > 1 and eq.residuals() and not self.shared(before):
+            return None  # d ⊙ Σ takes one factor, Σ d ⊙ takes one for each term
         terms: dict[Var, Coefficient] = {}
         for base, c in before.terms.items():
             product = factor(c)
@@ -176,20 +182,27 @@ class _Folding:
         alone = len(terms) == 1 and x not in self.forms
         return _Form(terms, eq if alone else None)
 
+    def shared(self, form: _Form) -> bool:
+        """Whether something else is made of the bases of a sum, so that terms may be added."""
+        return any(self.readers[base] > 1 for base in form.terms)
+
     def move(self, eq: Equation, out: Var) -> _Form | None:
         """Return the form of a moved value d ⊙ base: the moved d ⊙ the moved base."""
         x, *rest = eq.args
         form = self.forms.get(x)
         if form is None or x in self.computed or len(form.terms) != 1:
             return None
+        if eq.op in _FREE and self.readers[x] > 1:
+            return None  # to move what is computed anyway costs nothing
         ((base, c),) = form.terms.items()
         if isinstance(c, Residual):
             if c.tensor.shape != x.spec.shape:
                 return None
-            c = evaluated(eq.op, c, *rest, source=FOLDED, **eq.kwargs)
+            c = self.c.evaluated(eq.op, c, *rest, **eq.kwargs)
         key = frozen(eq.op, (base, *rest), eq.kwargs)
         if key not in self.moved:
             self.moved[key] = self.e.emit(eq.op, (base, *rest), out.spec, **eq.kwargs)
+        self.readers[self.moved[key]] += self.readers[out]
         return _Form({self.moved[key]: c})
 
     def sum(self, eq: Equation, out: Var) -> _Form | None:
@@ -205,9 +218,10 @@ class _Folding:
             return _Form({self.e.emit(aten.add.Tensor, (x, y), out.spec): number})
         terms = dict(self.form(a).terms)
         for base, c in self.form(b).terms.items():
-            c = _product(c, sign)
-            terms[base] = _total(terms[base], c) if base in terms else c
-        return _Form(terms) if len(terms) <= MOST_TERMS else None
+            c = self.c.product(c, sign)
+            terms[base] = self.c.total(terms[base], c) if base in terms else c
+        some = {base: c for base, c in terms.items() if isinstance(c, Residual) or c != 0}
+        return _Form(some or terms) if len(some) <= MOST_TERMS else None
 
     def common(self, a: Var, b: Var) -> tuple[tuple[Var, Var], complex] | None:
         """Return the bases of two values and the number that both are multiplied by."""
@@ -230,6 +244,8 @@ class _Folding:
             return v
         result = self.compute(form, v)
         self.computed[v] = result
+        if result is not v:
+            self.readers[result] += self.readers[v]
         return result
 
     def compute(self, form: _Form, v: Var) -> Var:
@@ -262,13 +278,9 @@ class _Folding:
         return self.e.emit(aten.add.Tensor, (total, base), spec, alpha=number)
 
 
-#: Operations that put the entries of a tensor elsewhere, or some of them.
-_MOVES = frozenset(
+#: Operations that show a tensor in another shape.
+_FREE = frozenset(
     {
-        aten.roll.default,
-        aten.flip.default,
-        aten.slice.Tensor,
-        aten.select.int,
         aten.t.default,
         aten.transpose.int,
         aten.permute.default,
@@ -277,6 +289,8 @@ _MOVES = frozenset(
         aten.unsqueeze.default,
     }
 )
+#: Operations that put the entries of a tensor elsewhere, or some of them.
+_MOVES = _FREE | {aten.roll.default, aten.flip.default, aten.slice.Tensor, aten.select.int}
 
 
 def _foldable(eq: Equation) -> bool:
@@ -291,7 +305,7 @@ def _foldable(eq: Equation) -> bool:
         return len(variables) == 2 and all(v.spec == out.spec for v in variables)
     if len(variables) != 1 or variables[0].spec != out.spec:
         return False
-    return _factor(eq, variables[0]) is not None
+    return _factor(_Coefficients(), eq, variables[0]) is not None
 
 
 def _grows(product: Coefficient, c: Coefficient, eq: Equation) -> bool:
@@ -303,17 +317,19 @@ def _grows(product: Coefficient, c: Coefficient, eq: Equation) -> bool:
     return product.tensor.numel() > max(sizes)
 
 
-def _factor(eq: Equation, x: Var) -> Callable[[Coefficient], Coefficient | None] | None:
+def _factor(
+    coefficients: _Coefficients, eq: Equation, x: Var
+) -> Callable[[Coefficient], Coefficient | None] | None:
     """Return what a pointwise operation makes of a coefficient, None if it is no diagonal."""
     op, args = eq.op, eq.args
     if op is aten.neg.default:
-        return lambda c: _product(c, -1)
+        return lambda c: coefficients.product(c, -1)
     if op in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
         if eq.kwargs:
             return None
         other = args[1] if args[0] is x else args[0]
         divide = op in (aten.div.Tensor, aten.div.Scalar)
-        return lambda c: _times(c, other, x.spec, divide=divide)
+        return lambda c: coefficients.times(c, other, x.spec, divide=divide)
     assert isinstance(op, OpOverload)
     schema = schema_of(op)
     if not (schema.pointwise or schema.name in UNTAGGED_POINTWISE):
@@ -322,69 +338,85 @@ def _factor(eq: Equation, x: Var) -> Callable[[Coefficient], Coefficient | None]
         return None
 
     def apply(c: Coefficient) -> Coefficient | None:
-        whole = evaluated(aten.expand.default, _residual(c, x.spec), x.spec.shape, source=FOLDED)
+        number = coefficients.residual(c, x.spec)
+        whole = coefficients.evaluated(aten.expand.default, number, list(x.spec.shape))
         args = [whole if a is x else a for a in eq.args]
-        return evaluated(op, *args, source=FOLDED, **eq.kwargs)
+        return coefficients.evaluated(op, *args, **eq.kwargs)
 
     return apply
 
 
 def _fits(t: torch.Tensor, spec: TensorSpec) -> bool:
-    return bool(torch.broadcast_shapes(t.shape, spec.shape) == torch.Size(spec.shape))
-
-
-def _residual(c: Coefficient, spec: TensorSpec) -> Residual:
-    if isinstance(c, Residual):
-        return c
-    value = c.real if isinstance(c, complex) and not spec.dtype.is_complex else c
-    kwargs = {"dtype": spec.dtype, "device": spec.device}
-    return evaluated(aten.full.default, [], value, source=FOLDED, **kwargs)
-
-
-def _product(a: Coefficient, b: Coefficient) -> Coefficient:
-    """Return a · b."""
-    if isinstance(a, Residual) or isinstance(b, Residual):
-        if not isinstance(a, Residual):
-            a, b = b, a
-        return a if _is_one(b) else evaluated(aten.mul.Tensor, a, b, source=FOLDED)
-    return a * b
-
-
-def _total(a: Coefficient, b: Coefficient) -> Coefficient:
-    """Return a + b."""
-    if isinstance(a, Residual) or isinstance(b, Residual):
-        first, second = (a, b) if isinstance(a, Residual) else (b, a)
-        return evaluated(aten.add.Tensor, first, second, source=FOLDED)
-    return a + b
+    """Whether a tensor broadcasts to a shape."""
+    # `torch.broadcast_shapes` would load a computer algebra system.
+    pairs = zip(reversed(t.shape), reversed(spec.shape), strict=False)
+    return t.dim() <= len(spec.shape) and all(a in (1, b) for a, b in pairs)
 
 
 def _is_one(c: Coefficient) -> bool:
     return isinstance(c, (int, float, complex)) and c == 1
 
 
-def _times(c: Coefficient, by: Any, spec: TensorSpec, *, divide: bool) -> Coefficient | None:
-    """Return c · by, or c / by; None if that is no coefficient of a value like `spec`."""
-    if not isinstance(by, (Residual, int, float, complex)):
-        return None
-    if isinstance(by, Residual):
-        if not _fits(by.tensor, spec):
-            return None
-        if by.tensor.dtype != spec.dtype:
-            by = evaluated(aten._to_copy.default, by, source=FOLDED, dtype=spec.dtype)
-    if _is_one(c) and not divide:
-        # Marked as made here, so that it is watched for overflow like the others.
-        return (
-            evaluated(aten.resolve_conj.default, by, source=FOLDED)
-            if isinstance(by, Residual)
-            else by
-        )
-    if not divide:
-        return _product(c, by)
-    if isinstance(by, Residual):
+class _Coefficients:
+    """Computes coefficients, equal ones once."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Residual] = {}
+
+    def evaluated(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Residual:
+        """Apply an operation to residuals, now."""
+        key = frozen(op, args, kwargs)
+        if key not in self.known:
+            self.known[key] = evaluated(op, *args, source=FOLDED, **kwargs)
+        return self.known[key]
+
+    def residual(self, c: Coefficient, spec: TensorSpec) -> Residual:
+        """Return a coefficient as a residual."""
         if isinstance(c, Residual):
-            return evaluated(aten.div.Tensor, c, by, source=FOLDED)
-        inverse = evaluated(aten.reciprocal.default, by, source=FOLDED)
-        return _product(inverse, c)
-    if isinstance(c, Residual):
-        return None if by == 0 else evaluated(aten.div.Scalar, c, by, source=FOLDED)
-    return None if by == 0 else c / by
+            return c
+        value = c.real if isinstance(c, complex) and not spec.dtype.is_complex else c
+        kwargs = {"dtype": spec.dtype, "device": spec.device}
+        return self.evaluated(aten.full.default, [], value, **kwargs)
+
+    def product(self, a: Coefficient, b: Coefficient) -> Coefficient:
+        """Return a · b."""
+        if isinstance(a, Residual) or isinstance(b, Residual):
+            if not isinstance(a, Residual):
+                a, b = b, a
+            return a if _is_one(b) else self.evaluated(aten.mul.Tensor, a, b)
+        return a * b
+
+    def total(self, a: Coefficient, b: Coefficient) -> Coefficient:
+        """Return a + b."""
+        if isinstance(a, Residual) or isinstance(b, Residual):
+            first, second = (a, b) if isinstance(a, Residual) else (b, a)
+            return self.evaluated(aten.add.Tensor, first, second)
+        return a + b
+
+    def times(
+        self, c: Coefficient, by: Any, spec: TensorSpec, *, divide: bool
+    ) -> Coefficient | None:
+        """Return c · by, or c / by; None if that is no coefficient of a value like `spec`."""
+        if not isinstance(by, (Residual, int, float, complex)):
+            return None
+        if isinstance(by, Residual):
+            if not _fits(by.tensor, spec):
+                return None
+            if by.tensor.dtype != spec.dtype:
+                by = self.evaluated(aten._to_copy.default, by, dtype=spec.dtype)
+        if _is_one(c) and not divide:
+            # Marked as made here, so that it is watched for overflow like the others.
+            return self.evaluated(aten.resolve_conj.default, by) if _is_residual(by) else by
+        if not divide:
+            return self.product(c, by)
+        if isinstance(by, Residual):
+            if isinstance(c, Residual):
+                return self.evaluated(aten.div.Tensor, c, by)
+            return self.product(self.evaluated(aten.reciprocal.default, by), c)
+        if by == 0:
+            return None
+        return self.evaluated(aten.div.Scalar, c, by) if isinstance(c, Residual) else c / by
+
+
+def _is_residual(x: Any) -> bool:
+    return isinstance(x, Residual)

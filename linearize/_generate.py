@@ -33,6 +33,8 @@ _IN_PLACE: dict[Any, tuple[Any, bool]] = {
     aten.sub.Tensor: (aten.sub_.Tensor, False),
     aten.neg.default: (aten.neg_.default, False),
     aten.addcmul.default: (aten.addcmul_.default, False),
+    aten.addmm.default: (aten.addmm_.default, False),
+    aten.baddbmm.default: (aten.baddbmm_.default, False),
 }
 
 

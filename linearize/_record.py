@@ -174,7 +174,9 @@ class _Walk:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
         spec = _metadata_spec(input_metadata(node)[nr])
-        if grad.var.spec != spec:
+        if grad.var.spec != spec and self.remembered and _sums_to(grad.var.spec, spec):
+            grad = self.summed(grad, spec)
+        elif grad.var.spec != spec:
             number = self.number(grad)
             with self.recorder:
                 number = _fitted(number, spec)
@@ -184,6 +186,21 @@ class _Walk:
             grad = fitted
         slot = self.pending.setdefault(node, {})
         slot[nr] = self.sum(slot[nr], grad) if nr in slot else grad
+
+    def summed(self, grad: Gradient, spec: TensorSpec) -> Gradient:
+        """Sum a gradient over the dimensions along which a value was broadcast."""
+        shape, target = grad.var.spec.shape, spec.shape
+        more = len(shape) - len(target)
+        over = [i for i in range(len(shape)) if i < more or target[i - more] != shape[i]]
+        kept = tuple([1 if i in over else n for i, n in enumerate(shape)])
+        if over == list(range(more)):
+            var = self.emitter.emit(aten.sum.dim_IntList, (grad.var, over), spec)
+        else:
+            middle = TensorSpec(kept, spec.dtype, spec.device)
+            var = self.emitter.emit(aten.sum.dim_IntList, (grad.var, over, True), middle)
+            if kept != target:
+                var = self.emitter.emit(aten.reshape.default, (var, list(target)), spec)
+        return Gradient(var, dense(target))
 
     def sum(self, a: Gradient, b: Gradient) -> Gradient:
         """Add two gradients of one shape and dtype."""
@@ -441,6 +458,16 @@ def _check_dense(node: Node, result: Sequence[torch.Tensor | None]) -> None:
 
 def _clone(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.clone()
+
+
+def _sums_to(spec: TensorSpec, target: TensorSpec) -> bool:
+    """Whether a gradient only has to be summed over dimensions of a broadcast."""
+    pairs = zip(reversed(target.shape), reversed(spec.shape), strict=False)
+    return (
+        (spec.dtype, spec.device) == (target.dtype, target.device)
+        and len(target.shape) <= len(spec.shape)
+        and all(a in (1, b) for a, b in pairs)
+    )
 
 
 def _fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

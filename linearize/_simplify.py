@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from ._contractions import share_matrices
+from ._contractions import add_products, apply_diagonals, share_matrices, transpose_products
 from ._copies import merge_copies
 from ._folding import fold_diagonals
 from ._joining import join_parts
@@ -21,8 +21,12 @@ PASSES: tuple[Callable[[Program], Program], ...] = (
     merge_copies,
     join_parts,
     share_matrices,
-    fold_diagonals,
+    transpose_products,
     merge_copies,
+    fold_diagonals,
+    apply_diagonals,
+    merge_copies,
+    add_products,
 )
 
 

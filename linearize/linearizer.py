@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import torch
+from cachetools.keys import hashkey
 
 from ._capture import capture
 from ._memo import Memo, Stats, content_key
@@ -285,7 +286,7 @@ class Linearizer:
             else:
                 parts.append((type(leaf), id(leaf)))
                 owners.append(leaf)
-        return (structure, *parts), structure, owners, stamps
+        return hashkey(structure, *parts), structure, owners, stamps
 
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
