@@ -24,7 +24,12 @@ _NOTHING = frozenset(
 )
 #: Operations that rely on how their argument lies in memory.
 _STRIDED = frozenset(
-    {aten.as_strided.default, aten.as_strided_scatter.default, aten.view_as_complex.default}
+    {
+        aten.as_strided.default,
+        aten.as_strided_scatter.default,
+        aten.view_as_complex.default,
+        aten.view_as_real.default,
+    }
 )
 _RESHAPES = frozenset(
     {

@@ -19,6 +19,7 @@ from ._constants import Constants
 from ._origin import Literal, Origin, Saved, Schedule
 from ._program import Emitter, Equation, Operation, Residual, Var, map_leaves
 from ._space import TensorSpec
+from ._torch import aten
 
 #: Strides, and whether the numbers are stored conjugated or negated.
 Layout: TypeAlias = tuple[tuple[int, ...], bool, bool]
@@ -213,6 +214,9 @@ class NodePrograms:
         with self._lock:
             self._known[key] = program
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
@@ -223,12 +227,14 @@ NODE_PROGRAMS = NodePrograms()
 
 
 def placeholder_like(layout: Layout, spec: TensorSpec, numbers: torch.Tensor) -> torch.Tensor:
-    """Return `numbers` laid out in memory like a gradient, as far as strides go."""
-    strides = layout[0]
-    if strides == numbers.stride():
-        return numbers
-    repeated = [n > 1 and s == 0 for n, s in zip(spec.shape, strides, strict=True)]
-    few = numbers[tuple(slice(0, 1) if again else slice(None) for again in repeated)]
-    order = sorted(range(few.dim()), key=lambda i: -strides[i])
-    back = [order.index(i) for i in range(few.dim())]
-    return few.permute(order).contiguous().permute(back).expand(spec.shape)
+    """Return `numbers`, some of them repeated, laid out in memory like a gradient."""
+    strides, conjugate, negative = layout
+    if strides != numbers.stride():
+        repeated = [n > 1 and s == 0 for n, s in zip(spec.shape, strides, strict=True)]
+        few = numbers[tuple(slice(0, 1) if again else slice(None) for again in repeated)]
+        order = sorted(range(few.dim()), key=lambda i: -strides[i])
+        back = [order.index(i) for i in range(few.dim())]
+        numbers = few.permute(order).contiguous().permute(back).expand(spec.shape)
+    if conjugate:
+        numbers = aten._conj.default(numbers)
+    return aten._neg_view.default(numbers) if negative else numbers

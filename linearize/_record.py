@@ -31,7 +31,7 @@ from ._nodes import formula_of, mended
 from ._origin import Origin, Saved
 from ._program import Emitter, Equation, Operation, Program, Residual, Var
 from ._recorder import OpaqueError, Recorder
-from ._signature import HiddenError, node_key, saved_by
+from ._signature import HiddenError, arguments, node_key, saved_by
 from ._space import TensorSpec
 from ._torch import (
     Node,
@@ -277,6 +277,7 @@ class _Walk:
         try:
             key = (
                 node_key(self.graph, node),
+                arguments(node),
                 tuple([(i, g.layout) for i, g in sorted(received.items())]),
             )
             hash(key)

@@ -323,6 +323,10 @@ class Recorder(DispatchMode):
         arguments = map_leaves(self._argument, list(args))
         if func in _VIEWS:
             return aten.reshape.default, arguments[:2]
+        if func is aten.view_as_real.default and isinstance(arguments[0], Var):
+            # It refuses numbers that are stored conjugated, as a cotangent may be.
+            (v,) = arguments
+            return func, [self.emitter.emit(aten.resolve_conj.default, (v,), v.spec)]
         if func not in _STRIDED:
             if isinstance(func, OpOverload) and wants_contiguous(func):
                 pairs = zip(arguments, args, strict=True)

@@ -81,8 +81,18 @@ def expected(node: Node) -> tuple[Any, ...]:
     return tuple([(tuple(m.shape), m.dtype, m.device) for m in input_metadata(node)])
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """Return the shapes, dtypes and devices of what a node was computed from.
+
+    Nodes know them without showing them, but for those through which no gradient goes.
+    """
+    targets = [(target, i) for target, i in node.next_functions if target is not None]
+    metadata = [input_metadata(target)[i] for target, i in targets]
+    return tuple([(tuple(m.shape), m.dtype, m.device) for m in metadata])
+
+
 def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
-    """Return what the derivative of a built-in node depends on besides numbers.
+    """Return what the derivative of a built-in node depends on, besides numbers and `arguments`.
 
     Looked at once, when the graph is new.
 

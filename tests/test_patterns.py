@@ -483,6 +483,17 @@ def test_complex_combinations(name: str) -> None:
     compare(lambda *a: f(*a), *primals)
 
 
+@pytest.mark.parametrize("to_real", [True, False])
+def test_vectors_that_are_stored_conjugated(to_real: bool) -> None:
+    z = rand(3, dtype=C)
+    x = z if to_real else torch.view_as_real(z).clone()
+    f = torch.view_as_real if to_real else torch.view_as_complex
+    here = lz.Linearizer(lambda x: f(x * 2)).at(x)
+    for _ in range(CALLS):
+        product = here.jvp_fn(z.conj()) if to_real else here.vjp_fn(z.conj())[0]
+        close(product, 2 * torch.view_as_real(z.conj().resolve_conj()), 1e-12)
+
+
 # -- checkpoints --------------------------------------------------------------------------------
 
 
