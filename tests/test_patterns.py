@@ -338,7 +338,9 @@ def test_directions_of_every_kind(kind: str) -> None:
 
 
 def test_channels_last_through_a_network() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # weights for which no difference goes across a kink of ReLU
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     net = net.double().to(memory_format=torch.channels_last)
     x = rand(2, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     here = compare(net, x)
