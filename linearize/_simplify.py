@@ -14,12 +14,14 @@ from ._copies import merge_copies
 from ._folding import fold_diagonals
 from ._joining import join_parts
 from ._program import Program, Residual, total_bytes
+from ._rows import multiply_rows
 from ._torch import reachable_elsewhere
 
 #: The passes, in order.
 PASSES: tuple[Callable[[Program], Program], ...] = (
     merge_copies,
     join_parts,
+    multiply_rows,
     share_matrices,
     transpose_products,
     merge_copies,

@@ -42,6 +42,7 @@ FLOORS = (
         "_copies",
         "_joining",
         "_contractions",
+        "_rows",
         "_folding",
         "_simplify",
         "_structure",
