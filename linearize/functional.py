@@ -176,7 +176,7 @@ def hvp(
     """Return a scalar function's value and the product of its Hessian with a vector.
 
     The contract of `torch.autograd.functional.hvp`. func and its backward run once. For many
-    products at one point use `linearize.curvature.Hessian`.
+    products at one point use `linearize.curvature.hessian`.
 
     Parameters
     ----------

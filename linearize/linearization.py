@@ -25,8 +25,10 @@ class ProgramPair:
 
     Attributes
     ----------
-    pushforward, pullback
-        The programs of `jvp_fn` and `vjp_fn`.
+    pushforward : Program
+        The program of `jvp_fn`. Readable by `print`, as the other one.
+    pullback : Program
+        The program of `vjp_fn`.
     """
 
     __slots__ = ("pullback", "pushforward")
@@ -61,8 +63,10 @@ class Linearization:
         `jvp_fn(*tangents)` is J·v.
     vjp_fn : VjpFn
         `vjp_fn(cotangent)` is Jᵀ·u.
-    in_space, out_space : Space
-        The spaces of tangents and of cotangents.
+    in_space : Space
+        Of tangents: the structure, shapes and dtypes of the primals.
+    out_space : Space
+        Of cotangents: those of the value.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class Linearization:
 
     @property
     def value(self) -> Any:
-        """F at the point, detached, in f's output structure. Not to be changed in place.
+        """The value of f at the point, detached, in f's structure. Not to be changed in place.
 
         Raises
         ------
