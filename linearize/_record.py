@@ -412,6 +412,7 @@ class _Walk:
     def custom(self, custom: CustomNode, node: Node, received: dict[int, Gradient]) -> None:
         """Write down a custom Function's node as one operation."""
         custom.know_outputs(received.keys())
+        self.guarded(node, custom.unpack)  # together with what the nodes around it saved
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         grads = [received.get(i) for i in range(len(custom.outputs))]
         self.place(CustomBackward(custom), edges, custom.inputs, grads)
