@@ -22,8 +22,14 @@ import linearize.func
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["torch.func.jvp", "torch.func.linearize", "torch.func.vjp", "double backward"]
-#: torch.func.linearize folds constants with a warning of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+VERSION = "2.13"
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.__version__.startswith(VERSION), reason=f"the table is about PyTorch {VERSION}"
+    ),
+    # torch.func.linearize folds constants with a warning of its own.
+    pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node"),
+]
 
 
 def table() -> dict[str, list[str]]:
@@ -233,6 +239,10 @@ def test_runs_of_the_function() -> None:
         k,
         "1 with a kept graph, else k",
     )
+
+
+def test_the_version_is_stated() -> None:
+    assert f"PyTorch {VERSION} " in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_dropout() -> None:
