@@ -199,6 +199,8 @@ def test_what_is_said_of_the_tools(row: str) -> None:
                 af.jvp(OldOverNumPy.apply, q, torch.ones_like(q), strict=True)
             said = "error"
         said = said.replace("yes", "Jᵀ·u") if name == "torch.func.vjp" else said
+        if said == "wrong numbers":  # whatever is in the memory that was not written, zeros too
+            found = {said if f == "zeros" else f for f in found}
         assert found == set(said.split(" or ")), name
 
 
