@@ -47,6 +47,11 @@ def ours(problem: Problem) -> Made:
     return point(lz.Linearizer(problem.f, maxsize=1), problem.primals)
 
 
+def compiled(problem: Problem) -> Made:
+    """The same through `torch.compile`."""
+    return point(lz.Linearizer(problem.f, maxsize=1, compile=True), problem.primals)
+
+
 def point(lin: lz.Linearizer, primals: Tensors) -> Made:
     """Return the products at a point; lone cotangents go in as they are."""
     here = lin.at(*primals)
@@ -141,6 +146,8 @@ def dense(problem: Problem) -> Made:
 
 
 OURS, LIMIT, DENSE = "linearize", "limit", "limit (matrices)"
+#: Takes part if it is asked for: it compiles for minutes.
+COMPILED = "linearize, compiled"
 ENGINES: dict[str, Callable[[Problem], Made]] = {
     OURS: ours,
     "torch.func.jvp, vjp": func_each,

@@ -32,6 +32,7 @@ import torch  # noqa: E402
 
 from benchmarks import break_even, gpu, report  # noqa: E402
 from benchmarks.cases import CASES  # noqa: E402
+from benchmarks.engines import COMPILED, ENGINES, compiled  # noqa: E402
 from benchmarks.measure import measure  # noqa: E402
 
 COMMAND, ROUNDS = "make bench", 7
@@ -60,6 +61,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/results.json"))
     parser.add_argument("--resume", action="store_true", help="keep what --out holds already")
     parser.add_argument("--docs", type=Path, help="a page whose generated part is rewritten")
+    parser.add_argument("--compile", action="store_true", help="with compile=True as an engine")
     parser.add_argument("--list", action="store_true", help="only name the cases")
     return parser.parse_args(arguments)
 
@@ -73,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.list or not cases:
         print("\n".join(f"{c.size:8s}{c.name}" for c in cases) or "no case of this name and size")
         return 0 if cases else 2
+    if given.compile:
+        ENGINES[COMPILED] = compiled
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     about = versions()

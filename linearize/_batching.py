@@ -7,7 +7,8 @@ there: some have no batching rule, or one that warns, raises or gives wrong numb
 - a few operations have a rule here;
 - any other is tried on random numbers, once for each combination of shapes, dtypes and settings:
   where PyTorch's rule does not give what single calls give, the operation is called entry by
-  entry, inside the same pass, as user code always is.
+  entry, inside the same pass, as user code is that does not say that it takes batches
+  (`generate_vmap_rule` of a custom Function).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ._linearity import close, schema_of
-from ._program import leaves, map_leaves
+from ._program import Operation, leaves, map_leaves
 from ._space import TensorSpec
 from ._torch import (
     DispatchKey,
@@ -57,6 +58,12 @@ def call(op: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) ->
     template = map_leaves(lambda x: _slot(x, given), (list(args), kwargs))
     if not any(batched_or_wrapped(t) for t in given):
         return op(*args, **kwargs)
+    if isinstance(op, Operation) and op.takes_batches:
+        try:
+            return op(*args, **kwargs)
+        except RuntimeError as error:  # it reads a number, say: then entry by entry
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
     # Inside several transforms the trial says too little.
     small = transform_depth() == 1 and sum(t.numel() for t in given) < _LARGE
     if small and isinstance(op, OpOverload) and op not in _RULES:

@@ -7,8 +7,9 @@ nothing that is kept or owned by somebody else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,8 +21,13 @@ from ._space import TensorSpec
 from ._torch import functorch_active
 from .errors import LinearizeError
 
+#: From arguments and the numbers of a point to results.
+Compiled: TypeAlias = Callable[[Sequence[torch.Tensor], "Binding"], list[torch.Tensor | None]]
+
 #: At which run a program is written out as a function.
 WRITE_OUT_AT = 2
+#: From how many numbers in one value on arguments are not taken together on a CPU.
+LARGE_ENTRY = 1 << 16
 
 
 class _Slot:
@@ -194,15 +200,18 @@ class Executor:
     """
 
     __slots__ = (
-        "_copies",
         "_function",
         "_inputs",
         "_outputs",
         "_size",
         "_steps",
         "_verified",
+        "compiled",
+        "copies",
+        "gains_by_stacks",
         "program",
         "runs",
+        "tried",
     )
 
     def __init__(self, program: Program) -> None:
@@ -218,12 +227,18 @@ class Executor:
         for i, step in enumerate(step for step in self._steps if step.opaque):
             step.place = i
         self._free(program, slots)
-        self._copies = self._to_copy(program)
+        self.copies = self._to_copy(program)
         self._verified = False
+        #: Whether several arguments are taken together faster than one after the other.
+        self.gains_by_stacks = not (_mostly_opaque(program) or _fills_caches(program))
         #: The program written out, once it has run often enough.
         self._function: Function | None = None
         #: How often it ran.
         self.runs = 0
+        #: What runs in its place outside of transforms, once it was compiled.
+        self.compiled: Compiled | None = None
+        #: Whether that was tried.
+        self.tried = False
 
     def _free(self, program: Program, slots: dict[Any, int]) -> None:
         """Note after which step each intermediate can go."""
@@ -285,9 +300,11 @@ class Executor:
         """
         if binding is None:
             binding = Binding.of(self.program)
-        binding.check()
         batching = functorch_active()
         plain = tape is None and not batching
+        if plain and self.compiled is not None:
+            return self.compiled(arguments, binding)
+        binding.check()
         if plain and self._function is not None:
             return self._function([r.tensor for r in binding.residuals], arguments)
         values: list[Any] = [r.tensor for r in binding.residuals]
@@ -335,7 +352,7 @@ class Executor:
         results = [None if slot < 0 else values[slot] for slot in self._outputs]
         results = [
             t.clone() if copy and t is not None else t
-            for t, copy in zip(results, self._copies, strict=True)
+            for t, copy in zip(results, self.copies, strict=True)
         ]
         if plain:
             self.runs += 1
@@ -350,7 +367,7 @@ class Executor:
         results: Sequence[torch.Tensor | None],
     ) -> None:
         """Write the program out as a function, and use it if it gives the same."""
-        function = generate(self.program, self._copies)
+        function = generate(self.program, self.copies)
         if function is None:
             return
         again = function([r.tensor for r in binding.residuals], arguments)
@@ -359,6 +376,22 @@ class Executor:
             for a, b in zip(again, results, strict=True)
         ):
             self._function = function
+
+
+def _mostly_opaque(program: Program) -> bool:
+    """Whether there is no more to do than to call user code that does not take batches."""
+    user = [eq for eq in program.equations if isinstance(eq.op, Operation)]
+    rest = [eq for eq in program.equations if not isinstance(eq.op, Operation)]
+    alone = all(not eq.op.takes_batches for eq in user if isinstance(eq.op, Operation))
+    return bool(user) and alone and sum(not may_alias(eq.op) for eq in rest) <= len(user)
+
+
+def _fills_caches(program: Program) -> bool:
+    """Whether values are so large that the processor's caches do not hold several of them."""
+    values = (v for eq in program.equations for v in eq.outputs if v is not None)
+    return any(
+        v.spec.device.type == "cpu" and math.prod(v.spec.shape) >= LARGE_ENTRY for v in values
+    )
 
 
 def _fill(step: _Step, args: list[Any], keywords: dict[str, Any], values: list[Any]) -> bool:

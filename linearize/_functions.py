@@ -152,6 +152,11 @@ class CustomNode:
         own = self.cls.backward is not base.backward or self.cls.vjp is not base.vjp
         return own and not only_raises(self.cls)
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether the author says that its methods can be called inside `torch.vmap`."""
+        return bool(getattr(self.cls, "generate_vmap_rule", False))
+
     def signature(self) -> Hashable:
         """Return what of the node, besides its edges, decides how it is called."""
         return (
@@ -448,6 +453,11 @@ class CustomBackward(Operation):
         """Printable name."""
         return f"{self.node.name}.backward"
 
+    @property
+    def takes_batches(self) -> bool:  # type: ignore[override]
+        """Whether the author says so."""
+        return self.node.takes_batches
+
     def moved(self, counterpart: Callable[[Any], Any]) -> CustomBackward:
         """Return the same with another node."""
         return CustomBackward(counterpart(self.node))
@@ -476,6 +486,11 @@ class CustomJvp(Operation):
     def name(self) -> str:  # type: ignore[override]
         """Printable name."""
         return f"{self.node.name}.jvp"
+
+    @property
+    def takes_batches(self) -> bool:  # type: ignore[override]
+        """Whether the author says so."""
+        return self.node.takes_batches
 
     def moved(self, counterpart: Callable[[Any], Any]) -> CustomJvp:
         """Return the same with another node."""

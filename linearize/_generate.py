@@ -38,7 +38,9 @@ _IN_PLACE: dict[Any, tuple[Any, bool]] = {
 }
 
 
-def generate(program: Program, copies: Sequence[bool]) -> Function | None:
+def generate(
+    program: Program, copies: Sequence[bool], *, in_place: bool = True
+) -> Function | None:
     """Write a program out as a function.
 
     Parameters
@@ -47,6 +49,8 @@ def generate(program: Program, copies: Sequence[bool]) -> Function | None:
         Whose residuals need not have tensors.
     copies
         Which results must be copied, because they may share memory with something else.
+    in_place
+        Whether operations may write into operands that are needed no more.
 
     Returns
     -------
@@ -55,13 +59,14 @@ def generate(program: Program, copies: Sequence[bool]) -> Function | None:
     """
     if len(program.equations) > LONGEST or program.is_opaque():
         return None
-    return _Writer(program, copies).function()
+    return _Writer(program, copies, in_place).function()
 
 
 class _Writer:
-    def __init__(self, program: Program, copies: Sequence[bool]) -> None:
+    def __init__(self, program: Program, copies: Sequence[bool], in_place: bool) -> None:
         self.program = program
         self.copies = copies
+        self.may_write = in_place
         self.names: dict[Any, str] = {}
         self.known: dict[str, Any] = {}
         self.by_value: dict[Any, str] = {}
@@ -135,7 +140,7 @@ class _Writer:
 
     def in_place(self, i: int, eq: Equation) -> tuple[Any, tuple[Any, ...]] | None:
         """Return an operation that writes into an operand which is needed no more."""
-        known = _IN_PLACE.get(eq.op)
+        known = _IN_PLACE.get(eq.op) if self.may_write else None
         if known is None:
             return None
         op, swaps = known

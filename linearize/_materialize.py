@@ -15,11 +15,13 @@ from ._torch import aten
 from .errors import MissingDerivativeError
 
 
-def _reals(spec: TensorSpec) -> int:
+def reals(spec: TensorSpec) -> int:
+    """Return of how many real numbers a tensor consists."""
     return math.prod(spec.shape) * (2 if spec.dtype.is_complex else 1)
 
 
-def _flat_real(t: torch.Tensor) -> torch.Tensor:
+def flat_real(t: torch.Tensor) -> torch.Tensor:
+    """Return the real numbers of a tensor as a vector."""
     return (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1)
 
 
@@ -62,7 +64,7 @@ def dense_transpose(
     dtype = torch.float32
     for spec in (*rows, *columns):
         dtype = torch.promote_types(dtype, spec.dtype.to_real())
-    height, width = sum(map(_reals, rows)), sum(map(_reals, columns))
+    height, width = sum(map(reals, rows)), sum(map(reals, columns))
     size = height * width * dtype.itemsize
     if size > limit:
         raise MissingDerivativeError(
@@ -76,21 +78,21 @@ def dense_transpose(
         for row in progress(range(height), height, f"matrix of {name}"):
             results = fn(*next(units))
             parts = [
-                torch.zeros(_reals(spec), dtype=dtype, device=device)
+                torch.zeros(reals(spec), dtype=dtype, device=device)
                 if t is None
-                else _flat_real(t).to(dtype=dtype, device=device)
+                else flat_real(t).to(dtype=dtype, device=device)
                 for t, spec, here in zip(results, outs, present, strict=True)
                 if here
             ]
             matrix[row] = torch.cat(parts)
-    return _around(matrix, rows, columns, list(ins), wanted, name)
+    return matrix_program(matrix, columns, list(ins), wanted, name)
 
 
 def _units(ins: Sequence[TensorSpec], wanted: Sequence[bool]) -> Any:
     for k, (spec, want) in enumerate(zip(ins, wanted, strict=True)):
         if not want:
             continue
-        for i in range(_reals(spec)):
+        for i in range(reals(spec)):
             arguments = [s.zeros() for s in ins]
             flat = (
                 torch.view_as_real(arguments[k]) if spec.dtype.is_complex else arguments[k]
@@ -99,14 +101,26 @@ def _units(ins: Sequence[TensorSpec], wanted: Sequence[bool]) -> Any:
             yield arguments
 
 
-def _around(
+def matrix_program(
     matrix: torch.Tensor,
-    rows: Sequence[TensorSpec],
     columns: Sequence[TensorSpec],
     all_rows: Sequence[TensorSpec],
     wanted: Sequence[bool],
     name: str,
 ) -> Program:
+    """Return the product with a matrix as a program.
+
+    Parameters
+    ----------
+    matrix
+        Of real numbers.
+    columns
+        The specifications of the arguments.
+    all_rows, wanted
+        Those of the results, and which of them the matrix has rows for.
+    name
+        Whose matrix it is.
+    """
     e = Emitter(f"matrix of {name}")
     device, dtype = matrix.device, matrix.dtype
     inputs = [Var(spec) for spec in columns]
@@ -121,7 +135,7 @@ def _around(
         v = e.emit(aten.reshape.default, (v, [flat.shape[0]]), flat)
         parts.append(_cast(e, v, TensorSpec(flat.shape, dtype, device)))
     joined = TensorSpec((matrix.shape[1],), dtype, device)
-    vector = e.emit(aten.cat.default, (parts,), joined)
+    vector = parts[0] if len(parts) == 1 else e.emit(aten.cat.default, (parts,), joined)
     result = TensorSpec((matrix.shape[0],), dtype, device)
     vector = e.emit(aten.mv.default, (Residual(matrix, e.source), vector), result)
     outputs: list[Var | None] = []
@@ -130,14 +144,17 @@ def _around(
         if not want:
             outputs.append(None)
             continue
-        end = start + _reals(spec)
+        end = start + reals(spec)
         part = TensorSpec((end - start,), dtype, device)
-        v = e.emit(aten.slice.Tensor, (vector, 0, start, end), part)
+        whole = end - start == matrix.shape[0]
+        v = vector if whole else e.emit(aten.slice.Tensor, (vector, 0, start, end), part)
         real = spec.dtype.to_real()
         shape = (*spec.shape, 2) if spec.dtype.is_complex else spec.shape
         v = e.emit(aten.reshape.default, (v, list(shape)), TensorSpec(shape, dtype, device))
         v = _cast(e, v, TensorSpec(shape, real, spec.device))
         if spec.dtype.is_complex:
+            # Pairs must lie side by side, in a batched run too.
+            v = e.emit(aten.clone.default, (v,), v.spec, memory_format=torch.contiguous_format)
             v = e.emit(aten.view_as_complex.default, (v,), spec)
         outputs.append(v)
         start = end

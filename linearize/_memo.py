@@ -42,6 +42,10 @@ class Stats:
         Points whose programs were recorded from their graph.
     reused
         Points that took over the programs of another one, whose graph has the same structure.
+    dense
+        Matrices that took the place of programs.
+    compiled
+        Programs that were compiled; one serves all points of a structure.
     """
 
     hits: int = 0
@@ -51,6 +55,8 @@ class Stats:
     bytes: int = 0
     recorded: int = 0
     reused: int = 0
+    dense: int = 0
+    compiled: int = 0
 
     def __getitem__(self, name: str) -> int:
         if name not in self.__dataclass_fields__:

@@ -97,6 +97,8 @@ class Operation:
     may_alias: bool = True
     #: Whether it belongs to one point, because it holds a node of its graph.
     of_point: bool = True
+    #: Whether its author says that it can be called inside `torch.vmap`.
+    takes_batches: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the operation."""

@@ -168,7 +168,8 @@ class _Stretch:
         rows = outputs[0].spec.shape[0] if outputs else 0
         then = rows * (into * out + 2 * into + 2 * out)
         few = len(equations) <= 3 + len(inputs) + len(outputs)
-        worth = bool(inputs) and bool(outputs) and not few and then <= GAIN * now
+        mixed = any(eq.op in _MIXING for eq in equations)  # diagonals are for `fold_diagonals`
+        worth = bool(inputs) and bool(outputs) and mixed and not few and then <= GAIN * now
         return _Stretch(equations, inputs, outputs) if worth else None
 
     def emit(self, e: Emitter) -> None:
@@ -308,3 +309,19 @@ _RULES: dict[Any, Rule] = {
     aten.bmm.default: lambda eq, shape: all(r.tensor.shape[0] == shape[0] for r in eq.residuals()),
     aten.mm.default: lambda eq, _: isinstance(eq.args[0], Var),
 }
+#: Steps after which a number depends on others of its row.
+_MIXING = frozenset(
+    {
+        aten.sum.dim_IntList,
+        aten.mean.dim,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.select_backward.default,
+        aten.slice_backward.default,
+        aten.linalg_cross.default,
+        aten.stack.default,
+        aten.cat.default,
+        aten.bmm.default,
+        aten.mm.default,
+    }
+)

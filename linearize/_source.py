@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from ._adjoint import Proof
 from ._capture import Capture, Graph
+from ._dense import Dense
 from ._execute import Binding, filled
 from ._functions import CustomNode
 from ._origin import Origin, Saved
@@ -39,9 +41,18 @@ class Source:
         The run of f.
     structures
         What is known of other points; None if nothing is to be shared.
+    check
+        Whether to check, once per structure, that the two programs are adjoint.
+
+    Attributes
+    ----------
+    proof
+        That check, as long as it has not been made.
     """
 
-    def __init__(self, captured: Capture, structures: Structures | None = None) -> None:
+    def __init__(
+        self, captured: Capture, structures: Structures | None = None, *, check: bool = True
+    ) -> None:
         self.lock = threading.RLock()
         # The graph is made now: it stamps what contexts keep, before anybody changes it.
         self._graph: Graph | None = captured.graph()
@@ -49,6 +60,10 @@ class Source:
         self._specs = (captured.out_space.tensors, captured.in_space.tensors)
         self._pullback: Program | None = None
         self._structures = structures
+        self._check = check
+        #: What the pushforward owes before its first product is handed out.
+        self.proof: Proof | None = None
+        self._dense: Dense | None = None
         self._structure: Structure | None = None
         self._signature: tuple[object, ...] | None = None
         self._searched = False
@@ -101,7 +116,20 @@ class Source:
     def pushforward(self) -> Program:
         """Return the transpose of the pullback."""
         with self.lock:
-            return transpose(self.pullback(), PUSHFORWARD)
+            pullback = self.pullback()
+            pushforward = transpose(pullback, PUSHFORWARD)
+            if self._owes_proof():
+                self.proof = Proof(pullback, pushforward, transpose, self._proved)
+            return pushforward
+
+    def _owes_proof(self) -> bool:
+        structure = self._structure
+        return self._check and not (structure is not None and structure.proved)
+
+    def _proved(self) -> None:
+        self.proof = None
+        if self._structure is not None:
+            self._structure.proved = True
 
     def _record(self) -> Program:
         graph = self._graph
@@ -136,7 +164,7 @@ class Source:
             if self._graph is None:
                 return None
             self._search()
-            if self._structure is None:
+            if self._structure is None or (direction == PUSHFORWARD and self._owes_proof()):
                 return None
             for template in self._structure.templates((direction, present)):
                 if template.simplified and not simplified:
@@ -158,6 +186,23 @@ class Source:
         if template is not None:
             self._structure.offer((direction, present), template)
         return template
+
+    def dense(self, limit: int) -> Dense | None:
+        """Return what stands ready to become the matrix of both products."""
+        with self.lock:
+            if self._dense is None:
+                outs, ins = self._specs
+                self._dense = Dense.of(ins, outs, limit, self._count_dense)
+            return self._dense
+
+    def count_compiled(self) -> None:
+        """Take note that a program was compiled."""
+        if self._structures is not None:
+            self._structures.count_compiled()
+
+    def _count_dense(self) -> None:
+        if self._structures is not None:
+            self._structures.count_dense()
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are kept for programs still to be made."""

@@ -33,6 +33,7 @@ class _Place:
     name: str
     has_jvp: bool
     has_backward: bool
+    takes_batches: bool
 
 
 class Template:
@@ -61,7 +62,9 @@ class Template:
             return blank[x]
 
         def place(node: CustomNode) -> Any:
-            return _Place(places[id(node)], node.name, node.has_jvp, node.has_backward)
+            return _Place(
+                places[id(node)], node.name, node.has_jvp, node.has_backward, node.takes_batches
+            )
 
         self.program = _mapped(program, without_numbers, place)
         self.executor = Executor(self.program)
@@ -142,6 +145,12 @@ def _mapped(
     return program.with_equations(equations)
 
 
+#: The structures whose programs were found to be adjoint, the latest last, as hashes of their
+#: signatures: a function that is linearized anew need not be checked anew.
+PROVED: dict[int, None] = {}
+_MOST_PROVED = 10_000
+
+
 class Structure:
     """What is known of all points with one signature."""
 
@@ -149,6 +158,24 @@ class Structure:
         self.signature = of
         self._lock = threading.Lock()
         self._templates: dict[Key, list[Template]] = {}
+        try:
+            self._hash: int | None = hash(of)
+        except TypeError:
+            self._hash = None
+        self._proved = self._hash in PROVED
+
+    @property
+    def proved(self) -> bool:
+        """Whether its two programs were found to be adjoint."""
+        return self._proved
+
+    @proved.setter
+    def proved(self, value: bool) -> None:
+        self._proved = value
+        if value and self._hash is not None:
+            PROVED[self._hash] = None
+            if len(PROVED) > _MOST_PROVED:
+                PROVED.pop(next(iter(PROVED)), None)
 
     def offer(self, key: Key, template: Template) -> None:
         """Take a template in; simplified ones are preferred."""
@@ -171,6 +198,10 @@ class Structures:
     ----------
     recorded, reused
         How many points were recorded, and how many took over a structure.
+    dense
+        How many matrices took the place of programs.
+    compiled
+        How many programs were compiled.
     """
 
     #: How many are kept; each is a few kilobytes per operation.
@@ -181,6 +212,8 @@ class Structures:
         self._known: list[Structure] = []
         self.recorded = 0
         self.reused = 0
+        self.dense = 0
+        self.compiled = 0
 
     def find(self, of: tuple[Any, ...]) -> Structure | None:
         """Return the structure with a signature."""
@@ -204,6 +237,16 @@ class Structures:
                 self.reused += 1
             else:
                 self.recorded += 1
+
+    def count_dense(self) -> None:
+        """Count a matrix."""
+        with self._lock:
+            self.dense += 1
+
+    def count_compiled(self) -> None:
+        """Count a compiled program."""
+        with self._lock:
+            self.compiled += 1
 
     def clear(self) -> None:
         """Forget all structures."""

@@ -48,11 +48,20 @@ class Policy:
         The most bytes that one such matrix may take.
     simplify
         Whether programs that are run often are simplified.
+    check
+        When the two programs are checked to be adjoint: "structure", "always" or "never".
+    dense_limit
+        The most bytes that the matrix of a whole program may take; 0 for no such matrices.
+    compile
+        Whether programs that are run often are compiled: a bool, or options for that.
     """
 
     materialize: bool = False
     limit: int = 1 << 28
     simplify: bool = True
+    check: str = "structure"
+    dense_limit: int = 1 << 24
+    compile: Any = False
 
 
 def transpose(program: Program, name: str = "pushforward") -> Program:

@@ -62,6 +62,22 @@ class NotLinearError(LinearizeError, RuntimeError):
     """
 
 
+class AdjointError(LinearizeError, RuntimeError):
+    """A check found that the two products of a point are not adjoint: one of them is wrong.
+
+    The message names the first operation or custom Function at which they part. Remedy: for a
+    custom Function, correct its `jvp` or its `backward` (`linearize.testing.check_linearization`
+    tells which); if they part on purpose, pass `check="structure"`, which calls no user code.
+    """
+
+
+class CompilationWarning(UserWarning):
+    """A program could not be compiled; it runs as it was, and is right.
+
+    For instance because there is no C++ compiler, which Inductor needs on the CPU.
+    """
+
+
 class FunctionContractError(LinearizeError, RuntimeError):
     """A custom Function's `jvp` or `backward` returned something that its contract forbids.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ._capture import Capture
+from ._compile import Options
 from ._program import Program, Residual, total_bytes
 from ._simplify import explain, simplify
 from ._source import Source
@@ -17,7 +18,9 @@ from ._torch import pytree
 from ._transpose import Policy
 from .errors import ClosedError, CopyError
 from .operators import Jacobian
-from .products import JvpFn, Lifetime, VjpFn
+from .products import JvpFn, Lifetime, VjpFn, check_adjoint, check_before_use
+
+__all__ = ["Linearization", "ProgramPair"]
 
 
 class ProgramPair:
@@ -77,7 +80,7 @@ class Linearization:
         structures: Structures | None = None,
     ) -> None:
         policy = policy or Policy()
-        source = Source(captured, structures)
+        source = Source(captured, structures, check=policy.check != "never")
         self._lifetime = Lifetime(notify)
         self._lifetime.register(self)
         self.in_space = captured.in_space
@@ -94,6 +97,8 @@ class Linearization:
         common = (self._lifetime, policy, source)
         self.jvp_fn = JvpFn(source.pushforward, self.in_space, self.out_space, *common)
         self.vjp_fn = VjpFn(source.pullback, self.out_space, self.in_space, *common)
+        if policy.check == "always":
+            check_before_use(self.jvp_fn, self.vjp_fn)
 
     @property
     def value(self) -> Any:
@@ -142,6 +147,45 @@ class Linearization:
         """The two linear programs, recorded if they are not yet. Readable by `print`."""
         self._check_open()
         return ProgramPair(self.jvp_fn.program, self.vjp_fn.program)
+
+    def compile(self, **options: Any) -> None:
+        """Have the programs of both products compiled, at their next calls.
+
+        Points with the same structure use what was compiled.
+
+        Parameters
+        ----------
+        **options
+            For `torch.compile`, as of `Linearizer(compile=...)`.
+
+        Raises
+        ------
+        ClosedError
+            If the linearization was closed.
+        """
+        self._check_open()
+        chosen = Options.of(options)
+        assert chosen is not None
+        for product in (self.jvp_fn, self.vjp_fn):
+            product._compile(chosen)
+
+    def check(self) -> None:
+        """Check now that the two products are adjoint, on one random pair.
+
+        Calls each custom Function's `jvp` and `backward` once more.
+
+        Raises
+        ------
+        AdjointError
+            If they are not. The message names the first operation or custom Function at which
+            they part.
+        MissingDerivativeError
+            If one of the two cannot be had.
+        ClosedError
+            If the linearization was closed.
+        """
+        self._check_open()
+        check_adjoint(self.jvp_fn, self.vjp_fn)
 
     @property
     def nbytes(self) -> int:

@@ -13,12 +13,15 @@ import torch
 from cachetools.keys import hashkey
 
 from ._capture import capture
+from ._compile import Options
 from ._memo import Memo, Stats, content_key
 from ._structure import Structures
 from ._torch import pytree
 from ._transpose import Policy
 from .errors import CopyError, OptionError, StructureError
 from .linearization import Linearization
+
+__all__ = ["Linearizer"]
 
 
 class Linearizer:
@@ -54,6 +57,21 @@ class Linearizer:
     simplify
         Whether a program that is run repeatedly is simplified; the simplified one takes over
         when it was seen to give the same.
+    check
+        When the two products are checked to be adjoint on one random pair. "structure": once
+        for all points with one structure, without calling custom Functions. "always": at each
+        point, before its first product, with the methods of custom Functions, each called
+        once more for it. "never": not at all. A failure is an `AdjointError`.
+    dense_limit
+        The most bytes that the Jacobian of a point may take as a matrix. A program that is
+        slower than its matrix, and was run often enough to pay for it, is replaced by it;
+        programs that call custom Functions are not, nor any if `simplify` is False. 0 or None
+        for no matrices.
+    compile
+        Whether programs that are run repeatedly go through `torch.compile`, each once for all
+        points with one structure: True, or a dict of options of `torch.compile` (`mode`,
+        `backend`, `options`). Custom Functions stay calls. On CUDA the rest is replayed from
+        CUDA graphs too, unless the dict has `"cudagraph": False`.
 
     Notes
     -----
@@ -74,6 +92,9 @@ class Linearizer:
         opaque: Literal["error", "materialize"] = "error",
         opaque_limit: int = 1 << 28,
         simplify: bool = True,
+        check: Literal["structure", "always", "never"] = "structure",
+        dense_limit: int | None = 1 << 24,
+        compile: bool | dict[str, Any] = False,
     ) -> None:
         if not callable(f):
             raise StructureError(f"Linearizer: f must be callable, got {type(f).__name__}")
@@ -82,14 +103,20 @@ class Linearizer:
             raise OptionError(f'match must be "identity" or "value", got {match!r}')
         if opaque not in ("error", "materialize"):
             raise OptionError(f'opaque must be "error" or "materialize", got {opaque!r}')
-        for name, limit in (("maxsize", maxsize), ("max_bytes", max_bytes)):
+        if check not in ("structure", "always", "never"):
+            raise OptionError(f'check must be "structure", "always" or "never", got {check!r}')
+        limits = {"maxsize": maxsize, "max_bytes": max_bytes, "dense_limit": dense_limit}
+        Options.of(compile)  # raises
+        for name, limit in limits.items():
             if limit is not None and limit < 0:
                 raise OptionError(f"{name} must not be negative, got {limit}")
         self.f = f
         self._argnums = argnums
         self._has_aux = has_aux
         self._by_value = match == "value"
-        self._policy = Policy(opaque == "materialize", opaque_limit, simplify)
+        self._policy = Policy(
+            opaque == "materialize", opaque_limit, simplify, check, dense_limit or 0, compile
+        )
         self._keeps = maxsize != 0
         self._memo: Memo[Linearization] = Memo(
             maxsize, max_bytes, Linearization._size, Linearization._fresh
@@ -156,7 +183,11 @@ class Linearizer:
         """Return the memo's counters, and how many points shared their structure."""
         known = self._structures
         return dataclasses.replace(
-            self._memo.stats(), recorded=known.recorded, reused=known.reused
+            self._memo.stats(),
+            recorded=known.recorded,
+            reused=known.reused,
+            dense=known.dense,
+            compiled=known.compiled,
         )
 
     def clear(self) -> None:

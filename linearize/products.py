@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -9,102 +10,27 @@ from typing import Any
 
 import torch
 
-from ._execute import Binding, Executor, filled
-from ._linearity import close, rounding
-from ._program import Program, Residual
-from ._simplify import guards, simplify
+from ._adjoint import Proof, check_built_in, check_maps
+from ._compile import Options
+from ._dense import Dense
+from ._execute import Binding, Executor
+from ._plan import Plan
+from ._program import Operation, Program, Residual
 from ._source import PULLBACK, PUSHFORWARD, Source
 from ._space import Space
 from ._structure import Template
 from ._torch import functorch_active, outside_transforms
 from ._transpose import Policy, resolve, transpose
-from .errors import ClosedError, CopyError, StructureError
+from .errors import (
+    AdjointError,
+    ClosedError,
+    CopyError,
+    LinearizeError,
+    MissingDerivativeError,
+    StructureError,
+)
 
-#: At which call a program is simplified: sooner would cost more than it saves.
-SIMPLIFY_AT = 3
-
-
-class _Plan:
-    """How a map is run: as recorded at first, simplified once it is run again and again.
-
-    Parameters
-    ----------
-    executor, binding
-        What is run.
-    settled
-        Whether nothing is to be simplified (any more).
-
-    Attributes
-    ----------
-    news
-        The simplified program that has taken over, until somebody takes note.
-    """
-
-    def __init__(
-        self,
-        executor: Executor,
-        binding: Binding,
-        *,
-        settled: bool,
-    ) -> None:
-        #: One reference, so that a change is seen as a whole.
-        self._running = executor, binding
-        self._settled = settled
-        self.news: Program | None = None
-        self._lock = threading.Lock()
-
-    def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        executor, binding = self._running
-        due = not self._settled and executor.runs >= SIMPLIFY_AT - 1
-        if due and not functorch_active() and self._lock.acquire(blocking=False):
-            try:
-                return self._settle(arguments)
-            finally:
-                self._settled = True
-                self._lock.release()
-        return executor(arguments, binding)
-
-    @property
-    def makes_history(self) -> bool:
-        """Whether autograd would record a call in grad mode."""
-        return self._running[1].makes_history or functorch_active()
-
-    @property
-    def binding(self) -> Binding:
-        """The numbers that are used."""
-        return self._running[1]
-
-    def program(self) -> Program:
-        """Return what is run, with its numbers."""
-        executor, binding = self._running
-        return filled(executor.program, binding)
-
-    def _settle(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Run as before, and take the simplified program if it gives the same, as precisely.
-
-        A sum of large terms that cancel may lose digits when a factor goes to each term.
-        """
-        tape: list[Any] = []
-        executor, old = self._running
-        results = executor(arguments, old, tape)
-        before = filled(executor.program, old)
-        with torch.inference_mode(False), torch.no_grad():
-            after = simplify(before)
-        smaller = Executor(after)
-        binding = Binding.of(after)
-        again = smaller(arguments, binding, tape, replay=True)
-        if all(
-            (a is None) == (b is None) and (a is None or b is None or close(a, b, rounding))
-            for a, b in zip(again, results, strict=True)
-        ):
-            binding.guard_by([*guards(before, after), *old.guards])
-            self._running = smaller, binding
-            self.news = after
-        return results
-
-    def use(self, executor: Executor) -> None:
-        """Run the same program by an executor that other points use too."""
-        self._running = executor, self.binding
+__all__ = ["JvpFn", "VjpFn"]
 
 
 class Lifetime:
@@ -166,10 +92,14 @@ class Product:
         self._results = results
         self._lifetime = lifetime
         self._policy = policy
+        self._compiling = Options.of(policy.compile)
+        self._hurry = False
         self._lock = threading.RLock()
         self._program: Program | None = None
-        self._plans: dict[tuple[bool, ...], _Plan] = {}
+        self._plans: dict[tuple[bool, ...], Plan] = {}
         self._turned: Product | None = None
+        #: Checks the product before its first use.
+        self._first: Callable[[], None] | None = None
         lifetime.register(self)
         if source is not None and not joined:
             source.wait(self._direction, self)
@@ -208,10 +138,10 @@ class Product:
 
     def _release(self) -> None:
         with self._lock:
-            self._make = self._program = self._turned = self._source = None
+            self._make = self._program = self._turned = self._source = self._first = None
             self._plans = {}
 
-    def _plan(self, present: tuple[bool, ...]) -> _Plan:
+    def _plan(self, present: tuple[bool, ...]) -> Plan:
         """Return what runs the program for arguments of which some are zero."""
         plan = self._plans.get(present)
         if plan is None:
@@ -223,7 +153,7 @@ class Product:
                 self._lifetime.changed()
         return plan
 
-    def _shared_plan(self, present: tuple[bool, ...]) -> _Plan | None:
+    def _shared_plan(self, present: tuple[bool, ...]) -> Plan | None:
         """Take over what another point of the same structure left."""
         source = self._source
         if source is None or self._program is not None:
@@ -234,24 +164,73 @@ class Product:
         template, binding = known
         if all(present):
             source.served(self._direction)
-        return _Plan(
+        return Plan(
             template.executor,
             binding,
             settled=template.simplified or not self._policy.simplify,
+            dense=self._dense(template.program, present),
+            forward=self._direction != PULLBACK,
+            compiling=self._compiling,
+            hurry=self._hurry,
+            counted=self._count_compiled,
         )
 
-    def _own_plan(self, present: tuple[bool, ...]) -> _Plan:
+    def _own_plan(self, present: tuple[bool, ...]) -> Plan:
         """Make a plan of this point's program."""
         program = self.program
         if not all(present):
             program = program.restricted(present)
         program = resolve(program, self._policy)
         template = self._offer(present, program, simplified=False)
-        return _Plan(
+        return Plan(
             Executor(program) if template is None else template.executor,
             Binding.of(program),
             settled=not self._policy.simplify,
+            proof=self._proof(),
+            whole=all(present),
+            dense=self._dense(program, present),
+            forward=self._direction != PULLBACK,
+            compiling=self._compiling,
+            hurry=self._hurry,
+            counted=self._count_compiled,
         )
+
+    def _dense(self, program: Program, present: tuple[bool, ...]) -> Dense | None:
+        """Return what may become the matrix of a program."""
+        policy, source = self._policy, self._source
+        if not (policy.simplify and policy.dense_limit and all(present)):
+            return None
+        if any(isinstance(eq.op, Operation) and eq.op.of_point for eq in program.equations):
+            return None  # custom Functions are promised one call for each product
+        if source is not None and self._direction in (PUSHFORWARD, PULLBACK):
+            return source.dense(policy.dense_limit)
+        sides = self._arguments.tensors, self._results.tensors
+        return Dense.of(*sides, policy.dense_limit, lambda: None)
+
+    def _proof(self) -> Proof | None:
+        """Return what is to be checked before the first product is handed out."""
+        source = self._source
+        return source.proof if source is not None and self._direction == PUSHFORWARD else None
+
+    def _proved(self) -> Program:
+        """Return the program, checked: it goes elsewhere."""
+        program = self.program
+        proof = self._proof()
+        if proof is not None:
+            proof.complete()
+        return program
+
+    def _compile(self, options: Options) -> None:
+        """Have the programs compiled, or not, those to come too."""
+        with self._lock:
+            self._compiling, self._hurry = options, True
+            plans = list(self._plans.values())
+        for plan in plans:
+            plan.compile(options)
+
+    def _count_compiled(self) -> None:
+        if self._source is not None:
+            self._source.count_compiled()
 
     def _offer(
         self, present: tuple[bool, ...], program: Program, *, simplified: bool
@@ -261,7 +240,7 @@ class Product:
             return None
         return source.offer(self._direction, present, program, simplified=simplified)
 
-    def _take_note(self, plan: _Plan, present: tuple[bool, ...]) -> None:
+    def _take_note(self, plan: Plan, present: tuple[bool, ...]) -> None:
         """Let go of the program as it was recorded: a simplified one gives the same."""
         with self._lock:
             program, plan.news = plan.news, None
@@ -279,13 +258,42 @@ class Product:
     ) -> list[torch.Tensor]:
         """Apply the map to stacks of arguments, along their first dimension."""
         given = [t for t in tensors if t is not None]
-        present = [t is not None for t in tensors]
+        present = tuple([t is not None for t in tensors])
 
         def one(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
             rest = iter(parts)
             return tuple(self._apply([next(rest) if here else None for here in present]))
 
-        return list(torch.vmap(one, chunk_size=chunk_size)(*given))
+        if torch.is_grad_enabled() and _wants_history(given) and not functorch_active():
+            return list(_DifferentiableStack.apply(self, chunk_size, *tensors))  # type: ignore[no-untyped-call]
+        if functorch_active() or not len(given[0]):
+            return list(torch.vmap(one, chunk_size=chunk_size)(*given))
+        self._check_open()
+        if self._first is not None:
+            self._first()
+        plan = self._plans.get(present) or self._plan(present)
+        size = chunk_size or len(given[0])
+        each = torch.vmap(one)
+        chunks = [
+            self._stack(plan, present, parts, functools.partial(each, *parts))
+            for parts in zip(*(t.split(size) for t in given), strict=True)
+        ]
+        return [c[0] if len(c) == 1 else torch.cat(c) for c in zip(*chunks, strict=True)]
+
+    def _stack(
+        self,
+        plan: Plan,
+        present: tuple[bool, ...],
+        parts: Sequence[torch.Tensor],
+        mapped: Callable[[], Sequence[torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        results = plan.stacked(parts, mapped)
+        if plan.news is not None:
+            self._take_note(plan, present)
+        return [
+            spec.zeros().expand(len(parts[0]), *spec.shape).clone() if t is None else t
+            for t, spec in zip(results, self._results.tensors, strict=True)
+        ]
 
     def _apply(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Apply the map to flat lists of tensors, None for zero."""
@@ -294,6 +302,8 @@ class Product:
             return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
         present = tuple([t is not None for t in tensors])
         self._check_open()
+        if self._first is not None:
+            self._first()
         plan = self._plans.get(present) or self._plan(present)
         given: Any = tensors if all(present) else [t for t in tensors if t is not None]
         if grad and plan.makes_history:
@@ -315,7 +325,7 @@ class Product:
         """
         mine, theirs = self._source, other._source
         return Product(
-            lambda: self.program.then(other.program, name),
+            lambda: self._proved().then(other._proved(), name),
             self._arguments,
             other._results,
             self._lifetime,
@@ -329,7 +339,7 @@ class Product:
         with self._lock:
             if self._turned is None:
                 self._turned = Product(
-                    lambda: transpose(self.program, f"transpose of {self.program.name}"),
+                    self._transpose,
                     self._results,
                     self._arguments,
                     self._lifetime,
@@ -337,11 +347,19 @@ class Product:
                 )
             return self._turned
 
+    def _transpose(self) -> Program:
+        program = self._proved()
+        turned = transpose(program, f"transpose of {program.name}")
+        if self._policy.check != "never":
+            check_built_in(program, turned, transpose)
+        return turned
+
     def _residuals(self) -> list[Residual]:
         """Return the residuals of this product, as far as it is recorded."""
         program, plans = self._program, list(self._plans.values())
         residuals = [] if program is None else program.residuals()
-        return [*residuals, *(r for plan in plans for r in plan.binding.residuals)]
+        bindings = [b for plan in plans for b in plan.bindings()]
+        return [*residuals, *(r for b in bindings for r in b.residuals)]
 
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
@@ -349,7 +367,70 @@ class Product:
         if program is not None:
             yield from program.kept_tensors()
         for plan in plans:
-            yield from plan.binding.kept()
+            for binding in plan.bindings():
+                yield from binding.kept()
+
+
+def check_adjoint(pushforward: Product, pullback: Product) -> None:
+    """Check that two products are adjoint, and name what is at fault if they are not.
+
+    Raises
+    ------
+    AdjointError
+        Naming the first operation or custom Function at which they part.
+    """
+
+    def resolved() -> tuple[Program, Program]:
+        policy = pushforward._policy
+        return resolve(pullback.program, policy), resolve(pushforward.program, policy)
+
+    with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+        # Both programs are made first: what is derived of one is then at hand for both.
+        programs = pullback.program, pushforward.program
+        check_maps(
+            pullback._apply,
+            pushforward._apply,
+            *programs,
+            resolved,
+            transpose,
+        )
+
+
+class _FirstUse:
+    """Checks two products when one of them is used first; a failure stays one."""
+
+    def __init__(self, pushforward: Product, pullback: Product) -> None:
+        # Weak, and held by the products: either of them may be gone.
+        self.products = weakref.ref(pushforward), weakref.ref(pullback)
+        self.lock = threading.RLock()
+        self.state: LinearizeError | None = None
+        self.busy = False
+
+    def __call__(self) -> None:
+        with self.lock:
+            if self.busy:
+                return
+            if self.state is not None:
+                raise self.state
+            products = [p for p in (ref() for ref in self.products) if p is not None]
+            if len(products) == 2:
+                self.busy = True
+                try:
+                    check_adjoint(*products)
+                except MissingDerivativeError:
+                    pass  # there is nothing to compare with
+                except AdjointError as error:
+                    self.state = error
+                    raise
+                finally:
+                    self.busy = False
+            for p in products:
+                p._first = None
+
+
+def check_before_use(pushforward: Product, pullback: Product) -> None:
+    """Have two products checked when one of them is used first, if both are alive then."""
+    pushforward._first = pullback._first = _FirstUse(pushforward, pullback)
 
 
 class _DifferentiableProduct(torch.autograd.Function):
@@ -375,6 +456,25 @@ class _DifferentiableProduct(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
         return tuple(ctx.product._apply(tangents))
+
+
+class _DifferentiableStack(torch.autograd.Function):
+    """A batched product as a function of its arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, product: Product, chunk_size: int | None, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.product, ctx.chunk_size = product, chunk_size
+        ctx.given = [t is not None for t in tensors]
+        ctx.set_materialize_grads(False)
+        detached = [None if t is None else t.detach() for t in tensors]
+        return tuple(product._batched(detached, chunk_size))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        results = ctx.product._transposed()._batched(grads, ctx.chunk_size)
+        return (None, None, *(r if w else None for r, w in zip(results, ctx.given, strict=True)))
 
 
 def _wants_history(tensors: Sequence[torch.Tensor | None]) -> bool:

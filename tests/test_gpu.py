@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -132,3 +133,83 @@ def test_the_benchmark_verifies_its_engines(case: Case) -> None:
     found = gpu.measure(case, 1)["engines"]
     for name in ("linearize", "linearize, captured", "limit", "limit, captured"):
         assert "error" in found[name], found[name]
+
+
+# -- compiled, and replayed from CUDA graphs ----------------------------------------------------
+
+
+class Doubled(torch.autograd.Function):
+    """2x, by the host: cannot be captured."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return (2 * grad.cpu()).cuda()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
+        return (2 * tangent.cpu()).cuda()
+
+
+def steps(x: torch.Tensor, middle: Any) -> torch.Tensor:
+    for i in range(12):
+        x = x + 0.1 * (x.roll(1) - x.roll(-1)) * x
+        x = middle(x) / 2 if i == 5 else x
+    return x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("middle", [lambda x: 2 * x, Doubled.apply])
+@pytest.mark.parametrize("options", [True, {"backend": "eager"}])
+def test_replayed_products_equal_those_of_the_cpu(middle: Any, options: Any) -> None:
+    x = torch.linspace(-1, 1, 500, dtype=torch.float64)
+    lin = lz.Linearizer(lambda x: steps(x, middle), compile=options, dense_limit=0)
+    for k in range(2):
+        point = x * (1 + k)
+        there = lin.at(point.cuda())
+        here = lz.Linearizer(lambda x: steps(x, lambda x: 2 * x)).at(point)
+        kept = []
+        for i in range(8):
+            v = (x + i).cos()
+            kept.append((there.jvp_fn(v.cuda()), here.jvp_fn(v)))
+            kept.append((there.vjp_fn(v.cuda())[0], here.vjp_fn(v)[0]))
+        for got, expected in kept:  # none of them was overwritten by a later run
+            torch.testing.assert_close(got.cpu(), expected)
+
+
+def replaying(size: int = 1 << 20) -> tuple[lz.Linearization, torch.Tensor]:
+    x = torch.linspace(-1, 1, size, device="cuda", dtype=torch.float64)
+    here = lz.Linearizer(
+        lambda x: steps(x, lambda x: 2 * x), compile={"backend": "eager"}, dense_limit=0
+    ).at(x)
+    for _ in range(8):
+        here.jvp_fn(x)
+    return here, x
+
+
+def test_runs_on_several_streams_wait_for_each_other() -> None:
+    here, x = replaying()
+    expected = [here.jvp_fn(x * k).cpu() for k in range(8)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for k in range(8):
+        with torch.cuda.stream(streams[k % 4]):
+            results.append(here.jvp_fn(x * k))
+    torch.cuda.synchronize()
+    for got, e in zip(results, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), e)
+
+
+def test_replayed_products_do_not_wait_for_the_device(request: pytest.FixtureRequest) -> None:
+    here, x = replaying(1000)
+    request.getfixturevalue("no_synchronisation")
+    here.jvp_fn(x)

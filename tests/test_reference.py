@@ -16,8 +16,6 @@ import linearize
 
 DOCS = Path(__file__).parents[1] / "docs"
 API = (DOCS / "api.md").read_text(encoding="utf-8")
-#: Of the modules without `__all__`: what is there for other modules of the package only.
-INSIDE = {"linearize.products": {"Lifetime", "Product"}}
 
 
 def modules() -> list[ModuleType]:
@@ -28,17 +26,15 @@ def modules() -> list[ModuleType]:
 
 def public(module: ModuleType) -> list[str]:
     """Return a module's public names."""
-    known = getattr(module, "__all__", None)
-    if known is not None:
-        return list(known)
-    own = (
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    return [
         name
         for name, x in vars(module).items()
         if name[0] != "_"
         and (inspect.isclass(x) or inspect.isfunction(x))
         and x.__module__ == module.__name__
-    )
-    return [name for name in own if name not in INSIDE.get(module.__name__, set())]
+    ]
 
 
 NAMES = [(m.__name__, name) for m in modules() for name in public(m)]

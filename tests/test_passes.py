@@ -1,0 +1,190 @@
+"""Single passes: what they make of programs, and that it is the same map."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import linearize as lz
+from linearize._program import Program
+
+from .comparing import compare
+
+D = torch.float64
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, dtype=D, generator=generator)
+
+
+def simplified(f: Callable[..., Any], *primals: torch.Tensor) -> tuple[Program, Program]:
+    """Return both programs as they are run in the end, compared with references on the way."""
+    pair = compare(f, *primals).program
+    return pair.pushforward, pair.pullback
+
+
+def names(program: Program) -> Counter[str]:
+    return Counter(eq.name for eq in program.equations)
+
+
+# -- matrix products ----------------------------------------------------------------------------
+
+
+def test_layers_by_their_parameters_take_what_a_hand_would_write() -> None:
+    x = randn(5, 4)
+
+    def f(w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, w1, b1).tanh(), w2, b2).tanh()
+
+    there, back = simplified(f, randn(3, 4), randn(3), randn(2, 3), randn(2))
+    found = names(there)
+    assert (found["addmm"], found["mm"], found["mul.Tensor"], found["addcmul"]) == (3, 0, 0, 0)
+    found = names(back)
+    assert (found["mm"], found["add.Tensor"], found["mul.Tensor"]) == (3, 0, 0)
+    # What both directions keep is one copy of what the graph keeps.
+    kept = {r.tensor.untyped_storage().data_ptr() for p in (there, back) for r in p.residuals()}
+    assert len(kept) <= 5
+
+
+def test_attention_adds_products_where_they_are_made() -> None:
+    there, _ = simplified(
+        lambda q, k: (q @ k.mT).softmax(-1) @ q, randn(2, 5, 3), randn(2, 5, 3, seed=1)
+    )
+    assert names(there)["baddbmm"] == 2
+    assert names(there)["add.Tensor"] == 0
+
+
+def test_a_diagonal_matrix_is_not_multiplied_as_a_matrix() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve(randn(6, 6) + torch.diag(x.exp()), randn(6))
+
+    for program in simplified(f, randn(6)):
+        found = names(program)
+        assert found["mm"] == found["diagonal_backward"] == found["diagonal"] == 0
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: ((x @ randn(3, 3)).t() @ randn(4, 2)).t(),
+        lambda x: (x.t() @ x).t() + (x.t() @ x),
+        lambda x: 2 * (x @ randn(3, 5)) - (x @ randn(3, 5, seed=1)) / 3 + x.sum(),
+        lambda x: (
+            torch.baddbmm(x.sum() + torch.zeros(2, 2, 2, dtype=D), *2 * [x.new_ones(2, 2, 2)])
+            * x.sum()
+        ),
+        lambda x: torch.diag(x[:, 0]) @ x + torch.diagonal(x @ x.t()).sum(),
+        lambda x: torch.diag_embed(x, 1)[0] @ randn(4, 2),
+        lambda x: (x @ randn(3, 4)).diagonal(1) * 2,
+    ],
+)
+def test_products_in_other_places_stay_the_same(f: Callable[..., Any]) -> None:
+    simplified(f, randn(4, 3))
+
+
+def test_transposes_and_permutations_cancel() -> None:
+    there, back = simplified(
+        lambda x: x.permute(2, 0, 1).mT.permute(1, 2, 0).mT * 3, randn(2, 3, 4)
+    )
+    for program in (there, back):
+        assert len(program.equations) <= 2
+
+
+# -- rows ---------------------------------------------------------------------------------------
+
+N = 50
+
+
+def rotate(w: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Turn points around axes, each by its own."""
+    angle = ((w * w).sum(-1, keepdim=True) + 1e-12).sqrt()
+    axis = w / angle
+    across = torch.linalg.cross(axis, p)
+    along = axis * (axis * p).sum(-1, keepdim=True)
+    return p * angle.cos() + across * angle.sin() + along * (1 - angle.cos())
+
+
+def project(x: torch.Tensor) -> torch.Tensor:
+    a, b = (x[:, :2] / x[:, 2:]).unbind(1)
+    r2 = a * a + b * b
+    radial = 1 + r2 * (0.1 + r2 * 0.02)
+    return torch.stack([a * radial + 0.01 * a * b, b * radial + 0.02 * b * b], 1)
+
+
+CAMERA = torch.arange(N) % 7
+POINT = torch.arange(N) % 20
+
+
+def reproject(w: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return project(rotate(w[CAMERA], x[POINT]) + t[CAMERA] + torch.tensor([0, 0, 9], dtype=D))
+
+
+def test_what_is_done_row_by_row_becomes_a_matrix_for_each_row() -> None:
+    primals = randn(7, 3), randn(7, 3, seed=1), randn(20, 3)
+    recorded = lz.Linearizer(reproject, simplify=False).at(*primals)
+    assert len(recorded.jvp_fn.program.equations) > 60
+    there, back = simplified(reproject, *primals)
+    assert names(there)["bmm"] == names(back)["bmm"] == 1
+    assert len(there.equations) <= 10
+    assert len(back.equations) <= 12
+
+
+def test_matrices_of_rows_are_made_anew_at_each_point() -> None:
+    lin = lz.Linearizer(reproject)
+    for seed in range(4):
+        primals = randn(7, 3, seed=seed), randn(7, 3, seed=seed + 1), randn(20, 3, seed=seed)
+        fresh = lz.Linearizer(reproject, simplify=False).at(*primals)
+        here = lin.at(*primals)
+        for call in range(4):
+            v = [randn(*p.shape, seed=10 * seed + call) for p in primals]
+            torch.testing.assert_close(here.jvp_fn(*v), fresh.jvp_fn(*v))
+            u = randn(N, 2, seed=call)
+            torch.testing.assert_close(here.vjp_fn(u), fresh.vjp_fn(u))
+    stats = lin.stats()
+    assert (stats.recorded, stats.reused) == (1, 3)
+
+
+ROWS: dict[str, Callable[..., Any]] = {
+    "what depends on other rows stays outside": lambda x: project(
+        rotate(x, x.roll(1, 0)).cumsum(0) + rotate(x.flip(0), x) + 40
+    ),
+    "a row's sum goes out beside": lambda x: (project(x + 5), project(x + 5).sum(1), x.sum(0)),
+    "matrices shared by all rows": lambda x: project((x @ randn(3, 3)).tanh() @ randn(3, 3) + 5),
+    "matrices of each row": lambda x: project(
+        (torch.einsum("ni,nj->nij", x, x) @ rotate(x, x + 1)[..., None])[..., 0] + 5
+    ),
+    "joined and cut": lambda x: project(torch.cat([x[:, 1:], x[:, :1] ** 2], 1) + 5)[:, [1, 0]],
+    "dimensions around the first": lambda x: project(x.t().contiguous().t() + 5).t().sin().t(),
+    "rows that are also columns": lambda x: x @ x.t() @ project(rotate(x, x) + 5),
+    "permuted within the rows": lambda x: (
+        (x[:, :, None] * x[:, None, :]).mT.permute(0, 2, 1).sum(2) * x.sum(1, keepdim=True)
+        + rotate(x, x)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name: str) -> None:
+    simplified(ROWS[name], 0.3 * randn(N, 3))
+
+
+def test_few_rows_and_wide_rows_are_left_alone() -> None:
+    for x in (randn(5, 3), torch.cat([randn(N, 3)] * 20, 1)):
+        there, _ = simplified(lambda x: project(rotate(x[:, :3], x[:, -3:]) + 5), 0.3 * x)
+        assert (names(there)["bmm"] == 0) == (len(x) == 5)
+
+
+def test_a_changed_residual_of_rows_is_noticed() -> None:
+    shift = randn(N, 3)
+    here = lz.Linearizer(lambda x: project(rotate(x, shift) + 5)).at(randn(N, 3))
+    for _ in range(4):
+        here.jvp_fn(randn(N, 3))
+    shift.mul_(2)
+    with pytest.raises(lz.errors.StalenessError):
+        here.jvp_fn(randn(N, 3))
