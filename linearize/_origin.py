@@ -47,6 +47,12 @@ class Origin:
         yield from _origins((self.args, self.kwargs))
 
 
+class Costly:
+    """Marks an operation that costs as much as several products."""
+
+    __slots__ = ()
+
+
 class Saved(Origin):
     """A tensor that a graph node saved.
 
@@ -117,7 +123,7 @@ class Schedule:
 
     def __init__(self, wanted: Sequence[Origin]) -> None:
         self.wanted = tuple(wanted)
-        self._order = _ordered(self.wanted)
+        self._order = ordered(self.wanted)
         #: What is read of the graph.
         self.saved = [o for o in self._order if isinstance(o, Saved)]
         last: dict[Origin, int] = {}
@@ -148,7 +154,7 @@ class Schedule:
         return [values[o] for o in self.wanted]
 
 
-def _ordered(wanted: Sequence[Origin]) -> list[Origin]:
+def ordered(wanted: Sequence[Origin]) -> list[Origin]:
     """Return what has to be computed, each after what it needs. Iterative: chains are long."""
     order: dict[Origin, None] = {}
     entered: set[Origin] = set()

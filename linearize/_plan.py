@@ -20,7 +20,7 @@ from ._compile import Options, compiled, replayed
 from ._dense import Dense, random_arguments
 from ._execute import Binding, Executor, filled
 from ._linearity import close, rounding
-from ._program import Program
+from ._program import Program, Residual
 from ._replay import Replays, capture_on_cuda
 from ._segments import Segments
 from ._simplify import guards, simplify
@@ -30,6 +30,9 @@ from .errors import CompilationWarning
 
 #: At which call a program is simplified: sooner would cost more than it saves.
 SIMPLIFY_AT = 3
+#: At which call of a new point a simplified program takes over whose numbers cost as much to
+#: compute as several products.
+COSTLY_AT = 8
 #: For how many sizes of stacks programs are kept.
 MOST_STACKS = 4
 
@@ -57,6 +60,9 @@ class Plan:
         Whether to do so as soon as possible.
     counted
         Called when a program was compiled.
+    better
+        Gives the simplified program that another point left and the numbers of this one, where
+        these are not computed before it is worth it.
 
     Attributes
     ----------
@@ -77,6 +83,7 @@ class Plan:
         compiling: Options | None = None,
         hurry: bool = False,
         counted: Callable[[], None] = lambda: None,
+        better: Callable[[], tuple[Executor, Binding] | None] | None = None,
     ) -> None:
         #: One reference, so that a change is seen as a whole.
         self._running = executor, binding
@@ -88,6 +95,8 @@ class Plan:
         self._compiling = compiling
         self._counted = counted
         self._hurry = hurry
+        self._better = better
+        self._calls = 0
         #: Runs the stretches of a compiled program from CUDA graphs.
         self._replays: Replays | None = None
         self.news: Program | None = None
@@ -168,9 +177,8 @@ class Plan:
             return mapped()  # user code is not called to try something
         if not self._settled and self._lock.acquire(blocking=False):
             try:
-                self._settled = True
                 with torch.no_grad():
-                    self._simplified([t[0] for t in arguments])
+                    self._advance([t[0] for t in arguments])
             finally:
                 self._lock.release()
         expected = mapped()
@@ -217,6 +225,11 @@ class Plan:
         stacked = [known[1] for known in self._stacked.values() if known is not None]
         return [self._running[1], *stacked]
 
+    def programs(self) -> list[tuple[Program, Sequence[Residual]]]:
+        """Return what is run, with its numbers, and what is watched besides; stacks too."""
+        stacked = [known for known in self._stacked.values() if known is not None]
+        return [(filled(e.program, b), b.guards) for e, b in (self._running, *stacked)]
+
     # -- better forms -------------------------------------------------------------------
 
     def _due(self, executor: Executor) -> bool:
@@ -224,13 +237,18 @@ class Plan:
         if dense is not None:
             dense.count += 1
         if not self._settled:
-            return self._hurry or executor.runs >= SIMPLIFY_AT - 1
+            self._calls += 1
+            late = executor.runs >= SIMPLIFY_AT - 1
+            return self._hurry or (late if self._better is None else self._calls >= COSTLY_AT)
         return self._compiling is not None or (dense is not None and dense.count >= dense.due)
 
     def _advance(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run as before, and try the next form, once."""
         if not self._settled:
             self._settled = True
+            better, self._better = self._better, None
+            if better is not None:
+                return self._taken_over(arguments, better)
             return self._simplified(arguments)
         compiling, self._compiling = self._compiling, None
         if compiling is not None:
@@ -257,6 +275,23 @@ class Plan:
         again = smaller(arguments, binding, tape, replay=True)
         if _same(again, results):
             self._take(smaller, binding, before, old)
+        return results
+
+    def _taken_over(
+        self,
+        arguments: Sequence[torch.Tensor],
+        better: Callable[[], tuple[Executor, Binding] | None],
+    ) -> list[torch.Tensor | None]:
+        """Take the simplified program that another point left."""
+        tape: list[object] = []
+        executor, old = self._running
+        results = executor(arguments, old, tape)
+        known = better()
+        if known is not None:
+            smaller, binding = known
+            if _same(smaller(arguments, binding, tape, replay=True), results):
+                self._running = known
+                self._stacked = {}
         return results
 
     def _made_dense(

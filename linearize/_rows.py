@@ -17,6 +17,7 @@ import torch
 
 from ._execute import Binding, Executor
 from ._linearity import schema_of
+from ._origin import Costly
 from ._program import (
     Emitter,
     Equation,
@@ -96,7 +97,7 @@ def _ordered(equations: Sequence[Equation]) -> list[Equation]:
     return order
 
 
-class _Matrices:
+class _Matrices(Costly):
     """Computes the matrices of a stretch from its residuals."""
 
     def __init__(self, program: Program) -> None:

@@ -63,7 +63,8 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
         edges = tuple([edge(*e) for e in node.next_functions])
         custom = graph.custom.get(node)
         key = node_key(graph, node) if custom is None else (custom.signature(), expected(node))
-        return key, edges
+        line = graph.line(node)  # programs name the lines that they come from
+        return (key, edges) if line is None else (key, edges, line)
 
     if graph.hidden:
         return None

@@ -147,7 +147,12 @@ class Source:
     # -- taken over -------------------------------------------------------------------------
 
     def known(
-        self, direction: str, present: tuple[bool, ...], *, simplified: bool = True
+        self,
+        direction: str,
+        present: tuple[bool, ...],
+        *,
+        simplified: bool = True,
+        costly: bool = True,
     ) -> tuple[Template, Binding] | None:
         """Return the program that another point left, with the numbers of this one.
 
@@ -159,6 +164,8 @@ class Source:
             Which arguments are not zero.
         simplified
             Whether a simplified program will do.
+        costly
+            Whether one is taken though another one's numbers cost less to compute.
         """
         with self.lock:
             if self._graph is None:
@@ -166,7 +173,8 @@ class Source:
             self._search()
             if self._structure is None or (direction == PUSHFORWARD and self._owes_proof()):
                 return None
-            for template in self._structure.templates((direction, present)):
+            templates = self._structure.templates((direction, present))
+            for template in templates if costly else sorted(templates, key=lambda t: t.costly):
                 if template.simplified and not simplified:
                     continue
                 binding = template.bind(self._saved, self._custom, self._known)
@@ -175,6 +183,14 @@ class Source:
                     self._bound.append(binding)
                     return template, binding
             return None
+
+    def has_better(self, direction: str, present: tuple[bool, ...]) -> bool:
+        """Whether another point left a simplified program whose numbers cost much."""
+        with self.lock:
+            known = self._structure
+            return known is not None and any(
+                t.simplified and t.costly for t in known.templates((direction, present))
+            )
 
     def offer(
         self, direction: str, present: tuple[bool, ...], program: Program, *, simplified: bool
@@ -206,11 +222,16 @@ class Source:
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are kept for programs still to be made."""
-        graph, pullback = self._graph, self._pullback
+        graph, pullback = self.waiting()
         if graph is not None:
             yield from graph.saved_tensors()
         elif pullback is not None:
             yield from pullback.kept_tensors()
+
+    def waiting(self) -> tuple[Graph | None, Program | None]:
+        """Return what programs are still to be made of: the graph, or the pullback."""
+        graph = self._graph
+        return graph, self._pullback if graph is None else None
 
     def _search(self) -> None:
         """Look once whether a point of the same structure was recorded."""
@@ -240,12 +261,12 @@ class Source:
                 value = getattr(node, origin.name)
             except RuntimeError as error:
                 raise StalenessError(
-                    f"{node.name()}: a tensor that it needs was changed in place after the "
-                    f"linearization: {error}"
+                    f"{self._graph.label(node)}: a tensor that it needs was changed in place "
+                    f"after the linearization: {error}"
                 ) from error
             t = value if origin.position is None else value[origin.position]
             with torch.inference_mode(False):
-                known = Residual(t.detach(), node.name(), origin)
+                known = Residual(t.detach(), self._graph.label(node), origin)
             self._read[origin.place] = known
         return known
 

@@ -17,7 +17,7 @@ import torch
 from ._execute import Binding, Executor
 from ._folding import FOLDED, finite
 from ._functions import CustomNode
-from ._origin import Origin, Saved, Schedule
+from ._origin import Costly, Origin, Saved, Schedule, ordered
 from ._program import Equation, Operation, Program, Residual, map_leaves
 from ._signature import HiddenError
 
@@ -47,9 +47,11 @@ class Template:
         Runs it with a `Binding`.
     simplified
         Whether it is the simplified one.
+    costly
+        Whether its numbers cost as much to compute as several products.
     """
 
-    __slots__ = ("_ops", "_schedules", "_wanted", "executor", "program", "simplified")
+    __slots__ = ("_ops", "_schedules", "_wanted", "costly", "executor", "program", "simplified")
 
     def __init__(self, program: Program, places: dict[int, int], *, simplified: bool) -> None:
         blank: dict[Residual, Residual] = {}
@@ -70,6 +72,7 @@ class Template:
         self.executor = Executor(self.program)
         self.simplified = simplified
         self._wanted = [(r, r.origin) for r in self.program.residuals() if r.origin is not None]
+        self.costly = any(isinstance(o.op, Costly) for o in ordered([o for _, o in self._wanted]))
         self._ops = [eq.op for eq in self.program.equations if isinstance(eq.op, Operation)]
         self._schedules: dict[Any, Schedule] = {}
 

@@ -158,16 +158,31 @@ class Product:
         source = self._source
         if source is None or self._program is not None:
             return None
-        known = source.known(self._direction, present, simplified=self._policy.simplify)
+        known = source.known(
+            self._direction, present, simplified=self._policy.simplify, costly=False
+        )
         if known is None:
             return None
         template, binding = known
-        if all(present):
+        simplify = self._policy.simplify
+        waits = (
+            simplify and not template.simplified and source.has_better(self._direction, present)
+        )
+        if all(present) and not waits:
             source.served(self._direction)
+
+        def better() -> tuple[Executor, Binding] | None:
+            with outside_transforms(), torch.inference_mode(False):
+                found = source.known(self._direction, present)
+            if all(present):
+                source.served(self._direction)
+            return None if found is None else (found[0].executor, found[1])
+
         return Plan(
             template.executor,
             binding,
-            settled=template.simplified or not self._policy.simplify,
+            settled=template.simplified or not simplify,
+            better=better if waits else None,
             dense=self._dense(template.program, present),
             forward=self._direction != PULLBACK,
             compiling=self._compiling,
@@ -360,6 +375,14 @@ class Product:
         residuals = [] if program is None else program.residuals()
         bindings = [b for plan in plans for b in plan.bindings()]
         return [*residuals, *(r for b in bindings for r in b.residuals)]
+
+    def _programs(self) -> Iterator[tuple[Program, Sequence[Residual]]]:
+        """Yield each program that is kept, with what is watched besides its residuals."""
+        program, plans = self._program, list(self._plans.values())
+        if program is not None:
+            yield program, ()
+        for plan in plans:
+            yield from plan.programs()
 
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
