@@ -18,6 +18,7 @@ from ._origin import Origin, Saved
 from ._space import TensorSpec
 from ._torch import (
     Node,
+    has_memory,
     input_metadata,
     is_generated,
     is_wrapped_number,
@@ -148,7 +149,8 @@ def _layout(t: torch.Tensor | None) -> Any:
         return None if t is None else (t.layout, t.shape, t.dtype)
     # A Python number in f is saved as a tensor; recorded code has it as a number again.
     number = t.item() if t.dim() == 0 and is_wrapped_number(t) else None
-    return t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg(), number
+    bits = t.is_conj(), t.is_neg(), has_memory(t)
+    return t.shape, t.stride(), t.dtype, t.device, bits, number
 
 
 def _sharing(saved: Sequence[torch.Tensor | None]) -> Any:

@@ -152,6 +152,7 @@ def _mapped(
 #: signatures: a function that is linearized anew need not be checked anew.
 PROVED: dict[int, None] = {}
 _MOST_PROVED = 10_000
+_PROVED_LOCK = threading.Lock()
 
 
 class Structure:
@@ -176,9 +177,10 @@ class Structure:
     def proved(self, value: bool) -> None:
         self._proved = value
         if value and self._hash is not None:
-            PROVED[self._hash] = None
-            if len(PROVED) > _MOST_PROVED:
-                PROVED.pop(next(iter(PROVED)), None)
+            with _PROVED_LOCK:
+                PROVED[self._hash] = None
+                if len(PROVED) > _MOST_PROVED:
+                    del PROVED[next(iter(PROVED))]
 
     def offer(self, key: Key, template: Template) -> None:
         """Take a template in; simplified ones are preferred."""

@@ -108,7 +108,7 @@ def reachable_elsewhere(t: torch.Tensor, aliases: int) -> bool:
     aliases
         How many tensors on the same storage the caller holds, `t` included.
     """
-    if _references(t) > _LONE or t._use_count() > 1:  # type: ignore[attr-defined]
+    if _references(t) > _lone_references() or t._use_count() > 1:  # type: ignore[attr-defined]
         return True
     storage = t.untyped_storage()
     # Python's handle on the storage is one of its owners.
@@ -120,16 +120,17 @@ def _references(t: torch.Tensor) -> int:
 
 
 def _lone_references() -> int:
-    """Return what `_references` counts for a tensor with one holder, called as above."""
+    """Return what `_references` counts for a tensor with one holder, called as above.
+
+    Not once for all: it is more while `torch.compile` has a say in how frames are run, as it
+    goes on to have after a failure.
+    """
     holder = types.SimpleNamespace(tensor=torch.zeros(()))
 
     def called_with(t: torch.Tensor) -> int:
         return _references(t)
 
     return called_with(holder.tensor)
-
-
-_LONE = _lone_references()
 
 
 def spec_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:

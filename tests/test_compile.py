@@ -126,7 +126,15 @@ def test_custom_functions_stay_calls() -> None:
     assert Root.calls == ["jvp", "jvp", "backward", "backward"] * 6
     assert lin.stats().compiled == 2
     assert backend.graphs >= 2
-    assert backend.runs > backend.graphs
+    # What was compiled serves another point, with the contexts of that one.
+    J = jacobian(lambda x: g(x, cube_root), X + 1)
+    there, graphs, runs = lin.at(X + 1), backend.graphs, backend.runs
+    for k in range(3):
+        torch.testing.assert_close(there.jvp_fn(V + k), J @ (V + k))
+        torch.testing.assert_close(there.vjp_fn(V + k)[0], J.T @ (V + k))
+    assert Root.calls == ["jvp", "jvp", "backward", "backward"] * 9
+    assert backend.graphs == graphs
+    assert backend.runs > runs
 
 
 def test_a_compiler_that_fails_is_reported_once() -> None:
@@ -387,3 +395,24 @@ def test_short_stretches_are_not_captured() -> None:
     segments = Segments(whole, Executor(whole).copies)
     replays = Replays(lambda _: pytest.fail("captured"), SPEC.device)
     check(lambda t: segments([t], Binding.of(whole), replays), [2.5, 4, 1, 5, None])
+
+
+def test_memory_is_let_go_after_a_compiler_failed() -> None:
+    """`torch.compile` then still has a say in how frames run, which shows in reference counts."""
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no")
+
+    with pytest.raises(Exception, match="no"):
+        torch.compile(lambda x: x.sin() + 1, backend=broken)(X)
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(50):
+            x = torch.sin(x) * 1.1 - 0.028
+        return x
+
+    here = lz.Linearizer(chain).at(X)
+    for _ in range(4):
+        here.jvp_fn(V)
+        here.vjp_fn(V)
+    assert here.nbytes <= 2 * X.nbytes
