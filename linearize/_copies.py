@@ -49,7 +49,7 @@ def merge_copies(program: Program) -> Program:
     same: dict[Var, Var] = {}
     origin: dict[Var, Var] = {}
     turned: dict[Var, tuple[Var, tuple[int, ...]]] = {}
-    laid_out = {v for eq in program.equations if eq.op in _STRIDED for v in eq.inputs()}
+    laid_out = _laid_out(program)
     known: dict[Any, tuple[Var | None, ...]] = {}
     kept: list[Equation] = []
 
@@ -66,7 +66,8 @@ def merge_copies(program: Program) -> Program:
         if out is not None and idle and args[0].spec == out.spec and out not in laid_out:
             same[out] = args[0]
             continue
-        op = eq.op
+        # Other than `view`, `reshape` takes any strides.
+        op = aten.reshape.default if eq.op is aten.view.default else eq.op
         if out is not None and op in _RESHAPES and isinstance(args[0], Var):
             base = origin.get(args[0], args[0])
             origin[out] = base
@@ -96,6 +97,15 @@ def merge_copies(program: Program) -> Program:
         kept.append(Equation(op, args, kwargs, eq.outputs, eq.source))
     outputs = [None if v is None else same.get(v, v) for v in program.outputs]
     return program.with_equations(kept, outputs).live()
+
+
+def _laid_out(program: Program) -> set[Var]:
+    """Return the variables on whose strides something relies, in other shapes too."""
+    found: set[Var] = set()
+    for eq in reversed(program.equations):
+        if eq.op in _STRIDED or (eq.op in _NOTHING | _RESHAPES and eq.outputs[0] in found):
+            found.update(eq.inputs())
+    return found
 
 
 def _permutation(op: Any, args: Any) -> tuple[int, ...] | None:

@@ -96,6 +96,29 @@ def test_transposes_and_permutations_cancel() -> None:
         assert len(program.equations) <= 2
 
 
+def test_copies_are_kept_where_strides_matter() -> None:
+    """Circular padding writes through views of its result."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (1, 2, 1, 0), mode="circular")
+
+    here = lz.Linearizer(f).at(randn(1, 2, 5, 5))
+    eye = torch.eye(96, dtype=D).reshape(96, 1, 2, 6, 8)
+    rows = torch.stack([torch.autograd.functional.vjp(f, randn(1, 2, 5, 5), u)[1] for u in eye])
+    for turned in (False, True, False, True, True):
+        u = randn(1, 2, 6, 8)
+        if turned:
+            u = u.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        expected = torch.tensordot(u.flatten(), rows, 1)
+        torch.testing.assert_close(here.vjp_fn(u)[0], expected)
+    for v in (
+        randn(1, 2, 5, 5),
+        randn(5, 5, 2, 1).permute(3, 2, 1, 0),
+        randn(1, 1, 1, 1).expand(1, 2, 5, 5),
+    ):
+        torch.testing.assert_close(here.jvp_fn(v), f(v))
+
+
 # -- rows ---------------------------------------------------------------------------------------
 
 N = 50
