@@ -24,7 +24,7 @@ endif
 IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 say = @printf '\n==> %s\n' '$(1)'
 
-.PHONY: help venv demo test test-slow test-packages soak bench conformance check format-check lint layering types docs format clean
+.PHONY: help venv demo examples test test-slow test-packages soak bench conformance check format-check lint layering types docs format clean
 
 help: ## show this list
 	@echo 'Usage: make TARGET'
@@ -60,6 +60,10 @@ $(STAMP): pyproject.toml constraints-dev.txt
 demo: $(READY) ## fit the NIST regression problems and plot the fits
 	$(call say,Fitting the NIST regression problems)
 	$(PY) examples/nist_regression.py
+
+examples: $(READY) ## run all examples in full (minutes), write outputs and pictures into the page
+	$(call say,Running the examples)
+	$(PY) examples/run_all.py --docs docs/examples.md $(ARGS)
 
 test: $(READY) ## run the tests and the code blocks of README and docs
 	$(call say,Running the tests)

@@ -6,7 +6,7 @@
 tensor([1., 1.])
 """
 
-from . import errors, operators
+from . import errors, inside, operators
 from ._functions import register_jvp
 from ._memo import Stats
 from .errors import LinearizeError
@@ -21,6 +21,7 @@ __all__ = [
     "Linearizer",
     "Stats",
     "errors",
+    "inside",
     "operators",
     "register_jvp",
 ]

@@ -7,6 +7,7 @@ custom Functions. It owns everything that must be known while f runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 
 from ._contexts import ContextRecords
 from ._functions import CustomNode
+from ._lines import Line
 from ._reads import Reads, scripted_state
 from ._space import Space, TensorSpec, differentiable
 from ._torch import (
@@ -31,6 +33,7 @@ from ._torch import (
     pytree,
     saved_tensors,
 )
+from ._trace import Trace
 from .errors import StructureError, UnsupportedError
 
 Edge: TypeAlias = tuple[Node, int]
@@ -57,14 +60,16 @@ class Graph:
         What is known of each node's kind.
     """
 
-    __slots__ = ("custom", "hidden", "keys", "leaves", "order", "places", "roots")
+    __slots__ = ("_trace", "custom", "hidden", "keys", "leaves", "order", "places", "roots")
 
     def __init__(
         self,
         roots: Sequence[Edge | None],
         leaves: Sequence[Node],
         records: ContextRecords | None = None,
+        trace: Trace | None = None,
     ) -> None:
+        self._trace = trace
         self.leaves = tuple(leaves)
         self.order = _between([edge[0] for edge in roots if edge is not None], self.leaves)
         self.keys: dict[Node, tuple[Any, ...]] = {}
@@ -75,13 +80,23 @@ class Graph:
         #: Whether contexts were made that are no nodes here: they may be inside others.
         self.hidden = len(records) > len(self.custom)
 
+    def label(self, node: Node) -> str:
+        """Return a node's name; it knows the line of f that made it, if f was traced."""
+        return node.name() if self._trace is None else self._trace.label(node)
+
+    def line(self, node: Node) -> Line | None:
+        """Return the line of f that made a node, None if that is not known."""
+        return None if self._trace is None else self._trace.line(node)
+
     def saved_tensors(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the graph keeps for its backward."""
         for node in self.order:
-            if node in self.custom:
-                yield from self.custom[node].kept()
-            else:
-                yield from saved_tensors(node)
+            yield from self.saved_by(node)
+
+    def saved_by(self, node: Node) -> Iterator[torch.Tensor]:
+        """Yield the tensors that a node of the graph keeps for its backward."""
+        custom = self.custom.get(node)
+        yield from saved_tensors(node) if custom is None else custom.kept()
 
 
 def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
@@ -163,6 +178,10 @@ class Capture:
         The tensors that f read, with their versions after the run.
     outputs
         The differentiable outputs with their history.
+    trace
+        Knows the lines of f; None if it was not traced.
+    name
+        Of f.
     """
 
     value: Any
@@ -174,10 +193,13 @@ class Capture:
     records: ContextRecords
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
     outputs: list[torch.Tensor]
+    trace: Trace | None = None
+    name: str = ""
 
     def graph(self) -> Graph:
         """Return the graph between value and primals."""
-        return Graph(self.edges, [node for _, node in self.leaves], self.records)
+        leaves = [node for _, node in self.leaves]
+        return Graph(self.edges, leaves, self.records, self.trace)
 
 
 def capture(
@@ -190,6 +212,7 @@ def capture(
     watch: bool = False,
     copy: bool = False,
     records: ContextRecords | None = None,
+    trace: bool = False,
 ) -> Capture:
     """Run f once and keep its graph.
 
@@ -209,6 +232,8 @@ def capture(
         Whether f gets copies of the tensors, for callers that overwrite theirs unseen.
     records
         Where to note what is seen of custom Functions' contexts.
+    trace
+        Whether to note which line of f makes which node of the graph.
 
     Raises
     ------
@@ -229,6 +254,9 @@ def capture(
     records = ContextRecords() if records is None else records
     frozen = torch.is_inference_mode_enabled()
     reads = Reads(thaw=frozen) if watch or frozen else None
+    traced = Trace(capture.__code__, records) if trace else None
+    if traced is not None:
+        records.locate = traced.locate
     with torch.inference_mode(False), torch.enable_grad():
         leaves: list[torch.Tensor] = []
 
@@ -252,13 +280,13 @@ def capture(
         ]
         keywords = {k: pytree.tree_map(lambda x: alias(x, False), v) for k, v in kwargs.items()}
         nodes = [gradient_edge(t).node for t in leaves]
-        with records.watching(), eager_compiled_functions():
-            if reads is None:
-                result = f(*arguments, **keywords)
-            else:
+        with records.watching(), eager_compiled_functions(), contextlib.ExitStack() as modes:
+            if reads is not None:
                 reads.note(scripted_state(f, (args, kwargs)))
-                with reads:
-                    result = f(*arguments, **keywords)
+                modes.enter_context(reads)
+            if traced is not None:
+                modes.enter_context(traced)
+            result = f(*arguments, **keywords)
         aux = None
         if has_aux:
             if not (isinstance(result, tuple) and len(result) == 2):
@@ -288,6 +316,8 @@ def capture(
         records=records,
         reads=[] if reads is None else reads.stamps(),
         outputs=[x for x in outputs if differentiable(x)],
+        trace=traced,
+        name=getattr(f, "__qualname__", None) or type(f).__name__,
     )
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ._lines import Line
 from ._program import Residual
 from ._space import TensorSpec
 from ._torch import ContextWatcher, forward_class
@@ -25,12 +27,20 @@ class ContextRecord:
     versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
     saved_for_forward: tuple[Residual | None, ...] | None = None
     materialize: bool = True
+    line: Line | None = None
 
 
 class ContextRecords:
-    """Records of the contexts made during one forward run, keyed weakly by context."""
+    """Records of the contexts made during one forward run, keyed weakly by context.
+
+    Attributes
+    ----------
+    locate
+        Tells the line of f that is being executed; None if nobody wants to know.
+    """
 
     def __init__(self) -> None:
+        self.locate: Callable[[], Line | None] | None = None
         self._records: weakref.WeakKeyDictionary[Any, ContextRecord]
         self._records = weakref.WeakKeyDictionary()
 
@@ -47,6 +57,8 @@ class ContextRecords:
 
     def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
         record = self._records[ctx] = ContextRecord()
+        if self.locate is not None:
+            record.line = self.locate()
         if arguments is not None:
             record.inputs = tuple(
                 TensorSpec.of(a) if isinstance(a, torch.Tensor) else None for a in arguments

@@ -20,7 +20,7 @@ from ._compile import Options, compiled, replayed
 from ._dense import Dense, random_arguments
 from ._execute import Binding, Executor, filled
 from ._linearity import close, rounding
-from ._program import Program
+from ._program import Program, Residual
 from ._replay import Replays, capture_on_cuda
 from ._segments import Segments
 from ._simplify import guards, simplify
@@ -224,6 +224,11 @@ class Plan:
         """Return the numbers that are used, those for stacks too."""
         stacked = [known[1] for known in self._stacked.values() if known is not None]
         return [self._running[1], *stacked]
+
+    def programs(self) -> list[tuple[Program, Sequence[Residual]]]:
+        """Return what is run, with its numbers, and what is watched besides; stacks too."""
+        stacked = [known for known in self._stacked.values() if known is not None]
+        return [(filled(e.program, b), b.guards) for e, b in (self._running, *stacked)]
 
     # -- better forms -------------------------------------------------------------------
 

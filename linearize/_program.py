@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from ._lines import joined
 from ._origin import Literal, Origin
 from ._space import TensorSpec
+from ._tables import escaped, framed, shortened
 from .errors import LinearizeError, StalenessError
 
 
@@ -147,6 +149,11 @@ class Equation:
         """Printable name of the operation."""
         return op_name(self.op)
 
+    @property
+    def kind(self) -> str:
+        """The name without the overload: `add` for `add.Tensor`."""
+        return self.name if isinstance(self.op, Operation) else self.name.partition(".")[0]
+
     def inputs(self) -> list[Var]:
         """Return the variables that the equation reads, repeated as they are."""
         return [x for x in self.reads() if type(x) is Var]
@@ -183,9 +190,11 @@ def evaluated(op: Callable[..., Any], *args: Any, source: str, **kwargs: Any) ->
     """
     numbers = map_leaves(_tensor_of, args), map_leaves(_tensor_of, kwargs)
     result = op(*numbers[0], **numbers[1])
-    known = all(x.origin is not None for x in leaves((args, kwargs)) if isinstance(x, Residual))
+    used = [x for x in leaves((args, kwargs)) if isinstance(x, Residual)]
+    known = all(x.origin is not None for x in used)
     origin = Origin(op, map_leaves(_origin_of, args), map_leaves(_origin_of, kwargs))
-    return Residual(result, source, origin if known else None)
+    label = joined(source, [x.source for x in used])
+    return Residual(result, label, origin if known else None)
 
 
 def _tensor_of(x: Any) -> Any:
@@ -411,6 +420,9 @@ class Program:
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
+    def _repr_html_(self) -> str:
+        return framed(f"<pre>{escaped(shortened(str(self)))}</pre>")
+
     def __repr__(self) -> str:
         return f"<Program {self.name}: {len(self.equations)} equations>"
 
@@ -457,7 +469,7 @@ class Emitter:
                 if v is not None:
                     names[v] = Var(v.spec)
                 outs.append(None if v is None else names[v])
-            source = eq.source or self.source
+            source = joined(eq.source, [self.source]) if eq.source else self.source
             self.equations.append(Equation(eq.op, args, kwargs, tuple(outs), source))
         return [None if v is None else names[v] for v in program.outputs]
 

@@ -211,7 +211,7 @@ class _Walk:
 
     def visit(self, node: Node, received: dict[int, Gradient]) -> None:
         """Write down one node."""
-        self.emitter.source = node.name()
+        self.emitter.source = self.graph.label(node)
         custom = self.graph.custom.get(node)
         if custom is not None:
             self.custom(custom, node, received)
@@ -325,7 +325,7 @@ class _Walk:
 
     def call(self, node: Node, grads: list[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
         """Call a built-in node."""
-        name = node.name()
+        name = self.graph.label(node)
         if "NotImplemented" in name:
             raise UnsupportedError(
                 f"{name}: this operation has no derivative registered (for a torch.library "
@@ -334,10 +334,9 @@ class _Walk:
         with self.recorder:
             return self.guarded(node, lambda: mended(node)(grads))
 
-    @staticmethod
-    def guarded(node: Node, do: Callable[[], T]) -> T:
+    def guarded(self, node: Node, do: Callable[[], T]) -> T:
         """Do something that unpacks what a built-in node has saved."""
-        name = node.name()
+        name = self.graph.label(node)
         try:
             return do()
         except LinearizeError:

@@ -18,6 +18,7 @@ from ._origin import Origin, Saved
 from ._space import TensorSpec
 from ._torch import (
     Node,
+    has_memory,
     input_metadata,
     is_generated,
     is_wrapped_number,
@@ -63,7 +64,8 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
         edges = tuple([edge(*e) for e in node.next_functions])
         custom = graph.custom.get(node)
         key = node_key(graph, node) if custom is None else (custom.signature(), expected(node))
-        return key, edges
+        line = graph.line(node)  # programs name the lines that they come from
+        return (key, edges) if line is None else (key, edges, line)
 
     if graph.hidden:
         return None
@@ -147,7 +149,8 @@ def _layout(t: torch.Tensor | None) -> Any:
         return None if t is None else (t.layout, t.shape, t.dtype)
     # A Python number in f is saved as a tensor; recorded code has it as a number again.
     number = t.item() if t.dim() == 0 and is_wrapped_number(t) else None
-    return t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg(), number
+    bits = t.is_conj(), t.is_neg(), has_memory(t)
+    return t.shape, t.stride(), t.dtype, t.device, bits, number
 
 
 def _sharing(saved: Sequence[torch.Tensor | None]) -> Any:

@@ -222,11 +222,16 @@ class Source:
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are kept for programs still to be made."""
-        graph, pullback = self._graph, self._pullback
+        graph, pullback = self.waiting()
         if graph is not None:
             yield from graph.saved_tensors()
         elif pullback is not None:
             yield from pullback.kept_tensors()
+
+    def waiting(self) -> tuple[Graph | None, Program | None]:
+        """Return what programs are still to be made of: the graph, or the pullback."""
+        graph = self._graph
+        return graph, self._pullback if graph is None else None
 
     def _search(self) -> None:
         """Look once whether a point of the same structure was recorded."""
@@ -256,12 +261,12 @@ class Source:
                 value = getattr(node, origin.name)
             except RuntimeError as error:
                 raise StalenessError(
-                    f"{node.name()}: a tensor that it needs was changed in place after the "
-                    f"linearization: {error}"
+                    f"{self._graph.label(node)}: a tensor that it needs was changed in place "
+                    f"after the linearization: {error}"
                 ) from error
             t = value if origin.position is None else value[origin.position]
             with torch.inference_mode(False):
-                known = Residual(t.detach(), node.name(), origin)
+                known = Residual(t.detach(), self._graph.label(node), origin)
             self._read[origin.place] = known
         return known
 

@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -251,14 +251,23 @@ class _Children:
 _SHALLOW = 2000
 
 
-def let_die_in_turn(nodes: Collection[Node]) -> None:
+def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
     """Prepare nodes of a deep graph, seen from Python, for their end.
 
+    Parameters
+    ----------
+    nodes
+        Of the graph.
+    others
+        How many more of its nodes were seen before.
+
+    Notes
+    -----
     A node that Python has seen keeps its Python object, and then PyTorch (2.13) destroys what
     is below it recursively: from some ten thousand nodes on the stack overflows. The nodes'
     metadata, which go first, hand over what is below to a loop.
     """
-    if len(nodes) > _SHALLOW:
+    if len(nodes) + others > _SHALLOW:
         for node in nodes:
             below = [child for child, _ in node.next_functions if child is not None]
             if below:
@@ -284,6 +293,23 @@ def gradient_edge(t: torch.Tensor) -> GradientEdge:
 def subclasses_ignored() -> contextlib.AbstractContextManager[Any]:
     """Let operations on tensor subclasses return plain tensors, as C++ code sees them."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def history(tensors: Iterable[torch.Tensor]) -> list[Node]:
+    """Return the graph nodes that made tensors, asked out of sight of all function modes.
+
+    A view that must not be used any more, as PyTorch would say, counts as having none.
+    """
+    nodes = []
+    with torch._C.DisableTorchFunction():
+        for t in tensors:
+            try:
+                node = t.grad_fn
+            except RuntimeError:
+                continue
+            if node is not None:
+                nodes.append(node)
+    return nodes
 
 
 def without_subclass(t: torch.Tensor) -> torch.Tensor:
@@ -446,6 +472,17 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
             t = getattr(raw, "data", None)
             if isinstance(t, torch.Tensor):
                 yield t
+
+
+def next_node_number() -> int:
+    """Return the number that the next node of an autograd graph made in this thread gets."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+def node_number(node: Node) -> int:
+    """Return the number of a node, which tells when it was made in its thread."""
+    return node._sequence_nr()
 
 
 def packed_by_hooks(node: Any) -> bool:

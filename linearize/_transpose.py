@@ -24,6 +24,7 @@ from ._capture import Graph
 from ._execute import Executor
 from ._functions import CustomBackward, CustomJvp, CustomNode
 from ._linearity import close
+from ._lines import beside
 from ._materialize import dense_transpose
 from ._node_programs import NODE_PROGRAMS, NodeProgram, dense
 from ._origin import Origin, Saved
@@ -266,13 +267,13 @@ def _replacement(eq: Equation, policy: Policy) -> Program:
         fn, ins, outs = _backward_of(op.node, op.wanted)
         has, lacks = "backward", "jvp"
         if not op.node.has_backward:
-            raise MissingDerivativeError(_neither(op.node.name))
+            raise MissingDerivativeError(_neither(beside(op.node.name, eq.source)))
         name = op.node.name
     elif isinstance(op, CustomBackward):
         fn, ins, outs = _jvp_of(op.node, present)
         has, lacks, name = "jvp", "backward", op.node.name
         if not op.node.has_jvp:
-            raise MissingDerivativeError(_neither(name))
+            raise MissingDerivativeError(_neither(beside(name, eq.source)))
     else:
         fn, ins, outs = op, list(op.outputs), list(op.inputs)
         has, lacks, name = "backward", "jvp", op.label
@@ -285,7 +286,8 @@ def _replacement(eq: Equation, policy: Policy) -> Program:
         if not policy.materialize:
             remedy = "" if isinstance(op, TransposedNode) else f"give it a {lacks}, or "
             raise MissingDerivativeError(
-                f"{name} has no {lacks}, and its {has} cannot be transposed ({reason}): {remedy}"
+                f"{beside(name, eq.source)} has no {lacks}, and its {has} cannot be transposed "
+                f"({reason}): {remedy}"
                 'pass opaque="materialize" to build its matrix from unit vectors'
             ) from None
         return dense_transpose(fn, ins, outs, present, wanted, name, policy.limit)

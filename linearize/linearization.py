@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import inside
 from ._capture import Capture
 from ._compile import Options
+from ._drawing import Drawing, draw
+from ._page import page
 from ._program import Program, Residual, total_bytes
 from ._simplify import explain, simplify
 from ._source import Source
 from ._structure import Structures
+from ._tables import code, framed
 from ._torch import pytree
 from ._transpose import Policy
 from .errors import ClosedError, CopyError
@@ -44,8 +50,27 @@ class ProgramPair:
         """Tell what each simplification does to each program."""
         return f"{explain(self.pushforward)}\n{explain(self.pullback)}"
 
+    def draw(self, limit: int = 30) -> Drawing:
+        """Draw both programs beside each other.
+
+        Parameters
+        ----------
+        limit
+            The most equations of each that are drawn. Of longer programs the beginning and the
+            end are drawn, with one box for what lies between.
+
+        Returns
+        -------
+        Drawing
+            Shown by notebooks; `save("programs.svg")` writes it.
+        """
+        return draw([self.pushforward, self.pullback], limit)
+
     def __str__(self) -> str:
         return f"{self.pushforward}\n\n{self.pullback}"
+
+    def _repr_html_(self) -> str:
+        return framed(self.draw().svg)
 
     def __repr__(self) -> str:
         return f"ProgramPair({self.pushforward!r}, {self.pullback!r})"
@@ -74,6 +99,8 @@ class Linearization:
         structures: Structures | None = None,
     ) -> None:
         policy = policy or Policy()
+        self._name, self._traced = captured.name, captured.trace is not None
+        self._simplifies = policy.simplify
         source = Source(captured, structures, check=policy.check != "never")
         self._lifetime = Lifetime(notify)
         self._lifetime.register(self)
@@ -188,6 +215,67 @@ class Linearization:
         kept = [*self.jvp_fn._kept(), *self.vjp_fn._kept(), *(source.kept() if source else ())]
         return total_bytes(kept, excluding=self._external)
 
+    def residuals(self) -> inside.Residuals:
+        """Return a list of every tensor that is kept now: size, operation, line of f.
+
+        Nothing is recorded for it. Before the first product these are the tensors that the
+        autograd graph saved, then those that the linear programs read; the bytes of all are
+        `nbytes`. Lines are known with `Linearizer(f, trace=True)`.
+
+        Raises
+        ------
+        ClosedError
+            If the linearization was closed.
+        """
+        self._check_open()
+        products = (self.jvp_fn, self.vjp_fn)
+        return inside.residuals(products, self._source(), self._external, self._traced)
+
+    def summary(self) -> inside.Summary:
+        """Return tables of the operations, of what a product costs, and of what is kept.
+
+        Both programs are recorded for it if they are not yet. Costs are estimated from shapes
+        (see `linearize.inside.Cost`).
+
+        Raises
+        ------
+        ClosedError
+            If the linearization was closed.
+        """
+        self._check_open()
+        costs = inside.costs((self.jvp_fn, self.vjp_fn))
+        return inside.Summary(self._name, self._map(), costs, self.residuals())
+
+    def report(self, path: str | os.PathLike[str], *, limit: int = 30) -> Path:
+        """Write everything that can be seen inside to one HTML page that needs nothing else.
+
+        Parameters
+        ----------
+        path
+            Where; an existing file is replaced.
+        limit
+            The most equations of each program that are drawn.
+
+        Returns
+        -------
+        pathlib.Path
+            The file.
+
+        Raises
+        ------
+        ClosedError
+            If the linearization was closed.
+        """
+        summary = self.summary()
+        programs: dict[str, Program] = {}
+        for product in (self.jvp_fn, self.vjp_fn):
+            if not isinstance(summary.costs[product._direction], str):
+                programs[product._direction] = product.program
+        path = Path(path)
+        text = page(summary, programs, limit, simplifies=self._simplifies)
+        path.write_text(text, encoding="utf-8")
+        return path
+
     @property
     def closed(self) -> bool:
         """Whether the linearization was closed."""
@@ -225,10 +313,18 @@ class Linearization:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _map(self) -> str:
+        return f"{self.in_space} -> {self.out_space}"
+
     def __repr__(self) -> str:
+        return "<Linearization closed>" if self.closed else f"<Linearization {self._map()}>"
+
+    def _repr_html_(self) -> str:
+        title = f"<strong>Linearization</strong> of {code(self._name)}"
         if self.closed:
-            return "<Linearization closed>"
-        return f"<Linearization {self.in_space} -> {self.out_space}>"
+            return framed(f"<p>{title}, closed</p>")
+        kept = inside.Summary(self._name, "", {}, self.residuals())
+        return framed(f"<p>{title}<br>{code(self._map())}</p>{kept._memory_html()}")
 
     def __reduce__(self) -> Any:
         raise CopyError("a Linearization cannot be copied or pickled: it holds graph contexts")

@@ -374,6 +374,14 @@ class Product:
         bindings = [b for plan in plans for b in plan.bindings()]
         return [*residuals, *(r for b in bindings for r in b.residuals)]
 
+    def _programs(self) -> Iterator[tuple[Program, Sequence[Residual]]]:
+        """Yield each program that is kept, with what is watched besides its residuals."""
+        program, plans = self._program, list(self._plans.values())
+        if program is not None:
+            yield program, ()
+        for plan in plans:
+            yield from plan.programs()
+
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
         program, plans = self._program, list(self._plans.values())

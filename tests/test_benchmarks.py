@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import engines, report, run
 from benchmarks.case import Case, Problem
-from benchmarks.cases import CASES, bundle, matmul, opaque
+from benchmarks.cases import CASES, matmul, opaque
 from benchmarks.figures import Figure, figures
 from benchmarks.measure import Engine, interleaved, measure, memory, operations, reference
 
@@ -197,16 +197,3 @@ def test_the_command_writes_what_it_measured(
     assert run.main(["--only", "no such case"]) == 2
     assert run.main(["--list", "--size", "small"]) == 0
     assert TINY.name in capsys.readouterr().out
-
-
-def test_bundle_data_is_read_as_described() -> None:
-    for name, cameras, points, markers in (
-        ("problem_01.bin", 333, 26, 5421),
-        ("problem_03.bin", 500, 37, 6184),
-    ):
-        data = bundle.read(name)
-        assert data["R"].shape == (cameras, 3, 3)
-        assert data["X"].shape == (points, 3)
-        assert data["xy"].shape == (markers, 2)
-        eye = np.broadcast_to(np.eye(3), data["R"].shape)
-        np.testing.assert_allclose(data["R"] @ data["R"].transpose(0, 2, 1), eye, atol=1e-4)

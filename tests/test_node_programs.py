@@ -71,6 +71,10 @@ def test_what_is_remembered_gives_the_same() -> None:
     assert torch.equal(first, again)
 
 
+def filtered(x: torch.Tensor) -> torch.Tensor:
+    return torch.conv1d(x, rand(1, 1, 3))
+
+
 PAIRS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]]
 PAIRS = {
     # Nodes of `add` and `mul` know the dtypes of what was added without showing them.
@@ -111,6 +115,14 @@ PAIRS = {
         (rand(3), rand(3, seed=1)),
         lambda x, y: x * x + y,
         (rand(3), rand(3, seed=1)),
+    ),
+    # Within forward mode a constant filter's tangent is a zero without memory, which a second
+    # convolution saves.
+    "zeros without memory": (
+        lambda x, d: torch.func.jvp(filtered, (x,), (d,))[1],
+        (rand(1, 1, 5), rand(1, 1, 5, seed=1)),
+        filtered,
+        (rand(1, 1, 5),),
     ),
     "a sum that is used twice": (
         lambda x: (lambda s: s.sin() * s)(x.sum(0)),

@@ -12,8 +12,8 @@ from pathlib import Path
 
 PACKAGE = "linearize"
 FLOORS = (
-    ("errors", "_torch", "_progress"),
-    ("_origin", "_space", "_program", "_memo"),
+    ("errors", "_torch", "_progress", "_tables", "_layout"),
+    ("_lines", "_origin", "_space", "_program", "_memo"),
     (
         "_linearity",
         "_generate",
@@ -24,6 +24,7 @@ FLOORS = (
         "_contexts",
         "_functions",
         "_reads",
+        "_trace",
         "_capture",
         "_nodes",
         "_storage",
@@ -54,7 +55,8 @@ FLOORS = (
         "_structure",
         "_source",
     ),
-    ("_plan", "products", "_operator", "operators", "linearization"),
+    ("_plan", "products", "_operator", "operators"),
+    ("_cost", "_drawing", "inside", "_page", "linearization"),
     ("linearizer", "_gradient"),
     ("_history", "_matrices", "functional", "func", "_dependence", "sparse"),
     ("testing", "curvature", "distributed", "implicit", "scipy", "cupy", "__init__"),

@@ -1,55 +1,13 @@
-"""Bundle adjustment: reprojection residuals of real cameras and points (`benchmarks/data`)."""
+"""Bundle adjustment: reprojection residuals of real cameras (`examples/data/bundle`)."""
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.case import Case, Limit, Problem, Tensors, numpy, randn
-
-DATA = Path(__file__).parents[1] / "data"
-
-
-@functools.cache
-def read(name: str) -> dict[str, Any]:
-    """Return what a file holds: intrinsics, cameras (R, t), points, and the markers' indices.
-
-    The layout, little endian: two bytes (byte order, image space), eight float32 of
-    intrinsics, and three counted lists of cameras, points and markers.
-    """
-    raw = (DATA / name).read_bytes()
-    if raw[:1] != b"v":
-        raise ValueError(f"{name}: expected little endian, got {raw[:1]!r}")
-    at = 2
-    intrinsics = np.frombuffer(raw, "<f4", 8, at).astype(float)
-    at += 32
-
-    def records(*fields: tuple[Any, ...]) -> Any:
-        nonlocal at
-        count = int(np.frombuffer(raw, "<i4", 1, at)[0])
-        kind = np.dtype(list(fields))
-        found = np.frombuffer(raw, kind, count, at + 4)
-        at += 4 + count * kind.itemsize
-        return found
-
-    cameras = records(("image", "<i4"), ("R", "<f4", 9), ("t", "<f4", 3))
-    points = records(("track", "<i4"), ("X", "<f4", 3))
-    markers = records(("image", "<i4"), ("track", "<i4"), ("xy", "<f4", 2))
-    image = {v: i for i, v in enumerate(cameras["image"].tolist())}
-    track = {v: i for i, v in enumerate(points["track"].tolist())}
-    return {
-        "intrinsics": intrinsics,
-        "R": cameras["R"].reshape(-1, 3, 3).transpose(0, 2, 1).astype(float),  # by column
-        "t": cameras["t"].astype(float),
-        "X": points["X"].astype(float),
-        "camera": np.array([image[i] for i in markers["image"].tolist()]),
-        "point": np.array([track[i] for i in markers["track"].tolist()]),
-        "xy": markers["xy"].astype(float),
-    }
+from examples.bundle.data import read
 
 
 def _cross(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -58,15 +16,15 @@ def _cross(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def problem(name: str, count: int | None, dtype: torch.dtype) -> Problem:
     """Return the residuals in pixels, by rotations (axis times angle), shifts and points."""
-    data = read(name)
+    scene = read(name)
     keep = slice(count)
-    focal, cx, cy, k1, k2, k3, p1, p2 = data["intrinsics"].tolist()
+    focal, cx, cy, k1, k2, k3, p1, p2 = scene.intrinsics
     cast = lambda a: torch.tensor(a, dtype=dtype)  # noqa: E731
-    start, observed = cast(data["R"]), cast(data["xy"][keep])
-    camera, point = torch.tensor(data["camera"][keep]), torch.tensor(data["point"][keep])
+    start, observed = cast(scene.turn), cast(scene.xy[keep])
+    camera, point = torch.tensor(scene.camera[keep]), torch.tensor(scene.point[keep])
     # The files hold the solution's rotations: some way off it, no derivative is special.
     omega = randn(len(start), 3, dtype=dtype, seed=5) * 0.01
-    primals = (omega, cast(data["t"]), cast(data["X"]))
+    primals = (omega, cast(scene.shift), cast(scene.points))
 
     def rotate(w: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         theta2 = (w * w).sum(-1, keepdim=True) + 1e-12
