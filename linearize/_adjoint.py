@@ -24,7 +24,7 @@ from ._execute import Binding, Executor
 from ._linearity import tolerance
 from ._program import Equation, Operation, Program, Residual, Var, map_leaves, op_name
 from ._space import TensorSpec
-from ._torch import functorch_active, outside_transforms
+from ._torch import functorch_active, outside_transforms, unobserved
 from .errors import AdjointError
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
@@ -194,7 +194,7 @@ class Proof:
                 return
             pullback, pushforward = self._programs
             try:
-                with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+                with outside_transforms(), unobserved(), torch.inference_mode(False):
                     check_built_in(pullback, pushforward, self._transposed)
             except AdjointError as error:
                 self._error = error
@@ -285,8 +285,9 @@ class _Trial:
             return Equation(op, eq.args, {}, eq.outputs, eq.source)
 
         program = pullback.with_equations([cut(eq) for eq in pullback.equations])
-        self.cotangents = [v.spec.random(generator) for v in program.inputs]
-        with torch.inference_mode(False), torch.no_grad():
+        # Modes of the caller's, which count operations perhaps, see the product only.
+        with unobserved(), torch.inference_mode(False), torch.no_grad():
+            self.cotangents = [v.spec.random(generator) for v in program.inputs]
             self.results = Executor(program)(self.cotangents)
 
 
