@@ -8,7 +8,7 @@ structure, without recording anew.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,11 +40,13 @@ class Origin:
         self.op = op
         self.args = args
         self.kwargs = dict(kwargs or {})
-        self.static: bool = all(o.static for o in self.inputs())
+        self.static: bool = all(map(operator.attrgetter("static"), self.inputs()))
 
-    def inputs(self) -> Iterator[Origin]:
-        """Yield the origins among the arguments."""
-        yield from _origins((self.args, self.kwargs))
+    def inputs(self) -> list[Origin]:
+        """Return the origins among the arguments."""
+        found: list[Origin] = []
+        _gather((self.args, self.kwargs), found)
+        return found
 
 
 class Costly:
@@ -100,12 +102,12 @@ def filled(shape: Sequence[int], value: Any, like: torch.Tensor) -> Origin:
     return Origin(aten.full.default, (list(shape), value), kwargs)
 
 
-def _origins(tree: Any) -> Iterator[Origin]:
+def _gather(tree: Any, found: list[Origin]) -> None:
     for x in tree.values() if isinstance(tree, dict) else tree:
         if isinstance(x, Origin):
-            yield x
+            found.append(x)
         elif isinstance(x, (list, tuple, dict)):
-            yield from _origins(x)
+            _gather(x, found)
 
 
 def _replaced(tree: Any, values: Mapping[Origin, Any]) -> Any:
