@@ -105,6 +105,7 @@ format-check: $(READY) ## check the formatting
 lint: $(READY) ## lint code and docstrings
 	$(call say,Linting)
 	$(PY) -m ruff check .
+	$(PY) -m numpydoc lint linearize/*.py
 
 layering: $(READY) ## check which module imports which
 	$(call say,Checking the layering of the modules)

@@ -48,14 +48,20 @@ def products(results: Sequence[Result], which: str) -> Iterator[list[str]]:
         entries = [r["engines"].get(name, {}) for name in ENGINES]
         if not any(which in e for e in entries):
             continue
-        cells = [_cell(e, which, r["forward"]) for e in entries]
+        cells = [_cell(e, which, r["forward"]) + _form(e, which) for e in entries]
         yield [r["case"], _number(r["forward"] * 1e3), *cells]
+
+
+def _form(entry: Result, which: str) -> str:
+    """Return a mark for a product that has become one with a matrix."""
+    asked = entry.get("operations", {}).get(which, {})
+    return " (matrix)" if "mv" in asked and which in entry else ""
 
 
 def setups(results: Sequence[Result]) -> Iterator[list[str]]:
     """Yield a table of set-ups in forwards under autograd, and of runs of f."""
     names = [n for n in ENGINES if n not in (LIMIT, DENSE)]
-    yield ["case", "autograd, ms", *names, "linearize again"]
+    yield ["case", "autograd, ms", *names, "linearize, cold", "linearize again"]
     for r in results:
         own = r["engines"].get(OURS, {})
         cells = []
@@ -63,8 +69,8 @@ def setups(results: Sequence[Result]) -> Iterator[list[str]]:
             entry = r["engines"].get(name, {})
             text = _cell(entry, "setup", r["autograd"])
             cells.append(f"{text} ({entry['runs']})" if "setup" in entry else text)
-        again = _cell(own, "relinearize", r["autograd"])
-        yield [r["case"], _number(r["autograd"] * 1e3), *cells, again]
+        more = [_cell(own, key, r["autograd"]) for key in ("cold", "relinearize")]
+        yield [r["case"], _number(r["autograd"] * 1e3), *cells, *more]
 
 
 def memory(results: Sequence[Result]) -> Iterator[list[str]]:

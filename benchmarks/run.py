@@ -30,7 +30,7 @@ for name, value in (
 
 import torch  # noqa: E402
 
-from benchmarks import gpu, report  # noqa: E402
+from benchmarks import break_even, gpu, report  # noqa: E402
 from benchmarks.cases import CASES  # noqa: E402
 from benchmarks.engines import COMPILED, ENGINES, compiled  # noqa: E402
 from benchmarks.measure import measure  # noqa: E402
@@ -105,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         changed = f" ARGS='--rounds {given.rounds}'" if given.rounds != ROUNDS else ""
         report.rewrite(given.docs, report.page(results, about, f"{COMMAND}{changed}"))
         report.plot(results, given.docs.parent / PLOT)
+        if (given.docs.parent / break_even.PAGE).exists():
+            break_even.main(given.docs.parent)
         print(f"Written to {given.docs} and {given.docs.parent / PLOT}")
     return 0
 

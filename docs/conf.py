@@ -1,6 +1,8 @@
 """Sphinx configuration. Neither the build nor the pages need the network."""
 
+import re
 from importlib.metadata import version as installed_version
+from typing import Any
 
 project = "linearize"
 author = "the linearize developers"
@@ -21,9 +23,15 @@ myst_heading_anchors = 3
 default_role = "code"
 napoleon_google_docstring = False
 napoleon_use_ivar = True
-napoleon_use_rtype = False
+napoleon_use_rtype = True
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+# Types stand in the annotations, once; the reference shows them beside the parameters.
+autodoc_preserve_defaults = True
+autodoc_type_aliases = {"Array": "numpy.ndarray"}
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
 
 # Links into the package must lead somewhere; names of other packages are not resolved.
 nitpicky = True
@@ -32,6 +40,20 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!linearize\.).*"), (r"py:.*", r"linearize
 html_theme = "furo"
 html_title = f"linearize {release}"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
+
+
+def without_floor(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Leave out of the reference which floor a module is on: that is for its developers."""
+    if what == "module" and lines and (found := re.match(r"Floor \d+: (.)", lines[0])):
+        lines[0] = found[1].upper() + lines[0][found.end() :]
+
+
+def setup(app: Any) -> None:
+    """Register what is done to docstrings."""
+    app.connect("autodoc-process-docstring", without_floor)

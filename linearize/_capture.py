@@ -347,7 +347,10 @@ def _check_some(primals: tuple[Any, ...], space: Space) -> None:
 
 
 def _kind(leaf: Any) -> str:
-    return str(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+    name = type(leaf).__name__
+    if dataclasses.is_dataclass(leaf):
+        return f"{name} (register the dataclass: torch.export.register_dataclass({name}))"
+    return str(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else name
 
 
 def _check_tensor(t: torch.Tensor, what: str) -> None:

@@ -334,10 +334,14 @@ class CustomNode:
         if self._pinned is not None:
             self.ctx.saved_for_forward = None
 
-    def _pin(self) -> None:
-        """Hand out what hooks unpacked before, instead of having it unpacked again."""
+    def unpack(self) -> None:
+        """Have hooks unpack what was saved, once; a checkpoint computes it again each time."""
         if self._packed and self._pinned is None:
             self._pinned = tuple(None if t is None else t.detach() for t in self.ctx.saved_tensors)
+
+    def _pin(self) -> None:
+        """Hand out what hooks unpacked before, instead of having it unpacked again."""
+        self.unpack()
         if self._pinned is not None:
             self.ctx.saved_for_forward = self._pinned
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ._program import Operation
-from ._torch import Node, call_node, leaf_variable
+from ._torch import Node, call_node, leaf_variable, recomputed_apart
 from .errors import UnsupportedError
 
 
@@ -193,7 +193,8 @@ def _max_unpool(node: Any, grads: Gradients) -> Gradients:
     given = gradients[0]
     if given is None:
         return gradients
-    indices = node._saved_indices
+    with recomputed_apart():  # the node has unpacked them itself
+        indices = node._saved_indices
     spatial = 2 if node.name() == "MaxUnpool2DBackward0" else 3
     planes = indices.flatten(-spatial)
     count = planes.shape[-1]

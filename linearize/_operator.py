@@ -76,7 +76,7 @@ class LinearOperator:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns: the numbers of scalars of the two spaces."""
+        """Rows and columns, the numbers of scalars of the two spaces."""
         return self.out_space.size, self.in_space.size
 
     @property
@@ -91,7 +91,7 @@ class LinearOperator:
 
     @property
     def H(self) -> LinearOperator:  # noqa: N802 - as in NumPy
-        """The adjoint: for real numbers the transpose, for complex ones its conjugate."""
+        """The adjoint, for real numbers the transpose, for complex ones its conjugate."""
         return LinearOperator(
             self.out_space,
             self.in_space,
@@ -311,6 +311,11 @@ class LinearOperator:
     def columns(self, chunk_size: ChunkSize = "auto") -> Iterator[tuple[int, Parts]]:
         """Yield the images of the unit vectors of `in_space`: the columns of the matrix.
 
+        Parameters
+        ----------
+        chunk_size
+            How many are computed in one pass, as for `materialize`.
+
         Yields
         ------
         start, parts
@@ -323,6 +328,11 @@ class LinearOperator:
 
     def rows(self, chunk_size: ChunkSize = "auto") -> Iterator[tuple[int, Parts]]:
         """Yield the images of the unit vectors of `out_space` under the adjoint.
+
+        Parameters
+        ----------
+        chunk_size
+            How many are computed in one pass, as for `materialize`.
 
         Yields
         ------
@@ -476,7 +486,7 @@ class SelfAdjoint(LinearOperator):
 
     @property
     def H(self) -> LinearOperator:  # noqa: N802
-        """The adjoint: the operator itself."""
+        """The adjoint, which is the operator itself."""
         return self
 
 

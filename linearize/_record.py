@@ -39,6 +39,8 @@ from ._torch import (
     call_node,
     input_metadata,
     outside_backward,
+    recomputed_apart,
+    recomputed_once,
     saved_tensors,
     subclasses_ignored,
     unobserved,
@@ -152,6 +154,7 @@ class _Walk:
             torch.inference_mode(False),
             torch.no_grad(),
             subclasses_ignored(),
+            recomputed_once(),
             unobserved(),
         ):
             for edge, seed in zip(self.graph.roots, seeds, strict=True):
@@ -382,7 +385,8 @@ class _Walk:
             specs,
         )
         numbers = [None if g is None else TensorSpec.of(g).random(self.generator) for g in grads]
-        results = self.guarded(node, lambda: mended(node)([_clone(t) for t in numbers]))
+        with recomputed_apart():
+            results = self.guarded(node, lambda: mended(node)([_clone(t) for t in numbers]))
         again = [g for g in results if g is not None]
         expected = Executor(program)([t for t in numbers if t is not None])
         same = all(
@@ -407,6 +411,7 @@ class _Walk:
     def custom(self, custom: CustomNode, node: Node, received: dict[int, Gradient]) -> None:
         """Write down a custom Function's node as one operation."""
         custom.know_outputs(received.keys())
+        self.guarded(node, custom.unpack)  # together with what the nodes around it saved
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         grads = [received.get(i) for i in range(len(custom.outputs))]
         self.place(CustomBackward(custom), edges, custom.inputs, grads)

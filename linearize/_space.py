@@ -290,6 +290,18 @@ class Space:
             for key, child in zip(keys, expected, strict=True):
                 self._flatten_up_to(tree[key], child, f"{path}[{key!r}]", leaves)
             return
+        if dataclasses.is_dataclass(tree) and isinstance(spec.context, list):
+            # PyTorch counts a field that is None among the structure, not among the leaves.
+            fields, constant = spec.context
+            for name in constant:
+                if getattr(tree, name) is not None:
+                    raise StructureError(
+                        f"{self.word}{path}.{name}: expected None as in the {self.of}, got "
+                        f"{_describe(getattr(tree, name))}"
+                    )
+            for name, child in zip(fields, expected, strict=True):
+                self._flatten_up_to(getattr(tree, name), child, f"{path}.{name}", leaves)
+            return
         if len(children) != len(expected):
             raise StructureError(
                 f"{self.word}{path}: expected {len(expected)} "

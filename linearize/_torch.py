@@ -12,7 +12,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -57,6 +57,8 @@ __all__ = [
     "packed_by_hooks",
     "pytree",
     "reachable_elsewhere",
+    "recomputed_apart",
+    "recomputed_once",
     "saved_names",
     "saved_tensors",
     "spec_children",
@@ -472,6 +474,32 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
             t = getattr(raw, "data", None)
             if isinstance(t, torch.Tensor):
                 yield t
+
+
+def recomputed_once() -> contextlib.AbstractContextManager[Any]:
+    """Let a checkpointed block run once for all that is unpacked of it inside.
+
+    Outside of a backward pass it runs for every single tensor. A tensor can be unpacked once.
+    """
+    group: Any = getattr(torch.utils.checkpoint, "GraphExecGroup", None)
+    if group is None or group._get_current_group() is not None:
+        return _NOTHING
+    return cast("contextlib.AbstractContextManager[Any]", group())
+
+
+@contextlib.contextmanager
+def recomputed_apart() -> Iterator[None]:
+    """Let what is unpacked inside be unpacked again outside, of `recomputed_once`."""
+    group: Any = getattr(torch.utils.checkpoint, "GraphExecGroup", None)
+    current = None if group is None else group._get_current_group()
+    if current is None:
+        yield
+        return
+    group.__exit__(current)
+    try:
+        yield
+    finally:
+        group.__enter__(current)
 
 
 def next_node_number() -> int:

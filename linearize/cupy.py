@@ -104,19 +104,43 @@ class Products:
         self._from_dlpack = from_dlpack
 
     def matvec(self, x: Any) -> Any:
-        """Return A·x; a column of shape (n, 1) gives a column."""
+        """Return A·x; a column of shape (n, 1) gives a column.
+
+        Parameters
+        ----------
+        x
+            A CuPy array of shape (n,) or (n, 1), of the operator's dtype and on its device.
+        """
         return self._through(self.operator, x)
 
     def rmatvec(self, x: Any) -> Any:
-        """Return Aᴴ·x."""
+        """Return Aᴴ·x.
+
+        Parameters
+        ----------
+        x
+            A CuPy array of shape (m,) or (m, 1).
+        """
         return self._through(self._back, x)
 
     def matmat(self, X: Any) -> Any:
-        """Return A·X, all columns in one vectorised pass."""
+        """Return A·X, all columns in one vectorised pass.
+
+        Parameters
+        ----------
+        X
+            A CuPy array of shape (n, k).
+        """
         return self._through(self.operator, X)
 
     def rmatmat(self, X: Any) -> Any:
-        """Return Aᴴ·X."""
+        """Return Aᴴ·X.
+
+        Parameters
+        ----------
+        X
+            A CuPy array of shape (m, k).
+        """
         return self._through(self._back, X)
 
     def _through(self, operator: LinearOperator, x: Any) -> Any:

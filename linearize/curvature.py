@@ -191,6 +191,11 @@ def hessian(
         The most bytes that linearized batches may keep. Those that do not fit are linearized
         anew for every product. None for no limit.
 
+    Returns
+    -------
+    Curvature
+        Of shape (n, n) for n parameters.
+
     Raises
     ------
     StructureError
@@ -241,6 +246,11 @@ def gauss_newton(
         Pairs `(inputs, targets)`; gone through once.
     reduction, max_bytes
         As for `hessian`.
+
+    Returns
+    -------
+    Curvature
+        Of shape (n, n) for n parameters.
 
     Raises
     ------
@@ -297,11 +307,18 @@ def fisher(
 
     Parameters
     ----------
-    model, params, batches, reduction, max_bytes
+    model, params
         As for `gauss_newton`.
     loss
         The name of the loss: "mse" (a normal distribution of fixed variance), "cross_entropy",
         "bce_with_logits" or "poisson_nll".
+    batches, reduction, max_bytes
+        As for `gauss_newton`.
+
+    Returns
+    -------
+    Curvature
+        Of shape (n, n) for n parameters.
 
     Raises
     ------

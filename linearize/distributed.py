@@ -42,6 +42,11 @@ def jacobian(f: Callable[..., Any], *primals: Any, group: Group = None) -> RowJa
     group
         The process group; None for the default one.
 
+    Returns
+    -------
+    RowJacobian
+        Its `shape` is that of this rank's rows.
+
     Raises
     ------
     DistributedError
@@ -61,8 +66,15 @@ def total(make: Callable[[], LinearOperator], group: Group = None) -> SelfAdjoin
     group
         The process group; None for the default one.
 
+    Returns
+    -------
+    SelfAdjoint
+        The same on every rank.
+
     Raises
     ------
+    UnsupportedError
+        If a rank's operator is not self-adjoint; as the reason of a `DistributedError`.
     DistributedError
         On every rank, if `make` fails on one of them, or the operators differ in size.
     """
@@ -88,6 +100,13 @@ class RowJacobian(LinearOperator):
     `in_space` is the same on every rank, `out_space` this rank's own part, and `shape` that of
     this rank's rows. `J @ v` is local. `J.T @ u` takes this rank's part of u and returns the
     sum over all ranks. `J.gram()` is the same on every rank.
+
+    Parameters
+    ----------
+    here
+        This rank's own linearization.
+    group
+        The process group; None for the default one.
 
     Attributes
     ----------
@@ -119,7 +138,18 @@ class RowJacobian(LinearOperator):
     def materialize(
         self, *, chunk_size: ChunkSize = "auto", direction: Direction = "auto"
     ) -> torch.Tensor:
-        """Return this rank's rows, without communication."""
+        """Return this rank's rows, without communication.
+
+        Parameters
+        ----------
+        chunk_size, direction
+            As for any operator.
+
+        Returns
+        -------
+        torch.Tensor
+            Of shape (rows of this rank, n).
+        """
         return self._own.materialize(chunk_size=chunk_size, direction=direction)
 
 

@@ -60,6 +60,11 @@ def jvp(
     has_aux
         Whether func returns `(output, aux)`.
 
+    Returns
+    -------
+    output, product
+        Both structured like func's output; with `has_aux` there is aux as a third.
+
     Raises
     ------
     StructureError, SpaceError
@@ -94,6 +99,11 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
     has_aux
         Whether func returns `(output, aux)`.
 
+    Returns
+    -------
+    output, vjp_fn
+        With `has_aux` there is aux as a third. `vjp_fn` can be called any number of times.
+
     Raises
     ------
     StructureError
@@ -127,6 +137,11 @@ def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
     *primals
         Its arguments.
 
+    Returns
+    -------
+    output, jvp_fn
+        `jvp_fn` takes one tangent for each primal, structured and typed like it.
+
     Raises
     ------
     StructureError
@@ -158,6 +173,11 @@ def linear_transpose(func: Callable[..., Any], *primals: Any) -> Callable[..., A
         is linear.
     *primals
         Give structure, shapes, dtypes and devices.
+
+    Returns
+    -------
+    callable
+        From a cotangent to a tuple with one entry for each primal.
 
     Raises
     ------

@@ -123,12 +123,16 @@ def hessian(
     ----------
     func
         Takes the inputs, and returns one number as a tensor.
-    inputs, create_graph, vectorize, chunk_size
+    inputs, create_graph
         As for `jacobian`.
     strict
         Whether a gradient that does not depend on the inputs is an error.
+    vectorize
+        As for `jacobian`.
     outer_jacobian_strategy
         How the gradient is differentiated: "reverse-mode", "forward-mode" or "auto".
+    chunk_size
+        As for `jacobian`.
 
     Returns
     -------
@@ -172,14 +176,16 @@ def hvp(
     """Return a scalar function's value and the product of its Hessian with a vector.
 
     The contract of `torch.autograd.functional.hvp`. func and its backward run once. For many
-    products at one point use `linearize.curvature.Hessian`.
+    products at one point use `linearize.curvature.hessian`.
 
     Parameters
     ----------
-    func, inputs, create_graph, strict
+    func, inputs
         As for `hessian`.
     v
         Structured like the inputs; may be left out if these are one number.
+    create_graph, strict
+        As for `hessian`.
 
     Returns
     -------
@@ -231,6 +237,16 @@ def vhp(
     Parameters
     ----------
     func, inputs, v, create_graph, strict
+        As for `hvp`.
+
+    Returns
+    -------
+    value, product
+        As for `hvp`.
+
+    Raises
+    ------
+    StructureError, SpaceError
         As for `hvp`.
     """
     return hvp(func, inputs, v, create_graph, strict)

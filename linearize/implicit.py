@@ -35,7 +35,20 @@ Solve: TypeAlias = Callable[[LinearOperator, torch.Tensor], torch.Tensor]
 
 
 def dense(A: LinearOperator, b: torch.Tensor) -> torch.Tensor:
-    """Solve A·x = b by writing the matrix out: exact, for some thousands of unknowns."""
+    """Solve A·x = b by writing the matrix out: exact, for some thousands of unknowns.
+
+    Parameters
+    ----------
+    A
+        An operator of shape (n, n).
+    b
+        A vector of shape (n,).
+
+    Returns
+    -------
+    torch.Tensor
+        Of shape (n,).
+    """
     x: torch.Tensor = torch.linalg.solve(A.materialize(), b)
     return x
 
@@ -68,7 +81,8 @@ def root(
     Returns
     -------
     pytree
-        x, differentiable once with respect to the params, in reverse and in forward mode.
+        The solution, differentiable once with respect to the params, in reverse and in forward
+        mode.
 
     Raises
     ------
@@ -126,6 +140,11 @@ def minimum(
     x, *params, solve, tol
         As for `root`; `tol` is for the gradient.
 
+    Returns
+    -------
+    pytree
+        As for `root`.
+
     Raises
     ------
     LinearizeError
@@ -156,6 +175,11 @@ def least_squares(
         Returns a tensor, or a pytree of tensors.
     x, *params, solve, tol
         As for `root`; `tol` is for the gradient Jᵀ·r.
+
+    Returns
+    -------
+    pytree
+        As for `root`.
 
     Raises
     ------

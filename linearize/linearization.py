@@ -26,14 +26,18 @@ from .errors import ClosedError, CopyError
 from .operators import Jacobian
 from .products import JvpFn, Lifetime, VjpFn, check_adjoint, check_before_use
 
+__all__ = ["Linearization", "ProgramPair"]
+
 
 class ProgramPair:
     """The two linear programs of a point; prints both.
 
     Attributes
     ----------
-    pushforward, pullback
-        The programs of `jvp_fn` and `vjp_fn`.
+    pushforward : Program
+        The program of `jvp_fn`. Readable by `print`, as the other one.
+    pullback : Program
+        The program of `vjp_fn`.
     """
 
     __slots__ = ("pullback", "pushforward")
@@ -87,8 +91,10 @@ class Linearization:
         `jvp_fn(*tangents)` is J·v.
     vjp_fn : VjpFn
         `vjp_fn(cotangent)` is Jᵀ·u.
-    in_space, out_space : Space
-        The spaces of tangents and of cotangents.
+    in_space : Space
+        Of tangents: the structure, shapes and dtypes of the primals.
+    out_space : Space
+        Of cotangents: those of the value.
     """
 
     def __init__(
@@ -123,7 +129,7 @@ class Linearization:
 
     @property
     def value(self) -> Any:
-        """F at the point, detached, in f's output structure. Not to be changed in place.
+        """The value of f at the point, detached, in f's structure. Not to be changed in place.
 
         Raises
         ------
@@ -151,7 +157,7 @@ class Linearization:
 
     @property
     def jacobian(self) -> Jacobian:
-        """The Jacobian as a linear operator: `J @ v`, `J.T @ u`, `J.gram()`, ...
+        """The Jacobian as a linear operator, for `J @ v`, `J.T @ u`, `J.gram()`, ...
 
         It costs nothing to make, and keeps the two products only.
 

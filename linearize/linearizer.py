@@ -21,6 +21,8 @@ from ._transpose import Policy
 from .errors import CopyError, OptionError, StructureError
 from .linearization import Linearization
 
+__all__ = ["Linearizer"]
+
 
 class Linearizer:
     """Linearizes a function at points, running it once per point.
@@ -138,6 +140,11 @@ class Linearizer:
         ----------
         *args, **kwargs
             The arguments of f.
+
+        Returns
+        -------
+        Linearization
+            The same object for the same point, as long as the memo keeps it.
 
         Raises
         ------

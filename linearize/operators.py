@@ -27,7 +27,7 @@ from ._operator import LinearOperator, SelfAdjoint
 from ._space import Space
 from .products import JvpFn, Product, VjpFn
 
-__all__ = ["Jacobian", "LinearOperator", "SelfAdjoint", "diagonal", "identity"]
+__all__ = ["Jacobian", "LinearOperator", "SelfAdjoint", "Space", "diagonal", "identity"]
 
 
 class Jacobian(LinearOperator):
@@ -99,6 +99,11 @@ def identity(space: Space) -> LinearOperator:
     ----------
     space
         An operator's `in_space` or `out_space`.
+
+    Returns
+    -------
+    SelfAdjoint
+        Of shape (n, n).
     """
 
     def apply(parts: Parts, *, stacked: bool) -> Parts:
@@ -115,7 +120,12 @@ def diagonal(space: Space, entries: Any) -> LinearOperator:
     space
         An operator's `in_space` or `out_space`.
     entries
-        A pytree structured like the space, or a flat vector.
+        A pytree structured like the space, or a flat vector of shape (n,).
+
+    Returns
+    -------
+    LinearOperator
+        Of shape (n, n); a `SelfAdjoint` if the entries are real.
 
     Raises
     ------

@@ -30,6 +30,8 @@ from .errors import (
     StructureError,
 )
 
+__all__ = ["JvpFn", "VjpFn"]
+
 
 class Lifetime:
     """Whether a point is open, and what to release when it closes."""
@@ -564,8 +566,8 @@ class JvpFn(Product):
 
         Notes
         -----
-        Built-in operations are vectorised (`torch.vmap`); custom Functions are called once per
-        tangent, inside the pass.
+        Built-in operations are vectorised; custom Functions are called once per tangent inside
+        the pass, or once for all if they set `generate_vmap_rule`.
         """
         self._check_open()
         flat = self._arguments.flatten(tangents, stacked=True)

@@ -211,19 +211,74 @@ class VectorFunction:
         self.linearizer = self._flattened.linearizer
 
     def at(self, x: Array) -> Linearization:
-        """Return the linearization at a flat vector."""
+        """Return the linearization at a flat vector.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        Linearization
+            The same object if the point is remembered.
+
+        Raises
+        ------
+        SpaceError
+            If the vector has another length.
+        """
         return self._flattened.at(x)
 
     def unravel(self, x: Array) -> Any:
-        """Return the pytree that a flat vector stands for."""
+        """Return the pytree that a flat vector stands for.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        pytree
+            Structured like the start, with its dtypes and devices; leaves that are not
+            differentiated are the start's.
+
+        Raises
+        ------
+        SpaceError
+            If the vector has another length.
+        """
         return self._flattened.unravel(x)
 
     def fun(self, x: Array) -> Array:
-        """Return f at a flat vector, as a flat vector."""
+        """Return f at a flat vector, as a flat vector.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        numpy.ndarray
+            Of shape (m,), the concatenation of the value's leaves.
+        """
         return _value(self.at(x))
 
     def jac(self, x: Array) -> Any:
-        """Return the Jacobian at a flat vector, in the form that was asked for."""
+        """Return the Jacobian at a flat vector, in the form that was asked for.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        numpy.ndarray, scipy.sparse.csr_matrix or scipy.sparse.linalg.LinearOperator
+            Of shape (m, n).
+        """
         J = self.at(x).jacobian
         if self._kind == "operator":
             return aslinearoperator(J)
@@ -237,7 +292,18 @@ class VectorFunction:
         return _array(J.materialize())
 
     def gradient(self, x: Array) -> Array:
-        """Return Jᵀ·r, the gradient of half the sum of squares."""
+        """Return Jᵀ·r, the gradient of half the sum of squares.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        numpy.ndarray
+            Of shape (n,).
+        """
         here = self.at(x)
         value = here.out_space.flatten(_differentiable_part(here))
         J = here.jacobian
@@ -274,27 +340,104 @@ class ScalarFunction:
         self.linearizer = self._flattened.linearizer
 
     def at(self, x: Array) -> Linearization:
-        """Return the linearization of the gradient at a flat vector; `aux` is the value."""
+        """Return the linearization of the gradient at a flat vector; `aux` is the value.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        Linearization
+            The same object if the point is remembered.
+
+        Raises
+        ------
+        SpaceError
+            If the vector has another length.
+        """
         return self._flattened.at(x)
 
     def unravel(self, x: Array) -> Any:
-        """Return the pytree that a flat vector stands for."""
+        """Return the pytree that a flat vector stands for.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        pytree
+            Structured like the start, with its dtypes and devices; leaves that are not
+            differentiated are the start's.
+
+        Raises
+        ------
+        SpaceError
+            If the vector has another length.
+        """
         return self._flattened.unravel(x)
 
     def fun(self, x: Array) -> float:
-        """Return f at a flat vector."""
+        """Return f at a flat vector.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        float
+            The value.
+        """
         return float(self.at(x).aux)
 
     def jac(self, x: Array) -> Array:
-        """Return the gradient at a flat vector."""
+        """Return the gradient at a flat vector.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        numpy.ndarray
+            Of shape (n,).
+        """
         return _value(self.at(x))
 
     def hessp(self, x: Array, p: Array) -> Array:
-        """Return the Hessian at x times p."""
+        """Return the Hessian at x times p.
+
+        Parameters
+        ----------
+        x, p
+            NumPy vectors of shape (n,).
+
+        Returns
+        -------
+        numpy.ndarray
+            Of shape (n,).
+        """
         return _through(self.at(x).jacobian.H, np.asarray(p))
 
     def hess(self, x: Array) -> Any:
-        """Return the Hessian at x as a `scipy.sparse.linalg.LinearOperator`."""
+        """Return the Hessian at x as a `scipy.sparse.linalg.LinearOperator`.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        scipy.sparse.linalg.LinearOperator
+            Of shape (n, n).
+        """
         return aslinearoperator(self.at(x).jacobian)
 
 

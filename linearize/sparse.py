@@ -54,6 +54,11 @@ def pattern(of: Linearization | Jacobian) -> Any:
     -------
     scipy.sparse.csr_array
         Booleans, of shape (m, n).
+
+    Raises
+    ------
+    StructureError
+        If what is given is neither.
     """
     return _found(of.jacobian if isinstance(of, Linearization) else of)
 
@@ -89,7 +94,12 @@ def coloring(pattern: Any) -> NDArray[np.int64]:
     Parameters
     ----------
     pattern
-        A SciPy sparse matrix; its stored entries count.
+        A SciPy sparse matrix of shape (m, n); its stored entries count.
+
+    Returns
+    -------
+    numpy.ndarray
+        Integers of shape (n,), from 0 to the number of colours less one.
 
     Notes
     -----

@@ -56,6 +56,11 @@ RIGHT: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "constant": (lambda x: torch.ones(2).double(), (rand(3),)),
     "large numbers": (lambda x: x**2, (1e6 * rand(3),)),
     "opaque Function": (cube().apply, (rand(3),)),
+    # One step of finite differences cannot suit both parameters.
+    "sizes apart": (
+        lambda p: p[0] / (p[1] + torch.linspace(0.02, 1, 5).double()),
+        (torch.tensor([500.0, 0.05]).double(),),
+    ),
 }
 
 
@@ -68,6 +73,13 @@ def test_right_functions_pass(name: str) -> None:
     assert report.jvp_error < 1e-5
     assert report.adjoint_error < 1e-8
     assert len(report.functions) == ("Function" in name)
+
+
+def test_smaller_steps_do_not_excuse_a_wrong_derivative() -> None:
+    wrong = cube(jvp_factor=3.0003)
+    scale = torch.tensor([1e3, 1e-2, 1.0]).double()
+    with pytest.raises(CheckFailure, match=r"Cube\.jvp"):
+        check_linearization(lambda x: wrong.apply(x / scale), scale * rand(3))
 
 
 def test_the_report_lists_functions_in_order() -> None:

@@ -1025,6 +1025,29 @@ def test_differentiable_products():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_runs_once_more_for_all_that_is_inside(reentrant):
+    runs = 0
+
+    def block(h):
+        nonlocal runs
+        runs += 1
+        for _ in range(3):
+            h = Sin.apply(h * h).tanh()
+        return h
+
+    x = point()
+    here = lz.Linearizer(lambda x: checkpoint(block, x, use_reentrant=reentrant)).at(x)
+    assert runs == 1
+    plain = lz.Linearizer(block).at(x)
+    runs = 1
+    v = direction(x)
+    for _ in range(4):
+        close(here.jvp_fn(v), plain.jvp_fn(v))
+        close(here.vjp_fn(v)[0], plain.vjp_fn(v)[0])
+    assert runs == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_inside_checkpoint(reentrant):
     def f(x):
         return checkpoint(lambda h: Sin.apply(h * h) * h, x, use_reentrant=reentrant) + x

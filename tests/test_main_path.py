@@ -162,6 +162,36 @@ def test_structures(name: str) -> None:
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
+def test_fields_of_a_dataclass_may_be_none() -> None:
+    """PyTorch leaves such fields out of the leaves; as a tangent they are zeros."""
+    level, slope, v = rand(3), rand(3, seed=1), rand(3, seed=2)
+    here = lz.Linearizer(lambda p: Field(p.level * p.slope, p.slope.cos())).at(Field(level, slope))
+    u = rand(3, seed=3)
+    for _ in range(4):
+        pushed = here.jvp_fn(Field(v, None))  # type: ignore[arg-type]
+        assert torch.allclose(pushed.level, v * slope)
+        assert not pushed.slope.any()
+        (pulled,) = here.vjp_fn(Field(None, u))  # type: ignore[arg-type]
+        assert not pulled.level.any()
+        assert torch.allclose(pulled.slope, -u * slope.sin())
+    with pytest.raises(lz.errors.SpaceError, match=r"tangent\[0\]\.slope"):
+        here.jvp_fn(Field(v, v[:2]))
+
+    half = lz.Linearizer(lambda p: p.level**2).at(Field(level, None))  # type: ignore[arg-type]
+    assert torch.allclose(half.jvp_fn(Field(v, None)), 2 * level * v)  # type: ignore[arg-type]
+    with pytest.raises(lz.errors.StructureError, match=r"\.slope: expected None"):
+        half.jvp_fn(Field(v, v))
+
+
+def test_a_dataclass_that_is_not_registered_is_named() -> None:
+    @dataclasses.dataclass
+    class Unknown:
+        x: torch.Tensor
+
+    with pytest.raises(lz.errors.StructureError, match=r"register_dataclass\(Unknown\)"):
+        lz.Linearizer(lambda p: p.x).at(Unknown(rand(2)))
+
+
 def test_module_parameters_as_a_primal() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
