@@ -12,9 +12,11 @@ import linearize as lz
 from linearize import _rules
 from linearize._adjoint import Proof
 from linearize._execute import Executor
+from linearize._program import Equation, Program, Var
+from linearize._space import TensorSpec
 from linearize._structure import PROVED
 from linearize._torch import aten
-from linearize.errors import AdjointError, OptionError
+from linearize.errors import AdjointError, LinearizeError, OptionError
 
 
 class Scale(Function):
@@ -314,3 +316,63 @@ def test_a_missing_direction_leaves_nothing_to_compare() -> None:
 def test_the_option() -> None:
     with pytest.raises(OptionError, match='"structure", "always" or "never"'):
         lz.Linearizer(torch.sin, check="sometimes")  # type: ignore[arg-type]
+
+
+# -- programs that are not well formed --------------------------------------------------------
+
+SPEC, SHORT = (TensorSpec((n,), torch.float64, torch.device("cpu")) for n in (3, 2))
+
+
+def doubled(x: Var, y: Var) -> Equation:
+    return Equation(aten.add.Tensor, (x, x), {}, (y,), "AddBackward0")
+
+
+def test_a_variable_that_is_not_defined() -> None:
+    a, b, c = Var(SPEC), Var(SPEC), Var(SPEC)
+    with pytest.raises(LinearizeError, match=r"equation 0 \(add.Tensor\) reads an undefined"):
+        Executor(Program([a], [doubled(b, c), doubled(a, b)], [c], [SPEC]))
+
+
+def test_a_variable_that_is_defined_twice() -> None:
+    a, b = Var(SPEC), Var(SPEC)
+    with pytest.raises(
+        LinearizeError, match=r"equation 1 \(add.Tensor\) defines a variable again"
+    ):
+        Executor(Program([a], [doubled(a, b), doubled(a, b)], [b], [SPEC]))
+    with pytest.raises(LinearizeError, match="an input stands twice"):
+        Executor(Program([a, a], [], [a], [SPEC]))
+
+
+def test_a_result_outside_of_its_space() -> None:
+    a, b = Var(SPEC), Var(SPEC)
+    with pytest.raises(LinearizeError, match=r"an output is float64\[3\], expected float64\[2\]"):
+        Executor(Program([a], [doubled(a, b)], [b], [SHORT]))
+    with pytest.raises(LinearizeError, match="an output is never defined"):
+        Executor(Program([a], [], [b], [SPEC]))
+
+
+def test_a_value_outside_of_its_space() -> None:
+    a, b = Var(SPEC), Var(SHORT)
+    run = Executor(Program([a], [doubled(a, b)], [b], [SHORT]))
+    with pytest.raises(
+        LinearizeError, match=r"add.Tensor \(from AddBackward0\) gave float64\[3\]"
+    ):
+        run([torch.ones(3, dtype=torch.float64)])
+
+
+def test_modes_see_the_product_only() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.names.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    here = lz.Linearizer(lambda x: A @ x, simplify=False).at(X)
+    with Seen():
+        here.jvp_fn(X)
+    assert Seen.names.count("aten.mv.default") == 1

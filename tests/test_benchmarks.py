@@ -180,14 +180,14 @@ def test_the_command_writes_what_it_measured(
     monkeypatch.setattr(run, "measure", functools.partial(measure, engines=QUICK))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     out, docs = tmp_path / "out" / "results.json", tmp_path / "page.md"
-    docs.write_text(f"before\n{report.BEGIN}old{report.END}\nafter\n")
+    docs.write_text(f"before\n{report.BEGIN}outdated{report.END}\nafter\n")
     assert run.main(["--rounds", "1", "--out", str(out), "--docs", str(docs)]) == 0
     written = json.loads(out.read_text())
     assert [r["case"] for r in written["results"]] == [TINY.name]
     page = docs.read_text()
     assert page.startswith("before\n")
     assert page.endswith("after\n")
-    assert "old" not in page
+    assert "outdated" not in page
     assert "make bench" in page
     assert TINY.name in page
     assert (tmp_path / "_static" / "benchmarks.svg").stat().st_size > 1000
