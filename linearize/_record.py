@@ -100,8 +100,10 @@ class _Walk:
     generator
         Of the random numbers that stand for gradients.
     remembered
-        Whether constants are traced back to what the graph saved, and what is known of single
-        nodes is used.
+        Whether constants are traced back to what the graph saved.
+    lazy
+        Whether what is known of single nodes is used. Then numbers that stand for a gradient
+        are drawn when they are first needed, and do not go with those of others.
     """
 
     def __init__(
@@ -111,11 +113,13 @@ class _Walk:
         generator: torch.Generator,
         *,
         remembered: bool = False,
+        lazy: bool = False,
     ) -> None:
         self.graph = graph
         self.emitter = emitter
         self.generator = generator
         self.remembered = remembered
+        self.lazy = lazy
         self.recorder = Recorder(emitter)
         self.pending: dict[Node, dict[int, Gradient]] = {}
 
@@ -174,7 +178,7 @@ class _Walk:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
         spec = _metadata_spec(input_metadata(node)[nr])
-        if grad.var.spec != spec and self.remembered and _sums_to(grad.var.spec, spec):
+        if grad.var.spec != spec and self.lazy and _sums_to(grad.var.spec, spec):
             grad = self.summed(grad, spec)
         elif grad.var.spec != spec:
             number = self.number(grad)
@@ -272,7 +276,7 @@ class _Walk:
 
     def key(self, node: Node, received: dict[int, Gradient]) -> Hashable:
         """Return what the recording of a node depends on; None if that cannot be seen."""
-        if not self.remembered:
+        if not self.lazy:
             return None
         try:
             key = (
@@ -438,7 +442,7 @@ class _Walk:
         args = (*(None if g is None else g.var for g in grads), *point)
         self.emitter.equations.append(Equation(op, args, {}, tuple(outputs), self.emitter.source))
         for target, var in after:
-            self.deliver(target, self.seed(var, numbers=not self.remembered))
+            self.deliver(target, self.seed(var, numbers=not self.lazy))
 
 
 def _edges(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSpec | None]]:
@@ -519,11 +523,40 @@ def record_pullback(
     StalenessError
         If a tensor saved by the graph was changed in place.
     """
+    given = list(given)
+
+    def record(*, lazy: bool) -> Program:
+        return _record(
+            graph, out_specs, in_specs, seed, name, given, remembered=remembered, lazy=lazy
+        )
+
+    try:
+        return record(lazy=remembered)
+    except UnsupportedError:
+        if not remembered:
+            raise
+        # A formula may refuse gradients that cannot come about: singular vectors have phases
+        # that nothing may depend on.
+        return record(lazy=False)
+
+
+def _record(
+    graph: Graph,
+    out_specs: Sequence[TensorSpec],
+    in_specs: Sequence[TensorSpec],
+    seed: int,
+    name: str,
+    given: Sequence[Residual],
+    *,
+    remembered: bool,
+    lazy: bool,
+) -> Program:
     emitter = Emitter()
-    walk = _Walk(graph, emitter, torch.Generator().manual_seed(seed), remembered=remembered)
+    generator = torch.Generator().manual_seed(seed)
+    walk = _Walk(graph, emitter, generator, remembered=remembered, lazy=lazy)
     walk.recorder.constants.given(given)
     inputs = [Var(spec) for spec in out_specs]
-    arrived = walk.run([walk.seed(v, numbers=not remembered) for v in inputs])
+    arrived = walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
     outputs = [None if g is None else g.var for g in arrived]
     program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
     if walk.recorder.frozen and not program.is_opaque():

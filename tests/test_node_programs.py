@@ -141,6 +141,18 @@ def test_nodes_that_differ_are_told_apart(name: str) -> None:
     compare(f, *x)
 
 
+def test_formulas_that_look_at_gradients_see_possible_ones() -> None:
+    """Complex singular vectors have free phases, and PyTorch checks that nothing sees them."""
+    z = rand(3, 2, dtype=C)
+
+    def f(z: torch.Tensor) -> torch.Tensor:
+        u, s, vh = torch.linalg.svd(z, full_matrices=False)
+        return (u * s.sin()) @ vh
+
+    for _ in range(2):
+        compare(f, z)
+
+
 def test_nothing_of_a_point_is_held() -> None:
     def used() -> list[weakref.ref[Any]]:
         x, w = rand(5), rand(5, 5)
