@@ -120,8 +120,11 @@ class _Walk:
         self.generator = generator
         self.remembered = remembered
         self.lazy = lazy
+        #: Whether random numbers stood for a gradient that in truth depends on others.
+        self.invented = False
         self.recorder = Recorder(emitter)
         self.pending: dict[Node, dict[int, Gradient]] = {}
+        self.inputs: set[Var] = set()
 
     def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
         """Return random numbers that stand for `var`."""
@@ -137,6 +140,7 @@ class _Walk:
     def number(self, g: Gradient) -> torch.Tensor:
         """Return numbers that stand for a gradient."""
         if g.tensor is None:
+            self.invented |= g.var not in self.inputs
             numbers = g.var.spec.random(self.generator)
             g.tensor = placeholder_like(g.layout, g.var.spec, numbers)
             self.recorder.define(g.tensor, g.var)
@@ -524,39 +528,24 @@ def record_pullback(
         If a tensor saved by the graph was changed in place.
     """
     given = list(given)
+    inputs = [Var(spec) for spec in out_specs]
 
-    def record(*, lazy: bool) -> Program:
-        return _record(
-            graph, out_specs, in_specs, seed, name, given, remembered=remembered, lazy=lazy
-        )
-
-    try:
-        return record(lazy=remembered)
-    except UnsupportedError:
-        if not remembered:
-            raise
+    def walked(*, lazy: bool) -> tuple[_Walk, list[Gradient | None]]:
+        generator = torch.Generator().manual_seed(seed)
+        walk = _Walk(graph, Emitter(), generator, remembered=remembered, lazy=lazy)
+        walk.inputs = set(inputs)
+        walk.recorder.constants.given(given)
+        try:
+            return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
+        except UnsupportedError:
+            if not walk.invented:
+                raise
         # A formula may refuse gradients that cannot come about: singular vectors have phases
         # that nothing may depend on.
-        return record(lazy=False)
+        return walked(lazy=False)
 
-
-def _record(
-    graph: Graph,
-    out_specs: Sequence[TensorSpec],
-    in_specs: Sequence[TensorSpec],
-    seed: int,
-    name: str,
-    given: Sequence[Residual],
-    *,
-    remembered: bool,
-    lazy: bool,
-) -> Program:
-    emitter = Emitter()
-    generator = torch.Generator().manual_seed(seed)
-    walk = _Walk(graph, emitter, generator, remembered=remembered, lazy=lazy)
-    walk.recorder.constants.given(given)
-    inputs = [Var(spec) for spec in out_specs]
-    arrived = walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
+    walk, arrived = walked(lazy=remembered)
+    emitter = walk.emitter
     outputs = [None if g is None else g.var for g in arrived]
     program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
     if walk.recorder.frozen and not program.is_opaque():
