@@ -22,6 +22,7 @@ from ._reads import Reads, scripted_state
 from ._space import Space, TensorSpec, differentiable
 from ._torch import (
     Node,
+    applied_late,
     batched_or_wrapped,
     eager_compiled_functions,
     functorch_active,
@@ -30,6 +31,7 @@ from ._torch import (
     key_string,
     leaf_variable,
     let_die_in_turn,
+    owner_of,
     pytree,
     saved_tensors,
 )
@@ -68,6 +70,7 @@ class Graph:
         leaves: Sequence[Node],
         records: ContextRecords | None = None,
         trace: Trace | None = None,
+        owners: Sequence[Node] = (),
     ) -> None:
         self._trace = trace
         self.leaves = tuple(leaves)
@@ -76,7 +79,9 @@ class Graph:
         self.places = {node: i for i, node in enumerate(self.order)}
         self.roots = tuple(e if e is not None and e[0] in self.places else None for e in roots)
         records = records or ContextRecords()
-        self.custom = {n: CustomNode(n, records.get(n)) for n in self.order if is_custom(n)}
+        self.custom = {
+            n: CustomNode(n, records.get(n), owners) for n in self.order if is_custom(n)
+        }
         #: Whether contexts were made that are no nodes here: they may be inside others.
         self.hidden = len(records) > len(self.custom)
 
@@ -170,6 +175,8 @@ class Capture:
         The spaces of tangents and cotangents.
     edges
         The gradient edge of each differentiable output leaf, None where there is no graph.
+    owners
+        What keeps the graph alive for its contexts, where they do not.
     leaves
         The detached alias of each differentiable primal leaf, with its node.
     records
@@ -189,6 +196,7 @@ class Capture:
     in_space: Space
     out_space: Space
     edges: list[Edge | None]
+    owners: list[Node]
     leaves: list[tuple[torch.Tensor, Node]]
     records: ContextRecords
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
@@ -199,7 +207,7 @@ class Capture:
     def graph(self) -> Graph:
         """Return the graph between value and primals."""
         leaves = [node for _, node in self.leaves]
-        return Graph(self.edges, leaves, self.records, self.trace)
+        return Graph(self.edges, leaves, self.records, self.trace, self.owners)
 
 
 def capture(
@@ -286,7 +294,7 @@ def capture(
                 modes.enter_context(reads)
             if traced is not None:
                 modes.enter_context(traced)
-            result = f(*arguments, **keywords)
+            result = applied_late(f)(*arguments, **keywords)
         aux = None
         if has_aux:
             if not (isinstance(result, tuple) and len(result) == 2):
@@ -306,12 +314,15 @@ def capture(
         edges = [
             _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
         ]
+        made = (owner_of(x) for x in outputs if isinstance(x, torch.Tensor))
+        owners = [node for node in made if node is not None]
     return Capture(
         value=pytree.tree_unflatten(detached, out_space.spec),
         aux=aux,
         in_space=in_space,
         out_space=out_space,
         edges=edges,
+        owners=owners,
         leaves=list(zip(leaves, nodes, strict=True)),
         records=records,
         reads=[] if reads is None else reads.stamps(),

@@ -81,6 +81,7 @@ class CustomNode:
         "__weakref__",
         "_attributes",
         "_lock",
+        "_owners",
         "_packed",
         "_pinned",
         "_record",
@@ -94,8 +95,9 @@ class CustomNode:
         "positions",
     )
 
-    def __init__(self, ctx: Any, record: ContextRecord) -> None:
+    def __init__(self, ctx: Any, record: ContextRecord, owners: Sequence[Any] = ()) -> None:
         self.ctx = ctx
+        self._owners = tuple(owners)
         self.cls = forward_class(ctx)
         self.name = function_name(self.cls)
         self._record = record

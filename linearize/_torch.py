@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
 import types
@@ -583,9 +584,7 @@ def eager_compiled_functions() -> Iterator[None]:
 def _checkpointed(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
     """Stand for `CheckpointFunction.apply` while a watcher is active in this thread."""
     if ContextWatcher.current() is None:
-        return torch.autograd.Function.apply.__func__(  # type: ignore[attr-defined]
-            CheckpointFunction, function, preserve, *args
-        )
+        return _APPLY.__get__(None, CheckpointFunction)(function, preserve, *args)
     return checkpoint(
         function,
         *args,
@@ -643,6 +642,8 @@ class ContextWatcher:
                 FunctionCtx.save_for_forward = _saving  # type: ignore[method-assign]
                 FunctionCtx.set_materialize_grads = _materializing  # type: ignore[method-assign]
                 CheckpointFunction.apply = staticmethod(_checkpointed)  # type: ignore[method-assign]
+                if _APPLY_CODE is None:
+                    torch.autograd.Function.apply = classmethod(_applied)  # type: ignore[assignment,method-assign]
             cls._users += 1
         stack = cls._local.__dict__.setdefault("stack", [])
         stack.append(self)
@@ -658,6 +659,8 @@ class ContextWatcher:
                 FunctionCtx.save_for_forward = cls._save_for_forward  # type: ignore[method-assign]
                 FunctionCtx.set_materialize_grads = cls._set_materialize  # type: ignore[method-assign]
                 del CheckpointFunction.apply
+                if _APPLY_CODE is None:
+                    torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
 
     @classmethod
     def current(cls) -> ContextWatcher | None:
@@ -666,7 +669,30 @@ class ContextWatcher:
         return stack[-1] if stack else None
 
 
-_APPLY_CODE = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_APPLY: Any = torch.autograd.Function.__dict__["apply"]
+#: The Python part of `Function.apply`; None where there is none (from PyTorch 2.15 on).
+_APPLY_CODE = getattr(getattr(_APPLY, "__func__", None), "__code__", None)
+
+
+def applied_late(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `F.apply` such that a watcher sees its arguments, anything else as it is."""
+    owner = getattr(f, "__self__", None)
+    own = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+    if _APPLY_CODE is None and own and getattr(f, "__name__", "") == "apply":
+        return lambda *args, **kwargs: owner.apply(*args, **kwargs)  # type: ignore[union-attr]
+    return f
+
+
+_NO_SETUP: Any = torch.autograd.Function.setup_context
+
+
+def _applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stand for `Function.apply` where that has no Python part."""
+    if cls.setup_context is not _NO_SETUP:
+        bound = inspect.signature(cls.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        args, kwargs = bound.args, bound.kwargs
+    return _APPLY.__get__(None, cls)(*args, **kwargs)
 
 
 def _created(self: Any) -> None:
@@ -676,8 +702,8 @@ def _created(self: Any) -> None:
     # The C++ part of `Function.apply` makes the context; its Python part is the caller and
     # holds the arguments.
     frame = sys._getframe(1)
-    arguments = frame.f_locals.get("args") if frame.f_code is _APPLY_CODE else None
-    watcher.on_create(self, arguments)
+    known = frame.f_code in (_APPLY_CODE, _applied.__code__)
+    watcher.on_create(self, frame.f_locals.get("args") if known else None)
 
 
 def _saving(self: Any, *tensors: torch.Tensor) -> None:
@@ -692,3 +718,34 @@ def _materializing(self: Any, value: bool) -> None:
     watcher = ContextWatcher.current()
     if watcher is not None:
         watcher.on_materialize(self, value)
+
+
+def _contexts_keep_nodes() -> bool:
+    """Whether a context keeps what its node saved, when nothing else of the graph is left."""
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x)
+            return x.clone()
+
+    with torch.inference_mode(False), torch.enable_grad():
+        node: Any = Probe.apply(torch.ones((), requires_grad=True)).grad_fn  # type: ignore[no-untyped-call]
+        try:
+            return len(node.saved_tensors) == 1
+        except RuntimeError:
+            return False
+
+
+_CONTEXTS_KEEP_NODES = _contexts_keep_nodes()
+
+
+def owner_of(t: torch.Tensor) -> Node | None:
+    """Return what keeps the graph of a tensor alive for its contexts, None if they do so.
+
+    Before PyTorch 2.13 they do not.
+    """
+    if _CONTEXTS_KEEP_NODES or not t.requires_grad:
+        return None
+    with torch.enable_grad():
+        return t.view_as(t).grad_fn
