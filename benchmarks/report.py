@@ -218,11 +218,11 @@ def _off(entry: Result) -> str:
     return f"wrong {entry['direction']}, off by {entry['wrong']:.2g} of the largest entry"
 
 
-def rewrite(path: Path, generated: str) -> None:
+def rewrite(path: Path, generated: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace the generated part of a page."""
-    head, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    path.write_text(f"{head}{BEGIN}\n\n{generated}\n{END}{tail}", encoding="utf-8")
+    head, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, _, tail = rest.partition(end)
+    path.write_text(f"{head}{begin}\n\n{generated}\n{end}{tail}", encoding="utf-8")
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
