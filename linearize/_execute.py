@@ -24,8 +24,9 @@ from .errors import LinearizeError
 #: From arguments and the numbers of a point to results.
 Compiled: TypeAlias = Callable[[Sequence[torch.Tensor], "Binding"], list[torch.Tensor | None]]
 
-#: At which run a program is written out as a function.
-WRITE_OUT_AT = 2
+#: At which run a program is written out as a function: one that is to be simplified before that,
+#: and others.
+WRITE_OUT_AT, WRITE_OUT_SOON = 3, 1
 #: From how many numbers in one value on arguments are not taken together on a CPU.
 LARGE_ENTRY = 1 << 16
 
@@ -197,6 +198,8 @@ class Executor:
     ----------
     program
         With no method missing (see `resolve`).
+    final
+        Whether no simpler program will take its place soon.
     """
 
     __slots__ = (
@@ -206,6 +209,7 @@ class Executor:
         "_size",
         "_steps",
         "_verified",
+        "_write_out_at",
         "compiled",
         "copies",
         "gains_by_stacks",
@@ -214,9 +218,10 @@ class Executor:
         "tried",
     )
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, final: bool = True) -> None:
         program.check()
         self.program = program
+        self._write_out_at = WRITE_OUT_SOON if final else WRITE_OUT_AT
         slots: dict[Any, int] = {r: i for i, r in enumerate(program.residuals())}
         for v in (*program.inputs, *(v for eq in program.equations for v in eq.outputs if v)):
             slots[v] = len(slots)
@@ -356,7 +361,7 @@ class Executor:
         ]
         if plain:
             self.runs += 1
-            if self.runs == WRITE_OUT_AT:
+            if self.runs == self._write_out_at:
                 self._write_out(arguments, binding, results)
         return results
 

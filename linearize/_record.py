@@ -530,21 +530,21 @@ def record_pullback(
     given = list(given)
     inputs = [Var(spec) for spec in out_specs]
 
-    def walked(*, lazy: bool) -> tuple[_Walk, list[Gradient | None]]:
+    lazy = remembered
+    while True:
         generator = torch.Generator().manual_seed(seed)
         walk = _Walk(graph, Emitter(), generator, remembered=remembered, lazy=lazy)
         walk.inputs = set(inputs)
         walk.recorder.constants.given(given)
         try:
-            return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
+            arrived = walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
+            break
         except UnsupportedError:
             if not walk.invented:
                 raise
         # A formula may refuse gradients that cannot come about: singular vectors have phases
         # that nothing may depend on.
-        return walked(lazy=False)
-
-    walk, arrived = walked(lazy=remembered)
+        lazy = False
     emitter = walk.emitter
     outputs = [None if g is None else g.var for g in arrived]
     program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()

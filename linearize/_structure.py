@@ -69,7 +69,7 @@ class Template:
             )
 
         self.program = _mapped(program, without_numbers, place)
-        self.executor = Executor(self.program)
+        self.executor = Executor(self.program, final=simplified)
         self.simplified = simplified
         self._wanted = [(r, r.origin) for r in self.program.residuals() if r.origin is not None]
         self.costly = any(isinstance(o.op, Costly) for o in ordered([o for _, o in self._wanted]))

@@ -198,7 +198,7 @@ class Product:
         program = resolve(program, self._policy)
         template = self._offer(present, program, simplified=False)
         return Plan(
-            Executor(program) if template is None else template.executor,
+            Executor(program, final=False) if template is None else template.executor,
             Binding.of(program),
             settled=not self._policy.simplify,
             proof=self._proof(),
