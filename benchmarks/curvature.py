@@ -13,12 +13,18 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from benchmarks.report import rewrite
 from linearize.curvature import Curvature, gauss_newton, hessian
+
+
+PAGE = Path("docs/curvature.md")
+MARKS = "<!-- curvature: begin -->", "<!-- curvature: end -->"
 
 
 def mlp() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]], nn.Module]:
@@ -104,18 +110,22 @@ def compare(name: str, kind: str, rounds: int) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table and write it to the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.set_default_dtype(torch.float64)
-    print("| model | matrix | n | first (ms) | second | later | curvlinops | ratio | MiB kept |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| model | matrix | n | first (ms) | second | later | curvlinops | ratio | MiB kept |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name in CASES:
         for kind in ("GGN", "Hessian"):
-            print(compare(name, kind, given.rounds), flush=True)
+            lines.append(compare(name, kind, given.rounds))
+            print(lines[-1], flush=True)
+    rewrite(PAGE, "\n".join(lines) + "\n", *MARKS)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,24 @@ def test_nothing_of_a_point_is_held() -> None:
     assert len(NODE_PROGRAMS) > 0
 
 
+def test_no_cycle_keeps_what_a_graph_saved() -> None:
+    """Without the garbage collector all goes with its owner."""
+    x, w = rand(5), rand(5, 5)
+    gc.collect()
+    gc.disable()
+    try:
+        here = lz.Linearizer(lambda x: torch.tanh(w @ x) * w[0]).at(x)
+        for _ in range(6):
+            here.vjp_fn(rand(5))
+            here.jvp_fn(rand(5))
+        alive = [weakref.ref(r.tensor) for r in here.jvp_fn.program.residuals()]
+        assert alive
+        del here
+        assert [ref() for ref in alive if ref() is not w] == [None] * len(alive)
+    finally:
+        gc.enable()
+
+
 def test_a_changed_residual_is_noticed() -> None:
     w = rand(4)
 
