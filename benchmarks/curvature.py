@@ -22,7 +22,6 @@ from torch.func import functional_call
 from benchmarks.report import rewrite
 from linearize.curvature import Curvature, gauss_newton, hessian
 
-
 PAGE = Path("docs/curvature.md")
 MARKS = "<!-- curvature: begin -->", "<!-- curvature: end -->"
 

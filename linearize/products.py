@@ -33,6 +33,10 @@ from .errors import (
 __all__ = ["JvpFn", "VjpFn"]
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 class Lifetime:
     """Whether a point is open, and what to release when it closes."""
 
@@ -171,11 +175,13 @@ class Product:
         if all(present) and not waits:
             source.served(self._direction)
 
+        direction = self._direction  # a reference to the product itself would make a cycle
+
         def better() -> tuple[Executor, Binding] | None:
             with outside_transforms(), torch.inference_mode(False):
-                found = source.known(self._direction, present)
+                found = source.known(direction, present)
             if all(present):
-                source.served(self._direction)
+                source.served(direction)
             return None if found is None else (found[0].executor, found[1])
 
         return Plan(
@@ -187,7 +193,7 @@ class Product:
             forward=self._direction != PULLBACK,
             compiling=self._compiling,
             hurry=self._hurry,
-            counted=self._count_compiled,
+            counted=_nothing if self._source is None else self._source.count_compiled,
         )
 
     def _own_plan(self, present: tuple[bool, ...]) -> Plan:
@@ -207,7 +213,7 @@ class Product:
             forward=self._direction != PULLBACK,
             compiling=self._compiling,
             hurry=self._hurry,
-            counted=self._count_compiled,
+            counted=_nothing if self._source is None else self._source.count_compiled,
         )
 
     def _dense(self, program: Program, present: tuple[bool, ...]) -> Dense | None:
@@ -242,10 +248,6 @@ class Product:
             plans = list(self._plans.values())
         for plan in plans:
             plan.compile(options)
-
-    def _count_compiled(self) -> None:
-        if self._source is not None:
-            self._source.count_compiled()
 
     def _offer(
         self, present: tuple[bool, ...], program: Program, *, simplified: bool
