@@ -6,6 +6,7 @@ differentiable backward. References are finite differences in float64 and native
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,13 @@ import torch
 from torch.func import functional_call
 
 from ..comparing import compare, like, same_draws
+
+try:
+    import torchvision as torchvision
+except (ImportError, RuntimeError):
+    # One made for another build of PyTorch, which other packages bring along, cannot be loaded;
+    # transformers does without one that is not there.
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed (extra `packages`)"
