@@ -351,13 +351,17 @@ class CustomNode:
         if not vars(self.ctx):
             self._attributes = []
             return
+        found = [t for t in leaves(dict(vars(self.ctx))) if isinstance(t, torch.Tensor)]
+        known = self._attributes
+        if len(found) == len(known):
+            for r, t in zip(known, found, strict=True):
+                if r.tensor is not t or r.changed():
+                    break
+            else:
+                return
         source = f"{self.name} (an attribute of ctx)"
         # The tensors themselves: a context holds them anyway.
-        self._attributes = [
-            Residual(t, source)
-            for t in leaves(dict(vars(self.ctx)))
-            if isinstance(t, torch.Tensor)
-        ]
+        self._attributes = [Residual(t, source) for t in found]
 
     def _stamp_arguments(self) -> None:
         """Let attributes that are arguments count from when `forward` was called.
