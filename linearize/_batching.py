@@ -82,7 +82,7 @@ def _is_sparse(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.layout != torch.strided
 
 
-class _Slot:
+class Slot:
     """Stands for a tensor among an operation's arguments."""
 
     __slots__ = ("index",)
@@ -98,12 +98,12 @@ def _slot(x: Any, given: list[Any]) -> Any:
     if not isinstance(x, torch.Tensor):
         return x
     given.append(x)
-    return _Slot(len(given) - 1)
+    return Slot(len(given) - 1)
 
 
-def _run(op: Callable[..., Any], template: Any, tensors: Sequence[Any]) -> Any:
+def apply_to(op: Callable[..., Any], template: Any, tensors: Sequence[Any]) -> Any:
     def fill(x: Any) -> Any:
-        return tensors[x.index] if isinstance(x, _Slot) else x
+        return tensors[x.index] if isinstance(x, Slot) else x
 
     args, kwargs = map_leaves(fill, template)
     return op(*args, **kwargs)
@@ -146,14 +146,14 @@ def _passes(op: OpOverload, template: Any, given: Sequence[torch.Tensor]) -> boo
             ]
             for _ in range(_TRIAL)
         ]
-        singly = [_results(_run(op, template, row)) for row in rows]
+        singly = [_results(apply_to(op, template, row)) for row in rows]
         expected = [torch.stack(column) for column in zip(*singly, strict=True)]
         for where in (0, -1):  # a kernel may rely on the strides of what it is given
             dims = tuple(None if s else where for s in shared)
             columns = zip(given, zip(*rows, strict=True), shared, strict=True)
             stacked = [t if s else torch.stack(column, where) for t, column, s in columns]
             try:
-                got = torch.vmap(lambda *ts: _results(_run(op, template, ts)), dims)(*stacked)
+                got = torch.vmap(lambda *ts: _results(apply_to(op, template, ts)), dims)(*stacked)
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -167,7 +167,7 @@ def _results(out: Any) -> tuple[torch.Tensor, ...]:
     return tuple(t for t in leaves((out,)) if isinstance(t, torch.Tensor))
 
 
-def _rows(tensors: Sequence[Any], dims: Dims, count: int) -> list[list[Any]]:
+def entries(tensors: Sequence[Any], dims: Dims, count: int) -> list[list[Any]]:
     """Return what each entry of the batch is called with."""
     pairs = list(zip(tensors, dims, strict=True))
     return [[t if d is None else t.select(d, i) for t, d in pairs] for i in range(count)]
@@ -181,7 +181,7 @@ class _Batched(torch.autograd.Function):
 
     @staticmethod
     def forward(op: Callable[..., Any], template: Any, *tensors: Any) -> Any:
-        out = _run(op, template, tensors)
+        out = apply_to(op, template, tensors)
         return tuple(out) if isinstance(out, list) else out
 
     @staticmethod
@@ -196,21 +196,21 @@ class _Batched(torch.autograd.Function):
             stacked = [
                 t.expand(count, *t.shape) if d is None else t.movedim(d, 0) for t, d in pairs
             ]
-            return _run(_RULES[op], template, stacked), 0
-        again = functools.partial(_again, op)
-        rows = [_run(again, template, row) for row in _rows(given, dims, count)]
-        if isinstance(rows[0], torch.Tensor):
-            return torch.stack(rows), 0
-        columns = [_stacked(column) for column in zip(*rows, strict=True)]
+            return apply_to(_RULES[op], template, stacked), 0
+        again = functools.partial(call_again, op)
+        outs = [apply_to(again, template, row) for row in entries(given, dims, count)]
+        if isinstance(outs[0], torch.Tensor):
+            return torch.stack(outs), 0
+        columns = [stack_results(column) for column in zip(*outs, strict=True)]
         return tuple(columns), tuple(None if t is None else 0 for t in columns)
 
 
-def _again(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def call_again(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call an operation, perhaps on batches of a transform further out."""
     return call(op, args, kwargs)
 
 
-def _stacked(column: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def stack_results(column: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """Stack results, some of which may be undefined, which is zero."""
     like = next((t for t in column if t is not None), None)
     if like is None:

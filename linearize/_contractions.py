@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ._program import Emitter, Equation, Program, Residual, Var, evaluated
+from ._program import Emitter, Equation, Program, Residual, Var, viewed
 from ._space import TensorSpec
 from ._torch import aten
 
@@ -25,8 +25,7 @@ def share_matrices(program: Program) -> Program:
         count, rows, inner = v.spec.shape
         columns = out.spec.shape[-1]
         e.source = eq.source
-        matrix = evaluated(aten.select.int, r, 0, 0, source=r.source)
-        matrix.version = r.version
+        matrix = viewed(aten.select.int, r, 0, 0)
         flat = TensorSpec((count * rows, inner), out.spec.dtype, out.spec.device)
         tall = e.emit(aten.reshape.default, (v, list(flat.shape)), flat)
         product = TensorSpec((count * rows, columns), out.spec.dtype, out.spec.device)
@@ -36,30 +35,21 @@ def share_matrices(program: Program) -> Program:
     return program.with_equations(e.equations)
 
 
-def _uses(program: Program) -> Counter[Var]:
-    """Return how often each variable is read or returned."""
-    count = Counter(v for eq in program.equations for v in eq.inputs())
-    count.update(v for v in program.outputs if v is not None)
-    return count
-
-
-def _definitions(program: Program, op: Any) -> dict[Var, Equation]:
-    """Return the equations of an operation by what they define."""
+def _definitions(program: Program, *ops: Any) -> dict[Var, Equation]:
+    """Return the equations of some operations by what they define."""
     return {
-        eq.outputs[0]: eq for eq in program.equations if eq.op is op and eq.outputs[0] is not None
+        eq.outputs[0]: eq for eq in program.equations if eq.op in ops and eq.outputs[0] is not None
     }
 
 
 def transpose_products(program: Program) -> Program:
     """Replace (A B)ᵀ by Bᵀ Aᵀ: a transposed factor costs nothing, a transposed sum does."""
-    uses, products = _uses(program), _definitions(program, aten.mm.default)
+    uses, products = program.uses(), _definitions(program, aten.mm.default)
     e = Emitter()
 
     def turned(x: Var | Residual) -> Var | Residual:
         if isinstance(x, Residual):
-            r = evaluated(aten.t.default, x, source=x.source)
-            r.version = x.version
-            return r
+            return viewed(aten.t.default, x)
         rows, columns = x.spec.shape
         spec = TensorSpec((columns, rows), x.spec.dtype, x.spec.device)
         return e.emit(aten.t.default, (x,), spec)
@@ -83,12 +73,8 @@ _FUSED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.de
 
 def add_products(program: Program) -> Program:
     """Add matrix products to sums in one operation, where they are made."""
-    uses = _uses(program)
-    made = {
-        eq.outputs[0]: eq
-        for eq in program.equations
-        if eq.op in _FUSED and eq.outputs[0] is not None
-    }
+    uses = program.uses()
+    made = _definitions(program, *_FUSED)
     equations = []
     for eq in program.equations:
         fused = _fused(eq, made, uses) if eq.op is aten.add.Tensor else None
@@ -116,7 +102,7 @@ def _fused(eq: Equation, made: dict[Var, Equation], uses: Counter[Var]) -> Equat
 
 def apply_diagonals(program: Program) -> Program:
     """Multiply entry by entry with what is only the diagonal of a factor or of a product."""
-    uses = _uses(program)
+    uses = program.uses()
     diagonals = {
         v: eq
         for v, eq in _definitions(program, aten.diagonal_backward.default).items()
@@ -141,9 +127,7 @@ def apply_diagonals(program: Program) -> Program:
             if product is not None and out is not None and uses[eq.args[0]] == 1:
                 a, r = product.args
                 if isinstance(a, Var) and isinstance(r, Residual) and _square(product):
-                    turned = evaluated(aten.t.default, r, source=r.source)
-                    turned.version = r.version
-                    rows = e.emit(aten.mul.Tensor, (a, turned), a.spec)
+                    rows = e.emit(aten.mul.Tensor, (a, viewed(aten.t.default, r)), a.spec)
                     args = (rows, [1])
                     e.equations.append(Equation(aten.sum.dim_IntList, args, {}, (out,), eq.source))
                     continue

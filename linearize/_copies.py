@@ -76,7 +76,7 @@ def merge_copies(program: Program) -> Program:
                 continue
             if base is not args[0]:
                 op, args, kwargs = aten.reshape.default, (base, list(out.spec.shape)), {}
-        order = None if out is None else _permutation(op, args)
+        order = None if out is None else permutation(op, args)
         if out is not None and order is not None:
             base, before = turned.get(args[0], (args[0], None))
             if before is not None:
@@ -99,16 +99,19 @@ def merge_copies(program: Program) -> Program:
     return program.with_equations(kept, outputs).live()
 
 
+_SAME_NUMBERS = _NOTHING | _RESHAPES
+
+
 def _laid_out(program: Program) -> set[Var]:
     """Return the variables on whose strides something relies, in other shapes too."""
     found: set[Var] = set()
     for eq in reversed(program.equations):
-        if eq.op in _STRIDED or (eq.op in _NOTHING | _RESHAPES and eq.outputs[0] in found):
+        if eq.op in _STRIDED or (eq.op in _SAME_NUMBERS and eq.outputs[0] in found):
             found.update(eq.inputs())
     return found
 
 
-def _permutation(op: Any, args: Any) -> tuple[int, ...] | None:
+def permutation(op: Any, args: Any) -> tuple[int, ...] | None:
     """Return which dimension of the argument each dimension of a permuted value is."""
     if op not in _PERMUTATIONS or not isinstance(args[0], Var):
         return None

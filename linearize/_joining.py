@@ -18,8 +18,7 @@ _PARTS = {
 def join_parts(program: Program) -> Program:
     """Replace a sum of parts, each padded with zeros to the whole, by the parts side by side."""
     made = {eq.outputs[0]: eq for eq in program.equations if len(eq.outputs) == 1}
-    uses = Counter(v for eq in program.equations for v in eq.inputs())
-    uses.update(v for v in program.outputs if v is not None)
+    uses = program.uses()
     #: Sums that are terms of another one.
     inner = {
         v

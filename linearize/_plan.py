@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ._adjoint import Proof
+from ._batching import stack_results
 from ._compile import Options, compiled, replayed
 from ._dense import Dense, random_arguments
 from ._execute import Binding, Executor, filled
@@ -189,12 +190,7 @@ class Plan:
 
     def _looped(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         rows = [self(row) for row in zip(*(t.unbind() for t in arguments), strict=True)]
-        stacks: list[torch.Tensor | None] = []
-        for column in zip(*rows, strict=True):
-            like = next((t for t in column if t is not None), None)
-            some = [torch.zeros_like(like) if t is None else t for t in column]  # type: ignore[arg-type]
-            stacks.append(None if like is None else torch.stack(some))
-        return stacks
+        return [stack_results(column) for column in zip(*rows, strict=True)]
 
     def _stacked_program(
         self, count: int, arguments: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
@@ -222,13 +218,14 @@ class Plan:
 
     def bindings(self) -> list[Binding]:
         """Return the numbers that are used, those for stacks too."""
-        stacked = [known[1] for known in self._stacked.values() if known is not None]
-        return [self._running[1], *stacked]
+        return [binding for _, binding in self._all()]
 
     def programs(self) -> list[tuple[Program, Sequence[Residual]]]:
         """Return what is run, with its numbers, and what is watched besides; stacks too."""
-        stacked = [known for known in self._stacked.values() if known is not None]
-        return [(filled(e.program, b), b.guards) for e, b in (self._running, *stacked)]
+        return [(filled(e.program, b), b.guards) for e, b in self._all()]
+
+    def _all(self) -> list[tuple[Executor, Binding]]:
+        return [self._running, *(known for known in self._stacked.values() if known is not None)]
 
     # -- better forms -------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ one operation, linear in its `Var` arguments jointly, with everything else held 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -197,6 +198,13 @@ def evaluated(op: Callable[..., Any], *args: Any, source: str, **kwargs: Any) ->
     return Residual(result, label, origin if known else None)
 
 
+def viewed(view: Callable[..., Any], r: Residual, *args: Any) -> Residual:
+    """Return a residual that is a view of another, with the version that the other has."""
+    made = evaluated(view, r, *args, source=r.source)
+    made.version = r.version
+    return made
+
+
 def _tensor_of(x: Any) -> Any:
     return x.tensor if isinstance(x, Residual) else x
 
@@ -339,6 +347,12 @@ class Program:
         inputs = [v for v, here in zip(self.inputs, present, strict=True) if here]
         outputs = [None if v is None or v in zero else same.get(v, v) for v in self.outputs]
         return Program(inputs, kept, outputs, self.specs, self.name, self.fixed).live()
+
+    def uses(self) -> Counter[Var]:
+        """Return how often each variable is read or returned."""
+        count = Counter(v for eq in self.equations for v in eq.inputs())
+        count.update(v for v in self.outputs if v is not None)
+        return count
 
     def is_opaque(self) -> bool:
         """Whether user code is called."""

@@ -9,7 +9,6 @@ rows at once, need less work and less memory than the steps.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -156,10 +155,9 @@ class _Stretch:
         """Return the stretch if it is worth replacing."""
         mine = {v for eq in equations for v in eq.outputs if v is not None}
         inputs = list(dict.fromkeys(v for eq in equations for v in eq.inputs() if v not in mine))
-        uses = Counter(v for eq in program.equations for v in eq.inputs())
+        uses = program.uses()
         uses.subtract(v for eq in equations for v in eq.inputs())
-        results = {v for v in program.outputs if v is not None}
-        outputs = [v for v in mine if uses[v] > 0 or v in results]
+        outputs = [v for v in mine if uses[v] > 0]
         outputs.sort(key=[v for eq in equations for v in eq.outputs].index)
         into, out = (sum(_width(v.spec) for v in side) for side in (inputs, outputs))
         now = sum(

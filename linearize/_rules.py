@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ._linearity import schema_of, wants_contiguous
-from ._program import Emitter, Equation, Operation, Residual, Var, evaluated, zero_residual
+from ._program import Emitter, Equation, Operation, Residual, Var, viewed, zero_residual
 from ._space import TensorSpec
 from ._torch import OpOverload, aten
 
@@ -92,20 +92,13 @@ def _with(spec: TensorSpec, **changes: Any) -> TensorSpec:
 def conj(x: Any) -> Any:
     """Return the conjugate of a residual or number; real ones as they are."""
     if isinstance(x, Residual):
-        return _derived(x, aten._conj.default) if x.tensor.is_complex() else x
+        return viewed(aten._conj.default, x) if x.tensor.is_complex() else x
     return x.conjugate() if isinstance(x, complex) else x
 
 
 def adjoint_matrix(x: Residual) -> Residual:
     """Return the conjugate transpose of a residual, a view of it."""
-    return _derived(x, aten.mH.default)
-
-
-def _derived(x: Residual, view: Any) -> Residual:
-    """Return a residual that is a view of another, with the version that the other has."""
-    r = evaluated(view, x, source=x.source)
-    r.version = x.version
-    return r
+    return viewed(aten.mH.default, x)
 
 
 def rule(*ops: Any) -> Callable[[Rule], Rule]:

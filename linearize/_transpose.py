@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -111,8 +110,7 @@ def _masks(program: Program) -> dict[Var | None, Mask]:
     PyTorch divides by zero and drops the result afterwards. The transpose drops first, and
     zero divided by zero is not zero: what a scaling gives must be dropped once more.
     """
-    count = Counter(v for eq in program.equations for v in eq.inputs())
-    count.update(v for v in program.outputs if v is not None)
+    count = program.uses()
     masks: dict[Var | None, Mask] = {}
     for eq in reversed(program.equations):
         out = eq.outputs[0]

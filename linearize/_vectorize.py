@@ -7,15 +7,17 @@ is mapped over it by `torch.vmap`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
-from ._batching import call
+from ._batching import Slot, apply_to, call_again, entries, stack_results
+from ._copies import permutation
 from ._linearity import schema_of
-from ._program import Emitter, Equation, Program, Residual, Var, evaluated, map_leaves
+from ._program import Emitter, Equation, Program, Residual, Var, evaluated, map_leaves, viewed
 from ._space import TensorSpec
 from ._torch import OpOverload, aten
 
@@ -54,14 +56,17 @@ class _Vectorizer:
         self.e.source = eq.source
         rule = _RULES.get(eq.op)
         mark = len(self.e.equations)
-        out = eq.outputs[0] if len(eq.outputs) == 1 else None
+        wanted = [v for v in eq.outputs if v is not None]
+        out = wanted[0] if len(wanted) == 1 else None
         found = None
-        if eq.op is aten.convolution_backward.default:
-            found, out = _convolution_backward(self, eq), eq.outputs[0]
-        elif out is not None:
+        if out is not None:
             if rule is not None:
                 found = rule(self, eq, out.spec)
-            elif isinstance(eq.op, OpOverload) and schema_of(eq.op).pointwise:
+            elif (
+                len(eq.outputs) == 1
+                and isinstance(eq.op, OpOverload)
+                and schema_of(eq.op).pointwise
+            ):
                 found = self.pointwise(eq, out.spec)
         if found is not None and out is not None:
             self.names[out] = found
@@ -138,9 +143,9 @@ class _Mapped:
                 return x
             given.append(x)
             self.dims.append(0 if isinstance(x, Var) else None)
-            return _Slot(len(given) - 1)
+            return Slot(len(given) - 1)
 
-        self.template = map_leaves(place, list(args)), map_leaves(place, kwargs)
+        self.template = map_leaves(place, (list(args), kwargs))
         self.given = tuple(given)
 
     def __repr__(self) -> str:
@@ -151,13 +156,10 @@ class _Mapped:
         if self.by_hand(given):
             return self.looped(given)
         there: list[bool] = []
+        again = functools.partial(call_again, self.op)
 
         def one(*tensors: Any) -> tuple[Any, ...]:
-            def fill(x: Any) -> Any:
-                return tensors[x.index] if isinstance(x, _Slot) else x
-
-            args, kwargs = map_leaves(fill, self.template)
-            out = call(self.op, args, kwargs)
+            out = apply_to(again, self.template, tensors)
             results = out if isinstance(out, (tuple, list)) else (out,)
             there[:] = [t is not None for t in results]
             return tuple(t for t in results if t is not None)
@@ -175,31 +177,13 @@ class _Mapped:
 
     def looped(self, given: Sequence[Any]) -> tuple[Any, ...]:
         count = next(len(t) for t, d in zip(given, self.dims, strict=True) if d == 0)
-        rows = []
-        for i in range(count):
-            tensors = [t if d is None else t[i] for t, d in zip(given, self.dims, strict=True)]
-
-            def fill(x: Any, tensors: Sequence[Any] = tensors) -> Any:
-                return tensors[x.index] if isinstance(x, _Slot) else x
-
-            args, kwargs = map_leaves(fill, self.template)
-            out = self.op(*args, **kwargs)
-            rows.append(out if isinstance(out, (tuple, list)) else (out,))
-        columns = zip(*rows, strict=True)
-        return tuple([None if c[0] is None else torch.stack(c) for c in columns])
+        outs = [apply_to(self.op, self.template, row) for row in entries(given, self.dims, count)]
+        results = [out if isinstance(out, (tuple, list)) else (out,) for out in outs]
+        return tuple([stack_results(column) for column in zip(*results, strict=True)])
 
 
 #: From how many numbers in one entry on a kernel is called for each entry.
 _LARGE = 1 << 13
-
-
-class _Slot:
-    """Stands for a tensor among an operation's arguments."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
 
 
 # -- rules ----------------------------------------------------------------------------------
@@ -250,7 +234,14 @@ def _as_it_stands(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     return s.e.emit(eq.op, (s.names[eq.args[0]], *eq.args[1:]), s.spec(out), **eq.kwargs)
 
 
-@_rule(aten.reshape.default, aten.view.default, aten.squeeze.default)
+@_rule(
+    aten.reshape.default,
+    aten.view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
 def _reshape(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     return s.reshape(s.names[eq.args[0]], s.count, *out.shape)
 
@@ -263,24 +254,9 @@ def _expand(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
 
 @_rule(aten.t.default, aten.transpose.int, aten.permute.default)
 def _permute(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    n = _rank(eq.args[0])
-    dims = list(range(n))
-    if eq.op is aten.permute.default:
-        dims = [d % n for d in eq.args[1]]
-    elif n > 1:
-        i, j = (0, 1) if eq.op is aten.t.default else (d % n for d in eq.args[1:3])
-        dims[i], dims[j] = dims[j], dims[i]
+    dims = permutation(eq.op, eq.args)
+    assert dims is not None
     return s.permute(s.names[eq.args[0]], 0, *(d + 1 for d in dims))
-
-
-@_rule(aten.unsqueeze.default)
-def _unsqueeze(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    return s.reshape(s.names[eq.args[0]], s.count, *out.shape)
-
-
-@_rule(aten.squeeze.dim, aten.squeeze.dims)
-def _squeeze(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    return s.reshape(s.names[eq.args[0]], s.count, *out.shape)
 
 
 @_rule(aten.select.int, aten.slice.Tensor)
@@ -349,9 +325,7 @@ def _cross(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     def raised(x: Any) -> Any:
         if isinstance(x, Var):
             return s.names[x]
-        r = evaluated(aten.unsqueeze.default, x, 0, source=x.source)
-        r.version = x.version
-        return r
+        return viewed(aten.unsqueeze.default, x, 0)
 
     return s.e.emit(eq.op, (*map(raised, eq.args),), s.spec(out), dim=dim)
 
@@ -374,12 +348,6 @@ def _softmax(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     return s.emit(aten.addcmul.default, (products, sums, r), shape, value=-1)
 
 
-def _transposed(r: Residual) -> Residual:
-    t = evaluated(aten.t.default, r, source=r.source)
-    t.version = r.version
-    return t
-
-
 @_rule(aten.mm.default)
 def _mm(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     return _matrix_product(s, *eq.args)
@@ -391,8 +359,7 @@ def _matrix_product(s: _Vectorizer, a: Any, b: Any) -> Var:
         n, inner = a.spec.shape
         m = b.tensor.shape[1]
         if s.names[a] in s.turned:  # to copy it would cost more
-            many = evaluated(aten.expand.default, b, [k, inner, m], source=b.source)
-            many.version = b.version
+            many = viewed(aten.expand.default, b, [k, inner, m])
             return s.emit(aten.bmm.default, (s.names[a], many), (k, n, m))
         tall = s.reshape(s.names[a], k * n, inner)
         return s.reshape(s.emit(aten.mm.default, (tall, b), (k * n, m)), k, n, m)
@@ -402,7 +369,7 @@ def _matrix_product(s: _Vectorizer, a: Any, b: Any) -> Var:
     # (A B)ᵀ = Bᵀ Aᵀ, with all the columns of B as rows.
     rows = v if m == 1 else s.permute(v, 0, 2, 1)
     tall = s.reshape(rows, k * m, inner)
-    product = s.emit(aten.mm.default, (tall, _transposed(a)), (k * m, n))
+    product = s.emit(aten.mm.default, (tall, viewed(aten.t.default, a)), (k * m, n))
     stacked = s.reshape(product, k, m, n)
     return s.reshape(stacked, k, n, m) if m == 1 else s.permute(stacked, 0, 2, 1)
 
@@ -412,7 +379,7 @@ def _mv(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     a, b = eq.args
     if isinstance(a, Var):
         return s.emit(aten.matmul.default, (s.names[a], b), (s.count, *out.shape))
-    return s.emit(aten.mm.default, (s.names[b], _transposed(a)), (s.count, *out.shape))
+    return s.emit(aten.mm.default, (s.names[b], viewed(aten.t.default, a)), (s.count, *out.shape))
 
 
 @_rule(aten.bmm.default)
@@ -484,13 +451,13 @@ def _convolution(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     return s.reshape(done, s.count, *out.shape)
 
 
-def _convolution_backward(s: _Vectorizer, eq: Equation) -> Var | None:
+@_rule(aten.convolution_backward.default)
+def _convolution_backward(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     """Take the entries of a stack as further samples, where the input's gradient is wanted."""
     g, x, w, biases, *rest, mask = eq.args
     wanted = isinstance(g, Var) and isinstance(x, Residual) and isinstance(w, Residual)
-    if not wanted or list(mask) != [True, False, False] or eq.outputs[0] is None:
+    if not wanted or list(mask) != [True, False, False]:
         return None
-    out = eq.outputs[0].spec
     many = s.reshape(s.names[g], s.count * g.spec.shape[0], *g.spec.shape[1:])
     spec = TensorSpec((s.count * out.shape[0], *out.shape[1:]), out.dtype, out.device)
     # Of the input nothing but the shape is read.
@@ -525,9 +492,7 @@ def _index_put(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     if not out.shape or x.spec.shape != (w.tensor.shape[0], *out.shape[1:]):
         return None
     shape = (out.shape[0], s.count, *out.shape[1:])
-    wide = evaluated(aten.unsqueeze.default, to, 1, source=to.source)
-    wide = evaluated(aten.expand.default, wide, list(shape), source=to.source)
-    wide.version = to.version
+    wide = viewed(aten.expand.default, viewed(aten.unsqueeze.default, to, 1), list(shape))
     first = s.permute(s.names[x], 1, 0, *range(2, _rank(x) + 1))
     put = s.e.emit(eq.op, (wide, where, first, *rest), TensorSpec(shape, out.dtype, out.device))
     return s.permute(put, 1, 0, *range(2, len(shape)))
@@ -538,7 +503,6 @@ def _index_add(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     to, dim, where, x = eq.args
     if not (isinstance(to, Residual) and isinstance(x, Var) and out.shape):
         return None
-    wide = evaluated(aten.expand.default, to, [s.count, *out.shape], source=to.source)
-    wide.version = to.version
+    wide = viewed(aten.expand.default, to, [s.count, *out.shape])
     args = (wide, *_later([dim], len(out.shape)), where, s.names[x])
     return s.e.emit(eq.op, args, s.spec(out), **eq.kwargs)

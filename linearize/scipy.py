@@ -137,35 +137,71 @@ def _array(t: torch.Tensor) -> Array:
 class _Flattened:
     """A function of a pytree, seen as a function of a flat vector; one run for each point."""
 
-    def __init__(self, f: Callable[..., Any], x0: Any, maxsize: int, has_aux: bool) -> None:
-        self.space = Space.of_tree(x0, "tangent", "x0")
-        if not self.space.tensors:
+    def __init__(self, f: Callable[..., Any], x0: Any, maxsize: int, *, has_aux: bool) -> None:
+        self._space = Space.of_tree(x0, "tangent", "x0")
+        if not self._space.tensors:
             raise StructureError("x0: expected floating point tensors, found none")
-        if any(leaf.dtype.is_complex for leaf in self.space.tensors):
+        if any(leaf.dtype.is_complex for leaf in self._space.tensors):
             raise UnsupportedError("x0: SciPy's optimizers work with real numbers, got complex")
         leaves = pytree.tree_leaves(x0)
         # What is no variable stays as it is given.
         self._others = [None if differentiable(x) else x for x in leaves]
         parts = [x.detach() for x in leaves if differentiable(x)]
         #: The start as SciPy wants it.
-        self.x0: Array = _array(join(self.space, parts).double())
+        self.x0: Array = _array(join(self._space, parts).double())
         self.linearizer = Linearizer(f, match="value", maxsize=maxsize, has_aux=has_aux)
 
     def unravel(self, x: Array) -> Any:
-        """Return the pytree that a flat vector stands for."""
+        """Return the pytree that a flat vector stands for.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        pytree
+            Structured like the start, with its dtypes and devices; leaves that are not
+            differentiated are the start's.
+
+        Raises
+        ------
+        SpaceError
+            If the vector has another length.
+        """
         given = torch.tensor(np.ascontiguousarray(x))
-        if tuple(given.shape) != (self.space.size,):
-            raise SpaceError(f"x: expected shape ({self.space.size},), got {tuple(given.shape)}")
-        spec = flat_spec(self.space)
-        parts = split(self.space, given.to(dtype=spec.dtype, device=spec.device))
-        return self.space.unflatten(parts, self._others)
+        size = self._space.size
+        if tuple(given.shape) != (size,):
+            raise SpaceError(f"x: expected shape ({size},), got {tuple(given.shape)}")
+        spec = flat_spec(self._space)
+        parts = split(self._space, given.to(dtype=spec.dtype, device=spec.device))
+        return self._space.unflatten(parts, self._others)
 
     def at(self, x: Array) -> Linearization:
-        """Linearize at the point, or find it where SciPy asked for it before."""
+        """Return the linearization at a flat vector.
+
+        For a `ScalarFunction` it is that of the gradient, and its `aux` is the value.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        Linearization
+            The same object if the point is remembered.
+
+        Raises
+        ------
+        SpaceError
+            If the vector has another length.
+        """
         return self.linearizer.at(self.unravel(x))
 
 
-class VectorFunction:
+class VectorFunction(_Flattened):
     """A function with its Jacobian, for `least_squares` and `root`.
 
     SciPy asks for `fun` and `jac` in separate calls, each with an array of its own. The points
@@ -204,52 +240,9 @@ class VectorFunction:
     ) -> None:
         if jac not in ("dense", "operator", "sparse"):
             raise OptionError(f'jac must be "dense", "operator" or "sparse", got {jac!r}')
-        self._flattened = _Flattened(f, x0, maxsize, has_aux=False)
+        super().__init__(f, x0, maxsize, has_aux=False)
         self._kind = jac
         self._pattern: Any = None
-        self.x0 = self._flattened.x0
-        self.linearizer = self._flattened.linearizer
-
-    def at(self, x: Array) -> Linearization:
-        """Return the linearization at a flat vector.
-
-        Parameters
-        ----------
-        x
-            A NumPy vector of shape (n,).
-
-        Returns
-        -------
-        Linearization
-            The same object if the point is remembered.
-
-        Raises
-        ------
-        SpaceError
-            If the vector has another length.
-        """
-        return self._flattened.at(x)
-
-    def unravel(self, x: Array) -> Any:
-        """Return the pytree that a flat vector stands for.
-
-        Parameters
-        ----------
-        x
-            A NumPy vector of shape (n,).
-
-        Returns
-        -------
-        pytree
-            Structured like the start, with its dtypes and devices; leaves that are not
-            differentiated are the start's.
-
-        Raises
-        ------
-        SpaceError
-            If the vector has another length.
-        """
-        return self._flattened.unravel(x)
 
     def fun(self, x: Array) -> Array:
         """Return f at a flat vector, as a flat vector.
@@ -311,7 +304,7 @@ class VectorFunction:
         return _array(join(J.in_space, J._apply_adjoint(parts, stacked=False)))
 
 
-class ScalarFunction:
+class ScalarFunction(_Flattened):
     """A scalar function with gradient and Hessian products, for `minimize`.
 
     The gradient is linearized: one run of `f` and of its backward at each point gives value,
@@ -335,50 +328,7 @@ class ScalarFunction:
     """
 
     def __init__(self, f: Callable[[Any], Any], x0: Any, *, maxsize: int = 8) -> None:
-        self._flattened = _Flattened(gradient_and_value(f), x0, maxsize, has_aux=True)
-        self.x0 = self._flattened.x0
-        self.linearizer = self._flattened.linearizer
-
-    def at(self, x: Array) -> Linearization:
-        """Return the linearization of the gradient at a flat vector; `aux` is the value.
-
-        Parameters
-        ----------
-        x
-            A NumPy vector of shape (n,).
-
-        Returns
-        -------
-        Linearization
-            The same object if the point is remembered.
-
-        Raises
-        ------
-        SpaceError
-            If the vector has another length.
-        """
-        return self._flattened.at(x)
-
-    def unravel(self, x: Array) -> Any:
-        """Return the pytree that a flat vector stands for.
-
-        Parameters
-        ----------
-        x
-            A NumPy vector of shape (n,).
-
-        Returns
-        -------
-        pytree
-            Structured like the start, with its dtypes and devices; leaves that are not
-            differentiated are the start's.
-
-        Raises
-        ------
-        SpaceError
-            If the vector has another length.
-        """
-        return self._flattened.unravel(x)
+        super().__init__(gradient_and_value(f), x0, maxsize, has_aux=True)
 
     def fun(self, x: Array) -> float:
         """Return f at a flat vector.
