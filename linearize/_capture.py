@@ -22,13 +22,13 @@ from ._reads import Reads, scripted_state
 from ._space import Space, TensorSpec, differentiable
 from ._torch import (
     Node,
+    accumulators,
     applied_late,
     batched_or_wrapped,
     eager_compiled_functions,
     functorch_active,
     gradient_edge,
     is_custom,
-    key_string,
     leaf_variable,
     let_die_in_turn,
     owner_of,
@@ -36,6 +36,7 @@ from ._torch import (
     saved_tensors,
 )
 from ._trace import Trace
+from ._trees import Tree, flatten
 from .errors import StructureError, UnsupportedError
 
 Edge: TypeAlias = tuple[Node, int]
@@ -109,38 +110,39 @@ def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
 
     Iterative, because graphs are deeper than Python's recursion limit.
     """
-    reaches: dict[Node, bool] = dict.fromkeys(leaves, True)
-    ends = set(leaves)
-
-    def below(node: Node) -> Iterator[Any]:
-        return iter(()) if node in ends else iter(node.next_functions)
-
     post_order: list[Node] = []
-    # The walk does not go below the leaves, which end it.
-    seen: set[Node] = set()
+    #: Whether a node leads to a leaf; the walk does not go below the leaves, which end it.
+    reaches: dict[Node, bool] = {}
+    ends = set(leaves)
     for root in roots:
-        if root in seen:
+        if root in reaches:
             continue
-        stack: list[tuple[Node, Iterator[Any]]] = [(root, below(root))]
-        seen.add(root)
+        reaches[root] = root in ends
+        if root in ends:
+            post_order.append(root)
+            continue
+        stack: list[tuple[Node, Iterator[Any]]] = [(root, iter(root.next_functions))]
         while stack:
             node, edges = stack[-1]
             for child, _ in edges:
                 if child is None:
                     continue
-                if child not in seen:
-                    seen.add(child)
-                    stack.append((child, below(child)))
-                    break
+                known = reaches.get(child)
+                if known is None:
+                    known = reaches[child] = child in ends
+                    if not known:
+                        stack.append((child, iter(child.next_functions)))
+                        break
+                    post_order.append(child)
+                if known:
+                    reaches[node] = True
             else:
                 stack.pop()
-                if not reaches.get(node, False):
-                    reaches[node] = any(
-                        reaches.get(child, False) for child, _ in node.next_functions if child
-                    )
                 if reaches[node]:
                     post_order.append(node)
-    let_die_in_turn(seen)
+                    if stack:
+                        reaches[stack[-1][0]] = True
+    let_die_in_turn(reaches)
     return post_order[::-1]
 
 
@@ -255,10 +257,14 @@ def capture(
             "a Linearizer cannot run inside torch.func transforms (vmap, grad, jvp, ...); "
             "linearize the transformed function instead, or use linearize.func"
         )
-    primals = tuple(args[i] for i in argnums)
-    _check_layouts(primals)
-    in_space = Space.of_tree(primals, "tangent", "primals")
-    _check_some(primals, in_space)
+    given, tree = flatten(tuple([args[i] for i in argnums]))
+    _check_layouts(given, tree)
+    in_space = Space.of_leaves(given, tree, "tangent", "primals")
+    _check_some(given, in_space)
+    whole = list(argnums) == list(range(len(args)))
+    chosen = set(argnums)
+    others = [] if whole else [a for i, a in enumerate(args) if i not in chosen]
+    rest, frame = flatten((others, dict(kwargs)))
     records = ContextRecords() if records is None else records
     frozen = torch.is_inference_mode_enabled()
     reads = Reads(thaw=frozen) if watch or frozen else None
@@ -278,19 +284,15 @@ def capture(
 
         # Arguments that are not differentiated are aliased too: the graph may keep them,
         # and must not keep the caller's own objects alive.
-        chosen = set(argnums)
-        by_position: dict[int, Any] = {
-            i: pytree.tree_map(lambda x: alias(x, True), args[i]) for i in argnums
-        }
-        arguments = [
-            by_position[i] if i in chosen else pytree.tree_map(lambda x: alias(x, False), a)
-            for i, a in enumerate(args)
-        ]
-        keywords = {k: pytree.tree_map(lambda x: alias(x, False), v) for k, v in kwargs.items()}
-        nodes = [gradient_edge(t).node for t in leaves]
+        arguments: Sequence[Any] = tree.unflatten([alias(x, True) for x in given])
+        fixed, keywords = frame.unflatten([alias(x, False) for x in rest])
+        if not whole:
+            mine, theirs = dict(zip(argnums, arguments, strict=True)), iter(fixed)
+            arguments = [mine[i] if i in chosen else next(theirs) for i in range(len(args))]
+        nodes = accumulators(leaves)
         with records.watching(), eager_compiled_functions(), contextlib.ExitStack() as modes:
             if reads is not None:
-                reads.note(scripted_state(f, (args, kwargs)))
+                reads.note(scripted_state(f, (*given, *rest)))
                 modes.enter_context(reads)
             if traced is not None:
                 modes.enter_context(traced)
@@ -317,7 +319,7 @@ def capture(
         made = (owner_of(x) for x in outputs if isinstance(x, torch.Tensor))
         owners = [node for node in made if node is not None]
     return Capture(
-        value=pytree.tree_unflatten(detached, out_space.spec),
+        value=out_space.tree.unflatten(detached),
         aux=aux,
         in_space=in_space,
         out_space=out_space,
@@ -339,17 +341,16 @@ def _edge(output: torch.Tensor) -> Edge | None:
     return edge.node, edge.output_nr
 
 
-def _check_layouts(primals: tuple[Any, ...]) -> None:
-    for path, leaf in pytree.tree_flatten_with_path(primals)[0]:
-        if isinstance(leaf, torch.Tensor):
-            _check_tensor(leaf, f"primal{key_string(path)}")
+def _check_layouts(leaves: Sequence[Any], tree: Tree) -> None:
+    for x, path in zip(leaves, tree.paths, strict=True):
+        if isinstance(x, torch.Tensor):
+            _check_tensor(x, f"primal{path}")
 
 
-def _check_some(primals: tuple[Any, ...], space: Space) -> None:
+def _check_some(leaves: Sequence[Any], space: Space) -> None:
     if not space.tensors:
         kinds = ", ".join(
-            f"primal{path}: {_kind(leaf)}"
-            for leaf, path in zip(pytree.tree_leaves(primals), space.paths, strict=True)
+            f"primal{path}: {_kind(x)}" for x, path in zip(leaves, space.paths, strict=True)
         )
         raise StructureError(
             "no differentiable primal: at least one must be a floating point or complex tensor; "
@@ -389,20 +390,18 @@ def _check_tensor(t: torch.Tensor, what: str) -> None:
 
 
 def _outputs(result: Any) -> tuple[list[Any], Space]:
-    with_paths, _ = pytree.tree_flatten_with_path(result)
-    for path, x in with_paths:
-        name = f"output{key_string(path)}"
+    leaves, tree = flatten(result)
+    for x, path in zip(leaves, tree.paths, strict=True):
         if isinstance(x, torch.Tensor):
-            _check_tensor(x, name)
+            _check_tensor(x, f"output{path}")
         elif isinstance(x, (float, complex)):
             raise StructureError(
-                f"{name}: f returned the number {x!r}, whose derivative would be lost; return a "
-                "tensor, or return it beside the value with has_aux=True"
+                f"output{path}: f returned the number {x!r}, whose derivative would be lost; "
+                "return a tensor, or return it beside the value with has_aux=True"
             )
-    space = Space.of_tree(result, "cotangent", "value")
-    if not any(isinstance(x, torch.Tensor) for _, x in with_paths):
+    if not any(isinstance(x, torch.Tensor) for x in leaves):
         raise StructureError(
             f"f returned {type(result).__name__}, which contains no tensor; expected a tensor or "
             "a pytree of tensors"
         )
-    return [x for _, x in with_paths], space
+    return leaves, Space.of_leaves(leaves, tree, "cotangent", "value")

@@ -139,7 +139,7 @@ class NodeProgram:
         """
         names: dict[Any, Any] = dict(zip(self._inputs, inputs, strict=True))
         if self._residuals:
-            computed = iter(self._schedule(read))
+            computed = iter(self._schedule([read(o) for o in self._schedule.saved]))
             moved: dict[Origin, Origin | None] = {}
             for blank, origin in self._residuals:
                 t = read(origin) if isinstance(origin, Saved) else next(computed)

@@ -36,13 +36,10 @@ class Reads(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        seen = self._seen
         for a in args:
-            if isinstance(a, torch.Tensor):
-                ref = seen.get(id(a))
-                if ref is None or ref() is not a:
-                    seen[id(a)] = weakref.ref(a)
-            elif type(a) in (list, tuple):
+            if isinstance(a, _TENSOR):
+                self._seen[id(a)] = _REF(a)
+            elif type(a) in _SEQUENCES:
                 self.note(a)
         if kwargs:
             self.note(kwargs.values())
@@ -52,13 +49,13 @@ class Reads(TorchFunctionMode):
             # Python code that runs inside is out of this mode's sight.
             with _DeepReads(self):
                 return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def note(self, items: Iterable[Any]) -> None:
         for a in items:
-            if isinstance(a, torch.Tensor):
-                self._seen[id(a)] = weakref.ref(a)
-            elif type(a) in (list, tuple):
+            if isinstance(a, _TENSOR):
+                self._seen[id(a)] = _REF(a)
+            elif type(a) in _SEQUENCES:
                 self.note(a)
 
     def stamps(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
@@ -71,7 +68,9 @@ class Reads(TorchFunctionMode):
         ]
 
 
-_RUNS_BACKWARD = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+_RUNS_BACKWARD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
+#: Looked up once: this runs at each operation of f.
+_TENSOR, _REF, _SEQUENCES = torch.Tensor, weakref.ref, (list, tuple)
 
 
 def _thawed(x: Any) -> Any:
@@ -93,9 +92,9 @@ class _DeepReads(DispatchMode):
             return func(*args, **(kwargs or {}))
 
 
-def scripted_state(f: Any, arguments: Any) -> Iterator[torch.Tensor]:
+def scripted_state(f: Any, arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
     """Yield parameters and buffers of TorchScript modules in reach, which run out of sight."""
-    todo: list[Any] = [f, *pytree.tree_leaves(arguments)]
+    todo: list[Any] = [f, *(x for x in arguments if not isinstance(x, torch.Tensor))]
     seen: set[int] = set()
     while todo and len(seen) < 200:
         thing = todo.pop()

@@ -8,6 +8,7 @@ that belongs to one built-in node.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from ._torch import (
     is_generated,
     is_wrapped_number,
     saved_names,
-    unpacks_by_hook,
+    unpacked,
 )
 from .errors import LinearizeError
 
@@ -54,14 +55,11 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
     """
     places = graph.places
 
-    def edge(target: Node | None, nr: int) -> tuple[int, int]:
-        return (-1 if target is None else places.get(target, -2), nr)
-
     def roots(edges: Sequence[Edge | None]) -> Iterator[Any]:
-        return (None if e is None else edge(*e) for e in edges)
+        return (None if e is None else (places.get(e[0], -2), e[1]) for e in edges)
 
     def described(node: Node) -> Any:
-        edges = tuple([edge(*e) for e in node.next_functions])
+        edges = tuple([(places.get(n, -2 if n else -1), nr) for n, nr in node.next_functions])
         custom = graph.custom.get(node)
         key = node_key(graph, node) if custom is None else (custom.signature(), expected(node))
         line = graph.line(node)  # programs name the lines that they come from
@@ -112,32 +110,47 @@ def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
 
 
 def _node_key(node: Node) -> tuple[Any, ...]:
-    kind = type(node)
-    if not is_generated(kind) or kind.__name__ in _HIDDEN_STATE:
-        raise HiddenError(kind.__name__)
+    tensors, static, partial = _shown(type(node))
     wanted = tuple([target is not None for target, _ in node.next_functions])
-    if kind.__name__ in _KNOW_ALL_SIZES and not all(wanted):
-        raise HiddenError(kind.__name__)
-    tensors, static = saved_names(kind)
-    saved = [t for _, _, t in _saved(node, tensors)]
+    if partial and not all(wanted):
+        raise HiddenError(node.name())
+    saved: list[torch.Tensor | None] = []
+    for name, raw in tensors:
+        value = unpacked(node, name, raw)
+        if isinstance(value, (tuple, list)):
+            saved.extend(value)
+        else:
+            saved.append(value)
     return (
-        kind,
+        type(node),
         wanted,
         expected(node),
         tuple([getattr(node, name) for name in static]),
-        tuple(map(_layout, saved)),
-        _sharing(saved),
+        tuple([_layout(t) for t in saved]),
+        _sharing(saved) if len(saved) > 1 else None,
     )
 
 
-def _saved(
-    node: Any, names: Sequence[str]
-) -> Iterator[tuple[str, int | None, torch.Tensor | None]]:
+@functools.lru_cache(maxsize=4096)
+def _shown(kind: type) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...], bool]:
+    """Return what nodes of a class show: tensors, with their packed form, and other arguments.
+
+    Last, whether they hide the sizes of arguments through which no gradient goes.
+    """
+    if not is_generated(kind) or kind.__name__ in _HIDDEN_STATE:
+        raise HiddenError(kind.__name__)
+    tensors, static = saved_names(kind)
+    return (
+        tuple([(name, f"_raw{name}") for name in tensors]),
+        static,
+        kind.__name__ in _KNOW_ALL_SIZES,
+    )
+
+
+def _saved(node: Node, names: Sequence[str]) -> Iterator[tuple[str, int | None, Any]]:
     """Yield attribute, position and tensor of what a built-in node saved."""
     for name in names:
-        if unpacks_by_hook(node, name):
-            raise HiddenError(name)
-        value = getattr(node, name)
+        value = unpacked(node, name, f"_raw{name}")
         if isinstance(value, (tuple, list)):
             yield from ((name, i, t) for i, t in enumerate(value))
         else:
@@ -145,22 +158,25 @@ def _saved(
 
 
 def _layout(t: torch.Tensor | None) -> Any:
-    if t is None or t.layout != torch.strided:
-        return None if t is None else (t.layout, t.shape, t.dtype)
+    if t is None:
+        return None
+    shape = t.shape
+    if t.layout != torch.strided:
+        return t.layout, shape, t.dtype
     # A Python number in f is saved as a tensor; recorded code has it as a number again.
-    number = t.item() if t.dim() == 0 and is_wrapped_number(t) else None
+    number = t.item() if not shape and is_wrapped_number(t) else None
     bits = t.is_conj(), t.is_neg(), has_memory(t)
-    return t.shape, t.stride(), t.dtype, t.device, bits, number
+    return shape, t.stride(), t.dtype, t.device, bits, number
 
 
 def _sharing(saved: Sequence[torch.Tensor | None]) -> Any:
     """Return which of the tensors lie in the same memory: they may differ elsewhere."""
-    if len(saved) < 2:
-        return None
     first: dict[int, int] = {}
     return tuple(
-        -1 if t is None or t.layout != torch.strided else first.setdefault(t.data_ptr(), i)
-        for i, t in enumerate(saved)
+        [
+            -1 if t is None or t.layout != torch.strided else first.setdefault(t.data_ptr(), i)
+            for i, t in enumerate(saved)
+        ]
     )
 
 

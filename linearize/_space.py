@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ._torch import key_string, pytree, spec_children
+from ._torch import pytree, spec_children
+from ._trees import Tree, flatten
 from .errors import SpaceError, StructureError
 
 
@@ -83,59 +84,51 @@ class Space:
 
     Parameters
     ----------
-    spec
+    tree
         The pytree structure.
     leaves
         One `TensorSpec` per leaf; None for a leaf without tangents.
-    paths
-        One printable path per leaf, used in errors.
     word
         What an element is called in errors: "tangent" or "cotangent".
     of
         What the structure is that of: "primals" or "value".
     """
 
-    __slots__ = (
-        "_all_differentiable",
-        "_row",
-        "_single",
-        "leaves",
-        "of",
-        "paths",
-        "spec",
-        "tensors",
-        "word",
-    )
+    __slots__ = ("_all_differentiable", "_row", "_single", "leaves", "of", "tensors", "tree", "word")
 
     def __init__(
-        self,
-        spec: pytree.TreeSpec,
-        leaves: Sequence[TensorSpec | None],
-        paths: Sequence[str],
-        word: str,
-        of: str,
+        self, tree: Tree, leaves: Sequence[TensorSpec | None], word: str, of: str
     ) -> None:
-        self.spec = spec
+        self.tree = tree
         self.leaves = tuple(leaves)
-        self.paths = tuple(paths)
         self.word = word
         self.of = of
-        self.tensors = tuple(leaf for leaf in self.leaves if leaf is not None)
+        self.tensors = tuple([leaf for leaf in self.leaves if leaf is not None])
         self._all_differentiable = len(self.tensors) == len(self.leaves)
         #: The plain cases, one tensor or a tuple of tensors, need no pytree work.
-        self._single = spec.is_leaf() and self._all_differentiable
-        self._row = (
-            spec.type is tuple
-            and self._all_differentiable
-            and all(child.is_leaf() for child in spec_children(spec))
-        )
+        self._single = tree.single and self._all_differentiable
+        self._row = tree.row and self._all_differentiable
 
     @classmethod
     def of_tree(cls, tree: Any, word: str, of: str) -> Space:
         """Return the space of the tangents of `tree`."""
-        with_paths, spec = pytree.tree_flatten_with_path(tree)
-        leaves = [TensorSpec.of(x) if differentiable(x) else None for _, x in with_paths]
-        return cls(spec, leaves, [key_string(path) for path, _ in with_paths], word, of)
+        return cls.of_leaves(*flatten(tree), word, of)
+
+    @classmethod
+    def of_leaves(cls, leaves: Sequence[Any], tree: Tree, word: str, of: str) -> Space:
+        """Return the space of the tangents of a pytree that was flattened."""
+        specs = [TensorSpec.of(x) if differentiable(x) else None for x in leaves]
+        return cls(tree, specs, word, of)
+
+    @property
+    def spec(self) -> pytree.TreeSpec:
+        """The pytree structure as PyTorch has it."""
+        return self.tree.spec
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """One printable path per leaf, used in errors."""
+        return self.tree.paths
 
     def __repr__(self) -> str:
         inside = ", ".join(
@@ -151,13 +144,8 @@ class Space:
 
     def unpacked(self) -> Space:
         """Return the space of the only entry of a tuple of one; any other space as it is."""
-        if self.spec.type is not tuple or self.spec.is_leaf():
-            return self
-        children = spec_children(self.spec)
-        if len(children) != 1:
-            return self
-        paths = [path.removeprefix("[0]") for path in self.paths]
-        return Space(children[0], self.leaves, paths, self.word, self.of)
+        tree = self.tree.unpacked()
+        return self if tree is self.tree else Space(tree, self.leaves, self.word, self.of)
 
     def flatten(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
         """Return the tensors of `tree`, one per differentiable leaf, None for zero.
@@ -173,8 +161,8 @@ class Space:
         """
         if not stacked and self._plain(tree):
             return [tree] if self._single else list(tree)
-        leaves, spec = pytree.tree_flatten(tree)
-        if spec != self.spec:
+        leaves, found = flatten(tree)
+        if found is not self.tree:
             leaves = []
             self._flatten_up_to(tree, self.spec, "", leaves)
         if self._all_differentiable:
@@ -200,13 +188,13 @@ class Space:
         if self._row:
             return tuple(tensors)
         if self._all_differentiable:
-            return pytree.tree_unflatten(tensors, self.spec)
+            return self.tree.unflatten(tensors)
         rest = iter(tensors)
         leaves = [
             next(rest) if leaf is not None else (None if others is None else others[i])
             for i, leaf in enumerate(self.leaves)
         ]
-        return pytree.tree_unflatten(leaves, self.spec)
+        return self.tree.unflatten(leaves)
 
     def _plain(self, tree: Any) -> bool:
         """Whether `tree` is one tensor, or a tuple of tensors, that fits."""

@@ -115,7 +115,7 @@ class Template:
             schedule = self._schedules[key] = Schedule(missing)
         used = {o: read(o) for o in schedule.saved}
         with torch.inference_mode(False), torch.no_grad():
-            computed = schedule(lambda o: used[o].tensor)
+            computed = schedule([used[o].tensor for o in schedule.saved])
         found = dict(zip(missing, computed, strict=True))
         residuals = []
         for blank, origin in self._wanted:

@@ -32,12 +32,16 @@ __all__ = [
     "DispatchMode",
     "Node",
     "OpOverload",
+    "accumulators",
     "aten",
+    "bare",
     "batched_or_wrapped",
     "call_node",
     "decompositions",
     "eager_compiled_functions",
     "forward_class",
+    "functions_as_they_are",
+    "functions_overridden",
     "functorch_active",
     "gradient_edge",
     "has_forward_tangent",
@@ -66,7 +70,7 @@ __all__ = [
     "subclasses_ignored",
     "transform_depth",
     "unobserved",
-    "unpacks_by_hook",
+    "unpacked",
     "without_inference_mode",
     "without_subclass",
 ]
@@ -94,6 +98,11 @@ class DispatchMode(TorchDispatchMode):
         return False
 
 
+def bare(op: Any) -> Any:
+    """Return an operation without its Python part, which does nothing but call it."""
+    return getattr(op, "_op", op)
+
+
 def key_string(path: KeyPath) -> str:
     """Return `['a'][0].b` for a pytree key path."""
     return str(pytree.keystr(path))
@@ -109,7 +118,8 @@ def reachable_elsewhere(t: torch.Tensor, aliases: int) -> bool:
     aliases
         How many tensors on the same storage the caller holds, `t` included.
     """
-    if _references(t) > _lone_references() or t._use_count() > 1:  # type: ignore[attr-defined]
+    count = _references(t)
+    if (count > _LEAST and count > _lone_references()) or t._use_count() > 1:  # type: ignore[attr-defined]
         return True
     storage = t.untyped_storage()
     # Python's handle on the storage is one of its owners.
@@ -134,6 +144,10 @@ def _lone_references() -> int:
     return called_with(holder.tensor)
 
 
+#: What it is at least.
+_LEAST = _lone_references()
+
+
 def spec_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
     """Return the structures of the children of a pytree node."""
     return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
@@ -142,6 +156,17 @@ def spec_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
 def functorch_active() -> bool:
     """Whether a `torch.func` transform is running around the caller."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def functions_overridden() -> bool:
+    """Whether somebody watches or replaces PyTorch's Python functions in this thread."""
+    return bool(torch._C._is_torch_function_mode_enabled())
+
+
+def functions_as_they_are() -> contextlib.AbstractContextManager[Any]:
+    """Hide PyTorch's Python functions from those who watch or replace them."""
+    disabled: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunction()
+    return disabled
 
 
 def transform_depth() -> int:
@@ -293,6 +318,12 @@ def gradient_edge(t: torch.Tensor) -> GradientEdge:
         return get_gradient_edge(t)
 
 
+def accumulators(leaves: Sequence[torch.Tensor]) -> list[Node]:
+    """Return the nodes in which the gradients of leaf tensors end."""
+    with torch.enable_grad(), subclasses_ignored():
+        return [t.view_as(t).grad_fn.next_functions[0][0] for t in leaves]  # type: ignore[union-attr,misc]
+
+
 def subclasses_ignored() -> contextlib.AbstractContextManager[Any]:
     """Let operations on tensor subclasses return plain tensors, as C++ code sees them."""
     return torch._C.DisableTorchFunctionSubclass()
@@ -435,14 +466,14 @@ def is_wrapped_number(t: torch.Tensor) -> bool:
     smaller = _SMALLER.get(t.dtype)
     if smaller is None:
         return t.dtype == torch.bool
-    return torch.result_type(torch.empty((), dtype=smaller), t) == smaller
+    return torch.result_type(smaller, t) == smaller.dtype
 
 
 #: Python numbers are saved in the dtypes on the left.
 _SMALLER = {
-    torch.float64: torch.float32,
-    torch.complex128: torch.complex64,
-    torch.int64: torch.int32,
+    torch.float64: torch.empty((), dtype=torch.float32, device="cpu"),
+    torch.complex128: torch.empty((), dtype=torch.complex64, device="cpu"),
+    torch.int64: torch.empty((), dtype=torch.int32, device="cpu"),
 }
 
 
@@ -455,11 +486,20 @@ def saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tensors, tuple(name for name in known if name not in tensors)
 
 
-def unpacks_by_hook(node: Node, name: str) -> bool:
-    """Whether a saved tensor was packed by a saved-tensor hook."""
-    saved = getattr(node, f"_raw{name}")
-    parts = saved if isinstance(saved, (tuple, list)) else (saved,)
-    return any(getattr(raw, "unpack_hook", None) is not None for raw in parts)
+
+def unpacked(node: Node, name: str, raw: str) -> Any:
+    """Return a saved tensor, or a sequence of them, given the names of both its forms.
+
+    Raises
+    ------
+    RuntimeError
+        If it was changed in place, or freed, or packed by a hook, which may compute anything.
+    """
+    packed = getattr(node, raw)
+    for one in packed if isinstance(packed, (tuple, list)) else (packed,):
+        if getattr(one, "unpack_hook", None) is not None:
+            raise RuntimeError(f"{name} was packed by a hook")
+    return getattr(node, name)
 
 
 def saved_tensors(node: Node) -> Iterator[torch.Tensor]:

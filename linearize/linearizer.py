@@ -16,8 +16,8 @@ from ._capture import capture
 from ._compile import Options
 from ._memo import Memo, Stats, content_key
 from ._structure import Structures
-from ._torch import pytree
 from ._transpose import Policy
+from ._trees import flatten
 from .errors import CopyError, OptionError, StructureError
 from .linearization import Linearization
 
@@ -300,7 +300,7 @@ class Linearizer:
 
         None if the arguments cannot be recognised again.
         """
-        leaves, structure = pytree.tree_flatten((args, kwargs))
+        leaves, structure = flatten((args, kwargs))
         parts: list[Hashable] = [_ambient()]
         owners: list[Any] = []
         stamps: list[Any] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "linearize"
 FLOORS = (
     ("errors", "_torch", "_progress", "_tables", "_layout"),
-    ("_lines", "_origin", "_space", "_program", "_memo"),
+    ("_trees", "_callables", "_lines", "_origin", "_space", "_program", "_memo"),
     (
         "_linearity",
         "_generate",
