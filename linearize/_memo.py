@@ -19,6 +19,8 @@ import cachetools
 import torch
 
 P = TypeVar("P")
+#: How many points are looked at when one is added.
+_FEW = 2
 Stamp = tuple["weakref.ref[torch.Tensor]", int]
 
 
@@ -102,6 +104,8 @@ class Memo(Generic[P]):
         self._fresh = fresh
         self._lock = threading.Lock()
         self._dead: deque[tuple[Hashable, _Entry[P]]] = deque()
+        #: Whose turn it is to be looked at.
+        self._turns: deque[Hashable] = deque()
         self._hits = self._misses = self._evictions = 0
 
     def get(self, key: Hashable, structure: Any) -> P | None:
@@ -155,6 +159,7 @@ class Memo(Generic[P]):
                 self._evictions += before + 1 - len(self._entries)
         gone.clear()
         self._bury()
+        self.sweep()
         self.shrink()
 
     def missed(self) -> None:
@@ -168,7 +173,7 @@ class Memo(Generic[P]):
             return
         while True:
             with self._lock:
-                points = [e.point for e in self._entries.values()]
+                points = [self._peek(key).point for key in self._entries]
             total = sum(map(self._size_of, points))
             del points
             if total <= self._max_bytes:
@@ -185,6 +190,7 @@ class Memo(Generic[P]):
         with self._lock:
             gone = list(self._entries.values())
             self._entries.clear()
+            self._turns.clear()
             self._evictions += len(gone)
         gone.clear()
         self._bury()
@@ -192,18 +198,36 @@ class Memo(Generic[P]):
     def tidy(self) -> None:
         """Drop points that cannot be used any more, and what is over the budget."""
         with self._lock:
-            keys = [key for key, e in self._entries.items() if not self._fresh(e.point)]
-            gone = [self._entries.pop(key) for key in keys]
-            self._evictions += len(gone)
+            gone = self._stale(list(self._entries))
         gone.clear()
         self._bury()
         self.shrink()
+
+    def sweep(self) -> None:
+        """Drop those of a few points that cannot be used any more; each has its turn."""
+        with self._lock:
+            if not self._turns:
+                self._turns.extend(self._entries)
+            few = [self._turns.popleft() for _ in range(min(_FEW, len(self._turns)))]
+            gone = self._stale([key for key in few if key in self._entries])
+        gone.clear()
+        self._bury()
+
+    def _stale(self, keys: Sequence[Hashable]) -> list[_Entry[P]]:
+        """Take out and return the entries that cannot be used any more; the lock is held."""
+        old = [key for key in keys if not self._fresh(self._peek(key).point)]
+        self._evictions += len(old)
+        return [self._entries.pop(key) for key in old]
+
+    def _peek(self, key: Hashable) -> _Entry[P]:
+        """Return an entry; that is no use of it."""
+        return cachetools.Cache.__getitem__(self._entries, key)
 
     def stats(self) -> Stats:
         """Return the counters."""
         self._bury()
         with self._lock:
-            points = [e.point for e in self._entries.values()]
+            points = [self._peek(key).point for key in self._entries]
             counters = (self._hits, self._misses, self._evictions, len(points))
         return Stats(*counters, sum(map(self._size_of, points)))
 

@@ -53,15 +53,17 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
 
     None if that cannot be seen.
     """
-    places = graph.places
+    places, custom, keys = graph.places, graph.custom, graph.keys
 
     def roots(edges: Sequence[Edge | None]) -> Iterator[Any]:
         return (None if e is None else (places.get(e[0], -2), e[1]) for e in edges)
 
     def described(node: Node) -> Any:
         edges = tuple([(places.get(n, -2 if n else -1), nr) for n, nr in node.next_functions])
-        custom = graph.custom.get(node)
-        key = node_key(graph, node) if custom is None else (custom.signature(), expected(node))
+        if node in custom:
+            key = (custom[node].signature(), expected(node))
+        else:
+            key = keys[node] = _node_key(node)
         line = graph.line(node)  # programs name the lines that they come from
         return (key, edges) if line is None else (key, edges, line)
 
@@ -78,7 +80,11 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
 
 def expected(node: Node) -> tuple[Any, ...]:
     """Return the shapes, dtypes and devices of the gradients that a node takes."""
-    return tuple([(tuple(m.shape), m.dtype, m.device) for m in input_metadata(node)])
+    metadata = input_metadata(node)
+    if len(metadata) == 1:  # mostly; this runs at each node of each new point
+        m = metadata[0]
+        return ((tuple(m.shape), m.dtype, m.device),)
+    return tuple([(tuple(m.shape), m.dtype, m.device) for m in metadata])
 
 
 def arguments(node: Node) -> tuple[Any, ...]:
@@ -114,21 +120,32 @@ def _node_key(node: Node) -> tuple[Any, ...]:
     wanted = tuple([target is not None for target, _ in node.next_functions])
     if partial and not all(wanted):
         raise HiddenError(node.name())
-    saved: list[torch.Tensor | None] = []
-    for name, raw in tensors:
-        value = unpacked(node, name, raw)
-        if isinstance(value, (tuple, list)):
-            saved.extend(value)
-        else:
-            saved.append(value)
-    return (
-        type(node),
-        wanted,
-        expected(node),
-        tuple([getattr(node, name) for name in static]),
-        tuple([_layout(t) for t in saved]),
-        _sharing(saved) if len(saved) > 1 else None,
-    )
+    others = tuple([getattr(node, name) for name in static]) if static else ()
+    layouts: Any = ()
+    if len(tensors) == 1:
+        value = unpacked(node, *tensors[0])
+        several = isinstance(value, (tuple, list))
+        layouts = _layouts(value) if several else _layout(value)
+    elif tensors:
+        saved: list[torch.Tensor | None] = []
+        for name, raw in tensors:
+            value = unpacked(node, name, raw)
+            if isinstance(value, (tuple, list)):
+                saved.extend(value)
+            else:
+                saved.append(value)
+        layouts = _layouts(saved)
+    return type(node), wanted, expected(node), others, layouts
+
+
+def _layouts(saved: Sequence[torch.Tensor | None]) -> Any:
+    """Return the layouts of several tensors, and which share memory: they may differ elsewhere."""
+    first: dict[int, int] = {}
+    layouts = []
+    for i, t in enumerate(saved):
+        shared = t is not None and t.layout == torch.strided and first.setdefault(t.data_ptr(), i)
+        layouts.append((_layout(t), shared))
+    return tuple(layouts)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -167,17 +184,6 @@ def _layout(t: torch.Tensor | None) -> Any:
     number = t.item() if not shape and is_wrapped_number(t) else None
     bits = t.is_conj(), t.is_neg(), has_memory(t)
     return shape, t.stride(), t.dtype, t.device, bits, number
-
-
-def _sharing(saved: Sequence[torch.Tensor | None]) -> Any:
-    """Return which of the tensors lie in the same memory: they may differ elsewhere."""
-    first: dict[int, int] = {}
-    return tuple(
-        [
-            -1 if t is None or t.layout != torch.strided else first.setdefault(t.data_ptr(), i)
-            for i, t in enumerate(saved)
-        ]
-    )
 
 
 def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:

@@ -101,7 +101,7 @@ class Linearization:
         self,
         captured: Capture,
         policy: Policy | None = None,
-        notify: Callable[[], None] | None = None,
+        notify: Callable[[bool], None] | None = None,
         structures: Structures | None = None,
     ) -> None:
         policy = policy or Policy()

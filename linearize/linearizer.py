@@ -268,14 +268,14 @@ class Linearizer:
             torch.cuda.empty_cache()
         return once()
 
-    def _notifier(self) -> Callable[[], None]:
-        """Return what a point calls when it has grown or was closed."""
+    def _notifier(self) -> Callable[[bool], None]:
+        """Return what a point calls when it has grown or, told so, was closed."""
         memo = weakref.ref(self._memo)
 
-        def notify() -> None:
+        def notify(closed: bool) -> None:
             known = memo()
             if known is not None:
-                known.tidy()
+                known.tidy() if closed else known.shrink()
 
         return notify
 

@@ -40,7 +40,7 @@ def _nothing() -> None:
 class Lifetime:
     """Whether a point is open, and what to release when it closes."""
 
-    def __init__(self, notify: Callable[[], None] | None) -> None:
+    def __init__(self, notify: Callable[[bool], None] | None) -> None:
         self.closed = False
         self._notify = notify
         self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -63,7 +63,7 @@ class Lifetime:
     def changed(self) -> None:
         """Tell the memo that the point has grown or was closed."""
         if self._notify is not None:
-            self._notify()
+            self._notify(self.closed)
 
 
 class Product:

@@ -536,6 +536,35 @@ def test_least_recently_used_goes_first() -> None:
     assert f.runs == runs + 1
 
 
+@pytest.mark.parametrize("between", ["stats", "product", "bytes"])
+def test_looking_at_the_points_is_no_use_of_them(between: str) -> None:
+    lin = lz.Linearizer(torch.sin, maxsize=2, max_bytes=1 << 20 if between == "bytes" else None)
+    a, b, c = (point(float(i)) for i in range(3))
+    kept, other = lin.at(a), lin.at(b)
+    assert lin.at(a) is kept  # now b was used least recently
+    if between == "stats":
+        lin.stats()
+    else:
+        kept.vjp_fn(torch.ones_like(a))
+    lin.at(c)
+    assert lin.at(a) is kept
+    assert lin.at(b) is not other
+
+
+def test_points_that_went_stale_do_not_pile_up() -> None:
+    w = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    lin = lz.Linearizer(lambda x: w * x)
+    points = [point(float(i)) for i in range(40)]
+    seen = []
+    for x in points:
+        seen.append(weakref.ref(lin.at(x)))
+        lin.at(x).jvp_fn(x)
+        with torch.no_grad():
+            w.add_(1.0)  # a step of an optimizer
+    gc.collect()
+    assert sum(ref() is not None for ref in seen) < 12
+
+
 def test_maxsize_none_and_zero() -> None:
     f = Counted(torch.sin)
     unlimited = lz.Linearizer(f, maxsize=None)
