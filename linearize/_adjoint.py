@@ -22,7 +22,7 @@ import torch
 
 from ._execute import Binding, Executor
 from ._linearity import tolerance
-from ._program import Equation, Operation, Program, Residual, Var, map_leaves, op_name
+from ._program import Equation, Operation, Program, Residual, Var, op_name
 from ._space import TensorSpec
 from ._torch import functorch_active, outside_transforms, unobserved
 from .errors import AdjointError
@@ -478,18 +478,13 @@ def _nudged_residuals(program: Program, generator: torch.Generator) -> Program:
     near: dict[Residual, Residual] = {}
 
     def moved(x: Any) -> Any:
-        if not isinstance(x, Residual) or not _eps(x.tensor.dtype):
+        if type(x) is Var or not _eps(x.tensor.dtype):
             return x
         if x not in near:
             near[x] = Residual(_near(x.tensor, generator), x.source)
         return near[x]
 
-    return program.with_equations(
-        [
-            Equation(eq.op, map_leaves(moved, eq.args), map_leaves(moved, eq.kwargs), eq.outputs)
-            for eq in program.equations
-        ]
-    )
+    return program.with_equations([eq.renamed(moved) for eq in program.equations])
 
 
 def _near(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

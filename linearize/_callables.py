@@ -14,7 +14,7 @@ import torch
 
 from ._torch import aten, bare
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[Any, str] = {
     torch.add: "Tensor",
     torch.addcmul: "default",
     torch.addmm: "default",
@@ -50,7 +50,7 @@ _FUNCTIONS = {
     torch.unbind: "int",
     torch.unsqueeze: "default",
 }
-_METHODS = {
+_METHODS: dict[Any, str] = {
     torch.Tensor.add_: "Tensor",
     torch.Tensor.addcmul_: "default",
     torch.Tensor.addmm_: "default",

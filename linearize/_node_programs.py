@@ -107,13 +107,7 @@ class NodeProgram:
                 blanks[r] = r.blank()
                 origins.append((blanks[r], origin))
 
-        def blank(x: Any) -> Any:
-            return blanks[x] if isinstance(x, Residual) else x
-
-        copies = [
-            Equation(eq.op, map_leaves(blank, eq.args), map_leaves(blank, eq.kwargs), eq.outputs)
-            for eq in equations
-        ]
+        copies = [eq.renamed(lambda x: blanks.get(x, x), source="") for eq in equations]
         return NodeProgram(inputs, copies, outputs, origins)
 
     def write(
@@ -145,15 +139,12 @@ class NodeProgram:
                 t = read(origin) if isinstance(origin, Saved) else next(computed)
                 names[blank] = adopt(t, _moved(origin, move, moved))
 
-        def rename(x: Any) -> Any:
-            return names[x] if isinstance(x, (Var, Residual)) else x
-
         for eq in self._equations:
             outs = tuple([None if v is None else Var(v.spec) for v in eq.outputs])
-            args = map_leaves(rename, eq.args)
-            kwargs = map_leaves(rename, eq.kwargs) if eq.kwargs else {}
+            emitter.equations.append(
+                eq.renamed(names.__getitem__, outputs=outs, source=emitter.source)
+            )
             names.update(zip(eq.outputs, outs, strict=True))
-            emitter.equations.append(Equation(eq.op, args, kwargs, outs, emitter.source))
         return [None if o is None else Gradient(names[o[0]], o[1]) for o in self._outputs]
 
 

@@ -167,8 +167,44 @@ class Equation:
         """Return the variables and residuals among the arguments."""
         if self._reads is None:  # arguments never change once an equation is made
             found = leaves((self.args, self.kwargs))
-            self._reads = tuple(x for x in found if isinstance(x, (Var, Residual)))
+            self._reads = tuple([x for x in found if type(x) in _READ])
         return self._reads
+
+    def renamed(
+        self,
+        rename: Callable[[Any], Any],
+        *,
+        op: Callable[..., Any] | None = None,
+        outputs: tuple[Var | None, ...] | None = None,
+        source: str | None = None,
+    ) -> Equation:
+        """Return the equation with other variables and residuals, and what else is given.
+
+        Parameters
+        ----------
+        rename
+            Is given each variable and residual that is read.
+        op, outputs, source
+            Take the place of the equation's own.
+        """
+
+        def leaf(x: Any) -> Any:
+            return rename(x) if type(x) in _READ else x
+
+        made = Equation(
+            self.op if op is None else op,
+            map_leaves(leaf, self.args),
+            map_leaves(leaf, self.kwargs) if self.kwargs else {},
+            self.outputs if outputs is None else outputs,
+            self.source if source is None else source,
+        )
+        if not self.kwargs and all([type(x) in _READ for x in made.args]):
+            made._reads = made.args
+        return made
+
+
+#: What an equation reads of a program.
+_READ = frozenset((Var, Residual))
 
 
 def zero_residual(spec: TensorSpec) -> Residual:
@@ -298,7 +334,7 @@ class Program:
         needed = {v for v in self.outputs if v is not None}
         kept: list[Equation] = []
         for eq in reversed(self.equations):
-            if any(v in needed for v in eq.outputs if v is not None):
+            if not needed.isdisjoint(eq.outputs):
                 kept.append(eq)
                 needed.update(eq.inputs())
         return self.with_equations(kept[::-1])
@@ -323,8 +359,6 @@ class Program:
         kept: list[Equation] = []
 
         def replaced(x: Any) -> Any:
-            if not isinstance(x, Var):
-                return x
             return zero_residual(x.spec) if x in zero else same.get(x, x)
 
         for eq in self.equations:
@@ -333,8 +367,7 @@ class Program:
                 zero.update(v for v in eq.outputs if v is not None)
                 continue
             if not any(absent):
-                args, kwargs = map_leaves(replaced, eq.args), map_leaves(replaced, eq.kwargs)
-                kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+                kept.append(eq.renamed(replaced))
             elif isinstance(eq.op, Operation):
                 # A custom Function is told that there is no tangent.
                 args = tuple(None if a in zero else replaced(a) for a in eq.args)
@@ -342,8 +375,7 @@ class Program:
             elif (other := _other_term(eq, zero)) is not None and eq.outputs[0] is not None:
                 same[eq.outputs[0]] = same.get(other, other)
             else:
-                args, kwargs = map_leaves(replaced, eq.args), map_leaves(replaced, eq.kwargs)
-                kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+                kept.append(eq.renamed(replaced))
         inputs = [v for v, here in zip(self.inputs, present, strict=True) if here]
         outputs = [None if v is None or v in zero else same.get(v, v) for v in self.outputs]
         return Program(inputs, kept, outputs, self.specs, self.name, self.fixed).live()
@@ -474,17 +506,13 @@ class Emitter:
         self.fixed = self.fixed or program.fixed
 
         def rename(x: Any) -> Any:
-            return names[x] if isinstance(x, Var) else x
+            return names[x] if type(x) is Var else x
 
         for eq in program.equations:
-            args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
-            outs = []
-            for v in eq.outputs:
-                if v is not None:
-                    names[v] = Var(v.spec)
-                outs.append(None if v is None else names[v])
+            outs = tuple([None if v is None else Var(v.spec) for v in eq.outputs])
             source = joined(eq.source, [self.source]) if eq.source else self.source
-            self.equations.append(Equation(eq.op, args, kwargs, tuple(outs), source))
+            self.equations.append(eq.renamed(rename, outputs=outs, source=source))
+            names.update(zip(eq.outputs, outs, strict=True))  # type: ignore[arg-type]
         return [None if v is None else names[v] for v in program.outputs]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from cachetools.keys import hashkey
 
 from ._capture import Edge, Graph
 from ._execute import Executor
@@ -182,9 +183,11 @@ class _Walk:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
         spec = _metadata_spec(input_metadata(node)[nr])
-        if grad.var.spec != spec and self.lazy and _sums_to(grad.var.spec, spec):
+        if grad.var.spec == spec:
+            pass
+        elif self.lazy and _sums_to(grad.var.spec, spec):
             grad = self.summed(grad, spec)
-        elif grad.var.spec != spec:
+        else:
             number = self.number(grad)
             with self.recorder:
                 number = _fitted(number, spec)
@@ -283,12 +286,9 @@ class _Walk:
         if not self.lazy:
             return None
         try:
-            key = (
-                node_key(self.graph, node),
-                arguments(node),
-                tuple([(i, g.layout) for i, g in sorted(received.items())]),
-            )
-            hash(key)
+            layouts = [(i, g.layout) for i, g in sorted(received.items())]
+            key = hashkey(node_key(self.graph, node), arguments(self.graph, node), *layouts)
+            hash(key)  # computed once, and kept
         except (HiddenError, RuntimeError, TypeError):  # the recording has the words for it
             return None
         return key

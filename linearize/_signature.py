@@ -59,7 +59,7 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
         return (None if e is None else (places.get(e[0], -2), e[1]) for e in edges)
 
     def described(node: Node) -> Any:
-        edges = tuple([(places.get(n, -2 if n else -1), nr) for n, nr in node.next_functions])
+        edges = tuple([(places.get(n, -2) if n else -1, nr) for n, nr in node.next_functions])
         if node in custom:
             key = (custom[node].signature(), expected(node))
         else:
@@ -87,14 +87,17 @@ def expected(node: Node) -> tuple[Any, ...]:
     return tuple([(tuple(m.shape), m.dtype, m.device) for m in metadata])
 
 
-def arguments(node: Node) -> tuple[Any, ...]:
+def arguments(graph: Graph, node: Node) -> tuple[Any, ...]:
     """Return the shapes, dtypes and devices of what a node was computed from.
 
     Nodes know them without showing them, but for those through which no gradient goes.
     """
-    targets = [(target, i) for target, i in node.next_functions if target is not None]
-    metadata = [input_metadata(target)[i] for target, i in targets]
-    return tuple([(tuple(m.shape), m.dtype, m.device) for m in metadata])
+    found = []
+    for target, i in node.next_functions:
+        if target is not None:
+            known = graph.keys.get(target)
+            found.append((expected(target) if known is None else known[_EXPECTED])[i])
+    return tuple(found)
 
 
 def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
@@ -136,6 +139,10 @@ def _node_key(node: Node) -> tuple[Any, ...]:
                 saved.append(value)
         layouts = _layouts(saved)
     return type(node), wanted, expected(node), others, layouts
+
+
+#: Where `expected` stands in a node's key.
+_EXPECTED = 2
 
 
 def _layouts(saved: Sequence[torch.Tensor | None]) -> Any:

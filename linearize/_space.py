@@ -94,7 +94,16 @@ class Space:
         What the structure is that of: "primals" or "value".
     """
 
-    __slots__ = ("_all_differentiable", "_row", "_single", "leaves", "of", "tensors", "tree", "word")
+    __slots__ = (
+        "_all_differentiable",
+        "_row",
+        "_single",
+        "leaves",
+        "of",
+        "tensors",
+        "tree",
+        "word",
+    )
 
     def __init__(
         self, tree: Tree, leaves: Sequence[TensorSpec | None], word: str, of: str

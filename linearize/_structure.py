@@ -18,7 +18,7 @@ from ._execute import Binding, Executor
 from ._folding import FOLDED, finite
 from ._functions import CustomNode
 from ._origin import Costly, Origin, Saved, Schedule, ordered
-from ._program import Equation, Operation, Program, Residual, map_leaves
+from ._program import Operation, Program, Residual, Var
 from ._signature import HiddenError
 
 #: A direction, and which arguments are not zero.
@@ -57,7 +57,7 @@ class Template:
         blank: dict[Residual, Residual] = {}
 
         def without_numbers(x: Any) -> Any:
-            if not isinstance(x, Residual):
+            if type(x) is Var:
                 return x
             if x not in blank:
                 blank[x] = x.blank()
@@ -143,8 +143,7 @@ def _mapped(
             if moved is None:
                 raise HiddenError(op.name)
             op = moved
-        args, kwargs = map_leaves(leaf, eq.args), map_leaves(leaf, eq.kwargs)
-        equations.append(Equation(op, args, kwargs, eq.outputs, eq.source))
+        equations.append(eq.renamed(leaf, op=op))
     return program.with_equations(equations)
 
 

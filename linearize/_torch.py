@@ -486,7 +486,6 @@ def saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tensors, tuple(name for name in known if name not in tensors)
 
 
-
 def unpacked(node: Node, name: str, raw: str) -> Any:
     """Return a saved tensor, or a sequence of them, given the names of both its forms.
 

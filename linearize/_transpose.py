@@ -215,22 +215,18 @@ def resolve(program: Program, policy: Policy) -> Program:
     e = Emitter(fixed="a method of a custom Function was recorded")
     names: dict[Var, Var] = {}
 
-    def rename(x: Any) -> Any:
-        return names.get(x, x) if isinstance(x, Var) else x
-
     for eq in program.equations:
-        args = map_leaves(rename, eq.args)
+        renamed = eq.renamed(lambda x: names.get(x, x))
         if not _missing(eq.op):
-            kwargs = map_leaves(rename, eq.kwargs)
-            e.equations.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+            e.equations.append(renamed)
             continue
         e.source = eq.source
         replacement = _replacement(eq, policy)
-        results = e.inline(replacement, [a for a in args if isinstance(a, Var)])
+        results = e.inline(replacement, [a for a in renamed.args if isinstance(a, Var)])
         for out, got in zip(eq.outputs, results, strict=True):
             if out is not None:
                 # A direction on which the output does not depend is a zero of its shape.
-                names[out] = got if got is not None else _zero(e, out.spec, args)
+                names[out] = got if got is not None else _zero(e, out.spec, renamed.args)
     outputs = [None if v is None else names.get(v, v) for v in program.outputs]
     whole = program.with_equations(e.equations, outputs)
     whole.fixed = e.fixed
