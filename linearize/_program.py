@@ -157,17 +157,20 @@ class Equation:
 
     def inputs(self) -> list[Var]:
         """Return the variables that the equation reads, repeated as they are."""
-        return [x for x in self.reads() if type(x) is Var]
+        reads = self.reads() if self._reads is None else self._reads
+        return [x for x in reads if type(x) is Var]
 
     def residuals(self) -> list[Residual]:
         """Return the residuals that the equation reads."""
-        return [x for x in self.reads() if type(x) is Residual]
+        reads = self.reads() if self._reads is None else self._reads
+        return [x for x in reads if type(x) is Residual]
 
     def reads(self) -> tuple[Any, ...]:
         """Return the variables and residuals among the arguments."""
         if self._reads is None:  # arguments never change once an equation is made
-            found = leaves((self.args, self.kwargs))
-            self._reads = tuple([x for x in found if type(x) in _READ])
+            found: list[Any] = []
+            _gather_reads((*self.args, *self.kwargs.values()), found)
+            self._reads = tuple(found)
         return self._reads
 
     def renamed(
@@ -279,6 +282,14 @@ def _gather(tree: Any, found: list[Any]) -> None:
                 _gather(x, found)
         else:
             found.append(x)
+
+
+def _gather_reads(items: Iterable[Any], found: list[Any]) -> None:
+    for x in items:
+        if type(x) in _READ:
+            found.append(x)
+        elif isinstance(x, _NESTED) and x:
+            _gather_reads(x.values() if isinstance(x, dict) else x, found)
 
 
 _NESTED = (list, tuple, dict)

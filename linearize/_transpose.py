@@ -86,7 +86,7 @@ def transpose(program: Program, name: str = "pushforward") -> Program:
     masks = _masks(program)
     for eq in reversed(program.equations):
         cts = [None if v is None else cotangents.pop(v, None) for v in eq.outputs]
-        if any(ct is not None for ct in cts):
+        if any(cts):
             e.source = eq.source
             scales = eq.op in _SCALINGS and len(eq.inputs()) == 1
             mask = masks.get(eq.outputs[0]) if scales else None
