@@ -11,6 +11,9 @@ for, and then the matrix takes over, by a rule in numbers:
 5. A product with a matrix of that size takes at most `GAIN` of the program's time, measured.
 6. It gives the same as the program, as precisely, for the vector at hand and a random one.
 
+Where a square matrix is zero but for a band of diagonals, the diagonals are kept if they are
+quicker.
+
 Complex numbers count as pairs of real ones, because a derivative need not be linear over the
 complex numbers.
 """
@@ -24,9 +27,10 @@ from typing import TypeAlias
 
 import torch
 
+from ._banded import Banded
 from ._copies import merge_copies
 from ._execute import Executor
-from ._materialize import flat_real, matrix_program, reals
+from ._materialize import flat_real, matrix_program, reals, vector_program
 from ._program import Program
 from ._space import TensorSpec
 from ._transpose import transpose
@@ -64,14 +68,14 @@ class Dense:
     due
         At how many a matrix is considered.
     matrix
-        Of the pushforward, if there is one.
+        Of the pushforward, if there is one; a band of diagonals, if it is no more.
     """
 
     def __init__(self, spec: TensorSpec, taken: Callable[[], None]) -> None:
         self.spec = spec
         self.count = 0
         self.due = max(LEAST, min(spec.shape) // 2)
-        self.matrix: torch.Tensor | None = None
+        self.matrix: torch.Tensor | Banded | None = None
         self._taken: Callable[[], None] | None = taken
         self._refused = False
         self._lock = threading.Lock()
@@ -109,10 +113,11 @@ class Dense:
             if self.matrix is None and not self._refused:
                 self._refused = True
                 if self._pays(program, run, forward):
-                    self.matrix = self._written_out(program, forward)
-        if self.matrix is None:
-            return None
-        return _around(self.matrix if forward else self.matrix.t(), program)
+                    matrix = self._written_out(program, forward)
+                    self.matrix = (
+                        None if matrix is None else self._narrowed(matrix, program, forward)
+                    )
+        return None if self.matrix is None else _around(self.matrix, program, forward=forward)
 
     def taken(self) -> None:
         """Note that the matrix has taken the place of a program."""
@@ -126,9 +131,8 @@ class Dense:
         now = seconds(lambda: run(arguments), self.spec.device)
         if self.spec.nbytes > _FASTEST * GAIN * now:
             return False
-        shape = self.spec.shape if forward else self.spec.shape[::-1]
-        stand_in = torch.ones(shape, dtype=self.spec.dtype, device=self.spec.device)
-        dense = Executor(_around(stand_in, program))
+        stand_in = torch.ones(self.spec.shape, dtype=self.spec.dtype, device=self.spec.device)
+        dense = Executor(_around(stand_in, program, forward=forward))
         return seconds(lambda: dense(arguments), self.spec.device) <= GAIN * now
 
     def _written_out(self, program: Program, forward: bool) -> torch.Tensor | None:
@@ -141,13 +145,35 @@ class Dense:
         columns = _columns(program, self.spec)
         return columns.t() if forward else columns
 
+    def _narrowed(
+        self, matrix: torch.Tensor, program: Program, forward: bool
+    ) -> torch.Tensor | Banded:
+        """Return a matrix, or its diagonals if it is a band and they are quicker."""
+        banded = Banded.of(matrix)
+        if banded is None:
+            return matrix
+        arguments = random_arguments(program)
 
-def _around(matrix: torch.Tensor, program: Program) -> Program:
-    """Return the product with a matrix as a program like another one."""
+        def taken(form: torch.Tensor | Banded) -> float:
+            run = Executor(_around(form, program, forward=forward))
+            return seconds(lambda: run(arguments), self.spec.device)
+
+        return banded if taken(banded) < taken(matrix) else matrix
+
+
+def _around(matrix: torch.Tensor | Banded, program: Program, *, forward: bool) -> Program:
+    """Return the product with a matrix, or its transpose, as a program like another one."""
     columns = [v.spec for v in program.inputs]
     wanted = [True] * len(program.specs)
     name = f"matrix of {program.name}"
-    made = matrix_program(matrix, columns, program.specs, wanted, name)
+    if isinstance(matrix, Banded):
+        n = matrix.diagonals.shape[1]
+        spec = TensorSpec((n, n), matrix.diagonals.dtype, matrix.diagonals.device)
+        times = matrix.times if forward else matrix.transposed_times
+        made = vector_program(spec, times, columns, program.specs, wanted, name)
+    else:
+        turned = matrix if forward else matrix.t()
+        made = matrix_program(turned, columns, program.specs, wanted, name)
     return merge_copies(
         Program(made.inputs, made.equations, made.outputs, made.specs, program.name)
     )

@@ -121,6 +121,33 @@ def matrix_program(
     name
         Whose matrix it is.
     """
+
+    def times(e: Emitter, v: Var) -> Var:
+        result = TensorSpec((matrix.shape[0],), matrix.dtype, matrix.device)
+        return e.emit(aten.mv.default, (Residual(matrix, e.source), v), result)
+
+    return vector_program(TensorSpec.of(matrix), times, columns, all_rows, wanted, name)
+
+
+def vector_program(
+    matrix: TensorSpec,
+    times: Callable[[Emitter, Var], Var],
+    columns: Sequence[TensorSpec],
+    all_rows: Sequence[TensorSpec],
+    wanted: Sequence[bool],
+    name: str,
+) -> Program:
+    """Return a map of vectors of real numbers as a program of tensors.
+
+    Parameters
+    ----------
+    matrix
+        The specification of the map's matrix.
+    times
+        Writes down the product with a vector.
+    columns, all_rows, wanted, name
+        As for `matrix_program`.
+    """
     e = Emitter(f"matrix of {name}")
     device, dtype = matrix.device, matrix.dtype
     inputs = [Var(spec) for spec in columns]
@@ -136,8 +163,7 @@ def matrix_program(
         parts.append(_cast(e, v, TensorSpec(flat.shape, dtype, device)))
     joined = TensorSpec((matrix.shape[1],), dtype, device)
     vector = parts[0] if len(parts) == 1 else e.emit(aten.cat.default, (parts,), joined)
-    result = TensorSpec((matrix.shape[0],), dtype, device)
-    vector = e.emit(aten.mv.default, (Residual(matrix, e.source), vector), result)
+    vector = times(e, vector)
     outputs: list[Var | None] = []
     start = 0
     for spec, want in zip(all_rows, wanted, strict=True):

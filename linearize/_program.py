@@ -201,7 +201,7 @@ class Equation:
             self.outputs if outputs is None else outputs,
             self.source if source is None else source,
         )
-        if not self.kwargs and all([type(x) in _READ for x in made.args]):
+        if not self.kwargs and _READ.issuperset(map(type, made.args)):
             made._reads = made.args
         return made
 

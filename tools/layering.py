@@ -48,6 +48,7 @@ FLOORS = (
         "_rows",
         "_folding",
         "_simplify",
+        "_banded",
         "_dense",
         "_compile",
         "_replay",
