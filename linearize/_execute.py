@@ -14,9 +14,18 @@ from typing import Any, TypeAlias
 import torch
 
 from ._batching import call
-from ._generate import Function, generate
+from ._generate import Bound, generate_bound
 from ._linearity import close, may_alias, returns_several
-from ._program import Equation, Operation, Program, Residual, Var, map_leaves, op_name
+from ._program import (
+    Equation,
+    Operation,
+    Program,
+    Residual,
+    Var,
+    first_freed,
+    map_leaves,
+    op_name,
+)
 from ._space import TensorSpec
 from ._torch import functorch_active
 from .errors import LinearizeError
@@ -162,8 +171,9 @@ class Binding:
 
     def check_memory(self) -> None:
         """Raise `StalenessError` if the memory of a residual was freed."""
-        for r in self._all:
-            r.check_memory()
+        freed = first_freed(self._all)
+        if freed is not None:
+            freed.check_memory()
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are kept alive; one may come several times."""
@@ -237,7 +247,7 @@ class Executor:
         #: Whether several arguments are taken together faster than one after the other.
         self.gains_by_stacks = not (_mostly_opaque(program) or _fills_caches(program))
         #: The program written out, once it has run often enough.
-        self._function: Function | None = None
+        self._function: Bound | None = None
         #: How often it ran.
         self.runs = 0
         #: What runs in its place outside of transforms, once it was compiled.
@@ -306,18 +316,60 @@ class Executor:
         if binding is None:
             binding = Binding.of(self.program)
         batching = functorch_active()
-        plain = tape is None and not batching
-        if plain and self.compiled is not None:
-            return self.compiled(arguments, binding)
+        if tape is None and not batching:
+            if self.compiled is not None:
+                return self.compiled(arguments, binding)
+            if self._function is not None:
+                binding.check()
+                return self._function(binding, arguments, self)
+            return self._counted(arguments, binding)
         binding.check()
-        if plain and self._function is not None:
-            return self._function([r.tensor for r in binding.residuals], arguments)
+        return self._interpreted(self._begin(arguments, binding), binding, 0, tape, replay=replay)
+
+    def resume(
+        self, binding: Binding, start: int, known: dict[int, torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Go on from an equation where the function left off: a value is undefined."""
         values: list[Any] = [r.tensor for r in binding.residuals]
         values += [None] * (self._size - len(values))
-        ops = binding.ops
+        for slot, t in known.items():
+            values[slot] = t
+        return self._interpreted(values, binding, start)
+
+    def _counted(
+        self, arguments: Sequence[torch.Tensor], binding: Binding
+    ) -> list[torch.Tensor | None]:
+        """Run the program step by step; in time, have it written out."""
+        binding.check()
+        last = 0 < self._write_out_at <= self.runs + 1
+        tape: list[Any] | None = [] if last and binding.ops else None
+        results = self._interpreted(self._begin(arguments, binding), binding, 0, tape)
+        self.runs += 1
+        if last:
+            self._write_out_at = 0
+            self._write_out(arguments, binding, results, tape)
+        return results
+
+    def _begin(self, arguments: Sequence[torch.Tensor], binding: Binding) -> list[Any]:
+        values: list[Any] = [r.tensor for r in binding.residuals]
+        values += [None] * (self._size - len(values))
         for slot, t in zip(self._inputs, arguments, strict=True):
             values[slot] = t
-        for step in self._steps:
+        return values
+
+    def _interpreted(
+        self,
+        values: list[Any],
+        binding: Binding,
+        start: int,
+        tape: list[Any] | None = None,
+        *,
+        replay: bool = False,
+    ) -> list[torch.Tensor | None]:
+        """Run the program from an equation on; `values` has a place for each value."""
+        batching = functorch_active()
+        ops = binding.ops
+        for step in self._steps[start:] if start else self._steps:
             template, keywords = step.call
             op = step.op if step.place < 0 else ops[step.place]
             args = template.copy()
@@ -353,31 +405,34 @@ class Executor:
                 values[step.outs[0]] = out
             for slot in step.free:
                 values[slot] = None
-        self._verified = True
+        self._verified |= not start
         results = [None if slot < 0 else values[slot] for slot in self._outputs]
-        results = [
+        return [
             t.clone() if copy and t is not None else t
             for t, copy in zip(results, self.copies, strict=True)
         ]
-        if plain:
-            self.runs += 1
-            if self.runs == self._write_out_at:
-                self._write_out(arguments, binding, results)
-        return results
 
     def _write_out(
         self,
         arguments: Sequence[torch.Tensor],
         binding: Binding,
         results: Sequence[torch.Tensor | None],
+        tape: list[Any] | None,
     ) -> None:
         """Write the program out as a function, and use it if it gives the same."""
-        function = generate(self.program, self.copies)
+        function = generate_bound(self.program, self.copies)
         if function is None:
             return
-        again = function([r.tensor for r in binding.residuals], arguments)
+        if tape is not None:  # user code is not called again
+            ops: Any = [lambda *_, out=out, **__: out for out in tape]
+            binding = Binding(binding.residuals, ops, binding.guards)
+        try:
+            again = function(binding, arguments, self)
+        except TypeError:  # an operation's quicker name does not take these arguments
+            return
         if all(
-            (a is None) == (b is None) and (a is None or b is None or close(a, b))
+            (a is None) == (b is None)
+            and (a is None or b is None or (a.dtype == b.dtype and close(a, b)))
             for a, b in zip(again, results, strict=True)
         ):
             self._function = function

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ._contexts import ContextRecord, function_name
-from ._program import Operation, Residual, leaves
+from ._program import Operation, Residual, first_freed, leaves
 from ._space import TensorSpec
 from ._torch import (
     OpOverload,
@@ -80,10 +80,12 @@ class CustomNode:
     __slots__ = (
         "__weakref__",
         "_attributes",
+        "_fixed",
         "_lock",
         "_owners",
         "_packed",
         "_pinned",
+        "_places",
         "_record",
         "_saved",
         "_unusable",
@@ -123,6 +125,11 @@ class CustomNode:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 self._unusable = f"a tensor that it saved was changed in place inside f: {error}"
+        for_forward = [r for r in record.saved_for_forward or () if r is not None]
+        #: What was saved, which stays the same; attributes need not.
+        self._fixed = (*self._saved, *for_forward)
+        #: For each argument of the jvp the place among the tangents, or -1, and what it is like.
+        self._places: list[tuple[int, TensorSpec | None]] | None = None
         self._attributes: list[Residual] = []
         self._stamp()
         self._stamp_arguments()
@@ -183,8 +190,7 @@ class CustomNode:
         list
             One cotangent per input; None where undefined.
         """
-        specs = self.outputs
-        result = self._guarded(lambda: self.ctx.apply(*map(self._argument, grads, specs)))
+        result = self._guarded(self._call_backward, grads)
         if not isinstance(result, tuple):
             result = tuple(result) if isinstance(result, list) else (result,)
         count = len(self.ctx.needs_input_grad)
@@ -195,16 +201,17 @@ class CustomNode:
                 f"{self.name}.backward returned {len(result)} gradients, expected {count} (one "
                 "per argument of forward)"
             )
-        for i, (r, spec) in enumerate(zip(result, self._record.inputs or (), strict=False)):
-            if r is not None and spec is None:
+        for i, (r, seen) in enumerate(zip(result, self._record.inputs or (), strict=False)):
+            if seen is None and r is not None:
                 raise FunctionContractError(
                     f"{self.name}.backward returned a gradient for argument {i}, which is not a "
                     "tensor: expected None"
                 )
-        return [
-            None if result[i] is None else self._fit(result[i], spec, f"gradient {i}")
-            for i, spec in zip(self.positions, self.inputs, strict=True)
-        ]
+        found = []
+        for i, spec in zip(self.positions, self.inputs, strict=True):
+            r = result[i]
+            found.append(None if r is None else self._fit(r, spec, i))
+        return found
 
     def jvp(
         self, tangents: Sequence[torch.Tensor | None], wanted: Sequence[bool]
@@ -223,21 +230,7 @@ class CustomNode:
         list
             One tangent per output; None for outputs that are not wanted.
         """
-        given = dict(zip(self.positions, zip(tangents, self.inputs, strict=True), strict=True))
-        seen = self._record.inputs or (None,) * len(self.ctx.needs_input_grad)
-        arguments: list[torch.Tensor | None] = []
-
-        def call() -> Any:
-            for i, spec in enumerate(seen):
-                if i in given:
-                    arguments.append(self._argument(*given[i]))
-                elif spec is not None and spec.differentiable:
-                    arguments.append(self._argument(None, spec))
-                else:
-                    arguments.append(None)
-            return self._call_jvp(arguments)
-
-        result = self._guarded(call)
+        result = self._guarded(self._call_jvp, tangents)
         if not isinstance(result, tuple):
             result = tuple(result) if isinstance(result, list) else (result,)
         if len(result) != len(self.outputs):
@@ -245,31 +238,39 @@ class CustomNode:
                 f"{self.name}.jvp returned {len(result)} tangents, expected {len(self.outputs)} "
                 "(one per output of forward)"
             )
-        # PyTorch takes None for zero; it can only be meant so where a tangent was missing.
-        some_missing = any(
-            t is None and spec is not None and spec.differentiable
-            for t, spec in zip(arguments, seen, strict=True)
-        )
         out: list[torch.Tensor | None] = []
         for i, (t, spec) in enumerate(zip(result, self.outputs, strict=True)):
             if not wanted[i]:
                 out.append(None)
-            elif t is None and not some_missing:
+            elif t is not None:
+                out.append(self._exact(t, spec, i))
+            elif self._some_missing(tangents):
+                out.append(None)
+            else:
                 raise FunctionContractError(
                     f"{self.name}.jvp returned None as the tangent of output {i}, which is "
                     f"differentiable: expected a tensor {spec}"
                 )
-            else:
-                out.append(None if t is None else self._exact(t, spec, i))
         return out
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the context keeps."""
-        for r in (*self._saved, *self._attributes, *(self._record.saved_for_forward or ())):
-            if r is not None:
-                yield r.tensor
+        for r in (*self._fixed, *self._attributes):
+            yield r.tensor
 
-    def _call_jvp(self, arguments: list[torch.Tensor | None]) -> Any:
+    def _call_backward(self, grads: Sequence[torch.Tensor | None]) -> Any:
+        # Copies, because user code was seen to overwrite what it is handed.
+        arguments = [
+            self._missing(spec) if g is None else g.clone()
+            for g, spec in zip(grads, self.outputs, strict=False)
+        ]
+        return self.ctx.apply(*arguments)
+
+    def _call_jvp(self, tangents: Sequence[torch.Tensor | None]) -> Any:
+        arguments: list[torch.Tensor | None] = []
+        for place, spec in self._places or self._arguments_of_jvp():
+            t = None if place < 0 else tangents[place]
+            arguments.append(self._missing(spec) if t is None else t.clone())
         fn = self.registered_jvp
         saved = self._record.saved_for_forward
         if saved is not None:
@@ -291,47 +292,84 @@ class CustomNode:
             return arguments[:-1]
         return pytree.tree_unflatten(arguments[:-1], lists.input_spec)[:-1]  # type: ignore[no-any-return]
 
-    def _argument(self, t: torch.Tensor | None, spec: TensorSpec | None) -> torch.Tensor | None:
-        # A copy, because user code was seen to overwrite what it is handed.
-        if t is not None:
-            return t.clone()
+    def _arguments_of_jvp(self) -> list[tuple[int, TensorSpec | None]]:
+        numbers = {position: i for i, position in enumerate(self.positions)}
+        seen = self._record.inputs or (None,) * len(self.ctx.needs_input_grad)
+        places: list[tuple[int, TensorSpec | None]] = []
+        for i, spec in enumerate(seen):
+            place = numbers.get(i, -1)
+            if place >= 0:
+                spec = self.inputs[place]
+            elif spec is not None and not spec.differentiable:
+                spec = None
+            places.append((place, spec))
+        self._places = places
+        return places
+
+    def _some_missing(self, tangents: Sequence[torch.Tensor | None]) -> bool:
+        """Whether the jvp was told of an argument that it has no tangent.
+
+        PyTorch takes None for zero; a result can only be meant so where that is the case.
+        """
+        if self._record.materialize:
+            return False
+        places, seen = self._places or (), self._record.inputs or ()
+        return any(
+            spec is not None and spec.differentiable and (place < 0 or tangents[place] is None)
+            for (place, _), spec in zip(places, seen, strict=False)
+        )
+
+    def _missing(self, spec: TensorSpec | None) -> torch.Tensor | None:
         return spec.zeros() if spec is not None and self._record.materialize else None
 
-    def _guarded(self, call: Callable[[], Any]) -> Any:
+    def _guarded(
+        self,
+        call: Callable[[Sequence[torch.Tensor | None]], Any],
+        given: Sequence[torch.Tensor | None],
+    ) -> Any:
         """Call user code: one call at a time, with checks before and after."""
         if torch.is_inference_mode_enabled():
             with without_inference_mode():
-                return self._guarded(call)
+                return self._guarded(call, given)
         with self._lock:
-            owned = self._check()
+            self._check()
+            owned = self._attributes
             versions = [None if r.version is None else r.tensor._version for r in owned]
-            self._pin()
+            if self._packed:
+                self._pin()
             try:
-                return call()
+                return call(given)
             finally:
                 self._settle(owned, versions)
 
-    def _check(self) -> list[Residual]:
-        """Raise if something that the methods read was changed; return what they own."""
+    def _check(self) -> None:
+        """Raise if something that the methods read was changed."""
         if self._unusable:
             raise StalenessError(f"{self.name} cannot be called: {self._unusable}")
-        for r in (*self._saved, *self._attributes, *(self._record.saved_for_forward or ())):
-            if r is not None:
-                r.check_memory()
-                if r.changed() and not _written_by_methods(r.tensor):
+        for kept in (self._fixed, self._attributes):
+            if not kept:
+                continue
+            freed = first_freed(kept)
+            if freed is not None:
+                freed.check_memory()
+            for r in kept:
+                changed = r.version is not None and r.tensor._version != r.version
+                if changed and not _written_by_methods(r.tensor):
                     r.check()
-        return self._attributes
 
     def _settle(self, owned: list[Residual], versions: list[int | None]) -> None:
         """After a call: what a method changed on its own context is its own affair."""
-        for r, version in zip(owned, versions, strict=True):
-            if version is not None and r.tensor._version != version:
-                _note_written(r.tensor)
-        for r in (*self._saved, *owned):
-            try:
-                r.check_memory()
-            except StalenessError as error:
-                self._unusable = str(error)
+        for kept in (self._fixed, owned):
+            freed = first_freed(kept) if kept else None
+            if freed is not None:
+                try:
+                    freed.check_memory()
+                except StalenessError as error:
+                    self._unusable = str(error)
+        if owned:
+            for r, version in zip(owned, versions, strict=True):
+                if version is not None and r.tensor._version != version:
+                    _note_written(r.tensor)
         self._stamp()
         if self._pinned is not None:
             self.ctx.saved_for_forward = None
@@ -348,14 +386,20 @@ class CustomNode:
             self.ctx.saved_for_forward = self._pinned
 
     def _stamp(self) -> None:
-        if not vars(self.ctx):
+        state = vars(self.ctx)
+        if not state:
             self._attributes = []
             return
-        found = [t for t in leaves(dict(vars(self.ctx))) if isinstance(t, torch.Tensor)]
+        found: list[torch.Tensor] = []
+        for x in tuple(state.values()):
+            if isinstance(x, torch.Tensor):
+                found.append(x)
+            elif isinstance(x, (list, tuple, dict)):
+                found += [t for t in leaves(x) if isinstance(t, torch.Tensor)]
         known = self._attributes
         if len(found) == len(known):
             for r, t in zip(known, found, strict=True):
-                if r.tensor is not t or r.changed():
+                if r.tensor is not t or (r.version is not None and t._version != r.version):
                     break
             else:
                 return
@@ -376,37 +420,35 @@ class CustomNode:
             if id(r.tensor) in versions and r.tensor.grad_fn is not self.ctx:
                 r.version = versions[id(r.tensor)]
 
-    def _fit(self, result: Any, spec: TensorSpec, what: str) -> torch.Tensor:
+    def _fit(self, result: Any, spec: TensorSpec, i: int) -> torch.Tensor:
         """Sum and cast a gradient as the engine does."""
-        if not isinstance(result, torch.Tensor) or result.layout != torch.strided:
+        if not isinstance(result, torch.Tensor) or result.layout is not torch.strided:
             raise FunctionContractError(
-                f"{self.name}.backward returned {_kind(result)} as {what}, expected a "
+                f"{self.name}.backward returned {_kind(result)} as gradient {i}, expected a "
                 f"tensor {spec} or None"
             )
         # A copy, because user code may write to the same buffer at the next call.
         t: torch.Tensor = result.clone()
+        if spec.matches(t):
+            return t
         if t.device != spec.device and t.dim() > 0:
             raise FunctionContractError(
-                f"{self.name}.backward returned {what} on {t.device}, expected {spec.device}"
+                f"{self.name}.backward returned gradient {i} on {t.device}, expected {spec.device}"
             )
         if t.shape != spec.shape:
             try:
                 t = t.sum_to_size(spec.shape)
             except RuntimeError:
                 raise FunctionContractError(
-                    f"{self.name}.backward returned {what} of shape {tuple(t.shape)}, expected "
-                    f"{spec.shape}"
+                    f"{self.name}.backward returned gradient {i} of shape {tuple(t.shape)}, "
+                    f"expected {spec.shape}"
                 ) from None
         if t.is_complex() and not spec.dtype.is_complex:
             t = t.real
-        return (
-            t
-            if t.dtype == spec.dtype and t.device == spec.device
-            else t.to(device=spec.device, dtype=spec.dtype)
-        )
+        return t.to(device=spec.device, dtype=spec.dtype)
 
     def _exact(self, t: Any, spec: TensorSpec | None, i: int) -> torch.Tensor:
-        if not isinstance(t, torch.Tensor) or t.layout != torch.strided:
+        if not isinstance(t, torch.Tensor) or t.layout is not torch.strided:
             raise FunctionContractError(
                 f"{self.name}.jvp returned {_kind(t)} as the tangent of output {i}, "
                 f"expected a tensor {spec}"

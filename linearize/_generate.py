@@ -1,9 +1,9 @@
 """Floor 2: linear programs as Python functions.
 
-A program of built-in operations that runs often is written out as straight-line Python, one
-call per equation, so that nothing but the operations themselves is left to do. Where an
-operand is an intermediate of the program's own that is not needed any more, the operation
-writes into it instead of into new memory.
+A program that runs often is written out as straight-line Python, one call per equation, so
+that nothing but the operations themselves is left to do. Where an operand is an intermediate
+of the program's own that is not needed any more, the operation writes into it instead of into
+new memory; not in programs that call user code, whose results may lie in the operands' memory.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ._direct import direct
 from ._linearity import may_alias, returns_several
-from ._program import Equation, Program, Residual, Var
+from ._program import Equation, Operation, Program, Residual, Var
 from ._torch import aten
 
 #: From residuals and arguments to results.
 Function: TypeAlias = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[Any]]
+#: From a binding, arguments and the executor to results.
+Bound: TypeAlias = Callable[[Any, Sequence[torch.Tensor], Any], list[Any]]
 
 #: Longer programs would take Python's compiler too long.
 LONGEST = 20_000
@@ -38,10 +41,8 @@ _IN_PLACE: dict[Any, tuple[Any, bool]] = {
 }
 
 
-def generate(
-    program: Program, copies: Sequence[bool], *, in_place: bool = True
-) -> Function | None:
-    """Write a program out as a function.
+def generate(program: Program, copies: Sequence[bool]) -> Function | None:
+    """Write a program out as a function of residuals and arguments, which writes nowhere.
 
     Parameters
     ----------
@@ -49,8 +50,6 @@ def generate(
         Whose residuals need not have tensors.
     copies
         Which results must be copied, because they may share memory with something else.
-    in_place
-        Whether operations may write into operands that are needed no more.
 
     Returns
     -------
@@ -59,23 +58,57 @@ def generate(
     """
     if len(program.equations) > LONGEST or program.is_opaque():
         return None
-    return _Writer(program, copies, in_place).function()
+    writer = _Writer(program, copies)
+    lines = ["def run(residuals, arguments):"]
+    if writer.residuals:
+        lines.append(f" {', '.join(writer.residuals)}, = residuals")
+    function: Function = writer.function([*lines, *writer.body()])
+    return function
+
+
+def generate_bound(program: Program, copies: Sequence[bool]) -> Bound | None:
+    """Write a program out as a function of a binding, arguments and its executor.
+
+    After each call of user code it has the binding check the memory of the residuals. If user
+    code returns None, the executor's `resume` goes on with the values that are needed.
+
+    Parameters
+    ----------
+    program, copies
+        As for `generate`.
+
+    Returns
+    -------
+    callable or None
+        None if the program is very long.
+    """
+    if len(program.equations) > LONGEST:
+        return None
+    writer = _BoundWriter(program, copies)
+    lines = ["def run(binding, arguments, executor):"]
+    if writer.residuals:
+        lines.append(f" {', '.join(writer.residuals)}, = binding.residuals")
+        lines += [f" {name} = {name}.tensor" for name in writer.residuals]
+    if writer.ops:
+        lines.append(f" {', '.join(writer.ops.values())}, = binding.ops")
+    lines += writer.body()
+    function: Bound | None = writer.function(lines) if writer.handed_on <= LONGEST else None
+    return function
 
 
 class _Writer:
-    def __init__(self, program: Program, copies: Sequence[bool], in_place: bool) -> None:
+    def __init__(self, program: Program, copies: Sequence[bool]) -> None:
         self.program = program
         self.copies = copies
-        self.may_write = in_place
         self.names: dict[Any, str] = {}
         self.known: dict[str, Any] = {}
-        self.by_value: dict[Any, str] = {}
+        self.by_value: dict[int, str] = {}
         for i, r in enumerate(program.residuals()):
             self.names[r] = f"r{i}"
+        self.residuals = list(self.names.values())
         for v in (*program.inputs, *(v for eq in program.equations for v in eq.outputs if v)):
             self.names[v] = f"v{len(self.names)}"
         self.last = self._last_uses()
-        self.group, self.group_end = self._groups()
 
     def _last_uses(self) -> dict[Var, int]:
         last: dict[Var, int] = {}
@@ -87,6 +120,94 @@ class _Writer:
             if v is not None:
                 last[v] = len(self.program.equations)
         return last
+
+    def body(self) -> list[str]:
+        lines = []
+        if self.program.inputs:
+            lines.append(f" {', '.join(self.names[v] for v in self.program.inputs)}, = arguments")
+        for i, eq in enumerate(self.program.equations):
+            lines += [f" {line}" for line in self.call(i, eq)]
+            gone = {v for v in (*eq.inputs(), *eq.outputs) if v is not None and self.last[v] == i}
+            if gone:
+                lines.append(f" del {', '.join(sorted(self.names[v] for v in gone))}")
+        results = [
+            "None" if v is None else f"{self.names[v]}.clone()" if copy else self.names[v]
+            for v, copy in zip(self.program.outputs, self.copies, strict=True)
+        ]
+        return [*lines, f" return [{', '.join(results)}]"]
+
+    def function(self, lines: Sequence[str]) -> Any:
+        code = compile("\n".join(lines), f"<{self.program.name}>", "exec")
+        exec(code, self.known)
+        return self.known.pop("run")
+
+    def call(self, i: int, eq: Equation) -> list[str]:
+        return [self.called(self.constant(eq.op), eq.args, eq)]
+
+    def called(self, op: str, args: Sequence[Any], eq: Equation) -> str:
+        given = [self.text(a) for a in args]
+        given += [f"{k}={self.text(a)}" for k, a in eq.kwargs.items()]
+        called = f"{op}({', '.join(given)})"
+        several = isinstance(eq.op, Operation) or len(eq.outputs) != 1 or returns_several(eq.op)
+        if not several:
+            return f"{self.names[eq.outputs[0]]} = {called}"
+        outs = ["_" if v is None else self.names[v] for v in eq.outputs]
+        return f"{', '.join(outs)}, = {called}"
+
+    def text(self, x: Any) -> str:
+        if isinstance(x, (Var, Residual)):
+            return self.names[x]
+        if x is None or type(x) in (bool, int):
+            return repr(x)
+        if type(x) is list:
+            return f"[{', '.join(map(self.text, x))}]"
+        if type(x) is tuple:
+            return f"({', '.join(map(self.text, x))}{',' * bool(x)})"
+        return self.constant(x)
+
+    def constant(self, x: Any) -> str:
+        name = f"c{len(self.by_value)}"
+        name = self.by_value.setdefault(id(x), name)
+        self.known[name] = x
+        return name
+
+
+class _BoundWriter(_Writer):
+    """Writes what is run over and over: by the quickest names, into memory that is free."""
+
+    def __init__(self, program: Program, copies: Sequence[bool]) -> None:
+        super().__init__(program, copies)
+        #: The names of opaque operations, by the place of their equations.
+        self.ops = {
+            i: f"o{i}" for i, eq in enumerate(program.equations) if isinstance(eq.op, Operation)
+        }
+        self.group, self.group_end = self._groups()
+        #: What is needed after the equation at hand, in order.
+        self.live = dict.fromkeys(v for v in program.inputs if v in self.last)
+        #: How many values are handed on to `resume`, counted for each place where that may be.
+        self.handed_on = 0
+
+    def call(self, i: int, eq: Equation) -> list[str]:
+        if self.ops:
+            self.live.update((v, None) for v in eq.outputs if v is not None)
+            for v in (*eq.inputs(), *eq.outputs):
+                if v is not None and self.last[v] == i:
+                    self.live.pop(v, None)
+        if i in self.ops:
+            return self.user_code(i, eq)
+        op, args = self.in_place(i, eq) or (eq.op, eq.args)
+        return [self.called(self.constant(direct(op)), args, eq)]
+
+    def user_code(self, i: int, eq: Equation) -> list[str]:
+        lines = [self.called(self.ops[i], eq.args, eq), "binding.check_memory()"]
+        outs = [self.names[v] for v in eq.outputs if v is not None]
+        if outs:
+            undefined = " or ".join(f"{name} is None" for name in outs)
+            self.handed_on += len(self.live)
+            # The numbers of the names are those of the executor's places.
+            values = ", ".join(f"{self.names[v][1:]}: {self.names[v]}" for v in self.live)
+            lines.append(f"if {undefined}: return executor.resume(binding, {i + 1}, {{{values}}})")
+        return lines
 
     def _groups(self) -> tuple[dict[Var, int], dict[int, int]]:
         """Return which variables may share memory, and when each group is last read.
@@ -106,41 +227,9 @@ class _Writer:
             end[place] = max(end.get(place, -1), self.last.get(v, -1))
         return group, end
 
-    def function(self) -> Function:
-        residuals = self.program.residuals()
-        lines = ["def run(residuals, arguments):"]
-        if residuals:
-            lines.append(f" {', '.join(self.names[r] for r in residuals)}, = residuals")
-        if self.program.inputs:
-            lines.append(f" {', '.join(self.names[v] for v in self.program.inputs)}, = arguments")
-        for i, eq in enumerate(self.program.equations):
-            lines.append(f" {self.call(i, eq)}")
-            gone = {v for v in (*eq.inputs(), *eq.outputs) if v is not None and self.last[v] == i}
-            if gone:
-                lines.append(f" del {', '.join(sorted(self.names[v] for v in gone))}")
-        results = [
-            "None" if v is None else f"{self.names[v]}.clone()" if copy else self.names[v]
-            for v, copy in zip(self.program.outputs, self.copies, strict=True)
-        ]
-        lines.append(f" return [{', '.join(results)}]")
-        code = compile("\n".join(lines), f"<{self.program.name}>", "exec")
-        exec(code, self.known)
-        run: Function = self.known.pop("run")
-        return run
-
-    def call(self, i: int, eq: Equation) -> str:
-        op, args = self.in_place(i, eq) or (eq.op, eq.args)
-        given = [self.text(a) for a in args]
-        given += [f"{k}={self.text(a)}" for k, a in eq.kwargs.items()]
-        called = f"{self.constant(op)}({', '.join(given)})"
-        if len(eq.outputs) == 1 and not returns_several(eq.op):
-            return f"{self.names[eq.outputs[0]]} = {called}"
-        outs = ["_" if v is None else self.names[v] for v in eq.outputs]
-        return f"{', '.join(outs)}, = {called}"
-
     def in_place(self, i: int, eq: Equation) -> tuple[Any, tuple[Any, ...]] | None:
         """Return an operation that writes into an operand which is needed no more."""
-        known = _IN_PLACE.get(eq.op) if self.may_write else None
+        known = None if self.ops else _IN_PLACE.get(eq.op)
         if known is None:
             return None
         op, swaps = known
@@ -164,20 +253,3 @@ class _Writer:
     def is_whole(self, x: Var, place: int) -> bool:
         """Whether a variable is what an operation computed, not a view of that."""
         return x in self.program.equations[place - 1].outputs
-
-    def text(self, x: Any) -> str:
-        if isinstance(x, (Var, Residual)):
-            return self.names[x]
-        if x is None or type(x) in (bool, int):
-            return repr(x)
-        if type(x) is list:
-            return f"[{', '.join(map(self.text, x))}]"
-        if type(x) is tuple:
-            return f"({', '.join(map(self.text, x))}{',' * bool(x)})"
-        return self.constant(x)
-
-    def constant(self, x: Any) -> str:
-        name = f"c{len(self.by_value)}"
-        name = self.by_value.setdefault(id(x), name)
-        self.known[name] = x
-        return name

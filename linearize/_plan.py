@@ -98,6 +98,8 @@ class Plan:
         self._hurry = hurry
         self._better = better
         self._calls = 0
+        #: Whether there is nothing to do at a call but to run what is there.
+        self._quiet = False
         #: Runs the stretches of a compiled program from CUDA graphs.
         self._replays: Replays | None = None
         self.news: Program | None = None
@@ -109,6 +111,8 @@ class Plan:
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run the map."""
         executor, binding = self._running
+        if self._quiet:
+            return executor(arguments, binding)
         if self._proof is not None:
             results = self._proof.run(executor, binding, arguments, self._whole)
             self._proof = None
@@ -129,6 +133,7 @@ class Plan:
         """Have the map compiled at one of the next calls."""
         self._hurry = True
         self._compiling = options
+        self._quiet = False  # last, see _due
         executor, _ = self._running
         executor.tried = executor.compiled is not None
 
@@ -158,7 +163,7 @@ class Plan:
         arguments: Sequence[torch.Tensor],
         mapped: Callable[[], Sequence[torch.Tensor]],
     ) -> Sequence[torch.Tensor | None]:
-        """Apply the map to stacks of arguments, along their first dimension.
+        """Apply the map to stacks of arguments, along their first dimension; without grad mode.
 
         From the second time on by a program of its own, if it gives what `mapped` does.
         """
@@ -166,11 +171,9 @@ class Plan:
         known = self._stacked.get(count)
         if known is not None:
             executor, binding = known
-            with torch.no_grad():
-                return executor(arguments, binding)
+            return executor(arguments, binding)
         if not self._running[0].gains_by_stacks:
-            with torch.no_grad():
-                return self._looped(arguments)
+            return self._looped(arguments)
         self._counts[count] += 1
         if self._counts[count] < 2 or count in self._stacked or count < 2:
             return mapped()
@@ -178,8 +181,7 @@ class Plan:
             return mapped()  # user code is not called to try something
         if not self._settled and self._lock.acquire(blocking=False):
             try:
-                with torch.no_grad():
-                    self._advance([t[0] for t in arguments])
+                self._advance([t[0] for t in arguments])
             finally:
                 self._lock.release()
         expected = mapped()
@@ -237,6 +239,10 @@ class Plan:
             self._calls += 1
             late = executor.runs >= SIMPLIFY_AT - 1
             return self._hurry or (late if self._better is None else self._calls >= COSTLY_AT)
+        if self._compiling is None and dense is None and self._replays is None:
+            self._quiet = True
+            # Another thread may have asked for a compiled form just now.
+            self._quiet = self._compiling is None
         return self._compiling is not None or (dense is not None and dense.count >= dense.due)
 
     def _advance(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -82,6 +82,18 @@ class Residual:
             )
 
 
+def first_freed(residuals: Iterable[Residual]) -> Residual | None:
+    """Return the first residual whose memory was freed, None if there is none."""
+    for r in residuals:  # at each call of user code: as `check_memory`, in one go
+        try:
+            size = r.tensor.untyped_storage().nbytes()
+        except (NotImplementedError, RuntimeError):
+            size = 0
+        if size != r.size:
+            return r
+    return None
+
+
 def _storage_bytes(t: torch.Tensor) -> int:
     try:
         return t.untyped_storage().nbytes()

@@ -32,7 +32,7 @@ class Stretch:
     __slots__ = ("function", "inputs", "outputs", "program", "residuals")
 
     def __init__(self, program: Program, copies: Sequence[bool], places: dict[Any, int]) -> None:
-        function = generate(program, copies, in_place=False)
+        function = generate(program, copies)
         if function is None:
             raise LinearizeError("the program is too long to be written out")
         self.function = function

@@ -54,7 +54,8 @@ class TensorSpec:
 
     def matches(self, t: torch.Tensor) -> bool:
         """Whether `t` has this shape, dtype and device."""
-        return t.shape == self.shape and t.dtype == self.dtype and t.device == self.device
+        # A dtype is one object, and is compared as such: this runs at every call.
+        return t.dtype is self.dtype and t.shape == self.shape and t.device == self.device
 
     def zeros(self) -> torch.Tensor:
         """Return a tensor of zeros."""
@@ -168,7 +169,7 @@ class Space:
         SpaceError
             If a leaf has another shape, dtype or device.
         """
-        if not stacked and self._plain(tree):
+        if self._plain(tree, stacked):
             return [tree] if self._single else list(tree)
         leaves, found = flatten(tree)
         if found is not self.tree:
@@ -205,7 +206,7 @@ class Space:
         ]
         return self.tree.unflatten(leaves)
 
-    def _plain(self, tree: Any) -> bool:
+    def _plain(self, tree: Any, stacked: bool) -> bool:
         """Whether `tree` is one tensor, or a tuple of tensors, that fits."""
         if self._single:
             given: Sequence[Any] = (tree,)
@@ -214,9 +215,18 @@ class Space:
         else:
             return False
         for t, expected in zip(given, self.tensors, strict=True):
-            if not isinstance(t, torch.Tensor) or t.is_nested or t.layout != torch.strided:
+            if not isinstance(t, torch.Tensor) or t.is_nested or t.layout is not torch.strided:
                 return False
-            if not expected.matches(t):
+            shape = t.shape
+            if stacked:
+                if not shape:
+                    return False
+                shape = shape[1:]
+            if (
+                shape != expected.shape
+                or t.dtype is not expected.dtype
+                or t.device != expected.device
+            ):
                 return False
         return True
 

@@ -55,6 +55,8 @@ class _Vectorizer:
     def equation(self, eq: Equation) -> None:
         self.e.source = eq.source
         rule = _RULES.get(eq.op)
+        if eq.op in _NAMING_RULES and _NAMING_RULES[eq.op](self, eq):
+            return
         mark = len(self.e.equations)
         wanted = [v for v in eq.outputs if v is not None]
         out = wanted[0] if len(wanted) == 1 else None
@@ -116,6 +118,18 @@ class _Vectorizer:
 
         args, kwargs = map_leaves(aligned, eq.args), map_leaves(aligned, eq.kwargs)
         return self.e.emit(eq.op, args, self.spec(out), **kwargs)
+
+    def repeated(self, r: Residual) -> Residual:
+        """Return a residual as a stack of which all entries are the same."""
+        return viewed(aten.expand.default, r, [self.count, *r.tensor.shape])
+
+    def summed(self, v: Var, kept: int) -> Var:
+        """Sum the entries of a stack over all but the last dimensions."""
+        dims = list(range(1, len(v.spec.shape) - kept))
+        if not dims:
+            return v
+        shape = (self.count, *v.spec.shape[len(dims) + 1 :])
+        return self.emit(aten.sum.dim_IntList, (v, dims), shape)
 
     def mapped(self, eq: Equation) -> None:
         """Map an operation over the stack."""
@@ -184,6 +198,9 @@ class _Mapped:
 
 #: From how many numbers in one entry on a kernel is called for each entry.
 _LARGE = 1 << 13
+#: From how many columns on a product with a matrix is taken entry by entry, by one kernel. Fewer
+#: columns are taken together, which takes two copies; where all is small the copies decide.
+_WIDE, _SMALL = 16, 1 << 12
 
 
 # -- rules ----------------------------------------------------------------------------------
@@ -195,6 +212,19 @@ _RULES: dict[Any, Rule] = {}
 def _rule(*ops: Any) -> Callable[[Rule], Rule]:
     def register(fn: Rule) -> Rule:
         _RULES.update(dict.fromkeys(ops, fn))
+        return fn
+
+    return register
+
+
+#: Of operations with several results, which the rule names itself; it returns whether it did.
+NamingRule: TypeAlias = Callable[[_Vectorizer, Equation], bool]
+_NAMING_RULES: dict[Any, NamingRule] = {}
+
+
+def _naming_rule(op: Any) -> Callable[[NamingRule], NamingRule]:
+    def register(fn: NamingRule) -> NamingRule:
+        _NAMING_RULES[op] = fn
         return fn
 
     return register
@@ -348,6 +378,40 @@ def _softmax(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     return s.emit(aten.addcmul.default, (products, sums, r), shape, value=-1)
 
 
+@_naming_rule(aten.native_layer_norm_backward.default)
+def _layer_norm(s: _Vectorizer, eq: Equation) -> bool:
+    """Take the entries of a stack as further rows; tell whether that is possible."""
+    g, x, shape, mean, rstd, weight, bias, _ = eq.args
+    numbers = [r for r in (x, mean, rstd, weight, bias) if r is not None]
+    if not isinstance(g, Var) or g.spec.numel >= _LARGE:
+        return False
+    if any(not isinstance(r, Residual) or r.tensor.dtype != g.spec.dtype for r in numbers):
+        return False
+    v, (first, *affine) = s.names[g], eq.outputs
+    if first is not None:
+        # The kernel reads statistics as they lie in memory.
+        means, scales = (
+            evaluated(
+                aten.clone.default,
+                s.repeated(r),
+                source=r.source,
+                memory_format=torch.contiguous_format,
+            )
+            for r in (mean, rstd)
+        )
+        s.names[first] = out = Var(s.spec(first.spec))
+        args = (v, s.repeated(x), shape, means, scales, weight, bias, [True, False, False])
+        s.e.equations.append(Equation(eq.op, args, {}, (out, None, None), eq.source))
+    if affine[0] is not None:
+        centred = evaluated(aten.sub.Tensor, x, mean, source=x.source)
+        normal = evaluated(aten.mul.Tensor, centred, rstd, source=x.source)
+        product = s.emit(aten.mul.Tensor, (v, normal), v.spec.shape)
+        s.names[affine[0]] = s.summed(product, len(shape))
+    if affine[1] is not None:
+        s.names[affine[1]] = s.summed(v, len(shape))
+    return True
+
+
 @_rule(aten.mm.default)
 def _mm(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     return _matrix_product(s, *eq.args)
@@ -359,19 +423,26 @@ def _matrix_product(s: _Vectorizer, a: Any, b: Any) -> Var:
         n, inner = a.spec.shape
         m = b.tensor.shape[1]
         if s.names[a] in s.turned:  # to copy it would cost more
-            many = viewed(aten.expand.default, b, [k, inner, m])
-            return s.emit(aten.bmm.default, (s.names[a], many), (k, n, m))
+            return s.emit(aten.bmm.default, (s.names[a], s.repeated(b)), (k, n, m))
         tall = s.reshape(s.names[a], k * n, inner)
         return s.reshape(s.emit(aten.mm.default, (tall, b), (k * n, m)), k, n, m)
     n, inner = a.tensor.shape
     m = b.spec.shape[1]
     v = s.names[b]
+    if _is_wide(a, b):
+        return s.emit(aten.bmm.default, (s.repeated(a), v), (k, n, m))
     # (A B)ᵀ = Bᵀ Aᵀ, with all the columns of B as rows.
     rows = v if m == 1 else s.permute(v, 0, 2, 1)
     tall = s.reshape(rows, k * m, inner)
     product = s.emit(aten.mm.default, (tall, viewed(aten.t.default, a)), (k * m, n))
     stacked = s.reshape(product, k, m, n)
     return s.reshape(stacked, k, n, m) if m == 1 else s.permute(stacked, 0, 2, 1)
+
+
+def _is_wide(a: Residual, b: Var) -> bool:
+    n, inner = a.tensor.shape
+    m = b.spec.shape[1]
+    return m >= _WIDE or (m > 1 and n * inner * m < _SMALL)
 
 
 @_rule(aten.mv.default)
@@ -412,12 +483,16 @@ def _added_product(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     alpha, beta = eq.kwargs.get("alpha", 1), eq.kwargs.get("beta", 1)
     shape = (s.count, *out.shape)
     v = s.raised(s.names[x], len(out.shape))
-    if eq.op is aten.addmm.default and isinstance(a, Var) and v.spec.shape == shape:
+    plain = eq.op is aten.addmm.default and v.spec.shape == shape
+    if plain and isinstance(a, Var):
         rows, inner = s.count * out.shape[0], a.spec.shape[1]
         tall = s.reshape(s.names[a], rows, inner)
         flat = s.reshape(v, rows, out.shape[1])
         done = s.emit(eq.op, (flat, tall, b), flat.spec.shape, **eq.kwargs)
         return s.reshape(done, *shape)
+    if plain and isinstance(a, Residual) and _is_wide(a, b):
+        args = (v, s.repeated(a), s.names[b])
+        return s.emit(aten.baddbmm.default, args, shape, **eq.kwargs)
     make = _matrix_product if eq.op is aten.addmm.default else _batch_product
     product = make(s, a, b)
     if beta != 1:

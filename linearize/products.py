@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from ._program import Operation, Program, Residual
 from ._source import PULLBACK, PUSHFORWARD, Source
 from ._space import Space
 from ._structure import Template
-from ._torch import functorch_active, outside_transforms
+from ._torch import functorch_active, outside_transforms, set_grad_mode
 from ._transpose import Policy, resolve, transpose
 from .errors import (
     AdjointError,
@@ -101,6 +100,8 @@ class Product:
         self._lock = threading.RLock()
         self._program: Program | None = None
         self._plans: dict[tuple[bool, ...], Plan] = {}
+        #: The arguments that are there, if all are.
+        self._whole = (True,) * len(arguments.tensors)
         self._turned: Product | None = None
         #: Checks the product before its first use.
         self._first: Callable[[], None] | None = None
@@ -115,7 +116,7 @@ class Product:
         with self._lock:
             if self._program is None:
                 assert self._make is not None
-                whole = self._plans.get((True,) * len(self._arguments.tensors))
+                whole = self._plans.get(self._whole)
                 # What is kept must be usable everywhere.
                 with outside_transforms(), torch.inference_mode(False):
                     program = self._make() if whole is None else whole.program()
@@ -275,38 +276,57 @@ class Product:
     ) -> list[torch.Tensor]:
         """Apply the map to stacks of arguments, along their first dimension."""
         given = [t for t in tensors if t is not None]
-        present = tuple([t is not None for t in tensors])
+        grad, transformed = torch.is_grad_enabled(), functorch_active()
+        if grad and not transformed and _wants_history(given):
+            return list(_DifferentiableStack.apply(self, chunk_size, *tensors))  # type: ignore[no-untyped-call]
+        present = self._whole
+        if len(given) < len(tensors):
+            present = tuple([t is not None for t in tensors])
+        if transformed or not len(given[0]):
+            return list(torch.vmap(self._one(present), chunk_size=chunk_size)(*given))
+        if self._lifetime.closed:
+            self._check_open()
+        if self._first is not None:
+            self._first()
+        plan = self._plans.get(present) or self._plan(present)
+        if not chunk_size or chunk_size >= len(given[0]):
+            return self._stack(plan, present, given)
+        pieces = zip(*(t.split(chunk_size) for t in given), strict=True)
+        chunks = [self._stack(plan, present, parts) for parts in pieces]
+        return [torch.cat(c) for c in zip(*chunks, strict=True)]
+
+    def _one(self, present: tuple[bool, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """Return the map as a function of the tensors that are there."""
 
         def one(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
             rest = iter(parts)
             return tuple(self._apply([next(rest) if here else None for here in present]))
 
-        if torch.is_grad_enabled() and _wants_history(given) and not functorch_active():
-            return list(_DifferentiableStack.apply(self, chunk_size, *tensors))  # type: ignore[no-untyped-call]
-        if functorch_active() or not len(given[0]):
-            return list(torch.vmap(one, chunk_size=chunk_size)(*given))
-        self._check_open()
-        if self._first is not None:
-            self._first()
-        plan = self._plans.get(present) or self._plan(present)
-        size = chunk_size or len(given[0])
-        each = torch.vmap(one)
-        chunks = [
-            self._stack(plan, present, parts, functools.partial(each, *parts))
-            for parts in zip(*(t.split(size) for t in given), strict=True)
-        ]
-        return [c[0] if len(c) == 1 else torch.cat(c) for c in zip(*chunks, strict=True)]
+        return one
 
     def _stack(
-        self,
-        plan: Plan,
-        present: tuple[bool, ...],
-        parts: Sequence[torch.Tensor],
-        mapped: Callable[[], Sequence[torch.Tensor]],
+        self, plan: Plan, present: tuple[bool, ...], parts: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        results = plan.stacked(parts, mapped)
+        grad = torch.is_grad_enabled()
+
+        def mapped() -> Sequence[torch.Tensor]:
+            with torch.set_grad_enabled(grad):
+                return torch.vmap(self._one(present))(*parts)
+
+        if grad:
+            set_grad_mode(False)
+        try:
+            results = plan.stacked(parts, mapped)
+        finally:
+            if grad:
+                set_grad_mode(True)
         if plan.news is not None:
             self._take_note(plan, present)
+        for t in results:
+            if t is None:
+                break
+        else:
+            return list(results)  # type: ignore[arg-type]
         return [
             spec.zeros().expand(len(parts[0]), *spec.shape).clone() if t is None else t
             for t, spec in zip(results, self._results.tensors, strict=True)
@@ -314,22 +334,35 @@ class Product:
 
     def _apply(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Apply the map to flat lists of tensors, None for zero."""
+        # Loops, and no context managers: this runs at every call.
         grad = torch.is_grad_enabled()
-        if grad and _wants_history(tensors):
-            return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
-        present = tuple([t is not None for t in tensors])
-        self._check_open()
+        present, given = self._whole, tensors
+        for t in tensors:
+            if t is None:
+                present = tuple([t is not None for t in tensors])
+                given = [t for t in tensors if t is not None]
+            elif grad and t.requires_grad:
+                return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
+        if self._lifetime.closed:
+            self._check_open()
         if self._first is not None:
             self._first()
         plan = self._plans.get(present) or self._plan(present)
-        given: Any = tensors if all(present) else [t for t in tensors if t is not None]
         if grad and plan.makes_history:
-            with torch.no_grad():
-                results = plan(given)
+            set_grad_mode(False)
+            try:
+                results = plan(given)  # type: ignore[arg-type]
+            finally:
+                set_grad_mode(True)
         else:
-            results = plan(given)
+            results = plan(given)  # type: ignore[arg-type]
         if plan.news is not None:
             self._take_note(plan, present)
+        for t in results:
+            if t is None:
+                break
+        else:
+            return results  # type: ignore[return-value]
         return [
             spec.zeros() if t is None else t
             for t, spec in zip(results, self._results.tensors, strict=True)
@@ -510,6 +543,8 @@ def _wants_history(tensors: Sequence[torch.Tensor | None]) -> bool:
 
 
 def _stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:
+    if len(flat) == 1 and flat[0] is not None:
+        return
     sizes = {t.shape[0] for t in flat if t is not None}
     if len(sizes) != 1:
         raise StructureError(
@@ -542,7 +577,8 @@ class JvpFn(Product):
 
     def __call__(self, *tangents: Any) -> Any:
         """Return J·v."""
-        self._check_open()
+        if self._lifetime.closed:
+            self._check_open()
         flat = self._arguments.flatten(tangents)
         return self._results.unflatten(self._apply(flat))
 
@@ -601,7 +637,8 @@ class VjpFn(Product):
 
     def __call__(self, *cotangent: Any) -> Any:
         """Return Jᵀ·u (Jᴴ·u for complex numbers)."""
-        self._check_open()
+        if self._lifetime.closed:
+            self._check_open()
         if len(cotangent) != 1:
             raise StructureError(
                 "vjp_fn: expected 1 cotangent, structured like the value (for a tuple of outputs, "
