@@ -415,11 +415,8 @@ class Program:
 
     def residuals(self) -> list[Residual]:
         """Return the residuals that the equations read, each once."""
-        seen: dict[int, Residual] = {}
-        for eq in self.equations:
-            for r in eq.residuals():
-                seen.setdefault(id(r), r)
-        return list(seen.values())
+        seen = {x: None for eq in self.equations for x in eq.reads() if type(x) is Residual}
+        return list(seen)
 
     def kept_tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor that the program keeps alive; one may come several times."""
@@ -468,18 +465,19 @@ class Program:
         if len(defined) != len(self.inputs):
             raise LinearizeError(f"{self.name}: an input stands twice")
         for i, eq in enumerate(self.equations):
-            for v in eq.inputs():
-                if v not in defined:
+            for x in eq.reads():
+                if x not in defined and type(x) is Var:
                     raise LinearizeError(
                         f"{self.name}: equation {i} ({eq.name}) reads an undefined variable"
                     )
             for out in eq.outputs:
-                if out is not None and out in defined:
+                if out is None:
+                    continue
+                if out in defined:
                     raise LinearizeError(
                         f"{self.name}: equation {i} ({eq.name}) defines a variable again"
                     )
-                if out is not None:
-                    defined.add(out)
+                defined.add(out)
         for out, spec in zip(self.outputs, self.specs, strict=True):
             if out is not None and out not in defined:
                 raise LinearizeError(f"{self.name}: an output is never defined")
