@@ -43,12 +43,12 @@ LARGE_ENTRY = 1 << 16
 class _Slot:
     """Stands in an argument list for a value that is known at run time."""
 
-    __slots__ = ("index", "variable")
+    __slots__ = ("index", "spec")
 
-    def __init__(self, index: int, variable: bool) -> None:
+    def __init__(self, index: int, spec: TensorSpec | None) -> None:
         self.index = index
-        #: Whether it is a variable, which can be undefined; a residual cannot.
-        self.variable = variable
+        #: Of a variable, which can be undefined; a residual cannot.
+        self.spec = spec
 
 
 class _Step:
@@ -66,33 +66,40 @@ class _Step:
         "place",
         "plain",
         "source",
-        "specs",
         "tail",
     )
 
-    def __init__(self, eq: Equation, slots: dict[Any, int]) -> None:
-        def place(x: Any) -> Any:
-            known = isinstance(x, (Var, Residual))
-            return _Slot(slots[x], isinstance(x, Var)) if known else x
+    def __init__(self, eq: Equation, slots: dict[Any, _Slot]) -> None:
+        def placed(x: Any) -> Any:
+            return slots[x] if type(x) is Var or type(x) is Residual else x
 
-        args = map_leaves(place, list(eq.args))
-        kwargs = map_leaves(place, eq.kwargs) if eq.kwargs else {}
         self.op = eq.op
         #: The place among the program's opaque operations.
         self.place = -1
         #: Positional arguments that are a value, and those that contain one.
-        self.plain = [(i, a.index) for i, a in enumerate(args) if isinstance(a, _Slot)]
-        self.nested = [(i, a) for i, a in enumerate(args) if _contains(a)]
-        self.tail = {k: a for k, a in kwargs.items() if isinstance(a, _Slot) or _contains(a)}
-        if self.tail:
+        self.plain: list[tuple[int, int]] = []
+        self.nested: list[tuple[int, Any]] = []
+        self.tail: dict[str, Any] = {}
+        args: list[Any] = []
+        for i, x in enumerate(eq.args):
+            if type(x) is Var or type(x) is Residual:
+                x = slots[x]
+                self.plain.append((i, x.index))
+            elif isinstance(x, (list, tuple)):
+                x = map_leaves(placed, x)
+                if _contains(x):
+                    self.nested.append((i, x))
+            args.append(x)
+        kwargs = map_leaves(placed, eq.kwargs) if eq.kwargs else {}
+        if kwargs:
+            self.tail = {k: a for k, a in kwargs.items() if isinstance(a, _Slot) or _contains(a)}
             kwargs = {k: a for k, a in kwargs.items() if k not in self.tail}
         self.call = (args, kwargs)
-        self.outs = [-1 if v is None else slots[v] for v in eq.outputs]
+        self.outs: list[int] = []
         self.opaque = isinstance(eq.op, Operation)
         self.many = self.opaque or len(eq.outputs) != 1 or returns_several(eq.op)
         self.free: list[int] = []
         self.expected, self.source = eq.outputs, eq.source
-        self.specs = {slots[v]: v.spec for v in eq.inputs()}
 
     def verify(self, out: Any) -> None:
         """Raise if a result has not the shape and dtype that the program says."""
@@ -214,6 +221,7 @@ class Executor:
 
     __slots__ = (
         "_function",
+        "_gains",
         "_inputs",
         "_outputs",
         "_size",
@@ -222,30 +230,63 @@ class Executor:
         "_write_out_at",
         "compiled",
         "copies",
-        "gains_by_stacks",
         "program",
         "runs",
         "tried",
     )
 
     def __init__(self, program: Program, *, final: bool = True) -> None:
-        program.check()
         self.program = program
         self._write_out_at = WRITE_OUT_SOON if final else WRITE_OUT_AT
-        slots: dict[Any, int] = {r: i for i, r in enumerate(program.residuals())}
-        for v in (*program.inputs, *(v for eq in program.equations for v in eq.outputs if v)):
-            slots[v] = len(slots)
+        slots: dict[Any, _Slot] = {r: _Slot(i, None) for i, r in enumerate(program.residuals())}
+        for v in program.inputs:
+            slots[v] = _Slot(len(slots), v.spec)
+        self._steps: list[_Step] = []
+        #: After which step each intermediate can go.
+        last: dict[Var, _Step] = {}
+        #: For each variable, the one whose memory it may share; None for foreign memory.
+        root: dict[Var, Var | None] = dict.fromkeys(program.inputs)
+        opaque = 0
+        for eq in program.equations:
+            try:
+                step = _Step(eq, slots)
+            except KeyError:
+                program.check()  # has the words for it
+                raise
+            self._steps.append(step)
+            if step.opaque:
+                step.place = opaque
+                opaque += 1
+            for x in eq.reads():
+                if type(x) is Var:
+                    last[x] = step
+            for out in eq.outputs:
+                if out is None:
+                    step.outs.append(-1)
+                    continue
+                if out in slots:
+                    program.check()
+                step.outs.append(len(slots))
+                slots[out] = _Slot(len(slots), out.spec)
+                last[out] = step
+                root[out] = _root(eq, out, root)
         self._size = len(slots)
-        self._inputs = [slots[v] for v in program.inputs]
-        self._outputs = [-1 if v is None else slots[v] for v in program.outputs]
-        self._steps = [_Step(eq, slots) for eq in program.equations]
-        for i, step in enumerate(step for step in self._steps if step.opaque):
-            step.place = i
-        self._free(program, slots)
-        self.copies = self._to_copy(program)
+        program.check_outputs(slots)
+        self._inputs = [slots[v].index for v in program.inputs]
+        self._outputs = [-1 if v is None else slots[v].index for v in program.outputs]
+        keep = {*self._outputs}
+        for v, step in last.items():
+            if slots[v].index not in keep:
+                step.free.append(slots[v].index)
+        #: Which results may share memory with an argument, a residual or a user's tensor.
+        self.copies: list[bool] = []
+        taken: set[Var | None] = set()
+        for out in program.outputs:
+            owner = None if out is None else root[out]
+            self.copies.append(out is not None and (owner is None or owner in taken))
+            taken.add(owner)
         self._verified = False
-        #: Whether several arguments are taken together faster than one after the other.
-        self.gains_by_stacks = not (_mostly_opaque(program) or _fills_caches(program))
+        self._gains: bool | None = None
         #: The program written out, once it has run often enough.
         self._function: Bound | None = None
         #: How often it ran.
@@ -255,37 +296,12 @@ class Executor:
         #: Whether that was tried.
         self.tried = False
 
-    def _free(self, program: Program, slots: dict[Any, int]) -> None:
-        """Note after which step each intermediate can go."""
-        last: dict[int, _Step] = {}
-        for eq, step in zip(program.equations, self._steps, strict=True):
-            for v in (*eq.inputs(), *(v for v in eq.outputs if v is not None)):
-                last[slots[v]] = step
-        keep = {*self._outputs}
-        for slot, step in last.items():
-            if slot not in keep:
-                step.free.append(slot)
-
-    def _to_copy(self, program: Program) -> list[bool]:
-        """Tell which results may share memory with an argument, a residual or a user's tensor."""
-        #: For each variable, the one whose memory it may share; None for foreign memory.
-        root: dict[Var, Var | None] = dict.fromkeys(program.inputs)
-        for eq in program.equations:
-            outs = [v for v in eq.outputs if v is not None]
-            if isinstance(eq.op, Operation):
-                root.update((v, None if eq.op.may_alias else v) for v in outs)
-            elif not may_alias(eq.op):
-                root.update((v, v) for v in outs)
-            else:
-                roots = {root[v] for v in eq.inputs()}
-                foreign = bool(eq.residuals()) or len(roots) != 1
-                root.update((v, None if foreign else next(iter(roots))) for v in outs)
-        copies, taken = [], set()
-        for v in program.outputs:
-            owner = None if v is None else root[v]
-            copies.append(v is not None and (owner is None or owner in taken))
-            taken.add(owner)
-        return copies
+    @property
+    def gains_by_stacks(self) -> bool:
+        """Whether several arguments are taken together faster than one after the other."""
+        if self._gains is None:
+            self._gains = not (_mostly_opaque(self.program) or _fills_caches(self.program))
+        return self._gains
 
     def __call__(
         self,
@@ -438,6 +454,16 @@ class Executor:
             self._function = function
 
 
+def _root(eq: Equation, out: Var, root: dict[Var, Var | None]) -> Var | None:
+    """Return the variable whose memory a result may share, None for foreign memory."""
+    if isinstance(eq.op, Operation):
+        return None if eq.op.may_alias else out
+    if not may_alias(eq.op):
+        return out
+    roots = {root[v] for v in eq.inputs()}
+    return next(iter(roots)) if len(roots) == 1 and not eq.residuals() else None
+
+
 def _mostly_opaque(program: Program) -> bool:
     """Whether there is no more to do than to call user code that does not take batches."""
     user = [eq for eq in program.equations if isinstance(eq.op, Operation)]
@@ -476,8 +502,7 @@ def _with_zeros(step: _Step, args: list[Any], keywords: dict[str, Any]) -> Any:
 
     def fill(placed: Any, now: Any) -> Any:
         if isinstance(placed, _Slot):
-            missing = placed.variable and now is None
-            return step.specs[placed.index].zeros() if missing else now
+            return placed.spec.zeros() if placed.spec is not None and now is None else now
         if isinstance(placed, (list, tuple)):
             return type(placed)(fill(p, n) for p, n in zip(placed, now, strict=True))
         return now
@@ -489,7 +514,7 @@ def _with_zeros(step: _Step, args: list[Any], keywords: dict[str, Any]) -> Any:
 
 def _all_undefined(placed: Any, now: Any) -> bool:
     if isinstance(placed, _Slot):
-        return now is None or not placed.variable
+        return now is None or placed.spec is None
     if isinstance(placed, (list, tuple)) and _contains(placed):
         return all(_all_undefined(p, n) for p, n in zip(placed, now, strict=True))
     return True

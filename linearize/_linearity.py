@@ -309,8 +309,11 @@ _COPYING = {aten.clone.default, aten._to_copy.default}
 @functools.cache
 def may_alias(op: Callable[..., Any]) -> bool:
     """Whether an operation's result may share memory with its argument."""
-    if not isinstance(op, OpOverload):
-        return True
+    return not isinstance(op, OpOverload) or _may_alias(op)
+
+
+@functools.cache
+def _may_alias(op: OpOverload) -> bool:
     if op in _COPYING:
         return False
     if schema_of(op).is_view:

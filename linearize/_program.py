@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -478,6 +478,10 @@ class Program:
                         f"{self.name}: equation {i} ({eq.name}) defines a variable again"
                     )
                 defined.add(out)
+        self.check_outputs(defined)
+
+    def check_outputs(self, defined: Container[Var]) -> None:
+        """Raise if an output is not among the variables that are defined, or not as specified."""
         for out, spec in zip(self.outputs, self.specs, strict=True):
             if out is not None and out not in defined:
                 raise LinearizeError(f"{self.name}: an output is never defined")
