@@ -240,6 +240,8 @@ class Executor:
         self._write_out_at = WRITE_OUT_SOON if final else WRITE_OUT_AT
         slots: dict[Any, _Slot] = {r: _Slot(i, None) for i, r in enumerate(program.residuals())}
         for v in program.inputs:
+            if v in slots:
+                program.check()
             slots[v] = _Slot(len(slots), v.spec)
         self._steps: list[_Step] = []
         #: After which step each intermediate can go.
