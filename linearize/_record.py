@@ -32,8 +32,8 @@ from ._nodes import formula_of, mended
 from ._origin import Origin, Saved
 from ._program import Emitter, Equation, Operation, Program, Residual, Var
 from ._recorder import OpaqueError, Recorder
-from ._signature import HiddenError, arguments, node_key, saved_by
-from ._space import TensorSpec
+from ._signature import EXPECTED, HiddenError, arguments, node_key, saved_by
+from ._space import TensorSpec, tensor_spec
 from ._torch import (
     Node,
     aten,
@@ -86,7 +86,7 @@ class NodeBackward(Operation):
 
 
 def _metadata_spec(meta: Any) -> TensorSpec:
-    return TensorSpec(tuple(meta.shape), meta.dtype, meta.device)
+    return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
 
 
 class _Walk:
@@ -182,8 +182,12 @@ class _Walk:
     def deliver(self, edge: Edge, grad: Gradient) -> None:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
-        spec = _metadata_spec(input_metadata(node)[nr])
-        if grad.var.spec == spec:
+        known = self.graph.keys.get(node)
+        if known is None:
+            spec = _metadata_spec(input_metadata(node)[nr])
+        else:
+            spec = tensor_spec(*known[EXPECTED][nr])
+        if grad.var.spec is spec or grad.var.spec == spec:
             pass
         elif self.lazy and _sums_to(grad.var.spec, spec):
             grad = self.summed(grad, spec)

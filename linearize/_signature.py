@@ -96,7 +96,7 @@ def arguments(graph: Graph, node: Node) -> tuple[Any, ...]:
     for target, i in node.next_functions:
         if target is not None:
             known = graph.keys.get(target)
-            found.append((expected(target) if known is None else known[_EXPECTED])[i])
+            found.append((expected(target) if known is None else known[EXPECTED])[i])
     return tuple(found)
 
 
@@ -142,7 +142,7 @@ def _node_key(node: Node) -> tuple[Any, ...]:
 
 
 #: Where `expected` stands in a node's key.
-_EXPECTED = 2
+EXPECTED = 2
 
 
 def _layouts(saved: Sequence[torch.Tensor | None]) -> Any:

@@ -8,6 +8,7 @@ turns a flat list back into the user's structure.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -73,6 +74,12 @@ class TensorSpec:
             drawn = torch.float64 if double else torch.float32
         t = torch.randn(self.shape, dtype=drawn, generator=generator)
         return t.to(device=self.device, dtype=self.dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def tensor_spec(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> TensorSpec:
+    """Return a specification; mostly the same object for the same one."""
+    return TensorSpec(shape, dtype, device)
 
 
 def differentiable(leaf: Any) -> bool:
