@@ -422,7 +422,7 @@ def _matrix_product(s: _Vectorizer, a: Any, b: Any) -> Var:
     if isinstance(a, Var):
         n, inner = a.spec.shape
         m = b.tensor.shape[1]
-        if s.names[a] in s.turned:  # to copy it would cost more
+        if s.names[a] in s.turned and not _is_sparse(b):  # to copy it would cost more
             return s.emit(aten.bmm.default, (s.names[a], s.repeated(b)), (k, n, m))
         tall = s.reshape(s.names[a], k * n, inner)
         return s.reshape(s.emit(aten.mm.default, (tall, b), (k * n, m)), k, n, m)
@@ -442,7 +442,11 @@ def _matrix_product(s: _Vectorizer, a: Any, b: Any) -> Var:
 def _is_wide(a: Residual, b: Var) -> bool:
     n, inner = a.tensor.shape
     m = b.spec.shape[1]
-    return m >= _WIDE or (m > 1 and n * inner * m < _SMALL)
+    return not _is_sparse(a) and (m >= _WIDE or (m > 1 and n * inner * m < _SMALL))
+
+
+def _is_sparse(r: Residual) -> bool:
+    return r.tensor.layout is not torch.strided
 
 
 @_rule(aten.mv.default)
