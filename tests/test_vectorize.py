@@ -39,6 +39,14 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
         lambda x, y: torch.bmm(torch.bmm(x, y).sin(), y.mT),
         (randn(2, 3, 4), randn(2, 4, 5)),
     ),
+    "batches of thin matrices": (
+        lambda x: torch.bmm(randn(6, 3, 2), torch.bmm(randn(6, 2, 4), x).sin()),
+        (randn(6, 4, 2),),
+    ),
+    "batches of empty matrices": (
+        lambda x: torch.bmm(randn(6, 3, 0), torch.bmm(randn(6, 0, 4), x)),
+        (randn(6, 4, 2),),
+    ),
     "attention": (
         lambda q, k: (q @ k.mT * 0.5).softmax(-1) @ q,
         (randn(2, 5, 3), randn(2, 5, 3, seed=1)),
