@@ -80,8 +80,10 @@ class CustomNode:
     __slots__ = (
         "__weakref__",
         "_attributes",
+        "_count",
         "_fixed",
         "_lock",
+        "_others",
         "_owners",
         "_packed",
         "_pinned",
@@ -105,7 +107,10 @@ class CustomNode:
         self._record = record
         self._lock = threading.RLock()
         needs: Sequence[bool] = self.ctx.needs_input_grad
+        self._count = len(needs)
         self.positions = tuple(i for i, need in enumerate(needs) if need)
+        #: Arguments that are not tensors.
+        self._others = tuple(i for i, spec in enumerate(record.inputs or ()) if spec is None)
         edges = [edge for edge in ctx.next_functions if edge[0] is not None]
         self.inputs = tuple(_received(input_metadata(node)[nr]) for node, nr in edges)
         self.outputs: tuple[TensorSpec | None, ...] = tuple(
@@ -193,7 +198,7 @@ class CustomNode:
         result = self._guarded(self._call_backward, grads)
         if not isinstance(result, tuple):
             result = tuple(result) if isinstance(result, list) else (result,)
-        count = len(self.ctx.needs_input_grad)
+        count = self._count
         if len(result) > count and all(r is None for r in result[count:]):
             result = result[:count]
         if len(result) != count:
@@ -201,8 +206,8 @@ class CustomNode:
                 f"{self.name}.backward returned {len(result)} gradients, expected {count} (one "
                 "per argument of forward)"
             )
-        for i, (r, seen) in enumerate(zip(result, self._record.inputs or (), strict=False)):
-            if seen is None and r is not None:
+        for i in self._others:
+            if i < count and result[i] is not None:
                 raise FunctionContractError(
                     f"{self.name}.backward returned a gradient for argument {i}, which is not a "
                     "tensor: expected None"
@@ -294,7 +299,7 @@ class CustomNode:
 
     def _arguments_of_jvp(self) -> list[tuple[int, TensorSpec | None]]:
         numbers = {position: i for i, position in enumerate(self.positions)}
-        seen = self._record.inputs or (None,) * len(self.ctx.needs_input_grad)
+        seen = self._record.inputs or (None,) * self._count
         places: list[tuple[int, TensorSpec | None]] = []
         for i, spec in enumerate(seen):
             place = numbers.get(i, -1)

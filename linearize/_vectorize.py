@@ -201,6 +201,9 @@ _LARGE = 1 << 13
 #: From how many columns on a product with a matrix is taken entry by entry, by one kernel. Fewer
 #: columns are taken together, which takes two copies; where all is small the copies decide.
 _WIDE, _SMALL = 16, 1 << 12
+#: Batches of matrices of which a product takes fewer multiplications PyTorch multiplies by plain
+#: loops on a CPU: up to so many columns one pointwise operation for each is quicker.
+_SIMPLE, _THIN = 400, 4
 
 
 # -- rules ----------------------------------------------------------------------------------
@@ -422,7 +425,7 @@ def _matrix_product(s: _Vectorizer, a: Any, b: Any) -> Var:
     if isinstance(a, Var):
         n, inner = a.spec.shape
         m = b.tensor.shape[1]
-        if s.names[a] in s.turned:  # to copy it would cost more
+        if s.names[a] in s.turned and not _is_sparse(b):  # to copy it would cost more
             return s.emit(aten.bmm.default, (s.names[a], s.repeated(b)), (k, n, m))
         tall = s.reshape(s.names[a], k * n, inner)
         return s.reshape(s.emit(aten.mm.default, (tall, b), (k * n, m)), k, n, m)
@@ -442,7 +445,11 @@ def _matrix_product(s: _Vectorizer, a: Any, b: Any) -> Var:
 def _is_wide(a: Residual, b: Var) -> bool:
     n, inner = a.tensor.shape
     m = b.spec.shape[1]
-    return m >= _WIDE or (m > 1 and n * inner * m < _SMALL)
+    return not _is_sparse(a) and (m >= _WIDE or (m > 1 and n * inner * m < _SMALL))
+
+
+def _is_sparse(r: Residual) -> bool:
+    return r.tensor.layout is not torch.strided
 
 
 @_rule(aten.mv.default)
@@ -471,8 +478,27 @@ def _batch_product(s: _Vectorizer, a: Any, b: Any) -> Var:
     m = b.spec.shape[2]
     v = s.permute(s.names[b], 1, 2, 0, 3)
     wide = s.reshape(v, count, inner, k * m)
-    product = s.emit(aten.bmm.default, (a, wide), (count, n, k * m))
+    if 0 < inner <= _THIN and n * inner * k * m < _SIMPLE and a.tensor.device.type == "cpu":
+        product = _sum_of_columns(s, a, wide)
+    else:
+        product = s.emit(aten.bmm.default, (a, wide), (count, n, k * m))
     return s.permute(s.reshape(product, count, n, k, m), 2, 0, 1, 3)
+
+
+def _sum_of_columns(s: _Vectorizer, a: Residual, b: Var) -> Var:
+    """Multiply batches of matrices, column by row."""
+    (count, n, inner), m = a.tensor.shape, b.spec.shape[2]
+    total: Var | None = None
+    for i in range(inner):
+        column = viewed(aten.slice.Tensor, a, 2, i, i + 1)
+        row = s.emit(aten.slice.Tensor, (b, 1, i, i + 1), (count, 1, m))
+        shape = (count, n, m)
+        if total is None:
+            total = s.emit(aten.mul.Tensor, (row, column), shape)
+        else:
+            total = s.emit(aten.addcmul.default, (total, row, column), shape)
+    assert total is not None
+    return total
 
 
 @_rule(aten.addmm.default, aten.baddbmm.default)
@@ -569,6 +595,10 @@ def _index_put(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     shape = (out.shape[0], s.count, *out.shape[1:])
     wide = viewed(aten.expand.default, viewed(aten.unsqueeze.default, to, 1), list(shape))
     first = s.permute(s.names[x], 1, 0, *range(2, _rank(x) + 1))
+    # In the order of memory it is quicker, even with the copy.
+    first = s.emit(
+        aten.clone.default, (first,), first.spec.shape, memory_format=torch.contiguous_format
+    )
     put = s.e.emit(eq.op, (wide, where, first, *rest), TensorSpec(shape, out.dtype, out.device))
     return s.permute(put, 1, 0, *range(2, len(shape)))
 

@@ -181,6 +181,21 @@ def test_what_is_not_quicker_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("always_quicker")
+def test_a_closure_that_has_settled_can_still_be_compiled() -> None:
+    backend = Backend()
+    here = lz.Linearizer(f, dense_limit=0).at(X)
+    for _ in range(20):
+        here.jvp_fn(V)
+    (plan,) = here.jvp_fn._plans.values()
+    assert plan._quiet
+    here.compile(backend=backend)
+    for _ in range(3):
+        torch.testing.assert_close(here.jvp_fn(V), jacobian(f, X) @ V)
+    assert backend.graphs == 1
+    assert backend.runs >= 2
+
+
+@pytest.mark.usefixtures("always_quicker")
 def test_every_kind_of_call_after_the_takeover() -> None:
     backend = Backend()
     w = W.clone()

@@ -39,12 +39,41 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
         lambda x, y: torch.bmm(torch.bmm(x, y).sin(), y.mT),
         (randn(2, 3, 4), randn(2, 4, 5)),
     ),
+    "batches of thin matrices": (
+        lambda x: torch.bmm(randn(6, 3, 2), torch.bmm(randn(6, 2, 4), x).sin()),
+        (randn(6, 4, 2),),
+    ),
+    "batches of empty matrices": (
+        lambda x: torch.bmm(randn(6, 3, 0), torch.bmm(randn(6, 0, 4), x)),
+        (randn(6, 4, 2),),
+    ),
     "attention": (
         lambda q, k: (q @ k.mT * 0.5).softmax(-1) @ q,
         (randn(2, 5, 3), randn(2, 5, 3, seed=1)),
     ),
     "log-softmax": (lambda x: x.log_softmax(0), (randn(4, 3),)),
     "norms": (lambda x, w: F.layer_norm(x.sin(), (4,), w), (randn(3, 4), randn(4))),
+    "norms with all parameters": (
+        lambda x, w, b: F.layer_norm(x.sin(), (3, 4), w, b),
+        (randn(2, 3, 4), randn(3, 4), randn(3, 4, seed=1)),
+    ),
+    "norms of one row": (
+        lambda x, w, b: F.layer_norm(x.sin(), (4,), w, b).tanh(),
+        (randn(4), randn(4, seed=1), randn(4, seed=2)),
+    ),
+    "norms of values out of order": (
+        lambda x, w: F.layer_norm(x.sin().mT.mT @ randn(4, 4), (4,), w).mT,
+        (randn(2, 3, 4), randn(4)),
+    ),
+    "large norms": (lambda x: F.layer_norm(x, (64,)) * randn(64), (randn(200, 64),)),
+    "many columns": (
+        lambda w, x: randn(3, 5) @ (randn(5, 4) @ w + x),
+        (randn(4, 20), randn(5, 20)),
+    ),
+    "few columns of large matrices": (
+        lambda x: randn(3, 40) @ (randn(40, 60) @ x).sin(),
+        (randn(60, 5),),
+    ),
     "convolution": (lambda x: F.conv2d(x.sin(), randn(3, 2, 3, 3)), (randn(2, 2, 5, 5),)),
     "convolution by its weight": (lambda w: F.conv1d(randn(2, 2, 7), w), (randn(3, 2, 3),)),
     "stencil": (lambda x: x * x.roll(1) + x.flip(0) + x.roll(-2, 0), (randn(7),)),
@@ -82,7 +111,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
 }
 #: Operations that no rule takes, which `torch.vmap` maps.
 MAPPED = {
-    "norms": {"native_layer_norm_backward"},
+    "large norms": {"native_layer_norm_backward"},
     "convolution by its weight": {"convolution_backward", "convolution"},
     "maxima": None,
     "positions apart": None,

@@ -1,0 +1,286 @@
+"""Calls of closures, from the first to those that go the short way: all are checked alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import linearize as lz
+from linearize._direct import _DIRECT, direct
+from linearize._torch import aten, set_grad_mode
+
+D = torch.float64
+#: More than it takes until nothing is left to decide.
+MANY = 12
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, dtype=D, generator=generator)
+
+
+class Counted(torch.autograd.Function):
+    """x sin(x), with counts of calls; both methods leave PyTorch."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.slope = (x.detach().sin() + x.detach() * x.detach().cos()).numpy()
+        return x * x.sin()
+
+    @staticmethod
+    def jvp(ctx: Any, v: torch.Tensor) -> torch.Tensor:
+        Counted.calls += 1
+        return torch.from_numpy(ctx.slope * v.numpy())
+
+    @staticmethod
+    def backward(ctx: Any, u: torch.Tensor) -> torch.Tensor:
+        Counted.calls += 1
+        return torch.from_numpy(ctx.slope * u.numpy())
+
+
+def test_user_code_is_called_once_for_each_product() -> None:
+    x, w = randn(4), randn(4, 4)
+    here = lz.Linearizer(lambda x: Counted.apply(w @ x).cumsum(0)).at(x)
+    z = w @ x
+    j = torch.ones(4, 4, dtype=D).tril() @ (torch.diag(z.sin() + z * z.cos()) @ w)
+    for call in range(MANY):
+        v, u = randn(4, seed=call), randn(4, seed=100 + call)
+        before = Counted.calls
+        jv, ju = here.jvp_fn(v), here.vjp_fn(u)[0]
+        # The first product is checked against the other direction.
+        assert call == 0 or Counted.calls == before + 2
+        torch.testing.assert_close(jv, j @ v)
+        torch.testing.assert_close(ju, j.T @ u)
+    (plan,) = here.jvp_fn._plans.values()
+    assert plan._quiet
+    assert plan._running[0]._function is not None
+
+
+class Halves(torch.autograd.Function):
+    """Two results, of which the backward says nothing where a gradient is missing."""
+
+    says = True
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, u: torch.Tensor) -> torch.Tensor | None:
+        return 2 * u if Halves.says else None
+
+    @staticmethod
+    def jvp(ctx: Any, v: torch.Tensor) -> torch.Tensor:
+        return 2 * v
+
+
+def test_a_value_that_is_undefined_now_and_then_is_zero() -> None:
+    x, w = randn(4), randn(4, 4)
+    sequel = Counted.apply
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return Halves.apply(w @ sequel(x)) + sequel(x).cumsum(0) * 3
+
+    here = lz.Linearizer(f, check="never").at(x)
+    slope = x.sin() + x * x.cos()
+    ones = torch.ones(4, 4, dtype=D).tril()
+    try:
+        for call in range(MANY):
+            Halves.says = call % 3 != 1
+            u = randn(4, seed=call)
+            expected = 3 * ones.T @ u
+            if Halves.says:
+                expected = expected + 2 * w.T @ u
+            torch.testing.assert_close(here.vjp_fn(u)[0], slope * expected)
+    finally:
+        Halves.says = True
+
+
+class Freeing(torch.autograd.Function):
+    """Frees memory that is not its own when told to."""
+
+    victim: torch.Tensor | None = None
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def jvp(ctx: Any, v: torch.Tensor) -> torch.Tensor:
+        if Freeing.victim is not None:
+            Freeing.victim.untyped_storage().resize_(0)
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx: Any, u: torch.Tensor) -> torch.Tensor:
+        return u.clone()
+
+
+def test_memory_that_user_code_frees_is_noticed_before_it_is_read() -> None:
+    w = randn(4, 4)
+    here = lz.Linearizer(lambda x: w @ Freeing.apply(x)).at(randn(4))
+    for call in range(MANY):
+        v = randn(4, seed=call)
+        torch.testing.assert_close(here.jvp_fn(v), w @ v)
+    try:
+        Freeing.victim = w
+        with pytest.raises(lz.errors.StalenessError, match="freed"):
+            here.jvp_fn(randn(4))
+    finally:
+        Freeing.victim = None
+    with pytest.raises(lz.errors.StalenessError, match="freed"):
+        here.jvp_fn(randn(4))
+
+
+class Failing(Counted):
+    fails = False
+
+    @staticmethod
+    def jvp(ctx: Any, v: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        if Failing.fails:
+            raise ZeroDivisionError
+        return Counted.jvp(ctx, v)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_grad_mode_is_what_it_was_after_a_failure(batched: bool) -> None:
+    here = lz.Linearizer(Failing.apply).at(randn(4))
+    call = here.jvp_fn.batched if batched else here.jvp_fn
+    v = randn(3, 4) if batched else randn(4)
+    try:
+        for fails in [False] * MANY + [True, False]:
+            Failing.fails = fails
+            if fails:
+                with pytest.raises(ZeroDivisionError):
+                    call(v)
+            else:
+                assert not call(v).requires_grad
+            assert torch.is_grad_enabled()
+            with torch.no_grad():
+                if not fails:
+                    call(v)
+                assert not torch.is_grad_enabled()
+    finally:
+        Failing.fails = False
+
+
+def test_grad_mode_is_switched() -> None:
+    try:
+        set_grad_mode(False)
+        assert not torch.is_grad_enabled()
+    finally:
+        set_grad_mode(True)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_settled_closure_checks_as_the_first_call_does() -> None:
+    w = randn(3, 4)
+    here = lz.Linearizer(lambda x: w @ x).at(randn(4))
+    for _ in range(200):
+        here.jvp_fn(randn(4))
+        here.jvp_fn.batched(randn(5, 4))
+    (plan,) = here.jvp_fn._plans.values()
+    assert plan._quiet
+    nested = torch.nested.nested_tensor([randn(4)])
+    for wrong in (randn(3), randn(4).float(), randn(1, 4), randn(4).to_sparse(), nested):
+        with pytest.raises(lz.errors.SpaceError):
+            here.jvp_fn(wrong)
+    for wrong in (randn(), randn(4), randn(5, 3), randn(5, 4).float(), randn(5, 4).to_sparse()):
+        with pytest.raises(lz.errors.SpaceError):
+            here.jvp_fn.batched(wrong)
+    v = randn(4).requires_grad_()
+    here.jvp_fn(v).sum().backward()
+    assert v.grad is not None
+    torch.testing.assert_close(v.grad, w.sum(0))
+    torch.testing.assert_close(here.jvp_fn(None), torch.zeros(3, dtype=D))
+    torch.testing.assert_close(here.jvp_fn.batched(randn(5, 4), chunk_size=2), randn(5, 4) @ w.T)
+    w.mul_(2)
+    with pytest.raises(lz.errors.StalenessError):
+        here.jvp_fn(randn(4))
+    with pytest.raises(lz.errors.StalenessError):
+        here.jvp_fn.batched(randn(5, 4))
+    here.close()
+    with pytest.raises(lz.errors.ClosedError):
+        here.jvp_fn(randn(4))
+    with pytest.raises(lz.errors.ClosedError):
+        here.jvp_fn.batched(randn(5, 4))
+
+
+A, B, M = randn(3, 4), randn(3, 4, seed=1), randn(4, 3, seed=2)
+S, T = randn(2, 3, 4), randn(2, 4, 3, seed=3)
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "mul.Scalar": (A, 3),
+    "div.Scalar": (A, 3),
+    "neg": (A,),
+    "addcmul": (A, B, B),
+    "where.self": (A > 0, A, B),
+    "conj_physical": (A * 1j,),
+    "mm": (A, M),
+    "mv": (A, randn(4)),
+    "bmm": (S, T),
+    "dot": (A[0], B[0]),
+    "matmul": (S, M),
+    "addmm": (randn(3), A, M),
+    "baddbmm": (randn(2, 3, 3), S, T),
+    "addmm_": (randn(3, 3), A, M),
+    "baddbmm_": (randn(2, 3, 3), S, T),
+    "sum": (A,),
+    "sum.dim_IntList": (A, [0], True),
+    "cat": ([A, B], 1),
+    "stack": ([A, B], 1),
+    "roll": (A, [1, 2], [0, 1]),
+    "flip": (A, [1]),
+    "clone": (A.T,),
+    "t": (A,),
+    "transpose.int": (S, 0, 2),
+    "permute": (S, [2, 0, 1]),
+    "reshape": (S, [4, 6]),
+    "view": (S, [6, 4]),
+    "expand": (A, [2, -1, -1]),
+    "unsqueeze": (A, 1),
+    "squeeze.dim": (A[:1], 0),
+    "select.int": (A, 1, 2),
+}
+KEYWORDS: dict[str, dict[str, Any]] = {
+    "add.Tensor": {"alpha": 3},
+    "sub.Tensor": {"alpha": 3},
+    "addcmul": {"value": -1},
+    "addmm": {"beta": 2, "alpha": 3},
+    "baddbmm": {"beta": 2, "alpha": 3},
+    "clone": {"memory_format": torch.contiguous_format},
+    "sum.dim_IntList": {"dtype": torch.float32},
+}
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.op = op
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", _DIRECT, ids=str)
+def test_quicker_names_stand_for_the_same_operation(op: Any) -> None:
+    name = str(op).removeprefix("aten.").removesuffix(".default")
+    given = ARGUMENTS.get(name) or ARGUMENTS.get(name.replace("_", ""))
+    given = given or ARGUMENTS.get(name.replace("_.", ".")) or (A, B)
+    for keywords in ({}, KEYWORDS.get(name, {})):
+        results = []
+        for called in (op, direct(op)):
+            first, *rest = given
+            if name.partition(".")[0].endswith("_"):
+                first = first.clone()
+            with Seen() as seen:
+                results.append(called(first, *rest, **keywords))
+            results.append(seen.op)
+        a, op_a, b, op_b = results
+        assert a.dtype == b.dtype
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        # A number in place of a tensor is one to both.
+        assert op_a in (op_b, aten.mul.Scalar, aten.div.Scalar, aten.mul_.Scalar, aten.div_.Scalar)
