@@ -67,7 +67,7 @@ def walk(outputs: Sequence[torch.Tensor]) -> int:
         for name in names[kind]:
             value = getattr(node, name)
             if isinstance(value, torch.Tensor):
-                value.shape, value.stride(), value.dtype  # noqa: B018
+                value.shape, value.stride(), value.dtype
         stack += [child for child, _ in node.next_functions if child is not None]
     return len(seen)
 

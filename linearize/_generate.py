@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ._direct import direct
+from ._callables import quickest
 from ._linearity import may_alias, returns_several
 from ._program import Equation, Operation, Program, Residual, Var
 from ._torch import aten
@@ -196,7 +196,7 @@ class _BoundWriter(_Writer):
         if i in self.ops:
             return self.user_code(i, eq)
         op, args = self.in_place(i, eq) or (eq.op, eq.args)
-        return [self.called(self.constant(direct(op)), args, eq)]
+        return [self.called(self.constant(quickest(op)), args, eq)]
 
     def user_code(self, i: int, eq: Equation) -> list[str]:
         lines = [self.called(self.ops[i], eq.args, eq), "binding.check_memory()"]

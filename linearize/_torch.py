@@ -161,9 +161,8 @@ functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
-def functions_overridden() -> bool:
-    """Whether somebody watches or replaces PyTorch's Python functions in this thread."""
-    return bool(torch._C._is_torch_function_mode_enabled())
+#: Whether somebody watches or replaces PyTorch's Python functions in this thread.
+functions_overridden: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
 
 
 def functions_as_they_are() -> contextlib.AbstractContextManager[Any]:

@@ -48,18 +48,25 @@ ARGUMENTS: dict[str, list[tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]]]
         (lambda: (a().t(),), {"memory_format": torch.contiguous_format}),
     ],
     "convolution.default": [
-        (lambda: (a(1, 2, 5, 5), a(3, 2, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1), {})
+        (
+            lambda: (a(1, 2, 5, 5), a(3, 2, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+            {},
+        )
     ],
+    "conj_physical.default": [(lambda: (a() * 1j,), {})],
     "cos.default": [(lambda: (a(),), {})],
     "div.Scalar": [(lambda: (a(), 2.0), {})],
     "div.Tensor": [(lambda: (a(), a()), {})],
     "div_.Scalar": [(lambda: (a(), 2.0), {})],
     "div_.Tensor": [(lambda: (a(), a()), {})],
+    "dot.default": [(lambda: (a(4), a(4)), {})],
     "exp.default": [(lambda: (a(),), {})],
     "expand.default": [(lambda: (a(1, 4), [3, 4]), {}), (lambda: (a(4), (3, -1)), {})],
+    "flip.default": [(lambda: (a(), [1]), {})],
     "gather.default": [(lambda: (a(2, 2), 0, I), {})],
     "index_add.default": [(lambda: (a(), 0, torch.tensor([1, 1]), a(2, 4)), {})],
     "index_select.default": [(lambda: (a(), 1, torch.tensor([1, 1])), {})],
+    "matmul.default": [(lambda: (a(2, 3, 4), a(4, 3)), {})],
     "mean.dim": [(lambda: (a(), [0], True), {}), (lambda: (a(), None), {})],
     "mm.default": [(lambda: (a(), a()), {})],
     "mul.Scalar": [(lambda: (a(), 2.0), {}), (lambda: (a(), 3), {})],
@@ -81,6 +88,7 @@ ARGUMENTS: dict[str, list[tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]]]
     "stack.default": [(lambda: ([a(), a()], 1), {})],
     "sub.Tensor": [(lambda: (a(), a()), {"alpha": 2})],
     "sub_.Tensor": [(lambda: (a(), a()), {})],
+    "sum.default": [(lambda: (a(),), {}), (lambda: (a(),), {"dtype": torch.float32})],
     "sum.dim_IntList": [
         (lambda: (a(), [0]), {}),
         (lambda: (a(), [0, 1], True), {}),
@@ -91,6 +99,7 @@ ARGUMENTS: dict[str, list[tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]]]
     "transpose.int": [(lambda: (a(), 0, 1), {})],
     "unbind.int": [(lambda: (a(), 1), {})],
     "unsqueeze.default": [(lambda: (a(), -1), {})],
+    "where.self": [(lambda: (a() > 1, a(), a()), {})],
     "view.default": [(lambda: (a(), [2, 8]), {}), (lambda: (a(), (16,)), {})],
 }
 

@@ -16,7 +16,6 @@ FLOORS = (
     ("_trees", "_callables", "_lines", "_origin", "_space", "_program", "_memo"),
     (
         "_linearity",
-        "_direct",
         "_generate",
         "_flat",
         "_batching",
