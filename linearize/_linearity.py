@@ -254,13 +254,30 @@ def close(
     if a.shape != b.shape or a.numel() == 0:
         return a.shape == b.shape
     limit = max(within(a.dtype), within(b.dtype))
-    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-    a, b = a.detach().to(wide), b.detach().to(wide)
-    finite = torch.isfinite(a)
-    if not torch.equal(finite, torch.isfinite(b)):
+    same, off, large = [], [], []
+    for x, y in zip(_pieces(a.detach()), _pieces(b.detach()), strict=True):
+        wide = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
+        x, y = x.to(wide), y.to(wide)
+        finite = torch.isfinite(x)
+        same.append((finite == torch.isfinite(y)).all())
+        x, y = torch.where(finite, x, 0), torch.where(finite, y, 0)
+        off.append((x - y).abs().max())
+        large.append(torch.stack([x.abs().max(), y.abs().max()]))
+    if not torch.stack(same).all():
         return False
-    a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
-    return bool((a - b).abs().max() <= limit * (a.abs().max() + b.abs().max()) + 1e-300)
+    return bool(torch.stack(off).max() <= limit * torch.stack(large).amax(0).sum() + 1e-300)
+
+
+#: How many numbers are compared at once: the comparison takes several times their memory.
+_AT_ONCE = 1 << 20
+
+
+def _pieces(t: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return parts of a tensor, none of them much larger than what is compared at once."""
+    if t.numel() <= _AT_ONCE:
+        return (t,)
+    dim = max(range(t.dim()), key=t.shape.__getitem__)
+    return t.split(max(1, t.shape[dim] * _AT_ONCE // t.numel()), dim)
 
 
 def tested_linear(

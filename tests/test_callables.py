@@ -31,7 +31,7 @@ def a(*shape: int) -> torch.Tensor:
     return torch.rand(shape or (4, 4), dtype=torch.float64) + 0.5
 
 
-I = torch.tensor([[0, 1], [1, 0]])
+PLACES = torch.tensor([[0, 1], [1, 0]])
 ARGUMENTS: dict[str, list[tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]]] = {
     "add.Tensor": [(lambda: (a(), a()), {}), (lambda: (a(), a()), {"alpha": 2})],
     "add_.Tensor": [(lambda: (a(), a()), {}), (lambda: (a(), a()), {"alpha": 2})],
@@ -63,7 +63,7 @@ ARGUMENTS: dict[str, list[tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]]]
     "exp.default": [(lambda: (a(),), {})],
     "expand.default": [(lambda: (a(1, 4), [3, 4]), {}), (lambda: (a(4), (3, -1)), {})],
     "flip.default": [(lambda: (a(), [1]), {})],
-    "gather.default": [(lambda: (a(2, 2), 0, I), {})],
+    "gather.default": [(lambda: (a(2, 2), 0, PLACES), {})],
     "index_add.default": [(lambda: (a(), 0, torch.tensor([1, 1]), a(2, 4)), {})],
     "index_select.default": [(lambda: (a(), 1, torch.tensor([1, 1])), {})],
     "matmul.default": [(lambda: (a(2, 3, 4), a(4, 3)), {})],
@@ -80,7 +80,7 @@ ARGUMENTS: dict[str, list[tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]]]
     "reciprocal.default": [(lambda: (a(),), {})],
     "reshape.default": [(lambda: (a(), [2, 8]), {}), (lambda: (a(), (-1,)), {})],
     "roll.default": [(lambda: (a(), [1], [0]), {}), (lambda: (a(), [3]), {})],
-    "scatter_add.default": [(lambda: (a(2, 2), 0, I, a(2, 2)), {})],
+    "scatter_add.default": [(lambda: (a(2, 2), 0, PLACES, a(2, 2)), {})],
     "select.int": [(lambda: (a(), 0, 1), {})],
     "sin.default": [(lambda: (a(),), {})],
     "squeeze.dim": [(lambda: (a(1, 4), 0), {})],
