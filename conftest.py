@@ -28,6 +28,14 @@ if find_spec("sybil"):
     pytest_collect_file = SybilCollection([pages, docstrings]).pytest()
 
 
+@pytest.fixture(autouse=True)
+def _apart() -> None:
+    """Let no test take over programs that another one left."""
+    from linearize._sharing import SHARED
+
+    SHARED.clear()
+
+
 def pytest_report_header() -> list[str]:
     """Say what the results depend on, and whether the code blocks are run."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"

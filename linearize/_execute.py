@@ -7,6 +7,7 @@ nothing that is kept or owned by somebody else.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -297,6 +298,12 @@ class Executor:
         self.compiled: Compiled | None = None
         #: Whether that was tried.
         self.tried = False
+
+    def fork(self) -> Executor:
+        """Return one that can be compiled without the other."""
+        made = copy.copy(self)
+        made.compiled, made.tried = None, False
+        return made
 
     @property
     def gains_by_stacks(self) -> bool:

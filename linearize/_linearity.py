@@ -277,7 +277,10 @@ def _pieces(t: torch.Tensor) -> Sequence[torch.Tensor]:
     if t.numel() <= _AT_ONCE:
         return (t,)
     dim = max(range(t.dim()), key=t.shape.__getitem__)
-    return t.split(max(1, t.shape[dim] * _AT_ONCE // t.numel()), dim)
+    pieces: Sequence[torch.Tensor] = torch.split(
+        t, max(1, t.shape[dim] * _AT_ONCE // t.numel()), dim
+    )
+    return pieces
 
 
 def tested_linear(

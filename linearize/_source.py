@@ -21,9 +21,10 @@ from ._functions import CustomNode
 from ._origin import Origin, Saved
 from ._program import Program, Residual
 from ._record import record_pullback
+from ._sharing import Structures
 from ._signature import signature
 from ._simplify import watched
-from ._structure import Structure, Structures, Template
+from ._structure import Structure, Template
 from ._torch import outside_backward
 from ._transpose import transpose
 from .errors import StalenessError
@@ -141,7 +142,7 @@ class Source:
             self._count(reused=False)
             if self._signature is not None and self._structure is None and not program.fixed:
                 self._structure = Structure(self._signature)
-                self._structures.add(self._structure)
+                self._structures.add(self._structure, shared=not graph.custom)
         return program
 
     # -- taken over -------------------------------------------------------------------------
@@ -241,7 +242,7 @@ class Source:
         graph = self._graph
         self._signature = outside_backward(lambda: signature(graph, self._specs))
         if self._signature is not None:
-            self._structure = self._structures.find(self._signature)
+            self._structure = self._structures.find(self._signature, shared=not graph.custom)
             self._places = {
                 id(custom): graph.places[node] for node, custom in graph.custom.items()
             }

@@ -7,6 +7,7 @@ their linear programs as `Template`s, into which the numbers of each point are b
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -85,6 +86,12 @@ class Template:
             return Template(program, places, simplified=simplified)
         except HiddenError:
             return None
+
+    def fork(self) -> Template:
+        """Return one that can be compiled without the other."""
+        made = copy.copy(self)
+        made.executor = self.executor.fork()
+        return made
 
     def bind(
         self,
@@ -168,6 +175,19 @@ class Structure:
         self._proved = self._hash in PROVED
 
     @property
+    def size(self) -> int:
+        """How many nodes the graph has."""
+        return len(self.signature[0])
+
+    def fork(self) -> Structure:
+        """Return one of the same programs that goes its own way."""
+        made = Structure(self.signature)
+        with self._lock:
+            made._templates = {k: [t.fork() for t in ts] for k, ts in self._templates.items()}
+            made._proved = self._proved
+        return made
+
+    @property
     def proved(self) -> bool:
         """Whether its two programs were found to be adjoint."""
         return self._proved
@@ -193,66 +213,3 @@ class Structure:
         """Return the templates of a map, the best first."""
         with self._lock:
             return list(self._templates.get(key, ()))
-
-
-class Structures:
-    """The structures that a `Linearizer` has met, the latest first.
-
-    Attributes
-    ----------
-    recorded, reused
-        How many points were recorded, and how many took over a structure.
-    dense
-        How many matrices took the place of programs.
-    compiled
-        How many programs were compiled.
-    """
-
-    #: How many are kept; each is a few kilobytes per operation.
-    limit = 16
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: list[Structure] = []
-        self.recorded = 0
-        self.reused = 0
-        self.dense = 0
-        self.compiled = 0
-
-    def find(self, of: tuple[Any, ...]) -> Structure | None:
-        """Return the structure with a signature."""
-        with self._lock:
-            for i, s in enumerate(self._known):
-                if s.signature == of:
-                    self._known.insert(0, self._known.pop(i))
-                    return s
-            return None
-
-    def add(self, structure: Structure) -> None:
-        """Take in a structure that was recorded."""
-        with self._lock:
-            self._known.insert(0, structure)
-            del self._known[self.limit :]
-
-    def count(self, *, reused: bool) -> None:
-        """Count a point."""
-        with self._lock:
-            if reused:
-                self.reused += 1
-            else:
-                self.recorded += 1
-
-    def count_dense(self) -> None:
-        """Count a matrix."""
-        with self._lock:
-            self.dense += 1
-
-    def count_compiled(self) -> None:
-        """Count a compiled program."""
-        with self._lock:
-            self.compiled += 1
-
-    def clear(self) -> None:
-        """Forget all structures."""
-        with self._lock:
-            self._known = []

@@ -63,6 +63,11 @@ class Policy:
     dense_limit: int = 1 << 24
     compile: Any = False
 
+    @property
+    def shared(self) -> Hashable:
+        """What must be equal for the programs of equal graphs to be the same."""
+        return self.simplify, repr(self.compile)
+
 
 def transpose(program: Program, name: str = "pushforward") -> Program:
     """Return the transpose of a linear program.

@@ -16,9 +16,9 @@ from ._compile import Options
 from ._drawing import Drawing, draw
 from ._page import page
 from ._program import Program, Residual, total_bytes
+from ._sharing import Structures
 from ._simplify import explain, simplify
 from ._source import Source
-from ._structure import Structures
 from ._tables import code, framed
 from ._torch import pytree
 from ._transpose import Policy
@@ -107,6 +107,7 @@ class Linearization:
         policy = policy or Policy()
         self._name, self._traced = captured.name, captured.trace is not None
         self._simplifies = policy.simplify
+        structures = structures or Structures(policy.shared)
         source = Source(captured, structures, check=policy.check != "never")
         self._lifetime = Lifetime(notify)
         self._lifetime.register(self)

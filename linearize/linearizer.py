@@ -15,7 +15,7 @@ from cachetools.keys import hashkey
 from ._capture import capture
 from ._compile import Options
 from ._memo import Memo, Stats, content_key
-from ._structure import Structures
+from ._sharing import Structures
 from ._transpose import Policy
 from ._trees import flatten
 from .errors import CopyError, OptionError, StructureError
@@ -127,7 +127,7 @@ class Linearizer:
         self._memo: Memo[Linearization] = Memo(
             maxsize, max_bytes, Linearization._size, Linearization._fresh
         )
-        self._structures = Structures()
+        self._structures = Structures(self._policy.shared)
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scopes: list[weakref.WeakSet[Any]] = []
         self._lock = threading.Lock()

@@ -54,6 +54,7 @@ FLOORS = (
         "_replay",
         "_vectorize",
         "_structure",
+        "_sharing",
         "_source",
     ),
     ("_plan", "products", "_operator", "operators"),
