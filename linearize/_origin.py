@@ -121,13 +121,11 @@ def _replaced(tree: Any, values: Mapping[Origin, Any]) -> Any:
 class Schedule:
     """Computes tensors from their origins, each intermediate once and no longer than needed."""
 
-    __slots__ = ("_last", "_order", "saved", "wanted")
+    __slots__ = ("_last", "_order", "wanted")
 
     def __init__(self, wanted: Sequence[Origin]) -> None:
         self.wanted = tuple(wanted)
         self._order = ordered(self.wanted)
-        #: What is read of the graph.
-        self.saved = [o for o in self._order if isinstance(o, Saved)]
         last: dict[Origin, int] = {}
         for i, o in enumerate(self._order):
             for x in o.inputs():

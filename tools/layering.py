@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "linearize"
 FLOORS = (
     ("errors", "_torch", "_progress", "_tables", "_layout"),
-    ("_lines", "_origin", "_space", "_program", "_memo"),
+    ("_lines", "_origin", "_recipes", "_space", "_program", "_memo"),
     (
         "_linearity",
         "_generate",
@@ -45,6 +45,7 @@ FLOORS = (
         "_copies",
         "_joining",
         "_contractions",
+        "_row_matrices",
         "_rows",
         "_folding",
         "_simplify",

@@ -1,0 +1,84 @@
+"""Floor 1: which tensors were computed in the same way from the same ones.
+
+The two directions of a point compute constants from what the graph saved, each when it needs
+them. What one has computed and still keeps need not be computed and kept by the other too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+
+class Recipe:
+    """How one tensor of one point came about; the same object as long as anybody holds it.
+
+    Attributes
+    ----------
+    parts
+        The recipes of what it was computed from.
+    result
+        Gives what was made by it, None if nobody keeps that any more.
+    """
+
+    __slots__ = ("__weakref__", "parts", "result")
+
+    def __init__(self, parts: Sequence[Recipe] = ()) -> None:
+        self.parts = tuple(parts)
+        self.result: Callable[[], Any] = _nothing
+
+
+def _nothing() -> None:
+    """Return nothing."""
+
+
+#: What made each recipe; a key keeps the recipes of the arguments alive.
+_KNOWN: weakref.WeakValueDictionary[Any, Recipe] = weakref.WeakValueDictionary()
+
+
+def recipe(
+    op: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    parts: Sequence[Recipe],
+    source: str,
+) -> Recipe:
+    """Return the recipe of an operation's result.
+
+    Parameters
+    ----------
+    op
+        The operation.
+    args, kwargs
+        Its arguments, with recipes in place of tensors.
+    parts
+        The recipes among them.
+    source
+        What the result is kept for.
+    """
+    key = op, source, frozen(args), frozen(sorted(kwargs.items()))
+    found = _KNOWN.get(key)
+    if found is None:
+        found = _KNOWN[key] = Recipe(parts)
+    return found
+
+
+def frozen(x: Any) -> Any:
+    """Return what two arguments have in common that mean the same."""
+    if isinstance(x, (list, tuple)):
+        return tuple(map(frozen, x))
+    return x if isinstance(x, Recipe) else (type(x).__name__, repr(x))
+
+
+def roots(recipes: Iterable[Recipe]) -> frozenset[Recipe]:
+    """Return what recipes begin with: tensors that were not computed."""
+    stack, seen, found = list(recipes), set[Recipe](), set[Recipe]()
+    while stack:
+        r = stack.pop()
+        if r not in seen:
+            seen.add(r)
+            stack.extend(r.parts)
+            if not r.parts:
+                found.add(r)
+    return frozenset(found)
