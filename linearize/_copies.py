@@ -45,10 +45,14 @@ _RESHAPES = frozenset(
 
 
 def merge_copies(program: Program) -> Program:
-    """Drop what changes nothing, join reshapes and permutations, compute equal things once."""
+    """Drop what changes nothing, join reshapes and permutations, compute equal things once.
+
+    What is flipped twice is as it was.
+    """
     same: dict[Var, Var] = {}
     origin: dict[Var, Var] = {}
     turned: dict[Var, tuple[Var, tuple[int, ...]]] = {}
+    flipped: dict[Var, tuple[Var, Any]] = {}
     laid_out = _laid_out(program)
     known: dict[Any, tuple[Var | None, ...]] = {}
     kept: list[Equation] = []
@@ -86,6 +90,12 @@ def merge_copies(program: Program) -> Program:
             if order == tuple(range(len(order))):
                 same[out] = base
                 continue
+        if out is not None and op is aten.flip.default and isinstance(args[0], Var):
+            base, dims = flipped.get(args[0], (None, None))
+            if base is not None and dims == args[1]:
+                same[out] = base
+                continue
+            flipped[out] = args[0], args[1]
         key = frozen(op, args, kwargs)
         if key in known and all(
             a is not None or b is None for a, b in zip(known[key], eq.outputs, strict=True)

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ._copies import frozen
+from ._equal_numbers import keep_once
 from ._linearity import schema_of
 from ._program import (
     Emitter,
@@ -65,7 +66,10 @@ def fold_diagonals(program: Program) -> Program:
     """
     folded = _Folding(program).run()
     new = [r for r in folded.residuals() if r.source == FOLDED]
-    return folded if finite([r.tensor for r in new]) else program
+    if not finite([r.tensor for r in new]):
+        return program
+    keep_once([r for r in new if r.tensor.numel() > 1])
+    return folded
 
 
 def finite(tensors: Sequence[torch.Tensor]) -> bool:
@@ -390,10 +394,12 @@ def _factor(
         return None
 
     def apply(c: Coefficient) -> Coefficient | None:
-        number = coefficients.residual(c, x.spec)
-        whole = coefficients.evaluated(aten.expand.default, number, list(x.spec.shape))
+        # Numbers are left for later: where they stand differs between the two directions.
+        given = coefficients.residual(c if _is_residual(c) else 1, x.spec)
+        whole = coefficients.evaluated(aten.expand.default, given, list(x.spec.shape))
         args = [whole if a is x else a for a in eq.args]
-        return coefficients.evaluated(op, *args, **eq.kwargs)
+        made = coefficients.evaluated(op, *args, **eq.kwargs)
+        return made if _is_residual(c) else coefficients.product(made, c)
 
     return apply
 

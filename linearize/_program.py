@@ -43,7 +43,16 @@ class Residual:
         How it is computed from what the graph saved; None if that is not known.
     """
 
-    __slots__ = ("__weakref__", "_recipe", "origin", "size", "source", "tensor", "version")
+    __slots__ = (
+        "__weakref__",
+        "_hollow",
+        "_recipe",
+        "origin",
+        "size",
+        "source",
+        "tensor",
+        "version",
+    )
 
     def __init__(
         self, tensor: torch.Tensor, source: str = "", origin: Origin | None = None
@@ -54,6 +63,7 @@ class Residual:
         self.version = None if tensor.is_inference() else tensor._version
         self.size = _storage_bytes(tensor)
         self._recipe: Recipe | None = None
+        self._hollow: Residual | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -66,20 +76,23 @@ class Residual:
         """Return one that stands for the same tensor of any point, and has none itself."""
         r = Residual.__new__(Residual)
         r.source, r.origin = self.source, self.origin
-        r.version, r.size, r._recipe = None, 0, None
+        r.version, r.size = None, 0
+        r._recipe = r._hollow = None
         return r
 
     def without_memory(self) -> Residual:
         """Return one that notices changes in place as this one does, but keeps no numbers."""
         if not _is_plain(self.tensor):
             return self
+        if self._hollow is not None:
+            return self._hollow
         t = self.tensor.detach()
         hollow = torch.empty((), dtype=t.dtype, device=t.device).expand(t.shape)
         hollow.untyped_storage().resize_(0)
         t.data = hollow  # leaves the tensor its version, which is that of the memory before
-        r = Residual(t, self.source)
-        r.version = self.version
-        return r
+        self._hollow = Residual(t, self.source)
+        self._hollow.version = self.version
+        return self._hollow
 
     def changed(self) -> bool:
         """Whether the tensor was changed in place."""

@@ -16,16 +16,19 @@ class Recipe:
 
     Attributes
     ----------
+    given
+        Whether it is the recipe of a tensor that was not computed here.
     parts
         The recipes of what it was computed from.
     result
         Gives what was made by it, None if nobody keeps that any more.
     """
 
-    __slots__ = ("__weakref__", "parts", "result")
+    __slots__ = ("__weakref__", "given", "parts", "result")
 
-    def __init__(self, parts: Sequence[Recipe] = ()) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[Recipe] | None = None) -> None:
+        self.given = parts is None
+        self.parts = tuple(parts or ())
         self.result: Callable[[], Any] = _nothing
 
 
@@ -72,13 +75,13 @@ def frozen(x: Any) -> Any:
 
 
 def roots(recipes: Iterable[Recipe]) -> frozenset[Recipe]:
-    """Return what recipes begin with: tensors that were not computed."""
+    """Return what recipes begin with: tensors that were given."""
     stack, seen, found = list(recipes), set[Recipe](), set[Recipe]()
     while stack:
         r = stack.pop()
         if r not in seen:
             seen.add(r)
             stack.extend(r.parts)
-            if not r.parts:
+            if r.given:
                 found.add(r)
     return frozenset(found)

@@ -47,6 +47,7 @@ FLOORS = (
         "_contractions",
         "_row_matrices",
         "_rows",
+        "_equal_numbers",
         "_folding",
         "_simplify",
         "_dense",
