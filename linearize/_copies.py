@@ -53,7 +53,7 @@ def merge_copies(program: Program) -> Program:
     origin: dict[Var, Var] = {}
     turned: dict[Var, tuple[Var, tuple[int, ...]]] = {}
     flipped: dict[Var, tuple[Var, Any]] = {}
-    laid_out = _laid_out(program)
+    strided, uses = laid_out(program), program.uses()
     known: dict[Any, tuple[Var | None, ...]] = {}
     kept: list[Equation] = []
 
@@ -67,7 +67,7 @@ def merge_copies(program: Program) -> Program:
             kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
             continue
         idle = eq.op in _NOTHING and isinstance(args[0], Var)
-        if out is not None and idle and args[0].spec == out.spec and out not in laid_out:
+        if out is not None and idle and args[0].spec == out.spec and out not in strided:
             same[out] = args[0]
             continue
         # Other than `view`, `reshape` takes any strides.
@@ -78,7 +78,9 @@ def merge_copies(program: Program) -> Program:
             if base.spec == out.spec:
                 same[out] = base
                 continue
-            if base is not args[0]:
+            # What is permuted is copied to be shown in another shape, and that once.
+            copied = base in turned and uses[args[0]] > 1
+            if base is not args[0] and not copied:
                 op, args, kwargs = aten.reshape.default, (base, list(out.spec.shape)), {}
         order = None if out is None else permutation(op, args)
         if out is not None and order is not None:
@@ -91,9 +93,8 @@ def merge_copies(program: Program) -> Program:
                 same[out] = base
                 continue
         if out is not None and op is aten.flip.default and isinstance(args[0], Var):
-            base, dims = flipped.get(args[0], (None, None))
-            if base is not None and dims == args[1]:
-                same[out] = base
+            if flipped.get(args[0], (None, ()))[1] == args[1]:
+                same[out] = flipped[args[0]][0]
                 continue
             flipped[out] = args[0], args[1]
         key = frozen(op, args, kwargs)
@@ -112,7 +113,7 @@ def merge_copies(program: Program) -> Program:
 _SAME_NUMBERS = _NOTHING | _RESHAPES
 
 
-def _laid_out(program: Program) -> set[Var]:
+def laid_out(program: Program) -> set[Var]:
     """Return the variables on whose strides something relies, in other shapes too."""
     found: set[Var] = set()
     for eq in reversed(program.equations):

@@ -18,7 +18,7 @@ import torch
 from ._execute import Binding, Executor
 from ._linearity import close, rounding
 from ._origin import Costly
-from ._program import Emitter, Equation, Program, Residual, Var, evaluated, map_leaves
+from ._program import Emitter, Equation, Program, Residual, evaluated, map_leaves
 from ._recipes import Recipe, roots
 from ._space import TensorSpec
 from ._torch import aten
@@ -220,15 +220,15 @@ def _kept(
     known = _KEPT.get(made_of)
     if known is None or known.tensor.numel() != t.numel():
         return None
-    theirs = _WIDTHS[known]
-    step = max(1, t.shape[-1] // _SAMPLE)
-    fitting = []
-    for places in itertools.islice(_orders(theirs, (first, second)), _MOST_ORDERS + 1):
-        if close(_ordered(known.tensor[..., ::step], places, (first, second)), t[..., ::step]):
-            fitting.append(places)
-    if len(fitting) != 1 or not close(
-        _ordered(known.tensor, fitting[0], (first, second)), t, rounding
-    ):
+    widths = first, second
+    some = slice(None, None, max(1, t.shape[-1] // _SAMPLE))
+    orders = itertools.islice(_orders(_WIDTHS[known], widths), _MOST_ORDERS + 1)
+    fitting = [
+        places
+        for places in orders
+        if close(_ordered(known.tensor[..., some], places, widths), t[..., some])
+    ]
+    if len(fitting) != 1 or not close(_ordered(known.tensor, fitting[0], widths), t, rounding):
         return None
     return known, fitting[0]
 

@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from ._contractions import add_products, apply_diagonals, share_matrices, transpose_products
+from ._contractions import (
+    add_products,
+    apply_diagonals,
+    scale_products,
+    share_matrices,
+    transpose_products,
+)
 from ._copies import merge_copies
 from ._folding import fold_diagonals
 from ._joining import join_parts
+from ._moves import merge_moves
 from ._program import Program, Residual, total_bytes
 from ._rows import multiply_rows
 from ._torch import reachable_elsewhere
@@ -28,7 +35,10 @@ PASSES: tuple[Callable[[Program], Program], ...] = (
     fold_diagonals,
     apply_diagonals,
     merge_copies,
+    scale_products,
+    merge_moves,
     add_products,
+    merge_copies,
 )
 
 

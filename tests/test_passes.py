@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import random
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import linearize as lz
-from linearize._program import Program
+from linearize._contractions import scale_products
+from linearize._execute import Executor
+from linearize._moves import merge_moves
+from linearize._program import Emitter, Program, Residual, Var
+from linearize._space import TensorSpec
+from linearize._torch import aten
 
 from .comparing import compare
 
@@ -119,6 +126,123 @@ def test_copies_are_kept_where_strides_matter() -> None:
         randn(1, 1, 1, 1).expand(1, 2, 5, 5),
     ):
         torch.testing.assert_close(here.jvp_fn(v), f(v))
+
+
+# -- reshapes and permutations ------------------------------------------------------------------
+
+
+def attention(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Attend as `nn.MultiheadAttention` does: the first dimension is the place in the sequence."""
+    batch, length, width = x.shape
+    y = (x.transpose(0, 1) @ w).unflatten(-1, (3, width)).movedim(-2, 0)
+    q, k, v = (y[i].reshape(length, batch * 2, width // 2).transpose(0, 1) for i in range(3))
+    p = (q @ k.mT / 3).softmax(-1)
+    y = (p @ v).transpose(0, 1).reshape(length * batch, width) @ out
+    return x + y.view(length, batch, width).transpose(0, 1)
+
+
+def test_attention_does_not_go_back_and_forth_between_orders() -> None:
+    there, back = simplified(lambda x: attention(x, randn(4, 12), randn(4, 4)), randn(3, 5, 4))
+    for program in (there, back):
+        found = names(program)
+        # What the rows of matrix products are does not matter to them, and the sum is made there.
+        assert found["addmm"] == 1
+        assert found["add.Tensor"] == 0
+    assert len(there.equations) <= 24
+    assert len(back.equations) <= 18
+
+
+def test_attention_by_its_parameters() -> None:
+    simplified(lambda w, out: attention(randn(3, 5, 4), w, out), randn(4, 12), randn(4, 4))
+
+
+def chain_of_moves(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a random chain of reshapes, permutations and matrix products."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        draw = random.Random(seed)
+        for _ in range(draw.randint(3, 9)):
+            kind = draw.choice(["cut", "join", "permute", "one", "product", "batch", "stack"])
+            shape = list(x.shape)
+            if kind == "cut":
+                d = draw.randrange(x.dim())
+                for n in (2, 3):
+                    if shape[d] % n == 0:
+                        shape[d : d + 1] = [shape[d] // n, n]
+                        break
+                x = x.reshape(shape)
+            elif kind == "join" and x.dim() > 1:
+                d = draw.randrange(x.dim() - 1)
+                x = x.reshape([*shape[:d], shape[d] * shape[d + 1], *shape[d + 2 :]])
+            elif kind == "permute":
+                x = x.permute(draw.sample(range(x.dim()), x.dim()))
+            elif kind == "one":
+                x = x.unsqueeze(draw.randrange(x.dim() + 1))
+            elif kind == "product":
+                n = shape[-1]
+                x = (x.reshape(-1, n) @ randn(n, n)).reshape(shape)
+            elif kind == "batch" and x.dim() > 2:
+                n = shape[-1]
+                x = (
+                    x.reshape(-1, *shape[-2:])
+                    @ randn(1, n, n).expand(math.prod(shape[:-2]), n, n).clone()
+                ).reshape(shape)
+            elif kind == "stack" and x.numel() < 500:
+                x = torch.stack([x.mT, x.mT * 2], draw.randrange(x.dim())) if x.dim() > 1 else x
+        return x
+
+    return f
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_chains_of_moves_stay_the_same(seed: int) -> None:
+    """The map is linear: f itself is the reference."""
+    f = chain_of_moves(seed)
+    x = randn(4, 6, 3)
+    here = lz.Linearizer(f, simplify=False).at(x)
+    for program, v in ((here.program.pushforward, x), (here.program.pullback, randn(*f(x).shape))):
+        moved = merge_moves(program)
+        moved.check()
+        assert len(moved.equations) <= len(program.equations)
+        (got,), (expected,) = Executor(moved)([v]), Executor(program)([v])
+        torch.testing.assert_close(got, expected)
+    simplified(f, x)
+    torch.testing.assert_close(lz.Linearizer(f).at(x).jvp_fn(x), f(x))
+
+
+@pytest.mark.parametrize("of_argument", [False, True])
+def test_a_common_factor_of_products_is_multiplied_once(of_argument: bool) -> None:
+    e, a, b, x = Emitter(), randn(4, 3), randn(4, 5), randn(6, 4)
+    v = Var(TensorSpec.of(x))
+    y = v if of_argument else e.emit(aten.cumsum.default, (v, 0), v.spec)
+    results = []
+    for factor in (a, b):
+        spec = TensorSpec.of(x @ factor)
+        product = e.emit(aten.mm.default, (y, Residual(factor)), spec)
+        results.append(e.emit(aten.mul.Scalar, (product, 0.5), spec))
+    program = Program([v], e.equations, results, [r.spec for r in results])
+    scaled = scale_products(program)
+    assert names(scaled)["mul.Scalar"] == (2 if of_argument else 1)
+    z = x if of_argument else x.cumsum(0)
+    for got, factor in zip(Executor(scaled)([x]), (a, b), strict=True):
+        torch.testing.assert_close(got, z @ factor / 2)
+
+
+def test_rows_that_repeat_are_not_written_out() -> None:
+    """A bias is added by the operation that multiplies; norms scale and shift in one more."""
+    x = randn(5, 4)
+    there, _ = simplified(
+        lambda w, b, g, c: F.layer_norm(F.linear(x, w, b), (3,), g, c),
+        randn(3, 4),
+        randn(3),
+        randn(3, seed=1),
+        randn(3, seed=2),
+    )
+    assert names(there)["expand"] == 0
+    assert (names(there)["addmm"], names(there)["addcmul"]) == (1, 1)
+    simplified(
+        lambda b, c: b.expand(4, 4) @ randn(4, 4) + c[:, None].expand(4, 4), randn(4), randn(4)
+    )
 
 
 # -- rows ---------------------------------------------------------------------------------------

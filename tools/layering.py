@@ -44,6 +44,7 @@ FLOORS = (
         "_adjoint",
         "_copies",
         "_joining",
+        "_moves",
         "_contractions",
         "_row_matrices",
         "_rows",
