@@ -27,8 +27,8 @@ from ._torch import aten
 SOURCE = "rows"
 #: How many numbers a row are few.
 NARROW = 4
-#: Matrices whose blocks can be put in order in more ways than this are not compared.
-_MOST_ORDERS = 24
+#: Matrices of more variables on one side than this are not compared: there are too many orders.
+_MOST_VARIABLES = 4
 #: How many rows are compared before all are.
 _SAMPLE = 8
 
@@ -151,7 +151,7 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
         from_first = kept is not None
     kept = kept or _kept(made_of, matrices.tensor, *widths)
     if kept is None:
-        _KEPT[made_of], _WIDTHS[matrices] = matrices, widths
+        _WIDTHS[matrices], _KEPT[made_of] = widths, matrices
         starts = _starts(widths[0]), _starts(widths[1])
     else:
         matrices, starts = kept
@@ -221,11 +221,12 @@ def _kept(
     if known is None or known.tensor.numel() != t.numel():
         return None
     widths = first, second
+    if max(map(len, widths)) > _MOST_VARIABLES:
+        return None
     some = slice(None, None, max(1, t.shape[-1] // _SAMPLE))
-    orders = itertools.islice(_orders(_WIDTHS[known], widths), _MOST_ORDERS + 1)
     fitting = [
         places
-        for places in orders
+        for places in _orders(_WIDTHS[known], widths)
         if close(_ordered(known.tensor[..., some], places, widths), t[..., some])
     ]
     if len(fitting) != 1 or not close(_ordered(known.tensor, fitting[0], widths), t, rounding):

@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import linearize as lz
+from linearize import _equal_numbers, _recipes, _row_matrices
 from linearize._contractions import scale_products
 from linearize._execute import Executor
 from linearize._moves import merge_moves
@@ -498,3 +499,22 @@ def test_a_mask_is_read_where_the_graph_keeps_it(f: Callable[..., Any]) -> None:
         (mask,) = [eq.args[1] for eq in program.equations if eq.name == "threshold_backward"]
         masks.append(mask.tensor.untyped_storage().data_ptr())
     assert masks[0] == masks[1]
+
+
+def test_nothing_is_remembered_of_points_that_are_gone() -> None:
+    registers = (_recipes._KNOWN, _equal_numbers._KEPT, _row_matrices._KEPT, _row_matrices._WIDTHS)
+    gc.collect()
+    before = [len(r) for r in registers]
+    points = []
+    for f, primals in (
+        (reproject, (randn(7, 3), randn(7, 3, seed=1), randn(20, 3))),
+        (lambda x: (x.sin() * 2).exp() @ x.new_ones(4, 2), (randn(3, 4),)),
+    ):
+        here = lz.Linearizer(f).at(*primals)
+        for _ in range(5):
+            here.vjp_fn(here.jvp_fn(*primals))
+        points.append(here)
+    assert all(len(r) > n for r, n in zip(registers, before, strict=True))
+    del here, points
+    gc.collect()
+    assert [len(r) for r in registers] == before
