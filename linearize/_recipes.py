@@ -10,6 +10,9 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+#: Longer recipes begin anew: to hold them would take as much memory as the graph did.
+_LONGEST = 64
+
 
 class Recipe:
     """How one tensor of one point came about; the same object as long as anybody holds it.
@@ -20,15 +23,18 @@ class Recipe:
         Whether it is the recipe of a tensor that was not computed here.
     parts
         The recipes of what it was computed from.
+    length
+        How many operations one after the other lead to it.
     result
         Gives what was made by it, None if nobody keeps that any more.
     """
 
-    __slots__ = ("__weakref__", "given", "parts", "result")
+    __slots__ = ("__weakref__", "given", "length", "parts", "result")
 
     def __init__(self, parts: Sequence[Recipe] | None = None) -> None:
         self.given = parts is None
         self.parts = tuple(parts or ())
+        self.length: int = max((p.length + 1 for p in self.parts), default=0)
         self.result: Callable[[], Any] = _nothing
 
 
@@ -60,6 +66,8 @@ def recipe(
     source
         What the result is kept for.
     """
+    if any(p.length >= _LONGEST for p in parts):
+        return Recipe()
     key = op, source, frozen(args), frozen(sorted(kwargs.items()))
     found = _KNOWN.get(key)
     if found is None:

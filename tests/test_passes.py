@@ -518,3 +518,18 @@ def test_nothing_is_remembered_of_points_that_are_gone() -> None:
     del here, points
     gc.collect()
     assert [len(r) for r in registers] == before
+
+
+def test_long_chains_are_not_remembered_link_by_link() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(500):
+            x = x + torch.sin(x) * 1e-4
+        return x
+
+    gc.collect()
+    before = len(_recipes._KNOWN)
+    here = lz.Linearizer(f).at(randn(4))
+    for _ in range(5):
+        here.vjp_fn(here.jvp_fn(randn(4)))
+    gc.collect()
+    assert len(_recipes._KNOWN) - before < 500
