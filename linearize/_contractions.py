@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ._program import Emitter, Equation, Program, Residual, Var, viewed
+from ._program import (
+    Emitter,
+    Equation,
+    Program,
+    Residual,
+    Var,
+    map_leaves,
+    viewed,
+)
 from ._space import TensorSpec
 from ._torch import aten
 
@@ -68,36 +76,156 @@ def transpose_products(program: Program) -> Program:
     return program.with_equations(e.equations).live()
 
 
+#: Operations that take the entries of a value elsewhere.
+_SHOWN = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+    }
+)
+_RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.unsqueeze.default})
 _FUSED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
 
 
 def add_products(program: Program) -> Program:
-    """Add matrix products to sums in one operation, where they are made."""
+    """Add products to sums in one operation, where they are made."""
     uses = program.uses()
-    made = _definitions(program, *_FUSED)
-    equations = []
+    made = _definitions(program, *_FUSED, *_RESHAPES, aten.expand.default, aten.mul.Tensor)
+    e = Emitter()
     for eq in program.equations:
-        fused = _fused(eq, made, uses) if eq.op is aten.add.Tensor else None
-        equations.append(fused or eq)
-    return program.with_equations(equations).live()
+        if eq.op is not aten.add.Tensor or not _fused(e, eq, made, uses):
+            e.equations.append(eq)
+    return program.with_equations(e.equations).live()
 
 
-def _fused(eq: Equation, made: dict[Var, Equation], uses: Counter[Var]) -> Equation | None:
+def _fused(e: Emitter, eq: Equation, made: dict[Var, Equation], uses: Counter[Var]) -> bool:
+    """Emit a sum as one operation that multiplies and adds, if one of its terms is a product."""
     a, b = eq.args
     out, alpha = eq.outputs[0], eq.kwargs.get("alpha", 1)
     if out is None or not out.spec.dtype.is_floating_point:
-        return None
+        return False
     if not all(isinstance(x, Var) and x.spec == out.spec for x in (a, b)):
-        return None
+        return False
+    e.source = eq.source
     for other, x, factors in ((a, b, {"alpha": alpha}), (b, a, {"beta": alpha})):
-        product = made.get(x)
-        if product is None or uses[x] != 1 or other is x:
+        product, shown = made.get(x), None
+        if product is not None and product.op is aten.mul.Tensor and other is not x:
+            if _add_entries(e, eq, other, product, made, uses):
+                return True
             continue
-        if product.inputs()[0].spec.dtype != out.spec.dtype:
+        if product is not None and product.op in _RESHAPES and uses[x] == 1:
+            shown, product = product, made.get(product.args[0])
+        if product is None or product.op not in _FUSED or other is x:
+            continue
+        (v,) = product.outputs
+        if v is None or uses[v] != 1 or product.inputs()[0].spec.dtype != out.spec.dtype:
             continue
         kwargs = {k: n for k, n in factors.items() if n != 1}
-        return Equation(_FUSED[product.op], (other, *product.args), kwargs, (out,), eq.source)
-    return None
+        term = _row(other, made, v.spec.shape[-1])
+        if term is other and shown is not None:
+            term = e.emit(aten.reshape.default, (other, list(v.spec.shape)), v.spec)
+        args, outputs = (term, *product.args), (out,)
+        if shown is None:
+            e.equations.append(Equation(_FUSED[product.op], args, kwargs, outputs, eq.source))
+        else:
+            total = e.emit(_FUSED[product.op], args, v.spec, **kwargs)
+            args = total, list(out.spec.shape)
+            e.equations.append(Equation(aten.reshape.default, args, {}, outputs, eq.source))
+        return True
+    terms = [_row(x, made, out.spec.shape[-1]) if out.spec.shape else x for x in (a, b)]
+    if terms == [a, b] or (terms[0] is not a and terms[1] is not b):
+        return False
+    e.equations.append(Equation(eq.op, tuple(terms), eq.kwargs, (out,), eq.source))
+    return True
+
+
+def _add_entries(
+    e: Emitter,
+    eq: Equation,
+    other: Var,
+    product: Equation,
+    made: dict[Var, Equation],
+    uses: Counter[Var],
+) -> bool:
+    """Emit a sum in which one term is multiplied entry by entry."""
+    (x,), (v,), out = product.inputs() or (None,), product.outputs, eq.outputs[0]
+    if v is None or out is None or x is None or product.kwargs or uses[v] != 1:
+        return False
+    if x.spec.dtype != out.spec.dtype or not product.residuals():
+        return False
+    number = eq.kwargs.get("alpha", 1)
+    if number != 1 and eq.args[0] is v:
+        return False
+    (factor,) = product.residuals()
+    if (factor.tensor.dtype, factor.tensor.device) != (out.spec.dtype, out.spec.device):
+        return False
+    kwargs = {} if number == 1 else {"value": number}
+    term = _row(other, made, out.spec.shape[-1]) if out.spec.shape else other
+    args = term, x, factor
+    e.equations.append(Equation(aten.addcmul.default, args, kwargs, (out,), eq.source))
+    return True
+
+
+def _row(v: Var, made: dict[Var, Equation], columns: int) -> Var:
+    """Return the one row that all rows of a value repeat, else the value."""
+    x: Var = v
+    while x in made and made[x].op in (aten.expand.default, *_RESHAPES):
+        x = made[x].args[0]
+        if x.spec.shape == (columns,) and v.spec.shape[-1] == columns:
+            return x
+        if x.spec.shape[-1:] != (columns,):
+            break
+    return v
+
+
+def scale_products(program: Program) -> Program:
+    """Multiply what several products have in common by a number, instead of each product."""
+    uses = program.uses()
+    made = {v: eq for eq in program.equations for v in eq.outputs if v is not None}
+
+    def before(v: Var) -> Var:
+        """Return what a value is that was only shown in other shapes."""
+        while uses[v] == 1 and v in made and made[v].op in _SHOWN:
+            v = made[v].args[0]
+        return v
+
+    #: By factor and number, the equations that multiply products of that factor by it.
+    found: dict[tuple[Var, float], list[Equation]] = {}
+    for eq in program.equations:
+        if eq.op is aten.mul.Scalar and not eq.kwargs and isinstance(eq.args[1], float):
+            product = made.get(v := before(eq.args[0]))
+            factors = product.inputs() if product is not None and product.op in _FUSED else []
+            if uses[v] == 1 and len(factors) == 1:
+                found.setdefault((factors[0], eq.args[1]), []).append(eq)
+    same: dict[Var, Var] = {}
+    scaled: dict[Var, float] = {}
+    for (factor, number), equations in found.items():
+        if 1 < len(equations) == uses[factor] and factor in made:
+            same |= {eq.outputs[0]: eq.args[0] for eq in equations if eq.outputs[0] is not None}
+            v = made[factor].args[0] if made[factor].op in _SHOWN else factor
+            scaled[v if uses[v] == 1 and v in made else factor] = number
+
+    def rename(x: Any) -> Any:
+        while isinstance(x, Var) and x in same:
+            x = same[x]
+        return x
+
+    if not same:
+        return program
+    e = Emitter()
+    for eq in program.equations:
+        if eq.outputs[0] not in same:
+            args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
+            e.equations.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+            for whole in eq.outputs:
+                if whole is not None and whole in scaled:
+                    args = whole, scaled[whole]
+                    same[whole] = e.emit(aten.mul.Scalar, args, whole.spec)
+    return program.with_equations(e.equations, [rename(v) for v in program.outputs])
 
 
 def apply_diagonals(program: Program) -> Program:

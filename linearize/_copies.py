@@ -45,11 +45,15 @@ _RESHAPES = frozenset(
 
 
 def merge_copies(program: Program) -> Program:
-    """Drop what changes nothing, join reshapes and permutations, compute equal things once."""
+    """Drop what changes nothing, join reshapes and permutations, compute equal things once.
+
+    What is flipped twice is as it was.
+    """
     same: dict[Var, Var] = {}
     origin: dict[Var, Var] = {}
     turned: dict[Var, tuple[Var, tuple[int, ...]]] = {}
-    laid_out = _laid_out(program)
+    flipped: dict[Var, tuple[Var, Any]] = {}
+    strided, uses = laid_out(program), program.uses()
     known: dict[Any, tuple[Var | None, ...]] = {}
     kept: list[Equation] = []
 
@@ -63,7 +67,7 @@ def merge_copies(program: Program) -> Program:
             kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
             continue
         idle = eq.op in _NOTHING and isinstance(args[0], Var)
-        if out is not None and idle and args[0].spec == out.spec and out not in laid_out:
+        if out is not None and idle and args[0].spec == out.spec and out not in strided:
             same[out] = args[0]
             continue
         # Other than `view`, `reshape` takes any strides.
@@ -74,7 +78,9 @@ def merge_copies(program: Program) -> Program:
             if base.spec == out.spec:
                 same[out] = base
                 continue
-            if base is not args[0]:
+            # What is permuted is copied to be shown in another shape, and that once.
+            copied = base in turned and uses[args[0]] > 1
+            if base is not args[0] and not copied:
                 op, args, kwargs = aten.reshape.default, (base, list(out.spec.shape)), {}
         order = None if out is None else permutation(op, args)
         if out is not None and order is not None:
@@ -86,6 +92,11 @@ def merge_copies(program: Program) -> Program:
             if order == tuple(range(len(order))):
                 same[out] = base
                 continue
+        if out is not None and op is aten.flip.default and isinstance(args[0], Var):
+            if flipped.get(args[0], (None, ()))[1] == args[1]:
+                same[out] = flipped[args[0]][0]
+                continue
+            flipped[out] = args[0], args[1]
         key = frozen(op, args, kwargs)
         if key in known and all(
             a is not None or b is None for a, b in zip(known[key], eq.outputs, strict=True)
@@ -102,7 +113,7 @@ def merge_copies(program: Program) -> Program:
 _SAME_NUMBERS = _NOTHING | _RESHAPES
 
 
-def _laid_out(program: Program) -> set[Var]:
+def laid_out(program: Program) -> set[Var]:
     """Return the variables on whose strides something relies, in other shapes too."""
     found: set[Var] = set()
     for eq in reversed(program.equations):

@@ -16,8 +16,19 @@ from typing import Any, TypeAlias
 import torch
 
 from ._copies import frozen
+from ._equal_numbers import keep_once
 from ._linearity import schema_of
-from ._program import Emitter, Equation, Operation, Program, Residual, Var, evaluated, map_leaves
+from ._program import (
+    Emitter,
+    Equation,
+    Operation,
+    Program,
+    Residual,
+    Var,
+    evaluated,
+    map_leaves,
+    viewed,
+)
 from ._rules import UNTAGGED_POINTWISE
 from ._space import TensorSpec
 from ._torch import OpOverload, aten
@@ -55,7 +66,10 @@ def fold_diagonals(program: Program) -> Program:
     """
     folded = _Folding(program).run()
     new = [r for r in folded.residuals() if r.source == FOLDED]
-    return folded if finite([r.tensor for r in new]) else program
+    if not finite([r.tensor for r in new]):
+        return program
+    keep_once([r for r in new if r.tensor.numel() > 1])
+    return folded
 
 
 def finite(tensors: Sequence[torch.Tensor]) -> bool:
@@ -202,8 +216,9 @@ class _Folding:
         key = frozen(eq.op, (base, *rest), eq.kwargs)
         if key not in self.moved:
             self.moved[key] = self.e.emit(eq.op, (base, *rest), out.spec, **eq.kwargs)
-        self.readers[self.moved[key]] += self.readers[out]
-        return _Form({self.moved[key]: c})
+        moved = self.moved[key]
+        self.readers[moved] += self.readers[out]
+        return _Form({moved: c}, _shown(form.equation, eq, moved))
 
     def sum(self, eq: Equation, out: Var) -> _Form | None:
         """Return the form of a sum or difference of values of one shape and dtype."""
@@ -293,6 +308,47 @@ _FREE = frozenset(
 _MOVES = _FREE | {aten.roll.default, aten.flip.default, aten.slice.Tensor, aten.select.int}
 
 
+#: Diagonals that take no longer than a multiplication.
+_LIGHT = frozenset(
+    {
+        aten.mul.Tensor,
+        aten.threshold_backward.default,
+        aten.tanh_backward.default,
+        aten.sigmoid_backward.default,
+    }
+)
+
+
+def _shown(diagonal: Equation | None, move: Equation, x: Var) -> Equation | None:
+    """Return a diagonal in another shape, None if that takes memory that it did not take.
+
+    Parameters
+    ----------
+    diagonal
+        One operation.
+    move
+        Shows its result in another shape.
+    x
+        Its argument in that shape.
+    """
+    if diagonal is None or diagonal.op not in _LIGHT or move.op not in _FREE:
+        return None
+    shape, rest = diagonal.outputs[0].spec.shape, move.args[1:]  # type: ignore[union-attr]
+    for r in diagonal.residuals():
+        if r.tensor.shape != shape or not _same_memory(move.op(r.tensor, *rest), r.tensor):
+            return None
+
+    def shown(y: Any) -> Any:
+        return x if isinstance(y, Var) else viewed(move.op, y, *rest) if _is_residual(y) else y
+
+    args = map_leaves(shown, diagonal.args)
+    return Equation(diagonal.op, args, diagonal.kwargs, move.outputs, diagonal.source)
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def _foldable(eq: Equation) -> bool:
     """Whether an equation can become a part of a sum of terms."""
     out = eq.outputs[0] if len(eq.outputs) == 1 else None
@@ -338,10 +394,12 @@ def _factor(
         return None
 
     def apply(c: Coefficient) -> Coefficient | None:
-        number = coefficients.residual(c, x.spec)
-        whole = coefficients.evaluated(aten.expand.default, number, list(x.spec.shape))
+        # Numbers are left for later: where they stand differs between the two directions.
+        given = coefficients.residual(c if _is_residual(c) else 1, x.spec)
+        whole = coefficients.evaluated(aten.expand.default, given, list(x.spec.shape))
         args = [whole if a is x else a for a in eq.args]
-        return coefficients.evaluated(op, *args, **eq.kwargs)
+        made = coefficients.evaluated(op, *args, **eq.kwargs)
+        return made if _is_residual(c) else coefficients.product(made, c)
 
     return apply
 

@@ -8,6 +8,7 @@ one operation, linear in its `Var` arguments jointly, with everything else held 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from ._lines import joined
 from ._origin import Literal, Origin
+from ._recipes import Recipe, recipe
 from ._space import TensorSpec
 from ._tables import escaped, framed, shortened
 from .errors import LinearizeError, StalenessError
@@ -41,7 +43,16 @@ class Residual:
         How it is computed from what the graph saved; None if that is not known.
     """
 
-    __slots__ = ("origin", "size", "source", "tensor", "version")
+    __slots__ = (
+        "__weakref__",
+        "_hollow",
+        "_recipe",
+        "origin",
+        "size",
+        "source",
+        "tensor",
+        "version",
+    )
 
     def __init__(
         self, tensor: torch.Tensor, source: str = "", origin: Origin | None = None
@@ -51,13 +62,37 @@ class Residual:
         self.origin = origin
         self.version = None if tensor.is_inference() else tensor._version
         self.size = _storage_bytes(tensor)
+        self._recipe: Recipe | None = None
+        self._hollow: Residual | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it was computed from other residuals; of its own if it was not."""
+        if self._recipe is None:
+            self._recipe = Recipe()
+        return self._recipe
 
     def blank(self) -> Residual:
         """Return one that stands for the same tensor of any point, and has none itself."""
         r = Residual.__new__(Residual)
         r.source, r.origin = self.source, self.origin
         r.version, r.size = None, 0
+        r._recipe = r._hollow = None
         return r
+
+    def without_memory(self) -> Residual:
+        """Return one that notices changes in place as this one does, but keeps no numbers."""
+        if not _is_plain(self.tensor):
+            return self
+        if self._hollow is not None:
+            return self._hollow
+        t = self.tensor.detach()
+        hollow = torch.empty((), dtype=t.dtype, device=t.device).expand(t.shape)
+        hollow.untyped_storage().resize_(0)
+        t.data = hollow  # leaves the tensor its version, which is that of the memory before
+        self._hollow = Residual(t, self.source)
+        self._hollow.version = self.version
+        return self._hollow
 
     def changed(self) -> bool:
         """Whether the tensor was changed in place."""
@@ -92,6 +127,10 @@ def first_freed(residuals: Iterable[Residual]) -> Residual | None:
         if size != r.size:
             return r
     return None
+
+
+def _is_plain(t: torch.Tensor) -> bool:
+    return type(t) is torch.Tensor and t.layout == torch.strided and not t.is_inference()
 
 
 def _storage_bytes(t: torch.Tensor) -> int:
@@ -231,6 +270,8 @@ def zero_residual(spec: TensorSpec) -> Residual:
 def evaluated(op: Callable[..., Any], *args: Any, source: str, **kwargs: Any) -> Residual:
     """Apply an operation to residuals, now; the result knows how it came about.
 
+    What was computed in the same way before is taken as long as somebody keeps it.
+
     Parameters
     ----------
     op
@@ -240,13 +281,20 @@ def evaluated(op: Callable[..., Any], *args: Any, source: str, **kwargs: Any) ->
     source
         What the result is kept for.
     """
-    numbers = map_leaves(_tensor_of, args), map_leaves(_tensor_of, kwargs)
-    result = op(*numbers[0], **numbers[1])
     used = [x for x in leaves((args, kwargs)) if isinstance(x, Residual)]
+    label = joined(source, [x.source for x in used])
+    given = map_leaves(_recipe_of, args), map_leaves(_recipe_of, kwargs)
+    made_by = recipe(op, *given, [x.recipe for x in used], label)
+    before: Residual | None = made_by.result() if used else None
+    if before is not None and not before.changed():
+        return before
+    numbers = map_leaves(_tensor_of, args), map_leaves(_tensor_of, kwargs)
     known = all(x.origin is not None for x in used)
     origin = Origin(op, map_leaves(_origin_of, args), map_leaves(_origin_of, kwargs))
-    label = joined(source, [x.source for x in used])
-    return Residual(result, label, origin if known else None)
+    result = Residual(op(*numbers[0], **numbers[1]), label, origin if known else None)
+    result._recipe = made_by
+    made_by.result = weakref.ref(result)
+    return result
 
 
 def viewed(view: Callable[..., Any], r: Residual, *args: Any) -> Residual:
@@ -258,6 +306,10 @@ def viewed(view: Callable[..., Any], r: Residual, *args: Any) -> Residual:
 
 def _tensor_of(x: Any) -> Any:
     return x.tensor if isinstance(x, Residual) else x
+
+
+def _recipe_of(x: Any) -> Any:
+    return x.recipe if isinstance(x, Residual) else x
 
 
 def _origin_of(x: Any) -> Any:

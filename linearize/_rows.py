@@ -14,19 +14,9 @@ from typing import Any
 
 import torch
 
-from ._execute import Binding, Executor
 from ._linearity import schema_of
-from ._origin import Costly
-from ._program import (
-    Emitter,
-    Equation,
-    Program,
-    Residual,
-    Var,
-    evaluated,
-    map_leaves,
-)
-from ._space import TensorSpec
+from ._program import Emitter, Equation, Program, Residual, Var
+from ._row_matrices import SOURCE, multiply, width
 from ._torch import OpOverload, aten
 
 #: Fewer rows are not worth it.
@@ -96,50 +86,6 @@ def _ordered(equations: Sequence[Equation]) -> list[Equation]:
     return order
 
 
-class _Matrices(Costly):
-    """Computes the matrices of a stretch from its residuals."""
-
-    def __init__(self, program: Program) -> None:
-        blank = {r: r.blank() for r in program.residuals()}
-
-        def without_numbers(x: Any) -> Any:
-            return blank[x] if isinstance(x, Residual) else x
-
-        equations = [
-            Equation(
-                eq.op,
-                map_leaves(without_numbers, eq.args),
-                map_leaves(without_numbers, eq.kwargs),
-                eq.outputs,
-                eq.source,
-            )
-            for eq in program.equations
-        ]
-        self._run = Executor(program.with_equations(equations))
-        self._specs = [v.spec for v in program.inputs]
-
-    def __call__(self, *residuals: torch.Tensor) -> torch.Tensor:
-        """Return the matrices, (rows, numbers of a row that go out, that come in)."""
-        binding = Binding([Residual(t) for t in residuals], ())
-        rows = self._specs[0].shape[0]
-        widths = [_width(spec) for spec in self._specs]
-        units = []
-        for i, spec in enumerate(self._specs):
-            unit = torch.zeros(sum(widths), rows, widths[i], dtype=spec.dtype, device=spec.device)
-            start = sum(widths[:i])
-            for k in range(widths[i]):
-                unit[start + k, :, k] = 1
-            units.append(unit.reshape(-1, *spec.shape))
-
-        def apply(*parts: torch.Tensor) -> torch.Tensor:
-            results = self._run(parts, binding)
-            flat = [t.reshape(rows, -1) for t in results if t is not None]
-            return torch.cat(flat, 1)
-
-        columns: torch.Tensor = torch.vmap(apply)(*units)
-        return columns.permute(1, 2, 0).contiguous()
-
-
 class _Stretch:
     """Steps that treat each row by itself, between few numbers a row and few numbers a row."""
 
@@ -159,7 +105,7 @@ class _Stretch:
         uses.subtract(v for eq in equations for v in eq.inputs())
         outputs = [v for v in mine if uses[v] > 0]
         outputs.sort(key=[v for eq in equations for v in eq.outputs].index)
-        into, out = (sum(_width(v.spec) for v in side) for side in (inputs, outputs))
+        into, out = (sum(width(v.spec) for v in side) for side in (inputs, outputs))
         now = sum(
             sum(_numbers(x) for x in (*eq.reads(), *eq.outputs) if x is not None)
             for eq in equations
@@ -174,33 +120,7 @@ class _Stretch:
     def emit(self, e: Emitter) -> None:
         """Emit the products with the matrices."""
         specs = [v.spec for v in self.outputs]
-        program = Program(self.inputs, self.equations, self.outputs, specs, "rows")
-        matrices = evaluated(_Matrices(program), *program.residuals(), source="rows")
-        rows, out, into = matrices.tensor.shape
-        like = self.inputs[0].spec
-        e.source = "rows"
-
-        def spec(*shape: int) -> TensorSpec:
-            return TensorSpec(shape, like.dtype, like.device)
-
-        columns = []
-        for v in self.inputs:
-            column = spec(rows, _width(v.spec), 1)
-            columns.append(e.emit(aten.reshape.default, (v, list(column.shape)), column))
-        whole = columns[0]
-        if len(columns) > 1:
-            whole = e.emit(aten.cat.default, (columns, 1), spec(rows, into, 1))
-        product = e.emit(aten.bmm.default, (matrices, whole), spec(rows, out, 1))
-        start = 0
-        for v in self.outputs:
-            width = _width(v.spec)
-            part = product
-            if width < out:
-                args = (product, 1, start, start + width)
-                part = e.emit(aten.slice.Tensor, args, spec(rows, width, 1))
-            start += width
-            shaped = (part, list(v.spec.shape))
-            e.equations.append(Equation(aten.reshape.default, shaped, {}, (v,), e.source))
+        multiply(e, Program(self.inputs, self.equations, self.outputs, specs, SOURCE))
 
 
 def _connected(equations: Sequence[Equation]) -> list[list[Equation]]:
@@ -217,10 +137,6 @@ def _connected(equations: Sequence[Equation]) -> list[list[Equation]]:
             variables[i] += variables.pop(j)
         group.update((v, i) for v in variables[i])
     return list(members.values())
-
-
-def _width(spec: TensorSpec) -> int:
-    return math.prod(spec.shape[1:])
 
 
 def _numbers(x: Var | Residual) -> int:
@@ -244,7 +160,7 @@ def _rows(eq: Equation) -> Any:
         shape = v.spec.shape
         if not shape or (shape[0], v.spec.dtype, v.spec.device) != kind:
             return None
-        if _width(v.spec) > WIDEST:
+        if width(v.spec) > WIDEST:
             return None
     rule = _RULES.get(eq.op)
     fine = rule(eq, out.shape) if rule is not None else _is_pointwise(eq, out.shape)

@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from ._contractions import add_products, apply_diagonals, share_matrices, transpose_products
+from ._contractions import (
+    add_products,
+    apply_diagonals,
+    scale_products,
+    share_matrices,
+    transpose_products,
+)
 from ._copies import merge_copies
 from ._folding import fold_diagonals
 from ._joining import join_parts
+from ._moves import merge_moves
 from ._program import Program, Residual, total_bytes
 from ._rows import multiply_rows
 from ._torch import reachable_elsewhere
@@ -28,7 +35,10 @@ PASSES: tuple[Callable[[Program], Program], ...] = (
     fold_diagonals,
     apply_diagonals,
     merge_copies,
+    scale_products,
+    merge_moves,
     add_products,
+    merge_copies,
 )
 
 
@@ -40,14 +50,17 @@ def simplify(program: Program) -> Program:
 
 
 def guards(before: Program, after: Program) -> list[Residual]:
-    """Return the residuals that only `before` reads and that somebody else can change."""
+    """Return the residuals that only `before` reads and that somebody else can change.
+
+    They are kept to see that nobody does: without their numbers.
+    """
     kept = {id(r) for r in after.residuals()}
     gone = [r for r in before.residuals() if id(r) not in kept]
     return watched(gone, before.residuals())
 
 
 def watched(residuals: Iterable[Residual], ours: Iterable[Residual]) -> list[Residual]:
-    """Return those residuals that somebody else can change.
+    """Return those residuals that somebody else can change, without their numbers.
 
     A tensor whose storage nobody but `ours` refers to cannot be changed from outside.
     """
@@ -55,11 +68,11 @@ def watched(residuals: Iterable[Residual], ours: Iterable[Residual]) -> list[Res
     for r in ours:
         if r.size:
             count[r.tensor.untyped_storage().data_ptr()] += 1
-    return [
-        r
-        for r in residuals
-        if r.size and reachable_elsewhere(r.tensor, count[r.tensor.untyped_storage().data_ptr()])
-    ]
+
+    def can_change(r: Residual) -> bool:
+        return reachable_elsewhere(r.tensor, count[r.tensor.untyped_storage().data_ptr()])
+
+    return [r.without_memory() for r in residuals if r.size and can_change(r)]
 
 
 def explain(program: Program) -> str:

@@ -52,7 +52,16 @@ class Template:
         Whether its numbers cost as much to compute as several products.
     """
 
-    __slots__ = ("_ops", "_schedules", "_wanted", "costly", "executor", "program", "simplified")
+    __slots__ = (
+        "_ops",
+        "_saved",
+        "_schedules",
+        "_wanted",
+        "costly",
+        "executor",
+        "program",
+        "simplified",
+    )
 
     def __init__(self, program: Program, places: dict[int, int], *, simplified: bool) -> None:
         blank: dict[Residual, Residual] = {}
@@ -73,7 +82,10 @@ class Template:
         self.executor = Executor(self.program, final=simplified)
         self.simplified = simplified
         self._wanted = [(r, r.origin) for r in self.program.residuals() if r.origin is not None]
-        self.costly = any(isinstance(o.op, Costly) for o in ordered([o for _, o in self._wanted]))
+        needed = ordered([o for _, o in self._wanted])
+        self.costly = any(isinstance(o.op, Costly) for o in needed)
+        #: What is read of the graph, by this direction or by the other one before.
+        self._saved = [o for o in needed if isinstance(o, Saved)]
         self._ops = [eq.op for eq in self.program.equations if isinstance(eq.op, Operation)]
         self._schedules: dict[Any, Schedule] = {}
 
@@ -120,7 +132,7 @@ class Template:
         schedule = self._schedules.get(key)
         if schedule is None:
             schedule = self._schedules[key] = Schedule(missing)
-        used = {o: read(o) for o in schedule.saved}
+        used = {o: read(o) for o in self._saved}
         with torch.inference_mode(False), torch.no_grad():
             computed = schedule([used[o].tensor for o in schedule.saved])
         found = dict(zip(missing, computed, strict=True))

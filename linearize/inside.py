@@ -295,7 +295,9 @@ class _Entry:
         if t.layout == torch.strided:
             storage = t.untyped_storage()
             pointer = storage.data_ptr()
-            if pointer in primals:
+            if not pointer:
+                pass  # its numbers are not kept
+            elif pointer in primals:
                 note = "primal"
             elif pointer in seen:
                 note = "shared"

@@ -159,10 +159,13 @@ def test_custom_functions_are_not_kept() -> None:
     lin = lz.Linearizer(lambda x: Twice.apply(x).sin())
     lin.at(point(0)).jvp_fn(point(1))
     assert len(SHARED._known) == 0
-    made = type("Local", (Twice,), {})
-    lz.Linearizer(lambda x: made.apply(x).sin()).at(point(0)).jvp_fn(point(1))
-    gone = weakref.ref(made)
-    del made
+
+    def used() -> weakref.ref[type]:
+        made = type("Local", (Twice,), {})
+        lz.Linearizer(lambda x: made.apply(x).sin()).at(point(0)).jvp_fn(point(1))
+        return weakref.ref(made)
+
+    gone = used()
     gc.collect()
     assert gone() is None
 

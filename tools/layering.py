@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "linearize"
 FLOORS = (
     ("errors", "_torch", "_progress", "_tables", "_layout"),
-    ("_trees", "_callables", "_lines", "_origin", "_space", "_program", "_memo"),
+    ("_trees", "_callables", "_lines", "_origin", "_recipes", "_space", "_program", "_memo"),
     (
         "_linearity",
         "_generate",
@@ -44,8 +44,11 @@ FLOORS = (
         "_adjoint",
         "_copies",
         "_joining",
+        "_moves",
         "_contractions",
+        "_row_matrices",
         "_rows",
+        "_equal_numbers",
         "_folding",
         "_simplify",
         "_banded",
