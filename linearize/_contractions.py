@@ -11,7 +11,6 @@ from ._program import (
     Program,
     Residual,
     Var,
-    map_leaves,
     viewed,
 )
 from ._space import TensorSpec
@@ -219,8 +218,7 @@ def scale_products(program: Program) -> Program:
     e = Emitter()
     for eq in program.equations:
         if eq.outputs[0] not in same:
-            args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
-            e.equations.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+            e.equations.append(eq.renamed(rename))
             for whole in eq.outputs:
                 if whole is not None and whole in scaled:
                     args = whole, scaled[whole]

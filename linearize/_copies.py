@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._program import Equation, Operation, Program, Residual, Var, map_leaves
+from ._program import Equation, Operation, Program, Residual, Var
 from ._torch import OpOverload, aten
 
 _NOTHING = frozenset(
@@ -57,14 +57,15 @@ def merge_copies(program: Program) -> Program:
     known: dict[Any, tuple[Var | None, ...]] = {}
     kept: list[Equation] = []
 
-    def rename(x: Any) -> Any:
-        return same.get(x, x) if isinstance(x, Var) else x
+    def current(x: Any) -> Any:
+        return same.get(x, x)
 
     for eq in program.equations:
-        args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
+        renamed = eq.renamed(current)
+        args, kwargs = renamed.args, renamed.kwargs
         out = eq.outputs[0] if len(eq.outputs) == 1 else None
         if isinstance(eq.op, Operation) or not isinstance(eq.op, OpOverload):
-            kept.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+            kept.append(renamed)
             continue
         idle = eq.op in _NOTHING and isinstance(args[0], Var)
         if out is not None and idle and args[0].spec == out.spec and out not in strided:

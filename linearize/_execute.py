@@ -196,14 +196,10 @@ def filled(program: Program, binding: Binding) -> Program:
     numbers = dict(zip(program.residuals(), binding.residuals, strict=True))
     ops = iter(binding.ops)
 
-    def place(x: Any) -> Any:
-        return numbers[x] if isinstance(x, Residual) else x
-
     equations = []
     for eq in program.equations:
         op = next(ops) if isinstance(eq.op, Operation) else eq.op
-        args, kwargs = map_leaves(place, eq.args), map_leaves(place, eq.kwargs)
-        equations.append(Equation(op, args, kwargs, eq.outputs, eq.source))
+        equations.append(eq.renamed(lambda x: numbers.get(x, x), op=op))
     return program.with_equations(equations)
 
 

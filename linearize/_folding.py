@@ -143,8 +143,7 @@ class _Folding:
             return base if y is x else y
 
         bare = tuple(None if v is None else Var(v.spec) for v in eq.outputs)
-        args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
-        self.e.equations.append(Equation(eq.op, args, kwargs, bare, eq.source))
+        self.e.equations.append(eq.renamed(rename, outputs=bare))
         for v, new in zip(eq.outputs, bare, strict=True):
             if v is not None and new is not None:
                 self.forms[v] = _Form({new: number})
@@ -152,12 +151,7 @@ class _Folding:
 
     def step(self, eq: Equation) -> None:
         """Keep an equation, with its arguments computed."""
-
-        def rename(x: Any) -> Any:
-            return self.value(x) if isinstance(x, Var) else x
-
-        args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
-        self.e.equations.append(Equation(eq.op, args, kwargs, eq.outputs, eq.source))
+        self.e.equations.append(eq.renamed(lambda x: self.value(x) if type(x) is Var else x))
 
     def form(self, v: Var) -> _Form:
         """Return a value as a sum of terms; what is computed already is its own base."""

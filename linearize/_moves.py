@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ._copies import laid_out, permutation
-from ._program import Emitter, Equation, Program, Residual, Var, map_leaves, viewed
+from ._program import Emitter, Equation, Program, Residual, Var, viewed
 from ._space import TensorSpec
 from ._torch import aten
 
@@ -165,11 +164,7 @@ class _Moves:
         if isinstance(a, Var) and self.uses[a] == 1 and a in self.forms:
             self.operands[out] = self.forms[a]  # type: ignore[index]
 
-        def rename(x: Any) -> Any:
-            return self.value(x) if isinstance(x, Var) else x
-
-        args, kwargs = map_leaves(rename, eq.args), map_leaves(rename, eq.kwargs)
-        kept = Equation(eq.op, args, kwargs, eq.outputs, eq.source)
+        kept = eq.renamed(lambda x: self.value(x) if type(x) is Var else x)
         self.e.equations.append(kept)
         if is_product:
             self.products[out] = kept  # type: ignore[index]

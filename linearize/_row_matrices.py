@@ -18,7 +18,7 @@ import torch
 from ._execute import Binding, Executor
 from ._linearity import close, rounding
 from ._origin import Costly
-from ._program import Emitter, Equation, Program, Residual, evaluated, map_leaves
+from ._program import Emitter, Equation, Program, Residual, evaluated
 from ._recipes import Recipe, roots
 from ._space import TensorSpec
 from ._torch import aten
@@ -48,19 +48,7 @@ class _Matrices(Costly):
     def __init__(self, program: Program, order: tuple[int, int, int]) -> None:
         blank = {r: r.blank() for r in program.residuals()}
 
-        def without_numbers(x: Any) -> Any:
-            return blank[x] if isinstance(x, Residual) else x
-
-        equations = [
-            Equation(
-                eq.op,
-                map_leaves(without_numbers, eq.args),
-                map_leaves(without_numbers, eq.kwargs),
-                eq.outputs,
-                eq.source,
-            )
-            for eq in program.equations
-        ]
+        equations = [eq.renamed(lambda x: blank.get(x, x)) for eq in program.equations]
         self._run = Executor(program.with_equations(equations))
         self._specs = [v.spec for v in program.inputs]
         self._order = order
