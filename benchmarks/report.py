@@ -61,7 +61,7 @@ def _form(entry: Result, which: str) -> str:
 def setups(results: Sequence[Result]) -> Iterator[list[str]]:
     """Yield a table of set-ups in forwards under autograd, and of runs of f."""
     names = [n for n in ENGINES if n not in (LIMIT, DENSE)]
-    yield ["case", "autograd, ms", *names, "linearize, cold", "linearize again"]
+    yield ["case", "autograd, ms", *names, "linearize, cold", "linearize, met", "linearize again"]
     for r in results:
         own = r["engines"].get(OURS, {})
         cells = []
@@ -69,7 +69,7 @@ def setups(results: Sequence[Result]) -> Iterator[list[str]]:
             entry = r["engines"].get(name, {})
             text = _cell(entry, "setup", r["autograd"])
             cells.append(f"{text} ({entry['runs']})" if "setup" in entry else text)
-        more = [_cell(own, key, r["autograd"]) for key in ("cold", "relinearize")]
+        more = [_cell(own, key, r["autograd"]) for key in ("cold", "met", "relinearize")]
         yield [r["case"], _number(r["autograd"] * 1e3), *cells, *more]
 
 

@@ -22,6 +22,7 @@ import linearize as lz
 from benchmarks.case import Case
 from benchmarks.cases import CASES
 from benchmarks.report import markdown, rewrite
+from linearize._sharing import SHARED
 
 PAGE = Path("docs/benchmarks.md")
 MARKS = "<!-- stages: begin -->", "<!-- stages: end -->"
@@ -53,6 +54,7 @@ def stages(case: Case, rounds: int) -> list[float]:
 
     def once() -> list[float]:
         made: list[lz.Linearization] = []
+        SHARED.clear()
         lin = lz.Linearizer(problem.f)
 
         def both() -> Any:
