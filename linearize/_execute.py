@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -39,6 +39,12 @@ Compiled: TypeAlias = Callable[[Sequence[torch.Tensor], "Binding"], list[torch.T
 WRITE_OUT_AT, WRITE_OUT_SOON = 3, 1
 #: From how many numbers in one value on arguments are not taken together on a CPU.
 LARGE_ENTRY = 1 << 16
+
+
+class Closable(Protocol):
+    """What can be closed."""
+
+    closed: bool
 
 
 class _Slot:
@@ -176,6 +182,10 @@ class Binding:
                 r.check()
         if self.ops:  # user code was seen to free memory that it does not own
             self.check_memory()
+
+    def watched(self) -> tuple[Residual, ...]:
+        """Return the residuals that must not have changed."""
+        return self._all
 
     def check_memory(self) -> None:
         """Raise `StalenessError` if the memory of a residual was freed."""
@@ -351,6 +361,60 @@ class Executor:
             return self._counted(arguments, binding)
         binding.check()
         return self._interpreted(self._begin(arguments, binding), binding, 0, tape, replay=replay)
+
+    def short_way(
+        self, binding: Binding, lifetime: Closable, *, in_tuple: bool
+    ) -> Callable[[Any], Any] | None:
+        """Return what runs a settled program of one argument and one result, and little else.
+
+        It gives None where the call must be looked at more closely. Where a product is one
+        operation on a small tensor, all that is around it takes longer than the product.
+
+        Parameters
+        ----------
+        binding
+            The numbers of a point.
+        lifetime
+            Whether the point was closed.
+        in_tuple
+            Whether the result comes as a tuple of one.
+
+        Returns
+        -------
+        callable or None
+            None if there is no such way.
+        """
+        run, program = self._function, self.program
+        if run is None or self.compiled is not None or binding.ops or binding.makes_history:
+            return None
+        if len(program.inputs) != 1 or len(program.outputs) != 1 or program.outputs[0] is None:
+            return None
+        spec = program.inputs[0].spec
+        shape, dtype, device = spec.shape, spec.dtype, spec.device
+        watched = [(r.tensor, r.version) for r in binding.watched() if r.version is not None]
+        plain, strided = torch.Tensor, torch.strided
+
+        def short(t: Any) -> Any:
+            if (
+                type(t) is not plain
+                or t.dtype is not dtype
+                or t.requires_grad
+                or t.layout is not strided
+                or t.is_nested
+                or t.shape != shape
+                or t.device != device
+                or functorch_active()
+                or functions_overridden()
+                or lifetime.closed
+            ):
+                return None
+            for kept, version in watched:
+                if kept._version != version:
+                    return None
+            result = run(binding, (t,), self)
+            return tuple(result) if in_tuple else result[0]
+
+        return short
 
     def resume(
         self, binding: Binding, start: int, known: dict[int, torch.Tensor | None]

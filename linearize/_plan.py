@@ -19,7 +19,7 @@ from ._adjoint import Proof
 from ._batching import stack_results
 from ._compile import Options, compiled, replayed
 from ._dense import Dense, random_arguments
-from ._execute import Binding, Executor, filled
+from ._execute import Binding, Closable, Executor, filled
 from ._linearity import close, rounding
 from ._program import Program, Residual
 from ._replay import Replays, capture_on_cuda
@@ -128,6 +128,16 @@ class Plan:
             if isinstance(segments, Segments):
                 return segments(arguments, binding, replays)
         return executor(arguments, binding)
+
+    def short_way(self, lifetime: Closable, *, in_tuple: bool) -> Callable[[Any], Any] | None:
+        """Return what runs a settled map of one tensor quickest, None if it is not one."""
+        executor, binding = self._running
+        return executor.short_way(binding, lifetime, in_tuple=in_tuple) if self._quiet else None
+
+    @property
+    def quiet(self) -> bool:
+        """Whether there is nothing to do at a call but to run what is there."""
+        return self._quiet
 
     def compile(self, options: Options) -> None:
         """Have the map compiled at one of the next calls."""

@@ -138,6 +138,16 @@ class Space:
         return cls(tree, specs, word, of)
 
     @property
+    def is_single(self) -> bool:
+        """Whether an element is one tensor."""
+        return self._single
+
+    @property
+    def is_row(self) -> bool:
+        """Whether an element is a tuple of one tensor."""
+        return self._row and len(self.tensors) == 1
+
+    @property
     def spec(self) -> pytree.TreeSpec:
         """The pytree structure as PyTorch has it."""
         return self.tree.spec

@@ -103,6 +103,9 @@ class Product:
         #: The arguments that are there, if all are.
         self._whole = (True,) * len(arguments.tensors)
         self._turned: Product | None = None
+        #: Runs a settled product of one tensor; whether there was a look for it.
+        self._short: Callable[[Any], Any] | None = None
+        self._shortened = False
         #: Checks the product before its first use.
         self._first: Callable[[], None] | None = None
         lifetime.register(self)
@@ -144,6 +147,7 @@ class Product:
     def _release(self) -> None:
         with self._lock:
             self._make = self._program = self._turned = self._source = self._first = None
+            self._short = None
             self._plans = {}
 
     def _plan(self, present: tuple[bool, ...]) -> Plan:
@@ -246,6 +250,7 @@ class Product:
         """Have the programs compiled, or not, those to come too."""
         with self._lock:
             self._compiling, self._hurry = options, True
+            self._short, self._shortened = None, False
             plans = list(self._plans.values())
         for plan in plans:
             plan.compile(options)
@@ -358,6 +363,8 @@ class Product:
             results = plan(given)  # type: ignore[arg-type]
         if plan.news is not None:
             self._take_note(plan, present)
+        if plan.quiet and not self._shortened:
+            self._shorten(plan)
         for t in results:
             if t is None:
                 break
@@ -367,6 +374,20 @@ class Product:
             spec.zeros() if t is None else t
             for t, spec in zip(results, self._results.tensors, strict=True)
         ]
+
+    def _shorten(self, plan: Plan) -> None:
+        """Look once for the shortest way to call a product of which nothing more will come."""
+        lifetime = self._lifetime
+        with self._lock:
+            self._shortened = True
+            fits = self._takes_one_tensor and (self._results.is_single or self._results.is_row)
+            if fits and not lifetime.closed and self._first is None:
+                self._short = plan.short_way(lifetime, in_tuple=self._results.is_row)
+
+    @property
+    def _takes_one_tensor(self) -> bool:
+        """Whether the product is called with one tensor as it is."""
+        return False
 
     def _then(self, other: Product, name: str) -> Product:
         """Return this product followed by another one, as one program: one pass.
@@ -577,10 +598,19 @@ class JvpFn(Product):
 
     def __call__(self, *tangents: Any) -> Any:
         """Return J·v."""
+        short = self._short
+        if short is not None and len(tangents) == 1:
+            result = short(tangents[0])
+            if result is not None:
+                return result
         if self._lifetime.closed:
             self._check_open()
         flat = self._arguments.flatten(tangents)
         return self._results.unflatten(self._apply(flat))
+
+    @property
+    def _takes_one_tensor(self) -> bool:
+        return self._arguments.is_row
 
     def batched(self, *tangents: Any, chunk_size: int | None = None) -> Any:
         """Return J·v for K tangents in one pass.
@@ -637,6 +667,11 @@ class VjpFn(Product):
 
     def __call__(self, *cotangent: Any) -> Any:
         """Return Jᵀ·u (Jᴴ·u for complex numbers)."""
+        short = self._short
+        if short is not None and len(cotangent) == 1:
+            result = short(cotangent[0])
+            if result is not None:
+                return result
         if self._lifetime.closed:
             self._check_open()
         if len(cotangent) != 1:
@@ -646,6 +681,10 @@ class VjpFn(Product):
             )
         flat = self._arguments.flatten(cotangent[0])
         return self._results.unflatten(self._apply(flat))
+
+    @property
+    def _takes_one_tensor(self) -> bool:
+        return self._arguments.is_single
 
     def batched(self, cotangent: Any, *, chunk_size: int | None = None) -> Any:
         """Return Jᵀ·u for K cotangents in one pass.

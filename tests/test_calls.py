@@ -255,3 +255,76 @@ class Noted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, u: torch.Tensor) -> torch.Tensor:
         return torch.add(u, u)
+
+
+@pytest.mark.parametrize("direction", ["jvp", "vjp"])
+def test_the_shortest_way_is_for_what_fits_it_and_refuses_nothing_less(direction: str) -> None:
+    w = randn(4, 4)
+    here = lz.Linearizer(lambda x: w @ x).at(randn(4))
+    fn, j = (here.jvp_fn, w) if direction == "jvp" else (here.vjp_fn, w.T)
+
+    def apply(t: Any) -> torch.Tensor:
+        result = fn(t)
+        return result if direction == "jvp" else result[0]
+
+    for call in range(3 * MANY):
+        v = randn(4, seed=call)
+        torch.testing.assert_close(apply(v), j @ v)
+    assert fn._short is not None
+    assert fn._short(v) is not None
+    nested = torch.nested.nested_tensor([randn(4)])
+    wrong: list[Any] = [randn(3), randn(4).float(), randn(1, 4), randn(4).to_sparse(), nested, "v"]
+    wrong += [(randn(4),), [randn(4)]]
+    for given in wrong:
+        assert fn._short(given) is None
+        with pytest.raises((lz.errors.SpaceError, lz.errors.StructureError)):
+            fn(given)
+    with pytest.raises(lz.errors.StructureError):
+        fn(v, v)
+    torch.testing.assert_close(apply(torch.nn.Parameter(v)), j @ v)
+    torch.testing.assert_close(apply(None), torch.zeros(4, dtype=D))
+    t = v.clone().requires_grad_()
+    apply(t).sum().backward()
+    assert t.grad is not None
+    torch.testing.assert_close(t.grad, j.sum(0))
+    many = randn(5, 4)
+    torch.testing.assert_close(torch.vmap(apply)(many), many @ j.T)
+    torch.testing.assert_close(torch.func.jvp(apply, (v,), (many[0],))[1], j @ many[0])
+    with torch.inference_mode():
+        torch.testing.assert_close(apply(randn(4)), j @ randn(4))
+    result = apply(v)
+    result.add_(1)  # belongs to the caller
+    torch.testing.assert_close(apply(v), j @ v)
+    w.mul_(2)
+    with pytest.raises(lz.errors.StalenessError):
+        fn(v)
+    here.close()
+    assert fn._short is None
+    with pytest.raises(lz.errors.ClosedError):
+        fn(v)
+
+
+@pytest.mark.parametrize(
+    ("f", "x"),
+    [
+        (lambda d: d["a"].sin(), {"a": randn(4)}),
+        (lambda x: (x.sin(), 1), randn(4)),
+        (lambda x: (x.sin(), x.cos()), randn(4)),
+        (lambda x: [x.sin()], randn(4)),
+        (lambda x: (x.sin(),), randn(4)),
+    ],
+    ids=["dict", "integer beside", "two", "list", "tuple"],
+)
+def test_other_structures_stay_what_they_are(f: Any, x: Any) -> None:
+    here = lz.Linearizer(f).at(x)
+    expected = here.jvp_fn(x), here.vjp_fn(here.jvp_fn(x))
+    for _ in range(3 * MANY):
+        v = here.jvp_fn(x)
+        u = here.vjp_fn(v)
+    torch.testing.assert_close((v, u), expected)
+    assert type(v) is type(expected[0])
+    bare = randn(4)
+    for fn, takes in ((here.jvp_fn, isinstance(x, torch.Tensor)), (here.vjp_fn, False)):
+        if not takes and not isinstance(here.value, torch.Tensor | dict):
+            with pytest.raises(lz.errors.StructureError):
+                fn(bare)

@@ -188,11 +188,14 @@ def test_a_closure_that_has_settled_can_still_be_compiled() -> None:
         here.jvp_fn(V)
     (plan,) = here.jvp_fn._plans.values()
     assert plan._quiet
+    assert here.jvp_fn._short is not None
     here.compile(backend=backend)
+    assert here.jvp_fn._short is None
     for _ in range(3):
         torch.testing.assert_close(here.jvp_fn(V), jacobian(f, X) @ V)
     assert backend.graphs == 1
     assert backend.runs >= 2
+    assert here.jvp_fn._short is None
 
 
 @pytest.mark.usefixtures("always_quicker")
