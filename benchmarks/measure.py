@@ -415,7 +415,8 @@ def _ours(
     v, u = (tuple(t.to(dtype) for t in side) for side in (known.tangents, known.cotangents))
 
     def visit_with(by: lz.Linearizer) -> None:
-        made = point(by, tuple(p.clone() for p in problem.primals))
+        # Other tensor objects are another point; to make its numbers is the solver's affair.
+        made = point(by, tuple(p.detach() for p in problem.primals))
         assert made.jvp is not None
         assert made.vjp is not None
         made.jvp(*v)

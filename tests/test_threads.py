@@ -283,3 +283,23 @@ def test_a_pool_of_workers() -> None:
         results = list(pool.map(lambda fn: fn(ones), closures))
     for i, r in enumerate(results):
         torch.testing.assert_close(r, rand(3, seed=i).cos())
+
+
+def test_torch_compile_works_after_two_threads_have_linearized_at_once() -> None:
+    import torch._dynamo
+
+    from linearize._torch import eager_compiled_functions
+
+    first, second = eager_compiled_functions(), eager_compiled_functions()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # not in the order of a stack, as threads do
+    second.__exit__(None, None, None)
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(torch.sin, backend=backend)(torch.ones(3))
+    assert len(graphs) == 1
