@@ -59,6 +59,8 @@ def figures(result: Result) -> Iterator[Figure]:
     base = result["autograd"]
     at_most = 3.0 if weighty else None
     yield Figure("setup / forward under autograd", case, own["setup"] / base, at_most)
+    if "met" in own:
+        yield Figure("setup, graph met / forward under autograd", case, own["met"] / base, at_most)
     if "relinearize" in own:
         at_most = 1.3 if weighty else None
         name = "relinearize / forward under autograd"
