@@ -22,7 +22,8 @@ import torch
 
 from ._execute import Binding, Executor
 from ._linearity import tolerance
-from ._program import Equation, Operation, Program, Residual, Var, op_name
+from ._program import Equation, Operation, Program, Var, op_name
+from ._residual import Residual
 from ._space import TensorSpec
 from ._torch import functorch_active, outside_transforms, unobserved
 from .errors import AdjointError

@@ -11,7 +11,8 @@ import dataclasses
 
 import torch
 
-from ._program import Emitter, Residual, Var
+from ._program import Emitter, Var
+from ._residual import Residual
 from ._space import TensorSpec
 from ._torch import aten
 

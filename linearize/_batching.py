@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 import torch
 
 from ._linearity import close, schema_of
-from ._program import Operation, leaves, map_leaves
+from ._program import Operation
+from ._residual import leaves, map_leaves
 from ._space import TensorSpec
 from ._torch import (
     DispatchKey,

@@ -16,7 +16,8 @@ import torch
 
 from ._linearity import CONSTANT, READS_NUMBERS, UNINITIALIZED, functional_variant, schema_of
 from ._origin import Literal, Origin, filled, results
-from ._program import Emitter, Residual, leaves, map_leaves
+from ._program import Emitter
+from ._residual import Residual, leaves, map_leaves
 from ._torch import OpOverload, aten, has_memory
 
 _UNREPEATABLE = frozenset(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ._lines import Line
-from ._program import Residual
+from ._residual import Residual
 from ._space import TensorSpec
 from ._torch import ContextWatcher, forward_class
 

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ._program import (
-    Emitter,
-    Equation,
-    Program,
-    Residual,
-    Var,
-    viewed,
-)
+from ._program import Emitter, Equation, Program, Var
+from ._residual import Residual, viewed
 from ._space import TensorSpec
 from ._torch import aten
 

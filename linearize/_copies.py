@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._program import Equation, Operation, Program, Residual, Var
+from ._program import Equation, Operation, Program, Var
+from ._residual import Residual
 from ._torch import OpOverload, aten
 
 _NOTHING = frozenset(
@@ -31,7 +32,8 @@ _STRIDED = frozenset(
         aten.view_as_real.default,
     }
 )
-_RESHAPES = frozenset(
+#: What shows a value in another shape.
+RESHAPES = frozenset(
     {
         aten.view.default,
         aten._unsafe_view.default,
@@ -73,7 +75,7 @@ def merge_copies(program: Program) -> Program:
             continue
         # Other than `view`, `reshape` takes any strides.
         op = aten.reshape.default if eq.op is aten.view.default else eq.op
-        if out is not None and op in _RESHAPES and isinstance(args[0], Var):
+        if out is not None and op in RESHAPES and isinstance(args[0], Var):
             base = origin.get(args[0], args[0])
             origin[out] = base
             if base.spec == out.spec:
@@ -111,7 +113,7 @@ def merge_copies(program: Program) -> Program:
     return program.with_equations(kept, outputs).live()
 
 
-_SAME_NUMBERS = _NOTHING | _RESHAPES
+_SAME_NUMBERS = _NOTHING | RESHAPES
 
 
 def laid_out(program: Program) -> set[Var]:

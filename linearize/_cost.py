@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ._linearity import may_alias
-from ._program import Equation, Operation, Program, Residual, Var, map_leaves
+from ._program import Equation, Operation, Program, Var
+from ._residual import Residual, map_leaves
 from ._torch import OpOverload, aten
 
 

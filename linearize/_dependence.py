@@ -18,7 +18,8 @@ import scipy.sparse as sp
 import torch
 
 from ._linearity import schema_of
-from ._program import Equation, Program, Residual, Var, map_leaves
+from ._program import Equation, Program, Var
+from ._residual import Residual, map_leaves
 from ._torch import OpOverload
 
 #: A boolean matrix in SciPy's CSR format.

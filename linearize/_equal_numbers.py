@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ._program import Residual
 from ._recipes import roots
+from ._residual import Residual
 
 #: How many last digits numbers may differ in to be the same.
 _DIGITS = 8

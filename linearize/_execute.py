@@ -10,23 +10,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from ._batching import call
 from ._generate import Bound, generate_bound
 from ._linearity import close, may_alias, returns_several
-from ._program import (
-    Equation,
-    Operation,
-    Program,
-    Residual,
-    Var,
-    first_freed,
-    map_leaves,
-    op_name,
-)
+from ._program import Equation, Operation, Program, Var, op_name
+from ._residual import Residual, first_freed, map_leaves
 from ._space import TensorSpec
 from ._torch import functions_as_they_are, functions_overridden, functorch_active
 from .errors import LinearizeError
@@ -39,12 +31,6 @@ Compiled: TypeAlias = Callable[[Sequence[torch.Tensor], "Binding"], list[torch.T
 WRITE_OUT_AT, WRITE_OUT_SOON = 3, 1
 #: From how many numbers in one value on arguments are not taken together on a CPU.
 LARGE_ENTRY = 1 << 16
-
-
-class Closable(Protocol):
-    """What can be closed."""
-
-    closed: bool
 
 
 class _Slot:
@@ -296,7 +282,6 @@ class Executor:
             taken.add(owner)
         self._verified = False
         self._gains: bool | None = None
-        #: The program written out, once it has run often enough.
         self._function: Bound | None = None
         #: How often it ran.
         self.runs = 0
@@ -362,59 +347,10 @@ class Executor:
         binding.check()
         return self._interpreted(self._begin(arguments, binding), binding, 0, tape, replay=replay)
 
-    def short_way(
-        self, binding: Binding, lifetime: Closable, *, in_tuple: bool
-    ) -> Callable[[Any], Any] | None:
-        """Return what runs a settled program of one argument and one result, and little else.
-
-        It gives None where the call must be looked at more closely. Where a product is one
-        operation on a small tensor, all that is around it takes longer than the product.
-
-        Parameters
-        ----------
-        binding
-            The numbers of a point.
-        lifetime
-            Whether the point was closed.
-        in_tuple
-            Whether the result comes as a tuple of one.
-
-        Returns
-        -------
-        callable or None
-            None if there is no such way.
-        """
-        run, program = self._function, self.program
-        if run is None or self.compiled is not None or binding.ops or binding.makes_history:
-            return None
-        if len(program.inputs) != 1 or len(program.outputs) != 1 or program.outputs[0] is None:
-            return None
-        spec = program.inputs[0].spec
-        shape, dtype, device = spec.shape, spec.dtype, spec.device
-        watched = [(r.tensor, r.version) for r in binding.watched() if r.version is not None]
-        plain, strided = torch.Tensor, torch.strided
-
-        def short(t: Any) -> Any:
-            if (
-                type(t) is not plain
-                or t.dtype is not dtype
-                or t.requires_grad
-                or t.layout is not strided
-                or t.is_nested
-                or t.shape != shape
-                or t.device != device
-                or functorch_active()
-                or functions_overridden()
-                or lifetime.closed
-            ):
-                return None
-            for kept, version in watched:
-                if kept._version != version:
-                    return None
-            result = run(binding, (t,), self)
-            return tuple(result) if in_tuple else result[0]
-
-        return short
+    @property
+    def function(self) -> Bound | None:
+        """The program written out, once it has run often enough."""
+        return self._function
 
     def resume(
         self, binding: Binding, start: int, known: dict[int, torch.Tensor | None]

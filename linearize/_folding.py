@@ -18,17 +18,8 @@ import torch
 from ._copies import frozen
 from ._equal_numbers import keep_once
 from ._linearity import schema_of
-from ._program import (
-    Emitter,
-    Equation,
-    Operation,
-    Program,
-    Residual,
-    Var,
-    evaluated,
-    map_leaves,
-    viewed,
-)
+from ._program import Emitter, Equation, Operation, Program, Var
+from ._residual import Residual, evaluated, map_leaves, viewed
 from ._rules import UNTAGGED_POINTWISE
 from ._space import TensorSpec
 from ._torch import OpOverload, aten

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ._contexts import ContextRecord, function_name
-from ._program import Operation, Residual, first_freed, leaves
+from ._program import Operation
+from ._residual import Residual, first_freed, leaves
 from ._space import TensorSpec
 from ._torch import (
     OpOverload,

@@ -15,7 +15,8 @@ import torch
 
 from ._callables import quickest
 from ._linearity import may_alias, returns_several
-from ._program import Equation, Operation, Program, Residual, Var
+from ._program import Equation, Operation, Program, Var
+from ._residual import Residual
 from ._torch import aten
 
 #: From residuals and arguments to results.

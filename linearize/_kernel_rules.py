@@ -23,7 +23,8 @@ from ._kernel_formulas import (
 )
 from ._linearity import schema_of
 from ._nodes import LogCumSumExpDifferential, MatrixExpDifferential
-from ._program import Emitter, Equation, Operation, Residual, Var, map_leaves, zero_residual
+from ._program import Emitter, Equation, Operation, Var
+from ._residual import Residual, map_leaves, zero_residual
 from ._rules import Cotangents, Result, as_gradient, fit, rule
 from ._space import TensorSpec
 from ._torch import OpOverload, aten

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._program import leaves, map_leaves
+from ._residual import leaves, map_leaves
 from ._torch import OpOverload, aten
 
 #: Operations whose result does not depend on the numbers in their tensor argument.

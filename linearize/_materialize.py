@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ._program import Emitter, Program, Residual, Var
+from ._program import Emitter, Program, Var
 from ._progress import progress
+from ._residual import Residual
 from ._space import TensorSpec
 from ._torch import aten
 from .errors import MissingDerivativeError

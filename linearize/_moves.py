@@ -11,22 +11,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from ._copies import laid_out, permutation
-from ._program import Emitter, Equation, Program, Residual, Var, viewed
+from ._copies import RESHAPES, laid_out, permutation
+from ._program import Emitter, Equation, Program, Var
+from ._residual import Residual, viewed
 from ._space import TensorSpec
 from ._torch import aten
-
-_RESHAPES = frozenset(
-    {
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.squeeze.default,
-    }
-)
 
 
 def merge_moves(program: Program) -> Program:
@@ -179,7 +168,7 @@ class _Moves:
 
     def is_move(self, eq: Equation) -> bool:
         """Whether an equation only shows or permutes its one argument."""
-        if not (eq.op in _RESHAPES or permutation(eq.op, eq.args) is not None):
+        if not (eq.op in RESHAPES or permutation(eq.op, eq.args) is not None):
             return False
         x, out = eq.args[0], eq.outputs[0]
         if not isinstance(x, Var) or out is None or 0 in out.spec.shape:

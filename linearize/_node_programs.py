@@ -17,7 +17,8 @@ import torch
 
 from ._constants import Constants
 from ._origin import Literal, Origin, Saved, Schedule
-from ._program import Emitter, Equation, Operation, Residual, Var, map_leaves
+from ._program import Emitter, Equation, Operation, Var
+from ._residual import Residual, map_leaves
 from ._space import TensorSpec
 from ._torch import aten
 

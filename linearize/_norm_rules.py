@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._program import Emitter, Equation, Residual, Var, evaluated
+from ._program import Emitter, Equation, Var
+from ._residual import Residual, evaluated
 from ._rules import Cotangents, Result, as_gradient, conj, fit, rule
 from ._space import TensorSpec
 from ._torch import aten

@@ -19,11 +19,13 @@ from ._adjoint import Proof
 from ._batching import stack_results
 from ._compile import Options, compiled, replayed
 from ._dense import Dense, random_arguments
-from ._execute import Binding, Closable, Executor, filled
+from ._execute import Binding, Executor, filled
 from ._linearity import close, rounding
-from ._program import Program, Residual
+from ._program import Program
 from ._replay import Replays, capture_on_cuda
+from ._residual import Residual
 from ._segments import Segments
+from ._short import Closable, short_way
 from ._simplify import guards, simplify
 from ._torch import functorch_active
 from ._vectorize import vectorized
@@ -132,7 +134,9 @@ class Plan:
     def short_way(self, lifetime: Closable, *, in_tuple: bool) -> Callable[[Any], Any] | None:
         """Return what runs a settled map of one tensor quickest, None if it is not one."""
         executor, binding = self._running
-        return executor.short_way(binding, lifetime, in_tuple=in_tuple) if self._quiet else None
+        if not self._quiet:
+            return None
+        return short_way(executor, binding, lifetime, in_tuple=in_tuple)
 
     @property
     def quiet(self) -> bool:

@@ -30,8 +30,9 @@ from ._node_programs import (
 )
 from ._nodes import formula_of, mended
 from ._origin import Origin, Saved
-from ._program import Emitter, Equation, Operation, Program, Residual, Var
+from ._program import Emitter, Equation, Operation, Program, Var
 from ._recorder import OpaqueError, Recorder
+from ._residual import Residual
 from ._signature import EXPECTED, HiddenError, arguments, node_key, saved_by
 from ._space import TensorSpec, tensor_spec
 from ._torch import (

@@ -27,16 +27,8 @@ from ._linearity import (
     wants_contiguous,
 )
 from ._origin import Origin
-from ._program import (
-    Emitter,
-    Equation,
-    Operation,
-    Residual,
-    Var,
-    leaves,
-    map_leaves,
-    zero_residual,
-)
+from ._program import Emitter, Equation, Operation, Var
+from ._residual import Residual, leaves, map_leaves, zero_residual
 from ._space import TensorSpec
 from ._storage import common_dtype, covered, flat_spec, flattened, scattered, shown
 from ._torch import DispatchMode, OpOverload, aten, lazy_bits_respected, without_subclass

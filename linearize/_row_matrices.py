@@ -18,8 +18,9 @@ import torch
 from ._execute import Binding, Executor
 from ._linearity import close, rounding
 from ._origin import Costly
-from ._program import Emitter, Equation, Program, Residual, evaluated
+from ._program import Emitter, Equation, Program
 from ._recipes import Recipe, roots
+from ._residual import Residual, evaluated
 from ._space import TensorSpec
 from ._torch import aten
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ._linearity import schema_of
-from ._program import Emitter, Equation, Program, Residual, Var
+from ._program import Emitter, Equation, Program, Var
+from ._residual import Residual
 from ._row_matrices import SOURCE, multiply, width
 from ._torch import OpOverload, aten
 

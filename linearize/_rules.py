@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 import torch
 
 from ._linearity import schema_of, wants_contiguous
-from ._program import Emitter, Equation, Operation, Residual, Var, viewed, zero_residual
+from ._program import Emitter, Equation, Operation, Var
+from ._residual import Residual, viewed, zero_residual
 from ._space import TensorSpec
 from ._torch import OpOverload, aten
 

@@ -20,7 +20,8 @@ from ._copies import merge_copies
 from ._folding import fold_diagonals
 from ._joining import join_parts
 from ._moves import merge_moves
-from ._program import Program, Residual, total_bytes
+from ._program import Program, total_bytes
+from ._residual import Residual
 from ._rows import multiply_rows
 from ._torch import reachable_elsewhere
 

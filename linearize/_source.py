@@ -19,8 +19,9 @@ from ._dense import Dense
 from ._execute import Binding, filled
 from ._functions import CustomNode
 from ._origin import Origin, Saved
-from ._program import Program, Residual
+from ._program import Program
 from ._record import record_pullback
+from ._residual import Residual
 from ._sharing import Structures
 from ._signature import signature
 from ._simplify import watched

@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 import torch
 
-from ._program import Emitter, Residual, Var, zero_residual
+from ._program import Emitter, Var
+from ._residual import Residual, zero_residual
 from ._space import TensorSpec
 from ._torch import aten
 

@@ -19,7 +19,8 @@ from ._execute import Binding, Executor
 from ._folding import FOLDED, finite
 from ._functions import CustomNode
 from ._origin import Costly, Origin, Saved, Schedule, ordered
-from ._program import Operation, Program, Residual, Var
+from ._program import Operation, Program, Var
+from ._residual import Residual
 from ._signature import HiddenError
 
 #: A direction, and which arguments are not zero.

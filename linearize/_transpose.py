@@ -27,9 +27,10 @@ from ._lines import beside
 from ._materialize import dense_transpose
 from ._node_programs import NODE_PROGRAMS, NodeProgram, dense
 from ._origin import Origin, Saved
-from ._program import Emitter, Equation, Program, Residual, Var, map_leaves
+from ._program import Emitter, Equation, Program, Var
 from ._record import NodeBackward, record_function, record_pullback
 from ._recorder import OpaqueError
+from ._residual import Residual, map_leaves
 from ._rules import fit, rule_for
 from ._space import TensorSpec
 from ._torch import aten, decompositions

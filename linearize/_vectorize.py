@@ -17,7 +17,8 @@ import torch
 from ._batching import Slot, apply_to, call_again, entries, stack_results
 from ._copies import permutation
 from ._linearity import schema_of
-from ._program import Emitter, Equation, Program, Residual, Var, evaluated, map_leaves, viewed
+from ._program import Emitter, Equation, Program, Var
+from ._residual import Residual, evaluated, map_leaves, viewed
 from ._space import TensorSpec
 from ._torch import OpOverload, aten
 

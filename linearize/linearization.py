@@ -15,7 +15,8 @@ from ._capture import Capture
 from ._compile import Options
 from ._drawing import Drawing, draw
 from ._page import page
-from ._program import Program, Residual, total_bytes
+from ._program import Program, total_bytes
+from ._residual import Residual
 from ._sharing import Structures
 from ._simplify import explain, simplify
 from ._source import Source

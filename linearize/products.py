@@ -14,7 +14,8 @@ from ._compile import Options
 from ._dense import Dense
 from ._execute import Binding, Executor
 from ._plan import Plan
-from ._program import Operation, Program, Residual
+from ._program import Operation, Program
+from ._residual import Residual
 from ._source import PULLBACK, PUSHFORWARD, Source
 from ._space import Space
 from ._structure import Template

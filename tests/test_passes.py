@@ -19,7 +19,8 @@ from linearize import _equal_numbers, _recipes, _row_matrices
 from linearize._contractions import scale_products
 from linearize._execute import Executor
 from linearize._moves import merge_moves
-from linearize._program import Emitter, Program, Residual, Var
+from linearize._program import Emitter, Program, Var
+from linearize._residual import Residual
 from linearize._space import TensorSpec
 from linearize._torch import aten
 

@@ -13,13 +13,24 @@ from pathlib import Path
 PACKAGE = "linearize"
 FLOORS = (
     ("errors", "_torch", "_progress", "_tables", "_layout"),
-    ("_trees", "_callables", "_lines", "_origin", "_recipes", "_space", "_program", "_memo"),
+    (
+        "_trees",
+        "_callables",
+        "_lines",
+        "_origin",
+        "_recipes",
+        "_space",
+        "_residual",
+        "_program",
+        "_memo",
+    ),
     (
         "_linearity",
         "_generate",
         "_flat",
         "_batching",
         "_execute",
+        "_short",
         "_segments",
         "_contexts",
         "_functions",
