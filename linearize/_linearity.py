@@ -326,13 +326,12 @@ def tested_linear(
 _COPYING = {aten.clone.default, aten._to_copy.default}
 
 
-@functools.cache
 def may_alias(op: Callable[..., Any]) -> bool:
     """Whether an operation's result may share memory with its argument."""
     return not isinstance(op, OpOverload) or _may_alias(op)
 
 
-@functools.cache
+@functools.cache  # of PyTorch's own operations: others go with their point
 def _may_alias(op: OpOverload) -> bool:
     if op in _COPYING:
         return False
@@ -356,10 +355,12 @@ _MAYBE_VIEW = frozenset(
 )
 
 
-@functools.cache
 def returns_several(op: Callable[..., Any]) -> bool:
     """Whether an operation returns a tuple or list, be it of one tensor."""
-    if not isinstance(op, OpOverload):
-        return True
+    return not isinstance(op, OpOverload) or _returns_several(op)
+
+
+@functools.cache
+def _returns_several(op: OpOverload) -> bool:
     returns = op._schema.returns
     return len(returns) != 1 or str(returns[0].type) == "List[Tensor]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -328,3 +329,25 @@ def test_other_structures_stay_what_they_are(f: Any, x: Any) -> None:
         if not takes and not isinstance(here.value, torch.Tensor | dict):
             with pytest.raises(lz.errors.StructureError):
                 fn(bare)
+
+
+def test_no_operation_of_a_point_outlives_it() -> None:
+    from linearize._program import Operation
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Operation) for o in gc.get_objects())
+
+    def work(seed: int) -> None:
+        x, w = randn(4, seed=seed), randn(4, 4)
+        here = lz.Linearizer(lambda x: Counted.apply(w @ Noted.apply(x)).cumsum(0)).at(x)
+        for _ in range(MANY):
+            here.jvp_fn(x)
+            here.vjp_fn(x)
+            here.jvp_fn.batched(torch.stack([x] * 3))
+
+    work(0)
+    before = alive()
+    for seed in range(5):
+        work(seed)
+    assert alive() == before
