@@ -57,6 +57,12 @@ class Banded:
         k = torch.arange(width, device=matrix.device)[:, None]
         return Banded(matrix[i, (i + k - lower) % n], lower)
 
+    @property
+    def spec(self) -> TensorSpec:
+        """The specification of the whole matrix."""
+        n = self.diagonals.shape[1]
+        return TensorSpec((n, n), self.diagonals.dtype, self.diagonals.device)
+
     def times(self, e: Emitter, v: Var) -> Var:
         """Write down the product with a vector."""
         width, n = self.diagonals.shape

@@ -30,8 +30,8 @@ import torch
 from ._banded import Banded
 from ._copies import merge_copies
 from ._execute import Executor
-from ._materialize import flat_real, matrix_program, reals, vector_program
-from ._program import Program
+from ._materialize import flat_real, matrix_program, reals, times
+from ._program import Emitter, Program, Var
 from ._space import TensorSpec
 from ._transpose import transpose
 from .errors import LinearizeError
@@ -166,14 +166,13 @@ def _around(matrix: torch.Tensor | Banded, program: Program, *, forward: bool) -
     columns = [v.spec for v in program.inputs]
     wanted = [True] * len(program.specs)
     name = f"matrix of {program.name}"
+    multiply: Callable[[Emitter, Var], Var]
     if isinstance(matrix, Banded):
-        n = matrix.diagonals.shape[1]
-        spec = TensorSpec((n, n), matrix.diagonals.dtype, matrix.diagonals.device)
-        times = matrix.times if forward else matrix.transposed_times
-        made = vector_program(spec, times, columns, program.specs, wanted, name)
+        spec, multiply = matrix.spec, matrix.times if forward else matrix.transposed_times
     else:
         turned = matrix if forward else matrix.t()
-        made = matrix_program(turned, columns, program.specs, wanted, name)
+        spec, multiply = TensorSpec.of(turned), times(turned)
+    made = matrix_program(spec, multiply, columns, program.specs, wanted, name)
     return merge_copies(
         Program(made.inputs, made.equations, made.outputs, made.specs, program.name)
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -356,11 +356,7 @@ class Executor:
         self, binding: Binding, start: int, known: dict[int, torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         """Go on from an equation where the function left off: a value is undefined."""
-        values: list[Any] = [r.tensor for r in binding.residuals]
-        values += [None] * (self._size - len(values))
-        for slot, t in known.items():
-            values[slot] = t
-        return self._interpreted(values, binding, start)
+        return self._interpreted(self._placed(binding, known.items()), binding, start)
 
     def _counted(
         self, arguments: Sequence[torch.Tensor], binding: Binding
@@ -377,9 +373,13 @@ class Executor:
         return results
 
     def _begin(self, arguments: Sequence[torch.Tensor], binding: Binding) -> list[Any]:
+        return self._placed(binding, zip(self._inputs, arguments, strict=True))
+
+    def _placed(self, binding: Binding, known: Iterable[tuple[int, Any]]) -> list[Any]:
+        """Return a place for each value, with what is known by the numbers of the places."""
         values: list[Any] = [r.tensor for r in binding.residuals]
         values += [None] * (self._size - len(values))
-        for slot, t in zip(self._inputs, arguments, strict=True):
+        for slot, t in known:
             values[slot] = t
         return values
 

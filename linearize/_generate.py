@@ -18,6 +18,7 @@ from ._linearity import may_alias, returns_several
 from ._program import Equation, Operation, Program, Var
 from ._residual import Residual
 from ._torch import aten
+from ._writing import Writer
 
 #: From residuals and arguments to results.
 Function: TypeAlias = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[Any]]
@@ -63,8 +64,7 @@ def generate(program: Program, copies: Sequence[bool]) -> Function | None:
     lines = ["def run(residuals, arguments):"]
     if writer.residuals:
         lines.append(f" {', '.join(writer.residuals)}, = residuals")
-    function: Function = writer.function([*lines, *writer.body()])
-    return function
+    return writer.function([*lines, *writer.body()], program.name)
 
 
 def generate_bound(program: Program, copies: Sequence[bool]) -> Bound | None:
@@ -93,17 +93,14 @@ def generate_bound(program: Program, copies: Sequence[bool]) -> Bound | None:
     if writer.ops:
         lines.append(f" {', '.join(writer.ops.values())}, = binding.ops")
     lines += writer.body()
-    function: Bound | None = writer.function(lines) if writer.handed_on <= LONGEST else None
-    return function
+    return writer.function(lines, program.name) if writer.handed_on <= LONGEST else None
 
 
-class _Writer:
+class _Writer(Writer):
     def __init__(self, program: Program, copies: Sequence[bool]) -> None:
+        super().__init__((Var, Residual))
         self.program = program
         self.copies = copies
-        self.names: dict[Any, str] = {}
-        self.known: dict[str, Any] = {}
-        self.by_value: dict[int, str] = {}
         for i, r in enumerate(program.residuals()):
             self.names[r] = f"r{i}"
         self.residuals = list(self.names.values())
@@ -127,7 +124,7 @@ class _Writer:
         if self.program.inputs:
             lines.append(f" {', '.join(self.names[v] for v in self.program.inputs)}, = arguments")
         for i, eq in enumerate(self.program.equations):
-            lines += [f" {line}" for line in self.call(i, eq)]
+            lines += [f" {line}" for line in self.step(i, eq)]
             gone = {v for v in (*eq.inputs(), *eq.outputs) if v is not None and self.last[v] == i}
             if gone:
                 lines.append(f" del {', '.join(sorted(self.names[v] for v in gone))}")
@@ -137,40 +134,16 @@ class _Writer:
         ]
         return [*lines, f" return [{', '.join(results)}]"]
 
-    def function(self, lines: Sequence[str]) -> Any:
-        code = compile("\n".join(lines), f"<{self.program.name}>", "exec")
-        exec(code, self.known)
-        return self.known.pop("run")
-
-    def call(self, i: int, eq: Equation) -> list[str]:
+    def step(self, i: int, eq: Equation) -> list[str]:
         return [self.called(self.constant(eq.op), eq.args, eq)]
 
     def called(self, op: str, args: Sequence[Any], eq: Equation) -> str:
-        given = [self.text(a) for a in args]
-        given += [f"{k}={self.text(a)}" for k, a in eq.kwargs.items()]
-        called = f"{op}({', '.join(given)})"
+        called = self.call(op, args, eq.kwargs)
         several = isinstance(eq.op, Operation) or len(eq.outputs) != 1 or returns_several(eq.op)
         if not several:
             return f"{self.names[eq.outputs[0]]} = {called}"
         outs = ["_" if v is None else self.names[v] for v in eq.outputs]
         return f"{', '.join(outs)}, = {called}"
-
-    def text(self, x: Any) -> str:
-        if isinstance(x, (Var, Residual)):
-            return self.names[x]
-        if x is None or type(x) in (bool, int):
-            return repr(x)
-        if type(x) is list:
-            return f"[{', '.join(map(self.text, x))}]"
-        if type(x) is tuple:
-            return f"({', '.join(map(self.text, x))}{',' * bool(x)})"
-        return self.constant(x)
-
-    def constant(self, x: Any) -> str:
-        name = f"c{len(self.by_value)}"
-        name = self.by_value.setdefault(id(x), name)
-        self.known[name] = x
-        return name
 
 
 class _BoundWriter(_Writer):
@@ -188,7 +161,7 @@ class _BoundWriter(_Writer):
         #: How many values are handed on to `resume`, counted for each place where that may be.
         self.handed_on = 0
 
-    def call(self, i: int, eq: Equation) -> list[str]:
+    def step(self, i: int, eq: Equation) -> list[str]:
         if self.ops:
             self.live.update((v, None) for v in eq.outputs if v is not None)
             for v in (*eq.inputs(), *eq.outputs):

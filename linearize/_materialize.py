@@ -86,7 +86,8 @@ def dense_transpose(
                 if here
             ]
             matrix[row] = torch.cat(parts)
-    return matrix_program(matrix, columns, list(ins), wanted, name)
+    spec = TensorSpec.of(matrix)
+    return matrix_program(spec, times(matrix), columns, list(ins), wanted, name)
 
 
 def _units(ins: Sequence[TensorSpec], wanted: Sequence[bool]) -> Any:
@@ -102,8 +103,19 @@ def _units(ins: Sequence[TensorSpec], wanted: Sequence[bool]) -> Any:
             yield arguments
 
 
+def times(matrix: torch.Tensor) -> Callable[[Emitter, Var], Var]:
+    """Return what writes down the product of a matrix with a vector."""
+
+    def emit(e: Emitter, v: Var) -> Var:
+        result = TensorSpec((matrix.shape[0],), matrix.dtype, matrix.device)
+        return e.emit(aten.mv.default, (Residual(matrix, e.source), v), result)
+
+    return emit
+
+
 def matrix_program(
-    matrix: torch.Tensor,
+    matrix: TensorSpec,
+    multiply: Callable[[Emitter, Var], Var],
     columns: Sequence[TensorSpec],
     all_rows: Sequence[TensorSpec],
     wanted: Sequence[bool],
@@ -114,40 +126,15 @@ def matrix_program(
     Parameters
     ----------
     matrix
-        Of real numbers.
+        The specification of the matrix, of real numbers.
+    multiply
+        Writes down its product with a vector.
     columns
         The specifications of the arguments.
     all_rows, wanted
         Those of the results, and which of them the matrix has rows for.
     name
         Whose matrix it is.
-    """
-
-    def times(e: Emitter, v: Var) -> Var:
-        result = TensorSpec((matrix.shape[0],), matrix.dtype, matrix.device)
-        return e.emit(aten.mv.default, (Residual(matrix, e.source), v), result)
-
-    return vector_program(TensorSpec.of(matrix), times, columns, all_rows, wanted, name)
-
-
-def vector_program(
-    matrix: TensorSpec,
-    times: Callable[[Emitter, Var], Var],
-    columns: Sequence[TensorSpec],
-    all_rows: Sequence[TensorSpec],
-    wanted: Sequence[bool],
-    name: str,
-) -> Program:
-    """Return a map of vectors of real numbers as a program of tensors.
-
-    Parameters
-    ----------
-    matrix
-        The specification of the map's matrix.
-    times
-        Writes down the product with a vector.
-    columns, all_rows, wanted, name
-        As for `matrix_program`.
     """
     e = Emitter(f"matrix of {name}")
     device, dtype = matrix.device, matrix.dtype
@@ -164,7 +151,7 @@ def vector_program(
         parts.append(_cast(e, v, TensorSpec(flat.shape, dtype, device)))
     joined = TensorSpec((matrix.shape[1],), dtype, device)
     vector = parts[0] if len(parts) == 1 else e.emit(aten.cat.default, (parts,), joined)
-    vector = times(e, vector)
+    vector = multiply(e, vector)
     outputs: list[Var | None] = []
     start = 0
     for spec, want in zip(all_rows, wanted, strict=True):

@@ -15,6 +15,7 @@ import torch
 
 from ._callables import quickest
 from ._torch import aten, functions_as_they_are, functions_overridden
+from ._writing import Writer
 
 
 class Origin:
@@ -165,37 +166,22 @@ class Schedule:
 
     def _written_out(self) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:
         """Return straight-line Python that does the same."""
-        names = {o: f"t{i}" for i, o in enumerate(self._order)}
-        known: dict[str, Any] = {}
-
-        def constant(x: Any) -> str:
-            name = f"c{len(known)}"
-            known[name] = x
-            return name
-
-        def text(x: Any) -> str:
-            if isinstance(x, Origin):
-                return names[x]
-            if isinstance(x, (list, tuple)):
-                inside = "".join(f"{text(y)}, " for y in x)
-                return f"[{inside}]" if isinstance(x, list) else f"({inside})"
-            return constant(x)
-
+        w = Writer((Origin,))
+        w.names = names = {o: f"t{i}" for i, o in enumerate(self._order)}
         lines = ["def run(saved):"]
         if self.saved:
             lines.append(f" {', '.join(names[o] for o in self.saved)}, = saved")
         for o in self._order:
             if isinstance(o, Literal):
-                lines.append(f" {names[o]} = {constant(o.tensor)}")
+                lines.append(f" {names[o]} = {w.constant(o.tensor)}")
             elif o.op is not None:
-                given = [text(a) for a in o.args] + [f"{k}={text(a)}" for k, a in o.kwargs.items()]
-                lines.append(f" {names[o]} = {constant(quickest(o.op))}({', '.join(given)})")
+                lines.append(
+                    f" {names[o]} = {w.call(w.constant(quickest(o.op)), o.args, o.kwargs)}"
+                )
             if o in self._gone:
                 lines.append(f" del {', '.join(names[x] for x in self._gone[o])}")
         lines.append(f" return [{', '.join(names[o] for o in self._wanted)}]")
-        exec(compile("\n".join(lines), "<origins>", "exec"), known)
-        run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]] = known.pop("run")
-        return run
+        return w.function(lines, "origins")
 
 
 #: At which call a schedule is written out: most are followed once or not at all.

@@ -36,11 +36,7 @@ class Reads(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        for a in args:
-            if isinstance(a, _TENSOR):
-                self._seen[id(a)] = _REF(a)
-            elif type(a) in _SEQUENCES:
-                self.note(a)
+        self.note(args)
         if kwargs:
             self.note(kwargs.values())
         if self._thaw and not getattr(func, "__name__", "").endswith("_"):

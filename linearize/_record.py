@@ -33,7 +33,7 @@ from ._origin import Origin, Saved
 from ._program import Emitter, Equation, Operation, Program, Var
 from ._recorder import OpaqueError, Recorder
 from ._residual import Residual
-from ._signature import EXPECTED, HiddenError, arguments, node_key, saved_by
+from ._signature import HiddenError, arguments, node_key, saved_by
 from ._space import TensorSpec, tensor_spec
 from ._torch import (
     Node,
@@ -183,16 +183,11 @@ class _Walk:
     def deliver(self, edge: Edge, grad: Gradient) -> None:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
-        known = self.graph.keys.get(node)
-        if known is None:
-            spec = _metadata_spec(input_metadata(node)[nr])
-        else:
-            spec = tensor_spec(*known[EXPECTED][nr])
-        if grad.var.spec is spec or grad.var.spec == spec:
-            pass
-        elif self.lazy and _sums_to(grad.var.spec, spec):
+        spec = _metadata_spec(input_metadata(node)[nr])
+        fits = grad.var.spec is spec or grad.var.spec == spec
+        if not fits and self.lazy and _sums_to(grad.var.spec, spec):
             grad = self.summed(grad, spec)
-        else:
+        elif not fits:
             number = self.number(grad)
             with self.recorder:
                 number = _fitted(number, spec)

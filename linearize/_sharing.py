@@ -143,8 +143,3 @@ class Structures:
         """Count a compiled program."""
         with self._lock:
             self.compiled += 1
-
-    def clear(self) -> None:
-        """Forget all structures."""
-        with self._lock:
-            self._known = []

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._capture import Edge, Graph
+from ._capture import Graph
 from ._origin import Origin, Saved
 from ._space import TensorSpec
 from ._torch import (
@@ -55,9 +55,6 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
     """
     places, custom, keys = graph.places, graph.custom, graph.keys
 
-    def roots(edges: Sequence[Edge | None]) -> Iterator[Any]:
-        return (None if e is None else (places.get(e[0], -2), e[1]) for e in edges)
-
     def described(node: Node) -> Any:
         edges = tuple([(places.get(n, -2) if n else -1, nr) for n, nr in node.next_functions])
         if node in custom:
@@ -75,7 +72,8 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
     except (HiddenError, RuntimeError):  # recording has the words for what is wrong
         return None
     leaves = tuple(places.get(leaf) for leaf in graph.leaves)
-    return nodes, tuple(roots(graph.roots)), leaves, tuple(map(tuple, specs))
+    roots = tuple([None if e is None else (places.get(e[0], -2), e[1]) for e in graph.roots])
+    return nodes, roots, leaves, tuple(map(tuple, specs))
 
 
 def expected(node: Node) -> tuple[Any, ...]:
@@ -96,7 +94,7 @@ def arguments(graph: Graph, node: Node) -> tuple[Any, ...]:
     for target, i in node.next_functions:
         if target is not None:
             known = graph.keys.get(target)
-            found.append((expected(target) if known is None else known[EXPECTED])[i])
+            found.append((expected(target) if known is None else known[_EXPECTED])[i])
     return tuple(found)
 
 
@@ -124,29 +122,24 @@ def _node_key(node: Node) -> tuple[Any, ...]:
     if partial and not all(wanted):
         raise HiddenError(node.name())
     others = tuple([getattr(node, name) for name in static]) if static else ()
-    layouts: Any = ()
-    if len(tensors) == 1:
-        value = unpacked(node, *tensors[0])
-        several = isinstance(value, (tuple, list))
-        layouts = _layouts(value) if several else _layout(value)
-    elif tensors:
-        saved: list[torch.Tensor | None] = []
-        for name, raw in tensors:
-            value = unpacked(node, name, raw)
-            if isinstance(value, (tuple, list)):
-                saved.extend(value)
-            else:
-                saved.append(value)
-        layouts = _layouts(saved)
-    return type(node), wanted, expected(node), others, layouts
+    saved: list[torch.Tensor | None] = []
+    for name, raw in tensors:
+        value = unpacked(node, name, raw)
+        if isinstance(value, (tuple, list)):
+            saved.extend(value)
+        else:
+            saved.append(value)
+    return type(node), wanted, expected(node), others, _layouts(saved)
 
 
 #: Where `expected` stands in a node's key.
-EXPECTED = 2
+_EXPECTED = 2
 
 
 def _layouts(saved: Sequence[torch.Tensor | None]) -> Any:
-    """Return the layouts of several tensors, and which share memory: they may differ elsewhere."""
+    """Return the layouts of tensors, and which share memory: they may differ elsewhere."""
+    if len(saved) < 2:
+        return tuple([_layout(t) for t in saved])
     first: dict[int, int] = {}
     layouts = []
     for i, t in enumerate(saved):

@@ -42,7 +42,7 @@ class Source:
     captured
         The run of f.
     structures
-        What is known of other points; None if nothing is to be shared.
+        What is known of other points.
     check
         Whether to check, once per structure, that the two programs are adjoint.
 
@@ -52,9 +52,7 @@ class Source:
         That check, as long as it has not been made.
     """
 
-    def __init__(
-        self, captured: Capture, structures: Structures | None = None, *, check: bool = True
-    ) -> None:
+    def __init__(self, captured: Capture, structures: Structures, *, check: bool = True) -> None:
         self.lock = threading.RLock()
         # The graph is made now: it stamps what contexts keep, before anybody changes it.
         self._graph: Graph | None = captured.graph()
@@ -139,11 +137,10 @@ class Source:
         self._search()
         program = record_pullback(graph, *self._specs, remembered=True)
         self._places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
-        if self._structures is not None:
-            self._count(reused=False)
-            if self._signature is not None and self._structure is None and not program.fixed:
-                self._structure = Structure(self._signature)
-                self._structures.add(self._structure, shared=not graph.custom)
+        self._count(reused=False)
+        if self._signature is not None and self._structure is None and not program.fixed:
+            self._structure = Structure(self._signature)
+            self._structures.add(self._structure, shared=not graph.custom)
         return program
 
     # -- taken over -------------------------------------------------------------------------
@@ -210,17 +207,12 @@ class Source:
         with self.lock:
             if self._dense is None:
                 outs, ins = self._specs
-                self._dense = Dense.of(ins, outs, limit, self._count_dense)
+                self._dense = Dense.of(ins, outs, limit, self._structures.count_dense)
             return self._dense
 
     def count_compiled(self) -> None:
         """Take note that a program was compiled."""
-        if self._structures is not None:
-            self._structures.count_compiled()
-
-    def _count_dense(self) -> None:
-        if self._structures is not None:
-            self._structures.count_dense()
+        self._structures.count_compiled()
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are kept for programs still to be made."""
@@ -237,7 +229,7 @@ class Source:
 
     def _search(self) -> None:
         """Look once whether a point of the same structure was recorded."""
-        if self._searched or self._structures is None or self._graph is None:
+        if self._searched or self._graph is None:
             return
         self._searched = True
         graph = self._graph
@@ -249,7 +241,7 @@ class Source:
             }
 
     def _count(self, *, reused: bool) -> None:
-        if not self._counted and self._structures is not None:
+        if not self._counted:
             self._counted = True
             self._structures.count(reused=reused)
 

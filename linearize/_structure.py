@@ -194,10 +194,10 @@ class Structure:
 
     def fork(self) -> Structure:
         """Return one of the same programs that goes its own way."""
-        made = Structure(self.signature)
+        made = copy.copy(self)
+        made._lock = threading.Lock()
         with self._lock:
             made._templates = {k: [t.fork() for t in ts] for k, ts in self._templates.items()}
-            made._proved = self._proved
         return made
 
     @property

@@ -251,10 +251,11 @@ class Product:
         """Have the programs compiled, or not, those to come too."""
         with self._lock:
             self._compiling, self._hurry = options, True
-            self._short, self._shortened = None, False
             plans = list(self._plans.values())
         for plan in plans:
             plan.compile(options)
+        with self._lock:  # afterwards: a plan that is not quiet any more gives no short way
+            self._short, self._shortened = None, False
 
     def _offer(
         self, present: tuple[bool, ...], program: Program, *, simplified: bool

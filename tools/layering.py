@@ -16,6 +16,7 @@ FLOORS = (
     (
         "_trees",
         "_callables",
+        "_writing",
         "_lines",
         "_origin",
         "_recipes",
