@@ -1,9 +1,10 @@
 """Floor 2: what the derivative of a graph depends on besides numbers.
 
 The `signature` of a graph tells its nodes and how they hang together, shapes and dtypes,
-static arguments, the classes of custom Functions. Where two graphs have equal signatures,
-their linear programs differ in nothing but the residuals' numbers. `node_key` is the part
-that belongs to one built-in node.
+static arguments, the classes of custom Functions, and which of the tensors that it saved share
+memory: a recording takes one tensor that two nodes saved for one. Where two graphs have equal
+signatures, their linear programs differ in nothing but the residuals' numbers. `node_key` is
+the part that belongs to one built-in node.
 """
 
 from __future__ import annotations
@@ -54,13 +55,14 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
     None if that cannot be seen.
     """
     places, custom, keys = graph.places, graph.custom, graph.keys
+    saved: list[torch.Tensor | None] = []
 
     def described(node: Node) -> Any:
         edges = tuple([(places.get(n, -2) if n else -1, nr) for n, nr in node.next_functions])
         if node in custom:
             key = (custom[node].signature(), expected(node))
         else:
-            key = keys[node] = _node_key(node)
+            key = keys[node] = _node_key(node, saved)
         line = graph.line(node)  # programs name the lines that they come from
         return (key, edges) if line is None else (key, edges, line)
 
@@ -69,11 +71,12 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
     ends = set(graph.leaves)
     try:
         nodes = tuple([places[n] if n in ends else described(n) for n in graph.order])
+        shared = shared_memory(saved)
     except (HiddenError, RuntimeError):  # recording has the words for what is wrong
         return None
     leaves = tuple(places.get(leaf) for leaf in graph.leaves)
     roots = tuple([None if e is None else (places.get(e[0], -2), e[1]) for e in graph.roots])
-    return nodes, roots, leaves, tuple(map(tuple, specs))
+    return nodes, roots, leaves, tuple(map(tuple, specs)), shared
 
 
 def expected(node: Node) -> tuple[Any, ...]:
@@ -112,11 +115,12 @@ def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
     """
     known = graph.keys.get(node)
     if known is None:
-        known = graph.keys[node] = _node_key(node)
+        known = graph.keys[node] = _node_key(node, [])
     return known
 
 
-def _node_key(node: Node) -> tuple[Any, ...]:
+def _node_key(node: Node, seen: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    """Return a node's key; add the tensors that it saved to those `seen`."""
     tensors, static, partial = _shown(type(node))
     wanted = tuple([target is not None for target, _ in node.next_functions])
     if partial and not all(wanted):
@@ -129,23 +133,73 @@ def _node_key(node: Node) -> tuple[Any, ...]:
             saved.extend(value)
         else:
             saved.append(value)
-    return type(node), wanted, expected(node), others, _layouts(saved)
+    seen += saved
+    layouts = tuple([_layout(t) for t in saved])
+    return type(node), wanted, expected(node), others, layouts, shared_memory(saved)
 
 
 #: Where `expected` stands in a node's key.
 _EXPECTED = 2
 
 
-def _layouts(saved: Sequence[torch.Tensor | None]) -> Any:
-    """Return the layouts of tensors, and which share memory: they may differ elsewhere."""
-    if len(saved) < 2:
-        return tuple([_layout(t) for t in saved])
-    first: dict[int, int] = {}
-    layouts = []
-    for i, t in enumerate(saved):
-        shared = t is not None and t.layout == torch.strided and first.setdefault(t.data_ptr(), i)
-        layouts.append((_layout(t), shared))
-    return tuple(layouts)
+def shared_memory(tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    """Return which tensors share memory, and how they lie to each other.
+
+    Returns
+    -------
+    tuple
+        For each piece of memory on which there are several: their places among `tensors`, and
+        by how many bytes each begins after the first of them. Not where in memory that is, nor
+        anything of tensors that lie apart, be it on one storage: that may change from point to
+        point.
+    """
+    storages: dict[int, list[int]] = {}
+    for i, t in enumerate(tensors):
+        if t is not None:
+            storages.setdefault(_beginning(t), []).append(i)
+    if len(storages) == len(tensors):
+        return ()
+    found: list[tuple[tuple[int, int], ...]] = []
+    for group in storages.values():
+        if len(group) > 1:
+            found.extend(_overlapping([(i, *_extent(tensors[i])) for i in group]))
+    return tuple(sorted(found, key=min))
+
+
+def _overlapping(extents: list[tuple[int, int, int]]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Yield groups of tensors whose extents overlap, given their places, beginnings and ends."""
+    extents.sort(key=lambda e: (e[1], e[0]))
+    group: list[tuple[int, int]] = []
+    first = last = 0
+    for i, begin, end in extents:
+        if group and begin >= last:
+            if len(group) > 1:
+                yield tuple(group)
+            group = []
+        if not group:
+            first = last = begin
+        last = max(last, end)
+        group.append((i, begin - first))
+    if len(group) > 1:
+        yield tuple(group)
+
+
+def _beginning(t: torch.Tensor) -> int:
+    """Return where the storage of a tensor begins; something of its own for what has none."""
+    if t.layout != torch.strided or not has_memory(t):
+        return -id(t)
+    return t.data_ptr() - t.storage_offset() * t.element_size()
+
+
+def _extent(t: torch.Tensor | None) -> tuple[int, int]:
+    """Return where the memory of a tensor begins and ends."""
+    if t is None or t.layout != torch.strided or not has_memory(t):
+        return 0, 1  # what is in this group is one tensor
+    if not t.numel():
+        return 0, 0
+    begin, size = t.data_ptr(), t.element_size()
+    reach = sum([(n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)])
+    return begin, begin + (reach + 1) * size
 
 
 @functools.lru_cache(maxsize=4096)

@@ -32,6 +32,7 @@ from ._record import NodeBackward, record_function, record_pullback
 from ._recorder import OpaqueError
 from ._residual import Residual, map_leaves
 from ._rules import fit, rule_for
+from ._signature import shared_memory
 from ._space import TensorSpec
 from ._torch import aten, decompositions
 from .errors import LinearizeError, MissingDerivativeError, UnsupportedError
@@ -431,7 +432,9 @@ def _kind(
         return type(x), repr(x)
 
     keywords = tuple([(k, kind(x)) for k, x in sorted(eq.kwargs.items())])
-    return eq.op, kind(eq.args), keywords, tuple([None if c is None else c.spec for c in cts])
+    shared = shared_memory([r.tensor for r in residuals])
+    wanted = tuple([None if c is None else c.spec for c in cts])
+    return eq.op, kind(eq.args), keywords, wanted, shared
 
 
 def _recorded_transpose(
