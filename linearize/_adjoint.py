@@ -38,7 +38,7 @@ Transposed: TypeAlias = Callable[[Program], Program]
 # -- sums of inner products -----------------------------------------------------------------
 
 
-class _Balance:
+class Balance:
     """A sum of inner products that should be zero, and how large it could well be.
 
     A random vector with entries of size one and any other one x have a product of the size of
@@ -218,10 +218,10 @@ class Proof:
 
     def _tried(
         self, executor: Executor, binding: Binding, arguments: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor | None], _Balance]:
+    ) -> tuple[list[torch.Tensor | None], Balance]:
         assert self._programs is not None
         pullback, _ = self._programs
-        balance = _Balance()
+        balance = Balance()
         if not _opaque(pullback):
             # One after the other, which takes less memory.
             results = executor(arguments, binding)
@@ -309,7 +309,7 @@ def _is_generic(t: torch.Tensor) -> bool:
 # -- with numbers of its own ------------------------------------------------------------------
 
 
-class _RankOne(Operation):
+class RankOne(Operation):
     """The map b Re⟨a, ·⟩, which stands for an opaque operation."""
 
     __slots__ = ("a", "b", "name")
@@ -356,7 +356,7 @@ class _StandIns:
 
         # A backward takes what belongs to the node's outputs, a jvp what belongs to its inputs.
         a, b = vectors(eq.args, not backward), vectors(eq.outputs, backward)
-        op = _RankOne(a, b, f"a stand-in for {op_name(eq.op)}")
+        op = RankOne(a, b, f"a stand-in for {op_name(eq.op)}")
         return Equation(op, eq.args, {}, eq.outputs, eq.source)
 
 
@@ -439,7 +439,7 @@ def parting(
     v = [v.spec.random(generator) for v in of_pushforward.inputs]
     with torch.inference_mode(False), torch.no_grad():
         jv, jtu = pushforward(v), pullback(u)
-        balance = _Balance()
+        balance = Balance()
         balance.add(1, u, jv)
         balance.add(-1, jtu, v)
         if balance.holds(_limit(of_pullback, of_pushforward)):
@@ -521,7 +521,7 @@ def _name_fault(pullback: Program, pushforward: Program, transposed: Transposed)
         if other is None:
             continue
         v, u = numbers(eq.args, other.outputs), numbers(other.args, eq.outputs)
-        balance = _Balance()
+        balance = Balance()
         balance.add(1, u, eq.op(*v))
         balance.add(-1, other.op(*u), v)
         if not balance.holds(max(_limit(_alone(eq)), _limit(_alone(other)))):

@@ -86,7 +86,8 @@ class NodeBackward(Operation):
         return outside_backward(call)
 
 
-def _metadata_spec(meta: Any) -> TensorSpec:
+def metadata_spec(meta: Any) -> TensorSpec:
+    """Return what a node expects at one of its places."""
     return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
 
 
@@ -183,18 +184,18 @@ class _Walk:
     def deliver(self, edge: Edge, grad: Gradient) -> None:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
-        spec = _metadata_spec(input_metadata(node)[nr])
+        spec = metadata_spec(input_metadata(node)[nr])
         fits = grad.var.spec is spec or grad.var.spec == spec
         if not fits and self.lazy and _sums_to(grad.var.spec, spec):
             grad = self.summed(grad, spec)
         elif not fits:
             number = self.number(grad)
             with self.recorder:
-                number = _fitted(number, spec)
-            fitted = self.computed(number)
-            if fitted is None:
+                number = fitted(number, spec)
+            computed = self.computed(number)
+            if computed is None:
                 return
-            grad = fitted
+            grad = computed
         slot = self.pending.setdefault(node, {})
         slot[nr] = self.sum(slot[nr], grad) if nr in slot else grad
 
@@ -412,7 +413,7 @@ class _Walk:
     def opaque(self, node: Node, grads: Sequence[Gradient | None], reason: str) -> None:
         """Write down a node as one operation, because of `reason`."""
         edges, specs = _edges(node)
-        takes = [_metadata_spec(m) for m in input_metadata(node)]
+        takes = [metadata_spec(m) for m in input_metadata(node)]
         gives = [s for s in specs if s is not None]
         self.place(NodeBackward(node, gives, takes, reason), edges, specs, grads)
 
@@ -452,7 +453,7 @@ class _Walk:
 def _edges(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSpec | None]]:
     """Return where a node's results go, and what is expected there."""
     edges = node.next_functions
-    return edges, [None if n is None else _metadata_spec(input_metadata(n)[i]) for n, i in edges]
+    return edges, [None if n is None else metadata_spec(input_metadata(n)[i]) for n, i in edges]
 
 
 def _check_dense(node: Node, result: Sequence[torch.Tensor | None]) -> None:
@@ -479,7 +480,7 @@ def _sums_to(spec: TensorSpec, target: TensorSpec) -> bool:
     )
 
 
-def _fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """Do what the autograd engine does to a gradient before it hands it on."""
     if grad.shape != spec.shape:
         grad = grad.sum_to_size(spec.shape)

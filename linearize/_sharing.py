@@ -64,6 +64,14 @@ class Shared:
         except (TypeError, ValueError):  # no hash, or too large
             return
 
+    def drop(self, policy: Hashable, structure: Structure) -> None:
+        """Forget a structure."""
+        try:
+            with self._lock:
+                self._known.pop(hashkey(policy, structure.signature), None)
+        except TypeError:  # no hash: it is not here
+            return
+
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
@@ -120,6 +128,12 @@ class Structures:
         self._insert(structure)
         if shared:
             SHARED.keep(self._policy, structure)
+
+    def drop(self, structure: Structure) -> None:
+        """Forget a structure that was found to be wrong, for others too."""
+        with self._lock:
+            self._known = [s for s in self._known if s is not structure]
+        SHARED.drop(self._policy, structure)
 
     def _insert(self, structure: Structure) -> None:
         with self._lock:

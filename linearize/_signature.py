@@ -188,7 +188,7 @@ def _beginning(t: torch.Tensor) -> int:
     """Return where the storage of a tensor begins; something of its own for what has none."""
     if t.layout != torch.strided or not has_memory(t):
         return -id(t)
-    return t.data_ptr() - t.storage_offset() * t.element_size()
+    return int(t.data_ptr() - t.storage_offset() * t.element_size())
 
 
 def _extent(t: torch.Tensor | None) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import torch
 from ._adjoint import Proof
 from ._capture import Capture, Graph
 from ._dense import Dense
-from ._execute import Binding, filled
+from ._execute import Binding, Executor, filled
 from ._functions import CustomNode
 from ._origin import Origin, Saved
 from ._program import Program
@@ -26,9 +26,10 @@ from ._sharing import Structures
 from ._signature import signature
 from ._simplify import watched
 from ._structure import Structure, Template
+from ._takeover import Comparison, first_parting
 from ._torch import outside_backward
 from ._transpose import transpose
-from .errors import StalenessError
+from .errors import ReuseError, StalenessError
 
 #: The names of the two directions.
 PULLBACK, PUSHFORWARD = "pullback", "pushforward"
@@ -44,7 +45,8 @@ class Source:
     structures
         What is known of other points.
     check
-        Whether to check, once per structure, that the two programs are adjoint.
+        When to check that the two programs are adjoint, and that those taken over from other
+        points are those of this graph: "structure" (once for each), "always" or "never".
 
     Attributes
     ----------
@@ -52,7 +54,9 @@ class Source:
         That check, as long as it has not been made.
     """
 
-    def __init__(self, captured: Capture, structures: Structures, *, check: bool = True) -> None:
+    def __init__(
+        self, captured: Capture, structures: Structures, *, check: str = "structure"
+    ) -> None:
         self.lock = threading.RLock()
         # The graph is made now: it stamps what contexts keep, before anybody changes it.
         self._graph: Graph | None = captured.graph()
@@ -64,6 +68,7 @@ class Source:
         #: What the pushforward owes before its first product is handed out.
         self.proof: Proof | None = None
         self._dense: Dense | None = None
+        self._comparison: Comparison | None = None
         self._structure: Structure | None = None
         self._signature: tuple[object, ...] | None = None
         self._searched = False
@@ -124,7 +129,7 @@ class Source:
 
     def _owes_proof(self) -> bool:
         structure = self._structure
-        return self._check and not (structure is not None and structure.proved)
+        return self._check != "never" and not (structure is not None and structure.proved)
 
     def _proved(self) -> None:
         self.proof = None
@@ -177,11 +182,67 @@ class Source:
                 if template.simplified and not simplified:
                     continue
                 binding = template.bind(self._saved, self._custom, self._known)
-                if binding is not None:
+                if binding is not None and self._agrees(template, binding, direction, present):
                     self._count(reused=True)
                     self._bound.append(binding)
                     return template, binding
             return None
+
+    def _agrees(
+        self, template: Template, binding: Binding, direction: str, present: tuple[bool, ...]
+    ) -> bool:
+        """Whether a program of another point does what the graph of this one does.
+
+        Looked at when it is first taken over. False if it loses digits here.
+
+        Raises
+        ------
+        ReuseError
+            If it does something else.
+        """
+        known = template.verified.is_set() and self._check != "always"
+        if known or self._check == "never" or direction not in (PULLBACK, PUSHFORWARD):
+            return True
+        assert self._graph is not None
+        if self._comparison is None:
+            self._comparison = Comparison(self._graph, *self._specs)
+        compare = getattr(self._comparison, direction)
+        same = compare(template.executor, binding, present)
+        if same:
+            template.verified.set()
+        if same is False:
+            self._explain(template, direction, present)
+        return same is not False
+
+    def _explain(self, template: Template, direction: str, present: tuple[bool, ...]) -> None:
+        """Raise unless a program that does not do what the graph does only loses digits."""
+        assert self._graph is not None
+        assert self._comparison is not None
+        assert self._structure is not None
+        fresh = record_pullback(self._graph, *self._specs, remembered=True)
+        whole = (True,) * len(self._specs[0])
+        if not self._comparison.pullback(Executor(fresh), Binding.of(fresh), whole):
+            return  # what is recorded here is no nearer to the graph
+        where = ""
+        for other in self._structure.templates((direction, present)):
+            binding = None
+            if not other.simplified:
+                binding = other.bind(self._saved, self._custom, self._known)
+            if binding is None:
+                continue
+            compare = getattr(self._comparison, direction)
+            if other is not template and compare(other.executor, binding, present):
+                return  # the simplified program is less precise
+            if all(present):
+                right = fresh if direction == PULLBACK else transpose(fresh)
+                where = first_parting(right, filled(other.program, binding))
+        self._structures.drop(self._structure)
+        self._structure = None
+        raise ReuseError(
+            f"the {direction} recorded at another point of the same structure is not the one of "
+            f"this graph, from {where or 'a node not known'} on; it was forgotten, and the next "
+            "call records this point anew; please report this"
+        )
 
     def has_better(self, direction: str, present: tuple[bool, ...]) -> bool:
         """Whether another point left a simplified program whose numbers cost much."""
@@ -273,6 +334,7 @@ class Source:
         self._graph = None
         self._leaves = []
         self._read, self._known = {}, {}
+        self._comparison = None
         bindings, self._bound = self._bound, []
         ours = {id(r): r for b in bindings for r in (*b.residuals, *b.guards)}
         for b in bindings:

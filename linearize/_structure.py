@@ -51,6 +51,8 @@ class Template:
         Whether it is the simplified one.
     costly
         Whether its numbers cost as much to compute as several products.
+    verified
+        Set when it was held against a graph that it was not made from; forks share it.
     """
 
     __slots__ = (
@@ -62,6 +64,7 @@ class Template:
         "executor",
         "program",
         "simplified",
+        "verified",
     )
 
     def __init__(self, program: Program, places: dict[int, int], *, simplified: bool) -> None:
@@ -82,6 +85,7 @@ class Template:
         self.program = _mapped(program, without_numbers, place)
         self.executor = Executor(self.program, final=simplified)
         self.simplified = simplified
+        self.verified = threading.Event()
         self._wanted = [(r, r.origin) for r in self.program.residuals() if r.origin is not None]
         needed = ordered([o for _, o in self._wanted])
         self.costly = any(isinstance(o.op, Costly) for o in needed)

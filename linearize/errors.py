@@ -71,6 +71,16 @@ class AdjointError(LinearizeError, RuntimeError):
     """
 
 
+class ReuseError(LinearizeError, RuntimeError):
+    """Programs recorded at another point were found not to be those of this point.
+
+    Two points with equal structure share their programs, and the first time that one is taken
+    over it is held against the graph of the point. The message names the node at which they
+    part. The programs are forgotten: the next product of the point records its own. Remedy:
+    none is needed but a report, this is a mistake of the package.
+    """
+
+
 class CompilationWarning(UserWarning):
     """A program could not be compiled; it runs as it was, and is right.
 

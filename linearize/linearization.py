@@ -109,7 +109,7 @@ class Linearization:
         self._name, self._traced = captured.name, captured.trace is not None
         self._simplifies = policy.simplify
         structures = structures or Structures(policy.shared)
-        source = Source(captured, structures, check=policy.check != "never")
+        source = Source(captured, structures, check=policy.check)
         self._lifetime = Lifetime(notify)
         self._lifetime.register(self)
         self.in_space = captured.in_space

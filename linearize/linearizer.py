@@ -58,10 +58,11 @@ class Linearizer:
         Whether a program that is run repeatedly is simplified; the simplified one takes over
         when it was seen to give the same.
     check
-        When the two products are checked to be adjoint on one random pair. "structure": once
-        for all points with one structure, without calling custom Functions. "always": at each
-        point, before its first product, with the methods of custom Functions, each called
-        once more for it. "never": not at all. A failure is an `AdjointError`.
+        When the two products are checked to be adjoint on one random pair, and programs taken
+        over from another point to be those of this one. "structure": once for all points with
+        one structure, without calling custom Functions. "always": at each point, before its
+        first product, with the methods of custom Functions, each called once more for it.
+        "never": not at all. A failure is an `AdjointError` or a `ReuseError`.
     dense_limit
         The most bytes that the Jacobian of a point may take as a matrix. A program that is
         slower than its matrix, and was run often enough to pay for it, is replaced by it;

@@ -70,6 +70,7 @@ FLOORS = (
         "_vectorize",
         "_structure",
         "_sharing",
+        "_takeover",
         "_source",
     ),
     ("_plan", "products", "_operator", "operators"),
