@@ -6,12 +6,12 @@
 tensor([1., 1.])
 """
 
-from . import errors, inside, operators
-from ._functions import register_jvp
-from ._memo import Stats
+from . import errors, inspection, operators
+from ._capture.custom import register_jvp
+from ._points.linearization import Linearization
+from ._points.linearizer import Linearizer
+from ._points.memo import Stats
 from .errors import LinearizeError
-from .linearization import Linearization
-from .linearizer import Linearizer
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ __all__ = [
     "Linearizer",
     "Stats",
     "errors",
-    "inside",
+    "inspection",
     "operators",
     "register_jvp",
 ]

@@ -1,4 +1,4 @@
-"""Floor 4: linear operators, matrices that are known by their products alone.
+"""Linear operators, matrices that are known by their products alone.
 
 `here.jacobian` is one. Operators add, scale and multiply to operators, and every one of them
 can be applied to pytrees, to flat vectors and to matrices of these, turned into its adjoint
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from ._flat import Parts, check_flat, split, zeros
-from ._operator import LinearOperator, SelfAdjoint
-from ._space import Space
-from .products import JvpFn, Product, VjpFn
+from ._points.product import JvpFn, Product, VjpFn
+from ._spaces.flat import Parts, check_flat, split, zeros
+from ._spaces.operators import LinearOperator, SelfAdjoint
+from ._spaces.space import Space
 
 __all__ = ["Jacobian", "LinearOperator", "SelfAdjoint", "Space", "diagonal", "identity"]
 
