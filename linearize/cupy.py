@@ -23,6 +23,10 @@ from .errors import SpaceError, StructureError, UnsupportedError
 __all__ = ["aslinearoperator"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def aslinearoperator(operator: LinearOperator | Linearization) -> Any:
     """Return a `cupyx.scipy.sparse.linalg.LinearOperator` with all four products.
 

@@ -22,20 +22,25 @@ import torch
 import torch.nn.functional as F
 
 from ._derivatives.gradient import gradient_and_value
+from ._points.jacobian import run
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._points.product import Product
-from ._programs.aten import close
 from ._programs.program import total_bytes
+from ._spaces.compare import close
 from ._spaces.flat import Parts, zeros
 from ._spaces.operators import SelfAdjoint
 from ._spaces.space import Space
 from ._text.progress import progress
 from ._torch.names import pytree
 from .errors import LinearizeError, OptionError, StructureError
-from .operators import run
 
 __all__ = ["Curvature", "fisher", "gauss_newton", "hessian"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Reduction = Literal["sum", "mean"]
 

@@ -26,6 +26,11 @@ from .errors import DistributedError, UnsupportedError
 
 __all__ = ["RowJacobian", "jacobian", "total"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Group = Any
 T = TypeVar("T")
 

@@ -18,23 +18,24 @@ from ._capture.capture import capture
 from ._derivatives.blocks import hessian, jacfwd, jacrev
 from ._derivatives.history import Point, handed_on
 from ._points.linearization import Linearization
-from ._programs.aten import close
+from ._spaces.compare import close
 from ._spaces.space import TensorSpec, differentiable
 from ._torch.names import pytree
 from .errors import NotLinearError, StructureError
-from .functional import hvp, jacobian
 
 __all__ = [
     "hessian",
-    "hvp",
     "jacfwd",
-    "jacobian",
     "jacrev",
     "jvp",
     "linear_transpose",
     "linearize",
     "vjp",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def jvp(

@@ -29,6 +29,11 @@ from .errors import OptionError, StructureError
 
 __all__ = ["hessian", "hvp", "jacobian", "vhp"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Strategy = Literal["auto", "reverse-mode", "forward-mode"]
 _DIRECTIONS: dict[str, Direction] = {
     "auto": "auto",

@@ -30,6 +30,11 @@ from .errors import LinearizeError, SpaceError, UnsupportedError
 
 __all__ = ["least_squares", "minimum", "root"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 #: Given an operator A and a flat vector b, returns the flat vector x with A·x = b.
 Solve: TypeAlias = Callable[[LinearOperator, torch.Tensor], torch.Tensor]
 

@@ -36,6 +36,11 @@ from .errors import OptionError, SpaceError, StructureError, UnsupportedError
 
 __all__ = ["ScalarFunction", "VectorFunction", "aslinearoperator", "newton_krylov"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Array = NDArray[Any]
 
 

@@ -20,6 +20,11 @@ from .errors import CheckFailure, LinearizeError
 
 __all__ = ["Report", "check_linearization"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Tensors = list[torch.Tensor]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function
 
 import linearize as lz
-from linearize._check.adjoint import Proof
+from linearize._check.proof import Proof
 from linearize._execute.executor import Executor
 from linearize._programs.program import Equation, Program, Var
 from linearize._reuse.structure import PROVED

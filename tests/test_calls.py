@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import linearize as lz
-from linearize._torch.names import set_grad_mode
+from linearize._torch.modes import set_grad_mode
 
 D = torch.float64
 #: More than it takes until nothing is left to decide.

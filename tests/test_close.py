@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.measure import memory
 from linearize._programs import aten as _linearity
-from linearize._programs.aten import close, rounding
+from linearize._spaces.compare import close, rounding
 
 NAN, INF = float("nan"), float("inf")
 

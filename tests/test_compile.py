@@ -13,7 +13,8 @@ from torch.autograd import Function
 from torch.autograd.functional import jacobian
 
 import linearize as lz
-from linearize._execute.executor import Binding, Executor
+from linearize._execute.binding import Binding
+from linearize._execute.executor import Executor
 from linearize._forms import compiled as _compile
 from linearize._forms.cuda_graphs import Replays
 from linearize._forms.segments import Segments, Stretch

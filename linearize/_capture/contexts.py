@@ -16,7 +16,8 @@ import torch
 from .._programs.residuals import Residual
 from .._spaces.space import TensorSpec
 from .._text.labels import Line
-from .._torch.names import ContextWatcher, forward_class
+from .._torch.contexts import ContextWatcher
+from .._torch.graphs import forward_class
 
 
 @dataclasses.dataclass(slots=True)

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 
 from .._programs.program import Operation
-from .._programs.residuals import Residual, first_freed, leaves
+from .._programs.residuals import Residual, first_freed
+from .._spaces.nested import leaves
 from .._spaces.space import TensorSpec
-from .._torch.names import (
-    OpOverload,
+from .._torch.graphs import (
     forward_class,
     input_metadata,
     materialized_arguments,
     only_raises,
     packed_by_hooks,
-    pytree,
-    without_inference_mode,
 )
+from .._torch.modes import without_inference_mode
+from .._torch.names import OpOverload, pytree
 from ..errors import FunctionContractError, StalenessError, StructureError
 from .contexts import ContextRecord, function_name
 

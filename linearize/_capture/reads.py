@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .._torch.names import DispatchMode, batched_or_wrapped, lazy_bits_respected, pytree
+from .._torch.modes import DispatchMode, lazy_bits_respected
+from .._torch.names import batched_or_wrapped, pytree
 
 
 class Reads(TorchFunctionMode):

@@ -17,17 +17,10 @@ import torch
 
 from .._programs.origins import Origin, Saved
 from .._spaces.space import TensorSpec
-from .._torch.names import (
-    Node,
-    has_memory,
-    input_metadata,
-    is_generated,
-    is_wrapped_number,
-    saved_names,
-    unpacked,
-)
+from .._torch.graphs import Node, input_metadata, is_generated, saved_names, unpacked
+from .._torch.names import has_memory, is_wrapped_number
 from ..errors import LinearizeError
-from .capture import Graph
+from .graph import Graph
 
 #: Nodes with state that cannot be read from Python and is not told by shapes and dtypes.
 _HIDDEN_STATE = frozenset(

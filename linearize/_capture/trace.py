@@ -17,15 +17,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .._text.labels import Line, Locator, at_line
-from .._torch.names import (
+from .._torch.graphs import (
     Node,
-    functorch_active,
     history,
     is_custom,
     let_die_in_turn,
     next_node_number,
     node_number,
 )
+from .._torch.modes import functorch_active
 from .contexts import ContextRecords
 
 _RUNS_BACKWARD = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)

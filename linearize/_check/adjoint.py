@@ -14,18 +14,16 @@ operations, and what goes in and comes out there counts as more arguments and re
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
-from .._execute.executor import Binding, Executor
-from .._programs.aten import tolerance
+from .._execute.executor import Executor
 from .._programs.program import Equation, Operation, Program, Var, op_name
 from .._programs.residuals import Residual
+from .._spaces.compare import tolerance
 from .._spaces.space import TensorSpec
-from .._torch.names import functorch_active, outside_transforms, unobserved
 from ..errors import AdjointError
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
@@ -106,7 +104,7 @@ def _inner(a: Tensors, b: Tensors) -> float:
     return sum(_dot(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None)
 
 
-def _limit(*programs: Program) -> float:
+def rounding_limit(*programs: Program) -> float:
     """Return the relative error that may be rounding, in the coarsest dtype that occurs."""
     dtypes = {v.spec.dtype for p in programs for v in p.inputs}
     dtypes |= {v.spec.dtype for p in programs for eq in p.equations for v in eq.outputs if v}
@@ -122,188 +120,9 @@ def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
-# -- the proof that a pushforward owes --------------------------------------------------------
-
-
-class Proof:
-    """The check that a pushforward is the adjoint of its pullback, made at the first product.
-
-    Parameters
-    ----------
-    pullback, pushforward
-        The second is the transpose of the first.
-    transposed
-        What made the transpose, asked again about single equations to find one at fault.
-    passed
-        Called when the check has passed.
-    """
-
-    def __init__(
-        self,
-        pullback: Program,
-        pushforward: Program,
-        transposed: Transposed,
-        passed: Callable[[], None],
-    ) -> None:
-        self._programs: tuple[Program, Program] | None = (pullback, pushforward)
-        self._transposed = transposed
-        self._passed = passed
-        self._lock = threading.RLock()
-        self._error: AdjointError | None = None
-
-    def run(
-        self, executor: Executor, binding: Binding, arguments: Sequence[torch.Tensor], whole: bool
-    ) -> list[torch.Tensor | None]:
-        """Run the pushforward for the first time.
-
-        Parameters
-        ----------
-        executor, binding
-            What is run.
-        arguments
-            The tangents.
-        whole
-            Whether there is one for each primal.
-
-        Raises
-        ------
-        AdjointError
-            If the two are not adjoint, now and at each later call.
-        """
-        with self._lock:
-            programs = self._programs
-            if whole and programs is not None and self._serves(binding, arguments):
-                results, balance = self._tried(executor, binding, arguments)
-                if balance.holds(_limit(*programs)):
-                    self._settle()
-                    return results
-            self.complete()
-        return executor(arguments, binding)
-
-    def complete(self) -> None:
-        """Make the check with numbers of its own, if it has not been made.
-
-        Raises
-        ------
-        AdjointError
-            If the two programs are not adjoint.
-        """
-        with self._lock:
-            if self._error is not None:
-                raise self._error
-            if self._programs is None:
-                return
-            pullback, pushforward = self._programs
-            try:
-                with outside_transforms(), unobserved(), torch.inference_mode(False):
-                    check_built_in(pullback, pushforward, self._transposed)
-            except AdjointError as error:
-                self._error = error
-                self._programs = None
-                raise
-            self._settle()
-
-    def _settle(self) -> None:
-        self._programs = None
-        self._passed()
-
-    def _serves(self, binding: Binding, arguments: Sequence[torch.Tensor]) -> bool:
-        """Whether the first product can be held against the pullback."""
-        if functorch_active() or not all(map(_is_generic, arguments)):
-            return False
-        assert self._programs is not None
-        # A method that was missing is not called: a program stands in its place.
-        called = {id(_node(op)) for op in binding.ops}
-        return all({id(_node(op)) for op in _opaque(p)} <= called for p in self._programs)
-
-    def _tried(
-        self, executor: Executor, binding: Binding, arguments: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor | None], Balance]:
-        assert self._programs is not None
-        pullback, _ = self._programs
-        balance = Balance()
-        if not _opaque(pullback):
-            # One after the other, which takes less memory.
-            results = executor(arguments, binding)
-            trial = _Trial(pullback)
-            balance.add(1, trial.cotangents, results)
-            balance.add(-1, trial.results, arguments)
-            return results, balance
-        trial = _Trial(pullback)
-
-        def seen(op: Operation) -> Any:
-            cut = trial.cuts.get(id(_node(op)))
-            if cut is None:
-                return op
-
-            def call(*args: torch.Tensor | None) -> Any:
-                balance.add(1, cut.results, args, lasting=False)
-                results = op(*args)
-                balance.add(-1, cut.received, results, lasting=False)
-                return results
-
-            return call
-
-        watched = Binding(binding.residuals, [seen(op) for op in binding.ops], binding.guards)
-        results = executor(arguments, watched)
-        balance.add(1, trial.cotangents, results)
-        balance.add(-1, trial.results, arguments)
-        return results, balance
-
-
-def _opaque(program: Program) -> list[Any]:
-    return [eq.op for eq in program.equations if _node(eq.op) is not None]
-
-
-class _Cut(Operation):
-    """Stands for an opaque operation: takes note of its arguments, gives random numbers."""
-
-    __slots__ = ("name", "received", "results")
-    may_alias = False
-
-    def __init__(self, results: Tensors, name: str) -> None:
-        self.received: Tensors = [None] * len(results)
-        self.results, self.name = results, name
-
-    def __call__(self, *args: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Return copies of the random numbers."""
-        self.received = args
-        return [None if t is None else t.clone() for t in self.results]
-
-
-class _Trial:
-    """A pullback run with random cotangents, cut at opaque operations."""
-
-    def __init__(self, pullback: Program) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self.cuts: dict[int, _Cut] = {}
-
-        def cut(eq: Equation) -> Equation:
-            if _node(eq.op) is None:
-                return eq
-            numbers = [None if v is None else v.spec.random(generator) for v in eq.outputs]
-            op = self.cuts[id(_node(eq.op))] = _Cut(numbers, eq.name)
-            return Equation(op, eq.args, {}, eq.outputs, eq.source)
-
-        program = pullback.with_equations([cut(eq) for eq in pullback.equations])
-        # Modes of the caller's, which count operations perhaps, see the product only.
-        with unobserved(), torch.inference_mode(False), torch.no_grad():
-            self.cotangents = [v.spec.random(generator) for v in program.inputs]
-            self.results = Executor(program)(self.cotangents)
-
-
-def _node(op: Any) -> Any:
+def node_of(op: Any) -> Any:
     """Return the graph node whose code, the user's, an operation calls; None for other ones."""
     return getattr(op, "node", None) if isinstance(op, Operation) else None
-
-
-def _is_generic(t: torch.Tensor) -> bool:
-    """Whether a vector looks as if it could tell linear maps apart: unlike zeros, ones, units."""
-    flat = t.reshape(-1)[:: max(1, t.numel() // 128)]
-    if flat.numel() < 4:
-        return bool((flat != 0).all())
-    changes = int((flat[1:] != flat[:-1]).sum())
-    return 2 * min(changes + 1, int(flat.count_nonzero())) > flat.numel()
 
 
 # -- with numbers of its own ------------------------------------------------------------------
@@ -344,7 +163,7 @@ class _StandIns:
         return program.with_equations([self._placed(eq, backward) for eq in program.equations])
 
     def _placed(self, eq: Equation, backward: bool) -> Equation:
-        node = _node(eq.op)
+        node = node_of(eq.op)
         if node is None:
             return eq
 
@@ -442,7 +261,7 @@ def parting(
         balance = Balance()
         balance.add(1, u, jv)
         balance.add(-1, jtu, v)
-        if balance.holds(_limit(of_pullback, of_pushforward)):
+        if balance.holds(rounding_limit(of_pullback, of_pushforward)):
             return None
         # Where large terms cancel, or a matrix is close to singular, rounding alone may be as
         # large: with all numbers different in their last digits it is seen how large.
@@ -505,7 +324,7 @@ def _name_fault(pullback: Program, pushforward: Program, transposed: Transposed)
 
     Calls each custom Function's methods once more.
     """
-    backwards = {id(_node(eq.op)): eq for eq in pullback.equations if _node(eq.op) is not None}
+    backwards = {id(node_of(eq.op)): eq for eq in pullback.equations if node_of(eq.op) is not None}
     generator = torch.Generator().manual_seed(5)
 
     def numbers(args: Sequence[Any], used: Sequence[Any]) -> list[torch.Tensor | None]:
@@ -516,7 +335,7 @@ def _name_fault(pullback: Program, pushforward: Program, transposed: Transposed)
         ]
 
     for eq in pushforward.equations:
-        node = _node(eq.op)
+        node = node_of(eq.op)
         other = None if node is None else backwards.get(id(node))
         if other is None:
             continue
@@ -524,7 +343,7 @@ def _name_fault(pullback: Program, pushforward: Program, transposed: Transposed)
         balance = Balance()
         balance.add(1, u, eq.op(*v))
         balance.add(-1, other.op(*u), v)
-        if not balance.holds(max(_limit(_alone(eq)), _limit(_alone(other)))):
+        if not balance.holds(max(rounding_limit(_alone(eq)), rounding_limit(_alone(other)))):
             return (
                 f"the first to part is {op_name(eq.op)}, which is not the adjoint of "
                 f"{op_name(other.op)}"

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from .._capture.capture import Capture, capture, other_leaves
+from .._capture.capture import Capture, capture
+from .._capture.graph import other_leaves
 from .._points.linearization import Linearization
 from .._points.product import Product
 from .._spaces.space import differentiable
-from .._torch.names import batched_or_wrapped, functorch_active, has_forward_tangent, pytree
+from .._torch.modes import functorch_active
+from .._torch.names import batched_or_wrapped, has_forward_tangent, pytree
 
 
 class History:

@@ -19,18 +19,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import close, schema_of
+from .._programs.aten import schema_of
 from .._programs.program import Operation
-from .._programs.residuals import leaves, map_leaves
+from .._spaces.compare import close
+from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
-from .._torch.names import (
-    DispatchKey,
-    OpOverload,
-    aten,
-    batched_or_wrapped,
-    outside_transforms,
-    transform_depth,
-)
+from .._torch.modes import outside_transforms, transform_depth
+from .._torch.names import DispatchKey, OpOverload, aten, batched_or_wrapped
 
 #: Along which dimension each tensor is stacked; None for one that all entries share.
 Dims: TypeAlias = Sequence[int | None]

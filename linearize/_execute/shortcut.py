@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from .._torch.names import functions_overridden, functorch_active
-from .executor import Binding, Executor
+from .._torch.modes import functions_overridden, functorch_active
+from .binding import Binding
+from .executor import Executor
 
 
 class Closable(Protocol):

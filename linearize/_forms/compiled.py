@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from .._execute.executor import Binding
+from .._execute.binding import Binding
 from .._execute.written import Function
-from .._programs.aten import close, rounding
 from .._programs.program import Program
+from .._spaces.compare import close, rounding
 from ..errors import LinearizeError, OptionError
-from .dense import seconds
 from .segments import Segments, Stretch
+from .timing import seconds
 
 #: Shorter stretches are left alone.
 SHORTEST = 2

@@ -21,20 +21,20 @@ complex numbers.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 
 from .._execute.executor import Executor
+from .._programs.around_matrix import flat_real, matrix_program, reals, times
 from .._programs.program import Emitter, Program, Var
 from .._simplify.copies import merge_copies
 from .._spaces.space import TensorSpec
-from .._transpose.opaque_matrix import flat_real, matrix_program, reals, times
 from .._transpose.transpose import transpose
 from ..errors import LinearizeError
 from .banded import Banded
+from .timing import seconds
 
 #: The fewest products after which a matrix is considered.
 LEAST = 32
@@ -217,20 +217,3 @@ def random_arguments(program: Program) -> list[torch.Tensor]:
     """Return random arguments of a program, the same each time."""
     generator = torch.Generator().manual_seed(7)
     return [v.spec.random(generator) for v in program.inputs]
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the least time of several runs, the first two of which prepare the others."""
-    times = []
-    for _ in range(6):
-        _wait(device)
-        start = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times[2:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 
-from .._check.adjoint import Proof
-from .._execute.executor import Binding, Executor, filled
+from .._check.proof import Proof
+from .._execute.binding import Binding, filled
+from .._execute.executor import Executor
 from .._execute.mapped import stack_results
 from .._execute.shortcut import Closable, short_way
-from .._programs.aten import close, rounding
+from .._programs.guards import guards
 from .._programs.program import Program
 from .._programs.residuals import Residual
-from .._simplify.passes import guards, simplify
-from .._torch.names import functorch_active
+from .._simplify.passes import simplify
+from .._spaces.compare import close, rounding
+from .._torch.modes import functorch_active
 from ..errors import CompilationWarning
 from .compiled import Options, compiled, replayed
 from .cuda_graphs import Replays, capture_on_cuda

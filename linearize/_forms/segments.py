@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._execute.executor import Binding, Executor
+from .._execute.binding import Binding
+from .._execute.executor import Executor
 from .._execute.written import generate
 from .._programs.program import Equation, Operation, Program, Var
 from ..errors import LinearizeError

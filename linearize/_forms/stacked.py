@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import torch
 
 from .._execute.mapped import Slot, apply_to, call_again, entries, stack_results
-from .._programs.aten import schema_of
+from .._programs.aten import permutation, schema_of
 from .._programs.program import Emitter, Equation, Program, Var
-from .._programs.residuals import Residual, evaluated, map_leaves, viewed
-from .._simplify.copies import permutation
+from .._programs.residuals import Residual, evaluated, viewed
+from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
 

@@ -11,7 +11,8 @@ import torch
 
 from .._programs.aten import may_alias
 from .._programs.program import Equation, Operation, Program, Var
-from .._programs.residuals import Residual, map_leaves
+from .._programs.residuals import Residual
+from .._spaces.nested import map_leaves
 from .._torch.names import OpOverload, aten
 
 

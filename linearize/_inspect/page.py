@@ -9,9 +9,9 @@ import torch
 from .._programs.program import Program
 from .._simplify.passes import explain, simplify
 from .._text.tables import STYLE, as_html, bars, code, escaped, fewer, number, shortened, size
-from ..inspection import Cost, Summary
-from .cost import cost_of
+from .cost import Cost, cost_of
 from .drawing import draw
+from .summary import Summary
 
 #: The most residuals that are listed, and the most lines of a program that are printed.
 _ROWS, _LINES = 200, 400

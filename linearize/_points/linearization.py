@@ -10,22 +10,25 @@ from typing import Any
 
 import torch
 
-from .. import inspection
 from .._capture.capture import Capture
 from .._forms.compiled import Options
+from .._inspect import kept
 from .._inspect.drawing import Drawing, draw
 from .._inspect.page import page
+from .._inspect.summary import Summary, costs
 from .._programs.program import Program, total_bytes
 from .._programs.residuals import Residual
 from .._reuse.shared import Structures
 from .._simplify.passes import explain, simplify
 from .._text.tables import code, framed
 from .._torch.names import pytree
-from .._transpose.transpose import Policy
 from ..errors import ClosedError, CopyError
-from ..operators import Jacobian
-from .product import JvpFn, Lifetime, VjpFn, check_adjoint, check_before_use
-from .programs import Source
+from .closures import JvpFn, VjpFn
+from .first_use import check_adjoint, check_before_use
+from .jacobian import Jacobian
+from .lifetime import Lifetime
+from .policy import Policy
+from .programs import PointPrograms
 
 __all__ = ["Linearization", "ProgramPair"]
 
@@ -109,7 +112,7 @@ class Linearization:
         self._name, self._traced = captured.name, captured.trace is not None
         self._simplifies = policy.simplify
         structures = structures or Structures(policy.shared)
-        source = Source(captured, structures, check=policy.check)
+        source = PointPrograms(captured, structures, check=policy.check)
         self._lifetime = Lifetime(notify)
         self._lifetime.register(self)
         self.in_space = captured.in_space
@@ -223,7 +226,7 @@ class Linearization:
         kept = [*self.jvp_fn._kept(), *self.vjp_fn._kept(), *(source.kept() if source else ())]
         return total_bytes(kept, excluding=self._external)
 
-    def residuals(self) -> inspection.Residuals:
+    def residuals(self) -> kept.Residuals:
         """Return a list of every tensor that is kept now: size, operation, line of f.
 
         Nothing is recorded for it. Before the first product these are the tensors that the
@@ -236,10 +239,12 @@ class Linearization:
             If the linearization was closed.
         """
         self._check_open()
-        products = (self.jvp_fn, self.vjp_fn)
-        return inspection.residuals(products, self._source(), self._external, self._traced)
+        source = self._source()
+        made = {p._name: p._programs() for p in (self.jvp_fn, self.vjp_fn)}
+        waiting = (None, None) if source is None else source.waiting()
+        return kept.residuals(made, waiting, self._external, self._traced)
 
-    def summary(self) -> inspection.Summary:
+    def summary(self) -> Summary:
         """Return tables of the operations, of what a product costs, and of what is kept.
 
         Both programs are recorded for it if they are not yet. Costs are estimated from shapes
@@ -251,8 +256,14 @@ class Linearization:
             If the linearization was closed.
         """
         self._check_open()
-        costs = inspection.costs((self.jvp_fn, self.vjp_fn))
-        return inspection.Summary(self._name, self._map(), costs, self.residuals())
+        jvp_fn, vjp_fn = self.jvp_fn, self.vjp_fn
+        estimates = costs(
+            {
+                jvp_fn._direction: lambda: jvp_fn.program,
+                vjp_fn._direction: lambda: vjp_fn.program,
+            }
+        )
+        return Summary(self._name, self._map(), estimates, self.residuals())
 
     def report(self, path: str | os.PathLike[str], *, limit: int = 30) -> Path:
         """Write everything that can be seen inside to one HTML page that needs nothing else.
@@ -331,8 +342,8 @@ class Linearization:
         title = f"<strong>Linearization</strong> of {code(self._name)}"
         if self.closed:
             return framed(f"<p>{title}, closed</p>")
-        kept = inspection.Summary(self._name, "", {}, self.residuals())
-        return framed(f"<p>{title}<br>{code(self._map())}</p>{kept._memory_html()}")
+        shown = Summary(self._name, "", {}, self.residuals())
+        return framed(f"<p>{title}<br>{code(self._map())}</p>{shown._memory_html()}")
 
     def __reduce__(self) -> Any:
         raise CopyError("a Linearization cannot be copied or pickled: it holds graph contexts")

@@ -16,10 +16,10 @@ from .._capture.capture import capture
 from .._forms.compiled import Options
 from .._reuse.shared import Structures
 from .._spaces.trees import flatten
-from .._transpose.transpose import Policy
 from ..errors import CopyError, OptionError, StructureError
 from .linearization import Linearization
 from .memo import Memo, Stats, content_key
+from .policy import Policy
 
 __all__ = ["Linearizer"]
 

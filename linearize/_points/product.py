@@ -1,69 +1,35 @@
-"""The two products of a linearization, as functions."""
+"""A linear map as a function: what the two products of a linearization have in common."""
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from .._check.adjoint import Proof, check_built_in, check_maps
-from .._execute.executor import Binding, Executor
+from .._check.adjoint import check_built_in
+from .._check.proof import Proof
+from .._execute.binding import Binding
+from .._execute.executor import Executor
 from .._forms.compiled import Options
 from .._forms.dense import Dense
 from .._forms.plan import Plan
 from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
-from .._reuse.structure import Template
+from .._reuse.template import Template
 from .._spaces.space import Space
-from .._torch.names import functorch_active, outside_transforms, set_grad_mode
-from .._transpose.transpose import Policy, resolve, transpose
-from ..errors import (
-    AdjointError,
-    ClosedError,
-    CopyError,
-    LinearizeError,
-    MissingDerivativeError,
-    StructureError,
-)
-from .programs import PULLBACK, PUSHFORWARD, Source
-
-__all__ = ["JvpFn", "VjpFn"]
+from .._torch.modes import functorch_active, outside_transforms, set_grad_mode
+from .._transpose.missing import resolve
+from .._transpose.transpose import transpose
+from ..errors import ClosedError, CopyError
+from .lifetime import Lifetime
+from .policy import Policy
+from .programs import PULLBACK, PUSHFORWARD, PointPrograms
 
 
 def _nothing() -> None:
     """Do nothing."""
-
-
-class Lifetime:
-    """Whether a point is open, and what to release when it closes."""
-
-    def __init__(self, notify: Callable[[bool], None] | None) -> None:
-        self.closed = False
-        self._notify = notify
-        self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._lock = threading.Lock()
-
-    def register(self, part: Any) -> None:
-        """Have `part._release()` called at the end, if it lives that long."""
-        with self._lock:
-            self._parts.add(part)
-
-    def close(self) -> None:
-        """Release all parts."""
-        with self._lock:
-            self.closed = True
-            parts = list(self._parts)
-        for part in parts:
-            part._release()
-        self.changed()
-
-    def changed(self) -> None:
-        """Tell the memo that the point has grown or was closed."""
-        if self._notify is not None:
-            self._notify(self.closed)
 
 
 class Product:
@@ -85,7 +51,7 @@ class Product:
         results: Space,
         lifetime: Lifetime,
         policy: Policy,
-        source: Source | None = None,
+        source: PointPrograms | None = None,
         joined: str = "",
     ) -> None:
         self._make: Callable[[], Program] | None = make
@@ -207,7 +173,7 @@ class Product:
         program = self.program
         if not all(present):
             program = program.restricted(present)
-        program = resolve(program, self._policy)
+        program = resolve(program, **self._policy.opaque)
         template = self._offer(present, program, simplified=False)
         return Plan(
             Executor(program, final=False) if template is None else template.executor,
@@ -452,68 +418,6 @@ class Product:
                 yield from binding.kept()
 
 
-def check_adjoint(pushforward: Product, pullback: Product) -> None:
-    """Check that two products are adjoint, and name what is at fault if they are not.
-
-    Raises
-    ------
-    AdjointError
-        Naming the first operation or custom Function at which they part.
-    """
-
-    def resolved() -> tuple[Program, Program]:
-        policy = pushforward._policy
-        return resolve(pullback.program, policy), resolve(pushforward.program, policy)
-
-    with outside_transforms(), torch.inference_mode(False), torch.no_grad():
-        # Both programs are made first: what is derived of one is then at hand for both.
-        programs = pullback.program, pushforward.program
-        check_maps(
-            pullback._apply,
-            pushforward._apply,
-            *programs,
-            resolved,
-            transpose,
-        )
-
-
-class _FirstUse:
-    """Checks two products when one of them is used first; a failure stays one."""
-
-    def __init__(self, pushforward: Product, pullback: Product) -> None:
-        # Weak, and held by the products: either of them may be gone.
-        self.products = weakref.ref(pushforward), weakref.ref(pullback)
-        self.lock = threading.RLock()
-        self.state: LinearizeError | None = None
-        self.busy = False
-
-    def __call__(self) -> None:
-        with self.lock:
-            if self.busy:
-                return
-            if self.state is not None:
-                raise self.state
-            products = [p for p in (ref() for ref in self.products) if p is not None]
-            if len(products) == 2:
-                self.busy = True
-                try:
-                    check_adjoint(*products)
-                except MissingDerivativeError:
-                    pass  # there is nothing to compare with
-                except AdjointError as error:
-                    self.state = error
-                    raise
-                finally:
-                    self.busy = False
-            for p in products:
-                p._first = None
-
-
-def check_before_use(pushforward: Product, pullback: Product) -> None:
-    """Have two products checked when one of them is used first, if both are alive then."""
-    pushforward._first = pullback._first = _FirstUse(pushforward, pullback)
-
-
 class _DifferentiableProduct(torch.autograd.Function):
     """A product as a function of its argument: its derivative is the other product."""
 
@@ -563,152 +467,3 @@ def _wants_history(tensors: Sequence[torch.Tensor | None]) -> bool:
         if t is not None and t.requires_grad:
             return True
     return False
-
-
-def _stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:
-    if len(flat) == 1 and flat[0] is not None:
-        return
-    sizes = {t.shape[0] for t in flat if t is not None}
-    if len(sizes) != 1:
-        raise StructureError(
-            f"batched: expected {space.word}s stacked along their first dimension, all of one "
-            f"length, got lengths {sorted(sizes)}"
-        )
-
-
-class JvpFn(Product):
-    """The pushforward of a linearization: tangents of the primals to the tangent of the value.
-
-    Call it with one tangent per primal, each structured like the primal; None, for a whole
-    primal or any part of it, is zero. The result is structured like the value; leaves that
-    have no tangent (integers, strings) are None.
-
-    Raises
-    ------
-    StructureError, SpaceError
-        If a tangent does not fit; the message names it.
-    StalenessError
-        If a residual was changed in place since the linearization.
-    ClosedError
-        If the linearization was closed.
-    MissingDerivativeError
-        If a custom Function has no `jvp` and its `backward` cannot be transposed.
-    """
-
-    _name = "jvp_fn"
-    _direction = PUSHFORWARD
-
-    def __call__(self, *tangents: Any) -> Any:
-        """Return J·v."""
-        short = self._short
-        if short is not None and len(tangents) == 1:
-            result = short(tangents[0])
-            if result is not None:
-                return result
-        if self._lifetime.closed:
-            self._check_open()
-        flat = self._arguments.flatten(tangents)
-        return self._results.unflatten(self._apply(flat))
-
-    @property
-    def _takes_one_tensor(self) -> bool:
-        return self._arguments.is_row
-
-    def batched(self, *tangents: Any, chunk_size: int | None = None) -> Any:
-        """Return J·v for K tangents in one pass.
-
-        Parameters
-        ----------
-        *tangents
-            As for a single product, each tensor with a first dimension of length K.
-        chunk_size
-            How many are taken at once, which bounds the memory; None for all.
-
-        Returns
-        -------
-        pytree
-            Structured like the value, each tensor with a first dimension of length K.
-
-        Raises
-        ------
-        StructureError, SpaceError
-            If a tangent does not fit.
-
-        Notes
-        -----
-        Built-in operations are vectorised; custom Functions are called once per tangent inside
-        the pass, or once for all if they set `generate_vmap_rule`.
-        """
-        self._check_open()
-        flat = self._arguments.flatten(tangents, stacked=True)
-        _stack_sizes(self._arguments, flat)
-        return self._results.unflatten(self._batched(flat, chunk_size))
-
-
-class VjpFn(Product):
-    """The pullback of a linearization: a cotangent of the value to those of the primals.
-
-    Call it with one cotangent structured like the value; None, for all or any part of it, is
-    zero. The result is a tuple with one entry per primal; leaves that have no tangent are
-    None. For complex numbers this is Jᴴ·u, PyTorch's convention for gradients.
-
-    Raises
-    ------
-    StructureError, SpaceError
-        If the cotangent does not fit; the message names the leaf.
-    StalenessError
-        If a residual was changed in place since the linearization.
-    ClosedError
-        If the linearization was closed.
-    MissingDerivativeError
-        If a custom Function has no `backward` and its `jvp` cannot be transposed.
-    """
-
-    _name = "vjp_fn"
-    _direction = PULLBACK
-
-    def __call__(self, *cotangent: Any) -> Any:
-        """Return Jᵀ·u (Jᴴ·u for complex numbers)."""
-        short = self._short
-        if short is not None and len(cotangent) == 1:
-            result = short(cotangent[0])
-            if result is not None:
-                return result
-        if self._lifetime.closed:
-            self._check_open()
-        if len(cotangent) != 1:
-            raise StructureError(
-                "vjp_fn: expected 1 cotangent, structured like the value (for a tuple of outputs, "
-                f"one tuple), got {len(cotangent)}"
-            )
-        flat = self._arguments.flatten(cotangent[0])
-        return self._results.unflatten(self._apply(flat))
-
-    @property
-    def _takes_one_tensor(self) -> bool:
-        return self._arguments.is_single
-
-    def batched(self, cotangent: Any, *, chunk_size: int | None = None) -> Any:
-        """Return Jᵀ·u for K cotangents in one pass.
-
-        Parameters
-        ----------
-        cotangent
-            As for a single product, each tensor with a first dimension of length K.
-        chunk_size
-            How many are taken at once, which bounds the memory; None for all.
-
-        Returns
-        -------
-        tuple
-            One entry per primal, each tensor with a first dimension of length K.
-
-        Raises
-        ------
-        StructureError, SpaceError
-            If the cotangent does not fit.
-        """
-        self._check_open()
-        flat = self._arguments.flatten(cotangent, stacked=True)
-        _stack_sizes(self._arguments, flat)
-        return self._results.unflatten(self._batched(flat, chunk_size))

@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 
-from .._capture.capture import Capture, Graph
+from .._capture.capture import Capture
 from .._capture.custom import CustomNode
+from .._capture.graph import Graph
 from .._capture.signature import signature
-from .._check.adjoint import Proof
-from .._execute.executor import Binding, Executor, filled
+from .._check.proof import Proof
+from .._execute.binding import Binding, filled
+from .._execute.executor import Executor
 from .._forms.dense import Dense
+from .._programs.guards import watched
 from .._programs.origins import Origin, Saved
 from .._programs.program import Program
 from .._programs.residuals import Residual
 from .._record.walk import record_pullback
 from .._reuse.shared import Structures
-from .._reuse.structure import Structure, Template
+from .._reuse.structure import Structure
 from .._reuse.takeover import Comparison, first_parting
-from .._simplify.passes import watched
-from .._torch.names import outside_backward
+from .._reuse.template import Template
+from .._torch.graphs import outside_backward
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
 
@@ -35,7 +38,7 @@ from ..errors import ReuseError, StalenessError
 PULLBACK, PUSHFORWARD = "pullback", "pushforward"
 
 
-class Source:
+class PointPrograms:
     """Gives the programs of one point when they are first needed, each once.
 
     Parameters

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from .._spaces.nested import NESTED, map_leaves
 from .._spaces.space import TensorSpec
 from .._text.labels import joined
 from .._text.tables import escaped, framed, shortened
 from ..errors import LinearizeError
-from .residuals import NESTED, Residual, map_leaves, zero_residual
+from .residuals import Residual, zero_residual
 
 
 class Var:

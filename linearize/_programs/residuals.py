@@ -7,11 +7,12 @@ came about and whether it was changed since.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
 from .._text.labels import joined
 from ..errors import StalenessError
@@ -182,30 +183,17 @@ def _origin_of(x: Any) -> Any:
     return x.origin if isinstance(x, Residual) else x
 
 
-def leaves(tree: Any) -> list[Any]:
-    """Return the leaves of nested lists, tuples and dicts."""
-    found: list[Any] = []
-    _gather((tree,), found)
-    return found
+#: The source of residuals made here.
+FOLDED = "folded diagonals"
 
 
-def _gather(tree: Any, found: list[Any]) -> None:
-    for x in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(x, NESTED):
-            if x:
-                _gather(x, found)
-        else:
-            found.append(x)
+def finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no tensor holds an infinite number or NaN; denied too if a sum overflows.
 
-
-NESTED = (list, tuple, dict)
-
-
-def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply `fn` to each leaf of nested lists, tuples and dicts."""
-    kind = type(tree)
-    if kind is list or kind is tuple:
-        return kind([map_leaves(fn, x) if isinstance(x, NESTED) else fn(x) for x in tree])
-    if kind is dict:
-        return {k: map_leaves(fn, x) for k, x in tree.items()}
-    return fn(tree)
+    One pass over each tensor, and the host waits for the device once.
+    """
+    sums = [t.sum() for t in tensors]
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for t in sums:
+        groups.setdefault((t.dtype, t.device), []).append(t)
+    return all(bool(torch.isfinite(torch.stack(group)).all()) for group in groups.values())

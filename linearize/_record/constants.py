@@ -17,7 +17,8 @@ import torch
 from .._programs.aten import CONSTANT, READS_NUMBERS, UNINITIALIZED, functional_variant, schema_of
 from .._programs.origins import Literal, Origin, filled, results
 from .._programs.program import Emitter
-from .._programs.residuals import Residual, leaves, map_leaves
+from .._programs.residuals import Residual
+from .._spaces.nested import leaves, map_leaves
 from .._torch.names import OpOverload, aten, has_memory
 
 _UNREPEATABLE = frozenset(

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from .._programs.program import Operation
-from .._torch.names import Node, call_node, leaf_variable, recomputed_apart
+from .._torch.graphs import Node, leaf_variable, recomputed_apart
+from .._torch.names import aten
 from ..errors import UnsupportedError
 
 
@@ -220,3 +221,59 @@ _MENDED: dict[str, Callable[[Any, Gradients], Gradients]] = {
     "MaxUnpool2DBackward0": _max_unpool,
     "MaxUnpool3DBackward0": _max_unpool,
 }
+
+
+def call_node(node: Any, grads: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+    """Call a built-in graph node with gradients of its outputs."""
+    if getattr(node, "_saved_sparse", False) and grads[0] is not None:
+        dense = _DENSE.get(node.name())  # the same gradient as of `sparse=False`
+        if dense is not None:
+            return dense(node, grads[0])
+    result = node(*grads)
+    return result if isinstance(result, (tuple, list)) else (result,)
+
+
+def _embedding(node: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
+    return (
+        aten.embedding_dense_backward.default(
+            grad,
+            node._saved_indices,
+            node._saved_weight_sym_argsize_0,
+            _signed(node._saved_padding_idx),
+            node._saved_scale_grad_by_freq,
+        ),
+    )
+
+
+def _embedding_bag(node: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
+    indices, offsets, bags = node._saved_indices, node._saved_offsets, node._saved_result1
+    mode, padding = node._saved_mode, _signed(node._saved_padding_idx)
+    weight = aten._embedding_bag_backward.default(
+        grad,
+        indices,
+        offsets,
+        bags,
+        node._saved_result2,
+        node._saved_result3,
+        node._saved_weight_sym_argsize_0,
+        node._saved_scale_grad_by_freq,
+        mode,
+        False,  # not sparse
+        node._saved_per_sample_weights,
+        padding,
+    )
+    if node.next_functions[-1][0] is None:
+        return weight, None
+    of_samples = aten._embedding_bag_per_sample_weights_backward.default
+    return weight, of_samples(grad, node._saved_weight, indices, offsets, bags, mode, padding)
+
+
+_DENSE: dict[str, Callable[..., Sequence[torch.Tensor | None]]] = {
+    "EmbeddingBackward0": _embedding,
+    "EmbeddingBagBackward0": _embedding_bag,
+}
+
+
+def _signed(n: int) -> int:
+    # Some nodes hand out a negative number as an unsigned one.
+    return n - (1 << 64) if n >= 1 << 63 else n

@@ -15,9 +15,11 @@ from typing import Any, TypeAlias
 import cachetools
 import torch
 
-from .._programs.origins import Literal, Origin, Saved, Schedule
+from .._execute.schedule import Schedule
+from .._programs.origins import Literal, Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Var
-from .._programs.residuals import Residual, map_leaves
+from .._programs.residuals import Residual
+from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 from .constants import Constants

@@ -19,19 +19,19 @@ from .._programs.aten import (
     UNINITIALIZED,
     Schema,
     functional_variant,
-    known_linear,
-    linear_by_meaning,
     schema_of,
-    tested_linear,
     wants_contiguous,
 )
 from .._programs.origins import Origin
 from .._programs.program import Emitter, Equation, Operation, Var
-from .._programs.residuals import Residual, leaves, map_leaves, zero_residual
+from .._programs.residuals import Residual, zero_residual
+from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
-from .._torch.names import DispatchMode, OpOverload, aten, lazy_bits_respected, without_subclass
+from .._torch.modes import DispatchMode, lazy_bits_respected, without_subclass
+from .._torch.names import OpOverload, aten
 from ..errors import LinearizeError
 from .constants import Constants
+from .linearity import known_linear, linear_by_meaning, tested_linear
 from .storage import common_dtype, covered, flat_spec, flattened, scattered, shown
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)

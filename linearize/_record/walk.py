@@ -16,29 +16,27 @@ from typing import Any, TypeVar
 import torch
 from cachetools.keys import hashkey
 
-from .._capture.capture import Edge, Graph
 from .._capture.custom import CustomBackward, CustomNode
+from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
 from .._execute.executor import Executor
-from .._programs.aten import close
 from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Program, Var
 from .._programs.residuals import Residual
+from .._spaces.compare import close
 from .._spaces.space import TensorSpec, tensor_spec
-from .._torch.names import (
+from .._torch.graphs import (
     Node,
-    aten,
-    call_node,
     input_metadata,
     outside_backward,
     recomputed_apart,
     recomputed_once,
     saved_tensors,
-    subclasses_ignored,
-    unobserved,
 )
+from .._torch.modes import subclasses_ignored, unobserved
+from .._torch.names import aten
 from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
-from .node_formulas import formula_of, mended
+from .node_formulas import call_node, formula_of, mended
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
 from .recorder import OpaqueError, Recorder
 

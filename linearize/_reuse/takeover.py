@@ -15,24 +15,19 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._capture.capture import Edge, Graph
 from .._capture.custom import CustomBackward, CustomNode
+from .._capture.graph import Edge, Graph
 from .._check.adjoint import Balance, RankOne
-from .._execute.executor import Binding, Executor
-from .._programs.aten import close, tolerance
+from .._execute.binding import Binding
+from .._execute.executor import Executor
 from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
 from .._record.node_formulas import mended
 from .._record.walk import fitted, metadata_spec
+from .._spaces.compare import close, tolerance
 from .._spaces.space import TensorSpec
-from .._torch.names import (
-    Node,
-    input_metadata,
-    outside_backward,
-    recomputed_once,
-    subclasses_ignored,
-    unobserved,
-)
+from .._torch.graphs import Node, input_metadata, outside_backward, recomputed_once
+from .._torch.modes import subclasses_ignored, unobserved
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
 

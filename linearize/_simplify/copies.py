@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._programs.aten import RESHAPES, frozen, permutation
 from .._programs.program import Equation, Operation, Program, Var
-from .._programs.residuals import Residual
 from .._torch.names import OpOverload, aten
 
 _NOTHING = frozenset(
@@ -30,18 +30,6 @@ _STRIDED = frozenset(
         aten.as_strided_scatter.default,
         aten.view_as_complex.default,
         aten.view_as_real.default,
-    }
-)
-#: What shows a value in another shape.
-RESHAPES = frozenset(
-    {
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.squeeze.default,
     }
 )
 
@@ -123,31 +111,3 @@ def laid_out(program: Program) -> set[Var]:
         if eq.op in _STRIDED or (eq.op in _SAME_NUMBERS and eq.outputs[0] in found):
             found.update(eq.inputs())
     return found
-
-
-def permutation(op: Any, args: Any) -> tuple[int, ...] | None:
-    """Return which dimension of the argument each dimension of a permuted value is."""
-    if op not in _PERMUTATIONS or not isinstance(args[0], Var):
-        return None
-    n = len(args[0].spec.shape)
-    order = list(range(n))
-    if op is aten.permute.default:
-        return tuple([d % n for d in args[1]])
-    if n > 1:
-        i, j = (0, 1) if op is aten.t.default else (args[1] % n, args[2] % n)
-        order[i], order[j] = order[j], order[i]
-    return tuple(order)
-
-
-_PERMUTATIONS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
-
-
-def frozen(op: Any, args: Any, kwargs: Any) -> Any:
-    """Return what two equations have in common that compute the same."""
-    return op, _frozen(args), tuple((k, _frozen(v)) for k, v in sorted(kwargs.items()))
-
-
-def _frozen(x: Any) -> Any:
-    if isinstance(x, (list, tuple)):
-        return tuple(map(_frozen, x))
-    return id(x) if isinstance(x, (Var, Residual)) else (type(x).__name__, repr(x))

@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import schema_of
+from .._programs.aten import UNTAGGED_POINTWISE, frozen, schema_of
 from .._programs.program import Emitter, Equation, Operation, Program, Var
-from .._programs.residuals import Residual, evaluated, map_leaves, viewed
+from .._programs.residuals import FOLDED, Residual, evaluated, finite, viewed
+from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
-from .._transpose.rules import UNTAGGED_POINTWISE
-from .copies import frozen
 from .equal_numbers import keep_once
 
 #: A coefficient of a term: a number, or a residual that broadcasts to the base's shape.
 Coefficient: TypeAlias = "complex | Residual"
 
-#: The source of residuals made here.
-FOLDED = "folded diagonals"
 #: A sum of more terms than this is computed before it is used further.
 MOST_TERMS = 6
 
@@ -61,18 +58,6 @@ def fold_diagonals(program: Program) -> Program:
         return program
     keep_once([r for r in new if r.tensor.numel() > 1])
     return folded
-
-
-def finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no tensor holds an infinite number or NaN; denied too if a sum overflows.
-
-    One pass over each tensor, and the host waits for the device once.
-    """
-    sums = [t.sum() for t in tensors]
-    groups: dict[Any, list[torch.Tensor]] = {}
-    for t in sums:
-        groups.setdefault((t.dtype, t.device), []).append(t)
-    return all(bool(torch.isfinite(torch.stack(group)).all()) for group in groups.values())
 
 
 class _Folding:

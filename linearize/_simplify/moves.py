@@ -11,11 +11,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from .._programs.aten import RESHAPES, permutation
 from .._programs.program import Emitter, Equation, Program, Var
 from .._programs.residuals import Residual, viewed
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
-from .copies import RESHAPES, laid_out, permutation
+from .copies import laid_out
 
 
 def merge_moves(program: Program) -> Program:

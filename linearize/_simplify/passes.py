@@ -6,12 +6,9 @@ a program to a program that is the same map, each in a module of its own.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from .._programs.program import Program, total_bytes
-from .._programs.residuals import Residual
-from .._torch.names import reachable_elsewhere
 from .copies import merge_copies
 from .diagonals import fold_diagonals
 from .moves import merge_moves
@@ -48,32 +45,6 @@ def simplify(program: Program) -> Program:
     for one in PASSES:
         program = one(program)
     return program
-
-
-def guards(before: Program, after: Program) -> list[Residual]:
-    """Return the residuals that only `before` reads and that somebody else can change.
-
-    They are kept to see that nobody does: without their numbers.
-    """
-    kept = {id(r) for r in after.residuals()}
-    gone = [r for r in before.residuals() if id(r) not in kept]
-    return watched(gone, before.residuals())
-
-
-def watched(residuals: Iterable[Residual], ours: Iterable[Residual]) -> list[Residual]:
-    """Return those residuals that somebody else can change, without their numbers.
-
-    A tensor whose storage nobody but `ours` refers to cannot be changed from outside.
-    """
-    count: Counter[int] = Counter()
-    for r in ours:
-        if r.size:
-            count[r.tensor.untyped_storage().data_ptr()] += 1
-
-    def can_change(r: Residual) -> bool:
-        return reachable_elsewhere(r.tensor, count[r.tensor.untyped_storage().data_ptr()])
-
-    return [r.without_memory() for r in residuals if r.size and can_change(r)]
 
 
 def explain(program: Program) -> str:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from .._execute.executor import Binding, Executor
-from .._programs.aten import close, rounding
+from .._execute.binding import Binding
+from .._execute.executor import Executor
 from .._programs.origins import Costly
 from .._programs.program import Emitter, Equation, Program
 from .._programs.recipes import Recipe, roots
 from .._programs.residuals import Residual, evaluated
+from .._spaces.compare import close, rounding
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 

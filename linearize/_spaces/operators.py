@@ -8,8 +8,6 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 
-from .._programs.aten import close
-from .._text.progress import memory_budget
 from ..errors import (
     MissingDerivativeError,
     OptionError,
@@ -17,6 +15,8 @@ from ..errors import (
     StructureError,
     UnsupportedError,
 )
+from .budget import memory_budget
+from .compare import close
 from .flat import Parts, check_flat, flat_spec, join, random, split, units, zeros
 from .space import Space, TensorSpec
 

@@ -16,8 +16,9 @@ import torch
 
 from .._programs.aten import schema_of
 from .._programs.program import Emitter, Equation, Operation, Var
-from .._programs.residuals import Residual, map_leaves, zero_residual
+from .._programs.residuals import Residual, zero_residual
 from .._record.node_formulas import LogCumSumExpDifferential, MatrixExpDifferential
+from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
 from .kernel_formulas import (

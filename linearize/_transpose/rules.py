@@ -6,7 +6,7 @@ inner product Re⟨a, b⟩, which is PyTorch's convention for gradients: the tra
 multiplication by c is a multiplication by conj(c).
 
 Operations without a rule are transposed by PyTorch's own derivative of that one operation
-(see `_transpose`); a rule saves that work, or stands where PyTorch has no derivative.
+(see `transpose`); a rule saves that work, or stands where PyTorch has no derivative.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import schema_of, wants_contiguous
+from .._programs.aten import UNTAGGED_POINTWISE, schema_of, wants_contiguous
 from .._programs.program import Emitter, Equation, Operation, Var
 from .._programs.residuals import Residual, viewed, zero_residual
 from .._spaces.space import TensorSpec
@@ -28,13 +28,6 @@ Rule: TypeAlias = Callable[[Emitter, Equation, Cotangents], Result | None]
 
 #: By ATen overload, or by class of `Operation`.
 _RULES: dict[Any, Rule] = {}
-
-#: Pointwise, linear in the first argument, without the tag that says so.
-UNTAGGED_POINTWISE = frozenset(
-    "softplus_backward hardtanh_backward native_dropout_backward masked_fill tril triu "
-    "threshold_backward hardsigmoid_backward hardswish_backward mish_backward "
-    "leaky_relu_backward elu_backward logit_backward".split()
-)
 
 
 def rule_for(op: Any) -> Rule | None:

@@ -17,3 +17,7 @@ Needs SciPy.
 from ._jacobian import coloring, jacobian, pattern
 
 __all__ = ["coloring", "jacobian", "pattern"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -19,7 +19,8 @@ import torch
 
 from .._programs.aten import schema_of
 from .._programs.program import Equation, Program, Var
-from .._programs.residuals import Residual, map_leaves
+from .._programs.residuals import Residual
+from .._spaces.nested import map_leaves
 from .._torch.names import OpOverload
 
 #: A boolean matrix in SciPy's CSR format.

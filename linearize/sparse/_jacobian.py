@@ -10,13 +10,13 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
+from .._points.jacobian import Jacobian
 from .._points.linearization import Linearization
-from .._programs.aten import close
+from .._spaces.compare import close
 from .._spaces.flat import join, random, split
 from .._spaces.operators import ChunkSize, LinearOperator, check_chunk_size
 from .._text.progress import progress
 from ..errors import LinearizeError, OptionError, SpaceError, StructureError
-from ..operators import Jacobian
 from ._dependence import TooDenseError, dependence
 
 __all__ = ["coloring", "jacobian", "pattern"]
