@@ -95,7 +95,7 @@ def faults(modules: dict[str, Path]) -> Iterator[str]:
             target = module_of(name, modules)
             graph[module].add(target)
             if place(target) > place(module):
-                yield f"{path}:{line}: {module} must not import {target}, which stands above it"
+                yield f"{path}:{line}: {module} must not import {target}: its room comes later"
         if not module.startswith(f"{PACKAGE}._torch"):
             for line, name in private_torch(tree):
                 yield f"{path}:{line}: {name} is private to torch; reach it through _torch"
