@@ -13,7 +13,8 @@ from linearize._execute.executor import Executor
 from linearize._forms import dense as _dense
 from linearize._forms.banded import Banded
 from linearize._forms.dense import LEAST
-from linearize._programs.program import Emitter, Program, Var
+from linearize._programs.program import Emitter, Program
+from linearize._programs.values import Var
 from linearize._spaces.space import TensorSpec
 
 N = 30

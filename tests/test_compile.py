@@ -18,7 +18,8 @@ from linearize._execute.executor import Executor
 from linearize._forms import compiled as _compile
 from linearize._forms.cuda_graphs import Replays
 from linearize._forms.segments import Segments, Stretch
-from linearize._programs.program import Equation, Operation, Program, Var
+from linearize._programs.program import Equation, Operation, Program
+from linearize._programs.values import Var
 from linearize._spaces.space import TensorSpec
 from linearize._torch.names import aten
 from linearize.errors import CompilationWarning, OptionError, StalenessError

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 import linearize as lz
 from linearize._execute.executor import Executor
 from linearize._programs import recipes as _recipes
-from linearize._programs.program import Emitter, Program, Var
+from linearize._programs.program import Emitter, Program
+from linearize._programs.values import Constant, Var
 from linearize._programs.residuals import Residual
 from linearize._simplify import equal_numbers as _equal_numbers
 from linearize._simplify import rowwise_matrices as _row_matrices

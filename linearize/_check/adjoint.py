@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 import torch
 
 from .._execute.executor import Executor
-from .._programs.program import Equation, Operation, Program, Var, op_name
+from .._programs.program import Equation, Operation, Program, op_name
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual
 from .._spaces.compare import tolerance
 from .._spaces.space import TensorSpec

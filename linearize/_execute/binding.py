@@ -1,4 +1,4 @@
-"""The numbers with which an executor runs."""
+"""The numbers with which a program runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .._programs.program import Operation, Program
+from .._programs.numbers import Numbers, Pool
+from .._programs.program import Emitter, Equation, Operation, Program, printed, total_bytes
 from .._programs.residuals import Residual, first_freed
+from .._programs.values import Value, Var
+from .._text.tables import escaped, framed, shortened
 
 
 class Binding:
@@ -16,7 +19,7 @@ class Binding:
     Attributes
     ----------
     residuals
-        What the program reads, in the order of `Program.residuals`.
+        What the program reads, in the order of `Program.constants`.
     ops
         Its opaque operations, in order.
     guards
@@ -43,11 +46,10 @@ class Binding:
         self.guards = tuple(guards)
         self._all = (*self.residuals, *self.guards)
 
-    @classmethod
-    def of(cls, program: Program, guards: Sequence[Residual] = ()) -> Binding:
-        """Return the numbers that stand in a program."""
-        ops = [eq.op for eq in program.equations if isinstance(eq.op, Operation)]
-        return cls(program.residuals(), ops, guards)
+    @staticmethod
+    def of(program: Program, numbers: Numbers, guards: Sequence[Residual] = ()) -> Binding:
+        """Return the numbers that a program reads."""
+        return Binding(numbers.residuals(program.constants), program.opaque(), guards)
 
     def check(self) -> None:
         """Raise `StalenessError` if a residual was changed in place."""
@@ -75,13 +77,106 @@ class Binding:
             yield from op.bytes_kept()
 
 
-def filled(program: Program, binding: Binding) -> Program:
-    """Return a program with the numbers of a point in place of its own."""
-    numbers = dict(zip(program.residuals(), binding.residuals, strict=True))
-    ops = iter(binding.ops)
+class BoundProgram:
+    """A linear program with the numbers of a point.
 
-    equations = []
-    for eq in program.equations:
-        op = next(ops) if isinstance(eq.op, Operation) else eq.op
-        equations.append(eq.renamed(lambda x: numbers.get(x, x), op=op))
-    return program.with_equations(equations)
+    Attributes
+    ----------
+    program
+        The program.
+    binding
+        Its numbers.
+    """
+
+    __slots__ = ("__weakref__", "binding", "program")
+
+    def __init__(self, program: Program, binding: Binding) -> None:
+        self.program = program
+        self.binding = binding
+
+    @staticmethod
+    def of(program: Program, numbers: Numbers) -> BoundProgram:
+        """Return a program with the numbers that it reads."""
+        return BoundProgram(program, Binding.of(program, numbers))
+
+    @property
+    def name(self) -> str:
+        """What the program is called."""
+        return self.program.name
+
+    @property
+    def inputs(self) -> tuple[Var, ...]:
+        """The variables that stand for the argument."""
+        return self.program.inputs
+
+    @property
+    def equations(self) -> tuple[Equation, ...]:
+        """The equations, in order of execution."""
+        return self.program.equations
+
+    @property
+    def outputs(self) -> tuple[Var | None, ...]:
+        """One variable per component of the result; None for one that is always zero."""
+        return self.program.outputs
+
+    def numbers(self, pool: Pool | None = None) -> Numbers:
+        """Return the numbers for programs that are made of this one."""
+        numbers = Numbers(pool)
+        numbers.put(self.program.constants, self.binding.residuals)
+        return numbers
+
+    def residuals(self) -> list[Residual]:
+        """Return the tensors that the program reads, each once."""
+        return list(self.binding.residuals)
+
+    def kept_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor that the program keeps alive; one may come several times."""
+        return self.binding.kept()
+
+    def then(self, other: BoundProgram, name: str, pool: Pool | None = None) -> BoundProgram:
+        """Return the program that applies this one and hands its result on to `other`."""
+        numbers = self.numbers(pool)
+        e = Emitter(numbers=numbers)
+        inputs = [Var(v.spec) for v in self.inputs]
+        middle = e.inline(self.program, inputs)
+        rest = other.program.restricted([v is not None for v in middle])
+        # Points of one structure share their constants, but not what these stand for.
+        here = dict(zip(self.program.constants, self.binding.residuals, strict=True))
+        there = other.numbers()
+        moved = {}
+        for c in rest.constants:
+            r = there.residual(c)
+            if here.get(c, r) is r:
+                numbers.put([c], [r])
+            else:
+                moved[c] = numbers.constant(r.tensor, c.source)
+        outputs = e.inline(rest, [v for v in middle if v is not None], moved)
+        made = Program(inputs, e.equations, outputs, other.program.specs, name).live()
+        return BoundProgram.of(made, numbers)
+
+    def __str__(self) -> str:
+        size = total_bytes(r.tensor for r in self.binding.residuals)
+        return "\n".join(printed(self.program, f", {size:,} bytes kept"))
+
+    def _repr_html_(self) -> str:
+        return framed(f"<pre>{escaped(shortened(str(self)))}</pre>")
+
+    def __repr__(self) -> str:
+        return repr(self.program)
+
+
+def bound(program: Program, binding: Binding) -> BoundProgram:
+    """Return a program that several points run with the numbers and operations of one."""
+    if program.opaque() != list(binding.ops):
+        ops = iter(binding.ops)
+        program = program.with_equations(
+            [
+                eq.renamed(_same, op=next(ops)) if isinstance(eq.op, Operation) else eq
+                for eq in program.equations
+            ]
+        )
+    return BoundProgram(program, binding)
+
+
+def _same(x: Value) -> Value:
+    return x

@@ -28,7 +28,8 @@ import torch
 
 from .._execute.executor import Executor
 from .._programs.around_matrix import flat_real, matrix_program, reals, times
-from .._programs.program import Emitter, Program, Var
+from .._programs.program import Emitter, Program
+from .._programs.values import Var
 from .._simplify.copies import merge_copies
 from .._spaces.space import TensorSpec
 from .._transpose.transpose import transpose

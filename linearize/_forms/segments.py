@@ -15,7 +15,8 @@ import torch
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.written import generate
-from .._programs.program import Equation, Operation, Program, Var
+from .._programs.program import Equation, Operation, Program
+from .._programs.values import Var
 from ..errors import LinearizeError
 
 

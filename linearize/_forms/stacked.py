@@ -16,7 +16,8 @@ import torch
 
 from .._execute.mapped import Slot, apply_to, call_again, entries, stack_results
 from .._programs.aten import permutation, schema_of
-from .._programs.program import Emitter, Equation, Program, Var
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual, evaluated, viewed
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec

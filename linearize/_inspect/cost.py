@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .._programs.aten import may_alias
-from .._programs.program import Equation, Operation, Program, Var
+from .._programs.program import Equation, Operation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual
 from .._spaces.nested import map_leaves
 from .._torch.names import OpOverload, aten

@@ -7,7 +7,8 @@ import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .._programs.program import Equation, Operation, Program, Var, total_bytes
+from .._programs.program import Equation, Operation, Program, total_bytes
+from .._programs.values import Var
 from .._text.labels import lines_of, name_of, named
 from .._text.tables import clipped, escaped, size
 from .layout import Layout, layered

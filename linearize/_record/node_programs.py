@@ -17,7 +17,8 @@ import torch
 
 from .._execute.schedule import Schedule
 from .._programs.origins import Literal, Origin, Saved
-from .._programs.program import Emitter, Equation, Operation, Var
+from .._programs.program import Emitter, Equation, Operation
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec

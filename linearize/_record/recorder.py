@@ -23,7 +23,8 @@ from .._programs.aten import (
     wants_contiguous,
 )
 from .._programs.origins import Origin
-from .._programs.program import Emitter, Equation, Operation, Var
+from .._programs.program import Emitter, Equation, Operation
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual, zero_residual
 from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec

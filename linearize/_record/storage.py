@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 import torch
 
-from .._programs.program import Emitter, Var
+from .._programs.program import Emitter
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual, zero_residual
 from .._spaces.space import TensorSpec
 from .._torch.names import aten

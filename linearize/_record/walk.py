@@ -21,7 +21,8 @@ from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
 from .._execute.executor import Executor
 from .._programs.origins import Origin, Saved
-from .._programs.program import Emitter, Equation, Operation, Program, Var
+from .._programs.program import Emitter, Equation, Operation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual
 from .._spaces.compare import close
 from .._spaces.space import TensorSpec, tensor_spec

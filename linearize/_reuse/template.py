@@ -16,7 +16,8 @@ from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.schedule import Schedule
 from .._programs.origins import Costly, Origin, Saved, ordered
-from .._programs.program import Operation, Program, Var
+from .._programs.program import Operation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import FOLDED, Residual, finite
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .._programs.aten import RESHAPES, frozen, permutation
-from .._programs.program import Equation, Operation, Program, Var
+from .._programs.program import Equation, Operation, Program
+from .._programs.values import Var
 from .._torch.names import OpOverload, aten
 
 _NOTHING = frozenset(

@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 import torch
 
 from .._programs.aten import UNTAGGED_POINTWISE, frozen, schema_of
-from .._programs.program import Emitter, Equation, Operation, Program, Var
+from .._programs.program import Emitter, Equation, Operation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import FOLDED, Residual, evaluated, finite, viewed
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec

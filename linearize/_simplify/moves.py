@@ -12,7 +12,8 @@ import math
 from collections.abc import Sequence
 
 from .._programs.aten import RESHAPES, permutation
-from .._programs.program import Emitter, Equation, Program, Var
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual, viewed
 from .._spaces.space import TensorSpec
 from .._torch.names import aten

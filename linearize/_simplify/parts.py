@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from .._programs.program import Equation, Program, Var
+from .._programs.program import Equation, Program
+from .._programs.values import Var
 from .._torch.names import aten
 
 _PARTS = {

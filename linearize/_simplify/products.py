@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from .._programs.program import Emitter, Equation, Program, Var
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual, viewed
 from .._spaces.space import TensorSpec
 from .._torch.names import aten

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from .._programs.aten import schema_of
-from .._programs.program import Emitter, Equation, Program, Var
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual
 from .._torch.names import OpOverload, aten
 from .rowwise_matrices import SOURCE, multiply, width

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from .._programs.aten import schema_of
-from .._programs.program import Emitter, Equation, Operation, Var
+from .._programs.program import Emitter, Equation, Operation
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual, zero_residual
 from .._record.node_formulas import LogCumSumExpDifferential, MatrixExpDifferential
 from .._spaces.nested import map_leaves

@@ -9,7 +9,8 @@ import torch
 
 from .._capture.custom import CustomBackward, CustomJvp, CustomNode
 from .._execute.executor import Executor
-from .._programs.program import Emitter, Equation, Program, Var
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual
 from .._record.recorder import OpaqueError
 from .._record.walk import record_function

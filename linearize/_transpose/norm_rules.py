@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._programs.program import Emitter, Equation, Var
+from .._programs.program import Emitter, Equation
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual, evaluated
 from .._spaces.space import TensorSpec
 from .._torch.names import aten

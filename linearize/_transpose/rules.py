@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 import torch
 
 from .._programs.aten import UNTAGGED_POINTWISE, schema_of, wants_contiguous
-from .._programs.program import Emitter, Equation, Operation, Var
+from .._programs.program import Emitter, Equation, Operation
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual, viewed, zero_residual
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten

@@ -20,7 +20,8 @@ from .._capture.custom import CustomBackward, CustomJvp
 from .._capture.graph import Graph
 from .._capture.signature import shared_memory
 from .._programs.origins import Origin, Saved
-from .._programs.program import Emitter, Equation, Program, Var
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual
 from .._record.node_programs import NODE_PROGRAMS, NodeProgram, dense
 from .._record.walk import NodeBackward, record_function, record_pullback

@@ -18,7 +18,8 @@ import scipy.sparse as sp
 import torch
 
 from .._programs.aten import schema_of
-from .._programs.program import Equation, Program, Var
+from .._programs.program import Equation, Program
+from .._programs.values import Constant, Var
 from .._programs.residuals import Residual
 from .._spaces.nested import map_leaves
 from .._torch.names import OpOverload
