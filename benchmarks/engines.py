@@ -16,7 +16,7 @@ import torch
 
 import linearize as lz
 from benchmarks.case import Map, Problem, Tensors, flat, single
-from linearize._sharing import SHARED
+from linearize._reuse.shared import SHARED
 
 
 @dataclasses.dataclass(frozen=True)
