@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -10,6 +10,7 @@ from .._programs.numbers import Numbers, Pool
 from .._programs.program import Emitter, Equation, Operation, Program, printed, total_bytes
 from .._programs.residuals import Residual, first_freed
 from .._programs.values import Value, Var
+from .._spaces.space import TensorSpec
 from .._text.tables import escaped, framed, shortened
 
 
@@ -119,11 +120,26 @@ class BoundProgram:
         """One variable per component of the result; None for one that is always zero."""
         return self.program.outputs
 
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Shape, dtype and device of each component of the result."""
+        return self.program.specs
+
+    def peak_bytes(self) -> int:
+        """Return the most bytes that variables take at once, each counted in full."""
+        return self.program.peak_bytes()
+
     def numbers(self, pool: Pool | None = None) -> Numbers:
         """Return the numbers for programs that are made of this one."""
         numbers = Numbers(pool)
         numbers.put(self.program.constants, self.binding.residuals)
         return numbers
+
+    def mapped(self, change: Callable[[Equation], Equation]) -> BoundProgram:
+        """Return the program with other operations in place of some, on the same values."""
+        program = self.program.with_equations([change(eq) for eq in self.equations])
+        binding = Binding(self.binding.residuals, program.opaque(), self.binding.guards)
+        return BoundProgram(program, binding)
 
     def residuals(self) -> list[Residual]:
         """Return the tensors that the program reads, each once."""

@@ -16,14 +16,13 @@ import torch
 
 from .._programs.aten import may_alias, returns_several
 from .._programs.program import Equation, Operation, Program, op_name
-from .._programs.values import Constant, Var
-from .._programs.residuals import Residual
+from .._programs.values import Value, Var
 from .._spaces.compare import close
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.modes import functions_as_they_are, functions_overridden, functorch_active
 from ..errors import LinearizeError
-from .binding import Binding
+from .binding import Binding, BoundProgram
 from .mapped import call
 from .written import Bound, generate_bound
 
@@ -389,6 +388,14 @@ class Executor:
             for a, b in zip(again, results, strict=True)
         ):
             self._function = function
+
+
+def runner(
+    program: BoundProgram,
+) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor | None]]:
+    """Return what runs a program with its numbers."""
+    executor, binding = Executor(program.program), program.binding
+    return lambda arguments: executor(arguments, binding)
 
 
 def _root(eq: Equation, out: Var, root: dict[Var, Var | None]) -> Var | None:

@@ -8,10 +8,10 @@ import weakref
 import torch
 
 from .._check.adjoint import check_maps
-from .._programs.program import Program
+from .._execute.binding import BoundProgram
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
-from .._transpose.transpose import transpose
+from .._transpose.transpose import transposed
 from ..errors import AdjointError, LinearizeError, MissingDerivativeError
 from .product import Product
 
@@ -25,9 +25,10 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
         Naming the first operation or custom Function at which they part.
     """
 
-    def resolved() -> tuple[Program, Program]:
-        opaque = pushforward._policy.opaque
-        return resolve(pullback.program, **opaque), resolve(pushforward.program, **opaque)
+    def resolved(program: BoundProgram) -> BoundProgram:
+        numbers = program.numbers()
+        made = resolve(program.program, numbers, **pushforward._policy.opaque)
+        return BoundProgram.of(made, numbers)
 
     with outside_transforms(), torch.inference_mode(False), torch.no_grad():
         # Both programs are made first: what is derived of one is then at hand for both.
@@ -36,8 +37,8 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
             pullback._apply,
             pushforward._apply,
             *programs,
-            resolved,
-            transpose,
+            lambda: (resolved(programs[0]), resolved(programs[1])),
+            transposed,
         )
 
 

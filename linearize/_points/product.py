@@ -10,18 +10,19 @@ import torch
 
 from .._check.adjoint import check_built_in
 from .._check.proof import Proof
-from .._execute.binding import Binding
+from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor
 from .._forms.compiled import Options
 from .._forms.dense import Dense
 from .._forms.plan import Plan
+from .._programs.numbers import Pool
 from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
 from .._reuse.template import Template
 from .._spaces.space import Space
 from .._torch.modes import functorch_active, outside_transforms, set_grad_mode
 from .._transpose.missing import resolve
-from .._transpose.transpose import transpose
+from .._transpose.transpose import transposed
 from ..errors import ClosedError, CopyError
 from .lifetime import Lifetime
 from .policy import Policy
@@ -46,16 +47,19 @@ class Product:
 
     def __init__(
         self,
-        make: Callable[[], Program],
+        make: Callable[[], BoundProgram],
         arguments: Space,
         results: Space,
         lifetime: Lifetime,
         policy: Policy,
         source: PointPrograms | None = None,
         joined: str = "",
+        pool: Pool | None = None,
     ) -> None:
-        self._make: Callable[[], Program] | None = make
+        self._make: Callable[[], BoundProgram] | None = make
         self._source = source
+        #: What is known of the numbers of the point.
+        self._pool = pool or (Pool() if source is None else source.pool)
         #: What it is called among the programs that points of one structure share.
         self._direction = joined or self._direction
         self._arguments = arguments
@@ -65,7 +69,7 @@ class Product:
         self._compiling = Options.of(policy.compile)
         self._hurry = False
         self._lock = threading.RLock()
-        self._program: Program | None = None
+        self._program: BoundProgram | None = None
         self._plans: dict[tuple[bool, ...], Plan] = {}
         #: The arguments that are there, if all are.
         self._whole = (True,) * len(arguments.tensors)
@@ -80,7 +84,7 @@ class Product:
             source.wait(self._direction, self)
 
     @property
-    def program(self) -> Program:
+    def program(self) -> BoundProgram:
         """The linear program, recorded when first needed."""
         self._check_open()
         with self._lock:
@@ -166,18 +170,20 @@ class Product:
             compiling=self._compiling,
             hurry=self._hurry,
             counted=_nothing if self._source is None else self._source.count_compiled,
+            pool=self._pool,
         )
 
     def _own_plan(self, present: tuple[bool, ...]) -> Plan:
         """Make a plan of this point's program."""
-        program = self.program
+        made = self.program
+        numbers, program = made.numbers(self._pool), made.program
         if not all(present):
             program = program.restricted(present)
-        program = resolve(program, **self._policy.opaque)
+        program = resolve(program, numbers, **self._policy.opaque)
         template = self._offer(present, program, simplified=False)
         return Plan(
             Executor(program, final=False) if template is None else template.executor,
-            Binding.of(program),
+            Binding.of(program, numbers),
             settled=not self._policy.simplify,
             proof=self._proof(),
             whole=all(present),
@@ -186,6 +192,7 @@ class Product:
             compiling=self._compiling,
             hurry=self._hurry,
             counted=_nothing if self._source is None else self._source.count_compiled,
+            pool=self._pool,
         )
 
     def _dense(self, program: Program, present: tuple[bool, ...]) -> Dense | None:
@@ -205,7 +212,7 @@ class Product:
         source = self._source
         return source.proof if source is not None and self._direction == PUSHFORWARD else None
 
-    def _proved(self) -> Program:
+    def _proved(self) -> BoundProgram:
         """Return the program, checked: it goes elsewhere."""
         program = self.program
         proof = self._proof()
@@ -237,7 +244,7 @@ class Product:
             program, plan.news = plan.news, None
             if program is None:
                 return
-            template = self._offer(present, program, simplified=True)
+            template = self._offer(present, program.program, simplified=True)
             if template is not None:
                 plan.use(template.executor)
             if self._program is not None and all(present):
@@ -364,13 +371,14 @@ class Product:
         """
         mine, theirs = self._source, other._source
         return Product(
-            lambda: self._proved().then(other._proved(), name),
+            lambda: self._proved().then(other._proved(), name, self._pool),
             self._arguments,
             other._results,
             self._lifetime,
             self._policy,
             mine if mine is theirs else None,
             name,
+            self._pool,
         )
 
     def _transposed(self) -> Product:
@@ -383,14 +391,15 @@ class Product:
                     self._arguments,
                     self._lifetime,
                     self._policy,
+                    pool=self._pool,
                 )
             return self._turned
 
-    def _transpose(self) -> Program:
+    def _transpose(self) -> BoundProgram:
         program = self._proved()
-        turned = transpose(program, f"transpose of {program.name}")
+        turned = transposed(program, f"transpose of {program.name}", self._pool)
         if self._policy.check != "never":
-            check_built_in(program, turned, transpose)
+            check_built_in(program, turned, transposed)
         return turned
 
     def _residuals(self) -> list[Residual]:
@@ -400,11 +409,11 @@ class Product:
         bindings = [b for plan in plans for b in plan.bindings()]
         return [*residuals, *(r for b in bindings for r in b.residuals)]
 
-    def _programs(self) -> Iterator[tuple[Program, Sequence[Residual]]]:
-        """Yield each program that is kept, with what is watched besides its residuals."""
+    def _programs(self) -> Iterator[BoundProgram]:
+        """Yield each program that is kept."""
         program, plans = self._program, list(self._plans.values())
         if program is not None:
-            yield program, ()
+            yield program
         for plan in plans:
             yield from plan.programs()
 

@@ -61,6 +61,9 @@ class Numbers:
         self.pool = Pool() if pool is None else pool
         self._held: dict[Constant, Residual] = {}
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def put(self, constants: Iterable[Constant], residuals: Iterable[Residual]) -> None:
         """Take in the residuals of some constants."""
         self._held.update(zip(constants, residuals, strict=True))
@@ -77,6 +80,14 @@ class Numbers:
                 raise KeyError(c)
             known = self._held[c] = Residual(c.origin.tensor, c.source)
         return known
+
+    def found(self, c: Constant) -> bool:
+        """Whether somebody still keeps the tensor of a constant, unchanged; it is here then."""
+        known = self._held.get(c) or self.pool.residuals.get(c)
+        if known is None or known.changed():
+            return False
+        self._held[c] = known
+        return True
 
     def residuals(self, constants: Iterable[Constant]) -> list[Residual]:
         """Return the residuals of some constants."""
@@ -134,11 +145,8 @@ class Numbers:
         label = joined(source, [x.source for x in used])
         key = label, frozen(op, args, kwargs)
         made = self.pool.made.get(key)
-        if made is not None:
-            before = self._held.get(made) or self.pool.residuals.get(made)
-            if before is not None and not before.changed():
-                self._held[made] = before
-                return made
+        if made is not None and self.found(made):
+            return made
         numbers = op(*self.filled(args), **self.filled(kwargs))
         origin = Origin(op, map_leaves(_origin_of, args), map_leaves(_origin_of, kwargs))
         made = Constant(TensorSpec.of(numbers), origin, label, folded=folded)

@@ -8,7 +8,7 @@ structure, without recording anew.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,9 +116,9 @@ class Zeros(Literal):
         super().__init__(zero.expand(spec.shape))
 
 
-def roots(origin: Origin, most: int) -> frozenset[Origin] | None:
-    """Return what of a run an origin begins with; None if that is more than `most`."""
-    stack, seen, found = [origin], set[Origin](), set[Origin]()
+def roots(origins: Iterable[Origin], most: int) -> frozenset[Origin] | None:
+    """Return what of a run origins begin with; None if that is more than `most`."""
+    stack, seen, found = list(origins), set[Origin](), set[Origin]()
     while stack:
         o = stack.pop()
         if o in seen or o.static:
