@@ -567,10 +567,8 @@ def _convolution_backward(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var 
     many = s.reshape(s.names[g], s.count * g.spec.shape[0], *g.spec.shape[1:])
     spec = TensorSpec((s.count * out.shape[0], *out.shape[1:]), out.dtype, out.device)
     # Of the input nothing but the shape is read.
-    like = {"dtype": out.dtype, "device": out.device}
-    shape = s.numbers.evaluated(
-        aten.full.default, [1] * len(spec.shape), 0, source=x.source, **like
-    )
+    like: dict[str, Any] = {"source": x.source, "dtype": out.dtype, "device": out.device}
+    shape = s.numbers.evaluated(aten.full.default, [1] * len(spec.shape), 0, **like)
     shape = s.numbers.evaluated(aten.expand.default, shape, list(spec.shape), source=x.source)
     result = Var(spec)
     args = (many, shape, w, biases, *rest, mask)

@@ -19,6 +19,10 @@ from .origins import Here, Literal, Origin
 from .residuals import Residual
 from .values import Constant, frozen
 
+#: What was made in more steps is not found again: to hold them all would take as much memory as
+#: the graph did.
+_DEEPEST = 64
+
 
 class Pool:
     """What was computed for one point, as long as some program keeps it.
@@ -36,7 +40,7 @@ class Pool:
         What is looked up in other ways.
     """
 
-    __slots__ = ("alike", "made", "residuals")
+    __slots__ = ("__weakref__", "alike", "made", "residuals")
 
     def __init__(self) -> None:
         #: A key keeps the arguments alive.
@@ -147,12 +151,15 @@ class Numbers:
         made = self.pool.made.get(key)
         if made is not None and self.found(made):
             return made
-        numbers = op(*self.filled(args), **self.filled(kwargs))
-        origin = Origin(op, map_leaves(_origin_of, args), map_leaves(_origin_of, kwargs))
-        made = Constant(TensorSpec.of(numbers), origin, label, folded=folded)
-        residual = Residual(numbers, label)
-        self._held[made] = self.pool.residuals[made] = residual
-        self.pool.made[key] = made
+        tensor = op(*self.filled(args), **self.filled(kwargs))
+        if made is None:  # else the same constant again: what was made of it is still found
+            origin = Origin(op, map_leaves(_origin_of, args), map_leaves(_origin_of, kwargs))
+            made = Constant(TensorSpec.of(tensor), origin, label, folded=folded)
+            depth = 1 + max([x.depth for x in used], default=0)
+            if depth <= _DEEPEST:
+                made.depth = depth
+                self.pool.made[key] = made
+        self._held[made] = self.pool.residuals[made] = Residual(tensor, label)
         return made
 
     def viewed(self, view: Callable[..., Any], c: Constant, *args: Any) -> Constant:

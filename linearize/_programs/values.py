@@ -43,9 +43,11 @@ class Constant(Value):
     folded
         Whether it multiplies factors that came one after the other, so that it may overflow
         where these do not.
+    depth
+        How many constants were made, each of the one before, to make it.
     """
 
-    __slots__ = ("__weakref__", "folded", "origin", "source")
+    __slots__ = ("__weakref__", "depth", "folded", "origin", "source")
 
     def __init__(
         self, spec: TensorSpec, origin: Origin, source: str = "", *, folded: bool = False
@@ -54,6 +56,7 @@ class Constant(Value):
         self.origin = origin
         self.source = source
         self.folded = folded
+        self.depth = 0
 
     @property
     def is_zero(self) -> bool:
