@@ -16,7 +16,7 @@ from linearize._programs.numbers import Numbers
 from linearize._programs.program import Emitter, Program
 from linearize._simplify.copies import merge_copies
 from linearize._simplify.diagonals import fold_diagonals
-from linearize._simplify.passes import simplified, simplify
+from linearize._simplify.passes import simplify
 from linearize._torch.names import aten
 
 D = torch.float64
@@ -62,7 +62,7 @@ def both(name: str) -> list[tuple[BoundProgram, BoundProgram]]:
     f, primals = CASES[name]
     torch.manual_seed(0)
     here = lz.Linearizer(f, simplify=False).at(*primals)
-    return [(p, simplified(p)) for p in (here.program.pushforward, here.program.pullback)]
+    return [(p, p.made(simplify)) for p in (here.program.pushforward, here.program.pullback)]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -21,6 +21,7 @@ import torch
 
 from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor, runner
+from .._programs.numbers import Numbers
 from .._programs.program import Equation, Operation, Program, op_name
 from .._programs.residuals import Residual
 from .._programs.values import Var
@@ -32,7 +33,7 @@ Tensors: TypeAlias = Sequence[torch.Tensor | None]
 #: A linear map on flat lists of tensors; None is zero.
 Map: TypeAlias = Callable[[Sequence[torch.Tensor]], Tensors]
 #: What makes a program's transpose.
-Transposed: TypeAlias = Callable[[BoundProgram], BoundProgram]
+Transposed: TypeAlias = Callable[[Program, Numbers], Program]
 
 
 # -- sums of inner products -----------------------------------------------------------------
@@ -359,7 +360,7 @@ def _first_at_fault(pullback: BoundProgram, transposed: Transposed) -> str:
         if isinstance(eq.op, Operation):
             continue
         alone = BoundProgram.of(_alone(eq), numbers)
-        if _parts(alone, transposed(alone), generator):
+        if _parts(alone, alone.made(transposed), generator):
             return f"the first to part is {eq.name}, from {eq.source or 'the graph'}"
     return "each of its operations by itself is right, together they are not"
 

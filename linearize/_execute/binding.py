@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
+from .._programs.guards import guards
 from .._programs.numbers import Numbers, Pool
+from .._programs.origins import Here
 from .._programs.program import Emitter, Equation, Operation, Program, printed, total_bytes
 from .._programs.residuals import Residual, first_freed
-from .._programs.values import Value, Var
+from .._programs.values import Constant, Value, Var
 from .._spaces.space import TensorSpec
 from .._text.tables import escaped, framed, shortened
 
@@ -34,23 +37,27 @@ class Binding:
         self,
         residuals: Sequence[Residual],
         ops: Sequence[Operation],
-        guards: Sequence[Residual] = (),
+        watched: Sequence[Residual] = (),
     ) -> None:
         self.residuals = tuple(residuals)
         self.ops = tuple(ops)
         #: Whether something in it could require grad, as user code may.
         self.makes_history = bool(ops) or any(r.tensor.requires_grad for r in residuals)
-        self.guard_by(guards)
+        self.guard_by(watched)
 
-    def guard_by(self, guards: Sequence[Residual]) -> None:
+    def guard_by(self, watched: Sequence[Residual]) -> None:
         """Change what is watched besides the residuals."""
-        self.guards = tuple(guards)
+        self.guards = tuple(watched)
         self._all = (*self.residuals, *self.guards)
 
+    def follow(self, before: Binding) -> None:
+        """Watch what was read before too, as far as somebody else can change it."""
+        self.guard_by([*guards(before.residuals, self.residuals), *before.guards])
+
     @staticmethod
-    def of(program: Program, numbers: Numbers, guards: Sequence[Residual] = ()) -> Binding:
+    def of(program: Program, numbers: Numbers) -> Binding:
         """Return the numbers that a program reads."""
-        return Binding(numbers.residuals(program.constants), program.opaque(), guards)
+        return Binding(numbers.residuals(program.constants), program.opaque())
 
     def check(self) -> None:
         """Raise `StalenessError` if a residual was changed in place."""
@@ -135,6 +142,13 @@ class BoundProgram:
         numbers.put(self.program.constants, self.binding.residuals)
         return numbers
 
+    def made(
+        self, make: Callable[..., Program], *args: Any, pool: Pool | None = None, **kwargs: Any
+    ) -> BoundProgram:
+        """Return, with its numbers, what is made of the program and its numbers."""
+        numbers = self.numbers(pool)
+        return BoundProgram.of(make(self.program, numbers, *args, **kwargs), numbers)
+
     def mapped(self, change: Callable[[Equation], Equation]) -> BoundProgram:
         """Return the program with other operations in place of some, on the same values."""
         program = self.program.with_equations([change(eq) for eq in self.equations])
@@ -157,15 +171,14 @@ class BoundProgram:
         middle = e.inline(self.program, inputs)
         rest = other.program.restricted([v is not None for v in middle])
         # Points of one structure share their constants, but not what these stand for.
-        here = dict(zip(self.program.constants, self.binding.residuals, strict=True))
+        ours = set(self.program.constants)
         there = other.numbers()
-        moved = {}
+        moved: dict[Constant, Constant] = {}
         for c in rest.constants:
             r = there.residual(c)
-            if here.get(c, r) is r:
-                numbers.put([c], [r])
-            else:
-                moved[c] = numbers.constant(r.tensor, c.source)
+            if c in ours and numbers.residual(c) is not r:
+                moved[c] = Constant(c.spec, Here(), c.source)
+            numbers.put([moved.get(c, c)], [r])
         outputs = e.inline(rest, [v for v in middle if v is not None], moved)
         made = Program(inputs, e.equations, outputs, other.program.specs, name).live()
         return BoundProgram.of(made, numbers)

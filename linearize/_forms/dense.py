@@ -34,7 +34,7 @@ from .._programs.program import Emitter, Program
 from .._programs.values import Var
 from .._simplify.copies import merge_copies
 from .._spaces.space import TensorSpec
-from .._transpose.transpose import transposed
+from .._transpose.transpose import transpose
 from ..errors import LinearizeError
 from .banded import Banded
 from .timing import seconds
@@ -142,7 +142,7 @@ class Dense:
         """Return the matrix of the pushforward, from the fewest unit vectors."""
         if sum(reals(s) for s in program.specs) < sum(reals(v.spec) for v in program.inputs):
             try:
-                program, forward = transposed(program), not forward
+                program, forward = program.made(transpose), not forward
             except LinearizeError:
                 return None
         columns = _columns(program, self.spec)

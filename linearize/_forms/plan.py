@@ -20,7 +20,6 @@ from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
 from .._execute.mapped import stack_results
 from .._execute.shortcut import Closable, short_way
-from .._programs.guards import guards
 from .._programs.numbers import Pool
 from .._simplify.passes import simplify
 from .._spaces.compare import close, rounding
@@ -67,13 +66,10 @@ class Plan:
     better
         Gives the simplified program that another point left and the numbers of this one, where
         these are not computed before it is worth it.
+    taken
+        Called when another program has taken over; gives what runs it for other points too.
     pool
         What is known of the point's numbers.
-
-    Attributes
-    ----------
-    news
-        The simplified program that has taken over, until somebody takes note.
     """
 
     def __init__(
@@ -90,6 +86,7 @@ class Plan:
         hurry: bool = False,
         counted: Callable[[], None] = lambda: None,
         better: Callable[[], tuple[Executor, Binding] | None] | None = None,
+        taken: Callable[[BoundProgram], Executor | None] = lambda _: None,
         pool: Pool | None = None,
     ) -> None:
         #: One reference, so that a change is seen as a whole.
@@ -103,13 +100,13 @@ class Plan:
         self._counted = counted
         self._hurry = hurry
         self._better = better
+        self._taken = taken
         self._pool = pool
         self._calls = 0
         #: Whether there is nothing to do at a call but to run what is there.
         self._quiet = False
         #: Runs the stretches of a compiled program from CUDA graphs.
         self._replays: Replays | None = None
-        self.news: BoundProgram | None = None
         self._lock = threading.Lock()
         #: How often stacks of each size came, and what runs them.
         self._counts: Counter[int] = Counter()
@@ -171,10 +168,6 @@ class Plan:
         executor, binding = self._running
         return bound(executor.program, binding)
 
-    def use(self, executor: Executor) -> None:
-        """Run the same program by an executor that other points use too."""
-        self._running = executor, self.binding
-
     # -- many arguments at once ---------------------------------------------------------
 
     def stacked(
@@ -235,8 +228,7 @@ class Plan:
             for a, b in zip(results, expected, strict=True)
         ):
             return None
-        old = self._running[1]
-        binding.guard_by([*guards(old.residuals, binding.residuals), *old.guards])
+        binding.follow(self._running[1])
         return executor, binding
 
     def bindings(self) -> list[Binding]:
@@ -292,14 +284,11 @@ class Plan:
         executor, old = self._running
         results = executor(arguments, old, tape)
         before = bound(executor.program, old)
-        numbers = before.numbers(self._pool)
         with torch.inference_mode(False), torch.no_grad():
-            after = simplify(before.program, numbers)
-        smaller = Executor(after)
-        binding = Binding.of(after, numbers)
-        again = smaller(arguments, binding, tape, replay=True)
-        if _same(again, results):
-            self._take(smaller, binding, old)
+            after = before.made(simplify, pool=self._pool)
+        smaller = Executor(after.program)
+        if _same(smaller(arguments, after.binding, tape, replay=True), results):
+            self._take(smaller, after)
         return results
 
     def _taken_over(
@@ -336,15 +325,17 @@ class Plan:
                 smaller(arguments, binding), results
             ):
                 self._replays = None
-                self._take(smaller, binding, old)
+                self._take(smaller, after)
                 dense.taken()
         return results
 
-    def _take(self, executor: Executor, binding: Binding, old: Binding) -> None:
-        binding.guard_by([*guards(old.residuals, binding.residuals), *old.guards])
-        self._running = executor, binding
+    def _take(self, executor: Executor, after: BoundProgram) -> None:
+        after.binding.follow(self.binding)
+        self._running = executor, after.binding
         self._stacked = {}
-        self.news = BoundProgram(executor.program, binding)
+        shared = self._taken(after)
+        if shared is not None:
+            self._running = shared, after.binding
 
     def _compiled(
         self, arguments: Sequence[torch.Tensor], options: Options

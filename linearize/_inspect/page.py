@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from .._execute.binding import BoundProgram
-from .._simplify.passes import explain, simplified
+from .._simplify.passes import explain, simplify
 from .._text.tables import STYLE, as_html, bars, code, escaped, fewer, number, shortened, size
 from .cost import Cost, cost_of
 from .drawing import draw
@@ -49,7 +49,7 @@ def page(
     smaller = {}
     if simplifies:
         with torch.inference_mode(False), torch.no_grad():
-            smaller = {k: simplified(p) for k, p in programs.items()}
+            smaller = {k: p.made(simplify) for k, p in programs.items()}
     residuals = summary.residuals
     title = f"Linearization of {summary.name}"
     parts = [

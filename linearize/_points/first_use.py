@@ -11,7 +11,7 @@ from .._check.adjoint import check_maps
 from .._execute.binding import BoundProgram
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
-from .._transpose.transpose import transposed
+from .._transpose.transpose import transpose
 from ..errors import AdjointError, LinearizeError, MissingDerivativeError
 from .product import Product
 
@@ -26,9 +26,7 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
     """
 
     def resolved(program: BoundProgram) -> BoundProgram:
-        numbers = program.numbers()
-        made = resolve(program.program, numbers, **pushforward._policy.opaque)
-        return BoundProgram.of(made, numbers)
+        return program.made(resolve, **pushforward._policy.opaque)
 
     with outside_transforms(), torch.inference_mode(False), torch.no_grad():
         # Both programs are made first: what is derived of one is then at hand for both.
@@ -38,7 +36,7 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
             pushforward._apply,
             *programs,
             lambda: (resolved(programs[0]), resolved(programs[1])),
-            transposed,
+            transpose,
         )
 
 

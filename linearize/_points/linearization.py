@@ -20,7 +20,7 @@ from .._inspect.summary import Summary, costs
 from .._programs.program import total_bytes
 from .._programs.residuals import Residual
 from .._reuse.shared import Structures
-from .._simplify.passes import explain, simplified
+from .._simplify.passes import explain, simplify
 from .._text.tables import code, framed
 from .._torch.names import pytree
 from ..errors import ClosedError, CopyError
@@ -53,7 +53,7 @@ class ProgramPair:
 
     def simplified(self) -> ProgramPair:
         """Return the programs as they are run when they are run often."""
-        return ProgramPair(simplified(self.pushforward), simplified(self.pullback))
+        return ProgramPair(self.pushforward.made(simplify), self.pullback.made(simplify))
 
     def explain(self) -> str:
         """Tell what each simplification does to each program."""

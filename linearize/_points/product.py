@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from .._reuse.template import Template
 from .._spaces.space import Space
 from .._torch.modes import functorch_active, outside_transforms, set_grad_mode
 from .._transpose.missing import resolve
-from .._transpose.transpose import transposed
+from .._transpose.transpose import transpose
 from ..errors import ClosedError, CopyError
 from .lifetime import Lifetime
 from .policy import Policy
@@ -160,17 +161,12 @@ class Product:
                 source.served(direction)
             return None if found is None else (found[0].executor, found[1])
 
-        return Plan(
+        return self._made_plan(
+            present,
             template.executor,
             binding,
             settled=template.simplified or not simplify,
             better=better if waits else None,
-            dense=self._dense(template.program, present),
-            forward=self._direction != PULLBACK,
-            compiling=self._compiling,
-            hurry=self._hurry,
-            counted=_nothing if self._source is None else self._source.count_compiled,
-            pool=self._pool,
         )
 
     def _own_plan(self, present: tuple[bool, ...]) -> Plan:
@@ -181,18 +177,35 @@ class Product:
             program = program.restricted(present)
         program = resolve(program, numbers, **self._policy.opaque)
         template = self._offer(present, program, simplified=False)
-        return Plan(
+        return self._made_plan(
+            present,
             Executor(program, final=False) if template is None else template.executor,
             Binding.of(program, numbers),
             settled=not self._policy.simplify,
             proof=self._proof(),
+        )
+
+    def _made_plan(
+        self, present: tuple[bool, ...], executor: Executor, binding: Binding, **more: Any
+    ) -> Plan:
+        me = weakref.ref(self)  # a reference to the product itself would make a cycle
+
+        def taken(program: BoundProgram) -> Executor | None:
+            product = me()
+            return None if product is None else product._take_note(program, present)
+
+        return Plan(
+            executor,
+            binding,
             whole=all(present),
-            dense=self._dense(program, present),
+            dense=self._dense(executor.program, present),
             forward=self._direction != PULLBACK,
             compiling=self._compiling,
             hurry=self._hurry,
             counted=_nothing if self._source is None else self._source.count_compiled,
+            taken=taken,
             pool=self._pool,
+            **more,
         )
 
     def _dense(self, program: Program, present: tuple[bool, ...]) -> Dense | None:
@@ -238,18 +251,20 @@ class Product:
             return None
         return source.offer(self._direction, present, program, simplified=simplified)
 
-    def _take_note(self, plan: Plan, present: tuple[bool, ...]) -> None:
-        """Let go of the program as it was recorded: a simplified one gives the same."""
+    def _take_note(self, program: BoundProgram, present: tuple[bool, ...]) -> Executor | None:
+        """Let go of the program as it was recorded: a simplified one gives the same.
+
+        Returns
+        -------
+        Executor or None
+            What runs it for other points too.
+        """
         with self._lock:
-            program, plan.news = plan.news, None
-            if program is None:
-                return
             template = self._offer(present, program.program, simplified=True)
-            if template is not None:
-                plan.use(template.executor)
             if self._program is not None and all(present):
                 self._program = program
         self._lifetime.changed()
+        return None if template is None else template.executor
 
     def _batched(
         self, tensors: Sequence[torch.Tensor | None], chunk_size: int | None
@@ -300,8 +315,6 @@ class Product:
         finally:
             if grad:
                 set_grad_mode(True)
-        if plan.news is not None:
-            self._take_note(plan, present)
         for t in results:
             if t is None:
                 break
@@ -336,8 +349,6 @@ class Product:
                 set_grad_mode(True)
         else:
             results = plan(given)  # type: ignore[arg-type]
-        if plan.news is not None:
-            self._take_note(plan, present)
         if plan.quiet and not self._shortened:
             self._shorten(plan)
         for t in results:
@@ -397,9 +408,10 @@ class Product:
 
     def _transpose(self) -> BoundProgram:
         program = self._proved()
-        turned = transposed(program, f"transpose of {program.name}", self._pool)
+        name = f"transpose of {program.name}"
+        turned = program.made(transpose, name, pool=self._pool)
         if self._policy.check != "never":
-            check_built_in(program, turned, transposed)
+            check_built_in(program, turned, transpose)
         return turned
 
     def _residuals(self) -> list[Residual]:

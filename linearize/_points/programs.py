@@ -33,7 +33,7 @@ from .._reuse.structure import Structure
 from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
 from .._torch.graphs import outside_backward
-from .._transpose.transpose import transpose, transposed
+from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
 
 #: The names of the two directions.
@@ -131,11 +131,9 @@ class PointPrograms:
         """Return the transpose of the pullback."""
         with self.lock:
             pullback = self.pullback()
-            numbers = pullback.numbers(self.pool)
-            turned = transpose(pullback.program, numbers, PUSHFORWARD)
-            pushforward = BoundProgram.of(turned, numbers)
+            pushforward = pullback.made(transpose, PUSHFORWARD, pool=self.pool)
             if self._owes_proof():
-                self.proof = Proof(pullback, pushforward, transposed, self._proved)
+                self.proof = Proof(pullback, pushforward, transpose, self._proved)
             return pushforward
 
     def _owes_proof(self) -> bool:
@@ -248,7 +246,7 @@ class PointPrograms:
             if other is not template and compare(other.executor, binding, present):
                 return  # the simplified program is less precise
             if all(present):
-                right = fresh if direction == PULLBACK else transposed(fresh)
+                right = fresh if direction == PULLBACK else fresh.made(transpose)
                 where = first_parting(right, bound(other.program, binding))
         self._structures.drop(self._structure)
         self._structure = None

@@ -61,12 +61,6 @@ def simplify(program: Program, numbers: Numbers) -> Program:
     return program
 
 
-def simplified(program: BoundProgram) -> BoundProgram:
-    """Return a smaller program that is the same map; as `simplify`, with its numbers."""
-    numbers = program.numbers()
-    return BoundProgram.of(simplify(program.program, numbers), numbers)
-
-
 def explain(program: BoundProgram) -> str:
     """Tell what each pass makes of a program: equations and bytes kept."""
     numbers, now = program.numbers(), program.program

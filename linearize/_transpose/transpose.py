@@ -19,8 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from .._capture.custom import CustomBackward, CustomJvp
 from .._capture.graph import Graph
 from .._capture.signature import shared_memory
-from .._execute.binding import BoundProgram
-from .._programs.numbers import Numbers, Pool
+from .._programs.numbers import Numbers
 from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Program
 from .._programs.values import Constant, Var
@@ -33,14 +32,6 @@ from ..errors import LinearizeError, UnsupportedError
 from . import kernel_rules as kernel_rules  # registers its rules
 from . import norm_rules as norm_rules  # registers its rules
 from .rules import fit, rule_for
-
-
-def transposed(
-    program: BoundProgram, name: str = "pushforward", pool: Pool | None = None
-) -> BoundProgram:
-    """Return the transpose of a linear program; as `transpose`, with the numbers of a point."""
-    numbers = program.numbers(pool)
-    return BoundProgram.of(transpose(program.program, numbers, name), numbers)
 
 
 def transpose(program: Program, numbers: Numbers, name: str = "pushforward") -> Program:
