@@ -23,6 +23,7 @@ import torch
 from ._derivatives.blocks import Direction, matrix, row_gradients
 from ._derivatives.gradient import check_scalar
 from ._derivatives.history import Point, handed_on
+from ._derivatives.sight import seen
 from ._spaces.operators import ChunkSize, check_chunk_size
 from ._torch.names import pytree
 from .errors import OptionError, StructureError
@@ -104,7 +105,8 @@ def jacobian(
             "reverse-mode" if strategy == "auto" else strategy,
         )
     with torch.set_grad_enabled(create_graph):
-        point = Point(func, primals, has_aux=False)
+        forward = "jacobian" if strategy == "forward-mode" else ""
+        point = Point(func, primals, has_aux=False, forward=forward)
         if strict:
             _check_strict(point, "jacobian")
         return matrix(point, direction, chunk, unpack=single)
@@ -160,9 +162,9 @@ def hessian(
         )
 
     def gradient(*args: Any) -> Any:
-        value = func(*args)
+        value, sight = seen(func, args)
         check_scalar(value)
-        return row_gradients(value.reshape(()), args[0] if single else args)
+        return row_gradients(value.reshape(()), args[0] if single else args, sight)
 
     with torch.set_grad_enabled(create_graph):
         point = Point(gradient, primals, has_aux=False)
@@ -207,10 +209,10 @@ def hvp(
         return torch.autograd.functional.hvp(func, inputs, v, create_graph, strict)  # type: ignore[no-any-return]
 
     def value_and_gradient(*args: Any) -> tuple[Any, Any]:
-        value = func(*args)
+        value, sight = seen(func, args)
         check_scalar(value)
         # Both are outputs, and no `aux`, so that both keep their history.
-        return value, row_gradients(value.reshape(()), args)
+        return value, row_gradients(value.reshape(()), args, sight)
 
     with torch.set_grad_enabled(create_graph):
         point = Point(value_and_gradient, primals, has_aux=False)

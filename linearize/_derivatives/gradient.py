@@ -10,6 +10,7 @@ import torch
 from .._spaces.space import differentiable
 from .._torch.names import pytree
 from ..errors import StructureError
+from .sight import Sight
 
 
 def gradient_and_value(f: Callable[..., Any]) -> Callable[..., tuple[Any, torch.Tensor]]:
@@ -25,10 +26,13 @@ def gradient_and_value(f: Callable[..., Any]) -> Callable[..., tuple[Any, torch.
     """
 
     def gradient(x: Any) -> tuple[Any, torch.Tensor]:
-        value = f(x)
-        check_scalar(value)
         leaves, spec = pytree.tree_flatten(x)
-        grads = iter(gradients(value, [t for t in leaves if differentiable(t)]))
+        inputs = [t for t in leaves if differentiable(t)]
+        sight = Sight(inputs)
+        with sight.running():
+            value = f(x)
+        check_scalar(value)
+        grads = iter(gradients(value, inputs, sight))
         tree = pytree.tree_unflatten(
             [next(grads) if differentiable(t) else None for t in leaves], spec
         )
@@ -37,13 +41,15 @@ def gradient_and_value(f: Callable[..., Any]) -> Callable[..., tuple[Any, torch.
     return gradient
 
 
-def gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def gradients(
+    value: torch.Tensor, inputs: list[torch.Tensor], sight: Sight
+) -> tuple[torch.Tensor, ...]:
     """Return the gradient of one number, differentiable again; zeros where it does not depend."""
     if not value.requires_grad:
         return tuple(torch.zeros_like(t) for t in inputs)
-    return torch.autograd.grad(
-        value.reshape(()), inputs, create_graph=True, allow_unused=True, materialize_grads=True
-    )
+    number = value.reshape(())
+    ones = torch.ones_like(number)
+    return sight.gradients([number], inputs, [ones], materialize_grads=True)
 
 
 def check_scalar(value: Any) -> None:

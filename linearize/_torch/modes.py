@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,6 +44,14 @@ def functions_as_they_are() -> contextlib.AbstractContextManager[Any]:
     """Hide PyTorch's Python functions from those who watch or replace them."""
     disabled: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunction()
     return disabled
+
+
+def traced() -> bool:
+    """Whether somebody writes down operations here: `torch.compile`, `export` or `make_fx`."""
+    if torch.compiler.is_compiling():
+        return True
+    tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracing is not None and tracing.get_proxy_mode() is not None
 
 
 def transform_depth() -> int:
