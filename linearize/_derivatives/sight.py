@@ -110,7 +110,7 @@ class Sight:
         """
         roots = [gradient_edge(y).node for y in outputs]
         ends = [gradient_edge(x).node for x in inputs if x.requires_grad]
-        contexts = [n for n in between(roots, ends) if is_custom(n)]
+        contexts = [n for n in between(roots, ends) if is_custom(n) and not _is_ours(n)]
         with contextlib.ExitStack() as watches:
             if contexts:
                 cotangents = [u if u.requires_grad else as_seed(u) for u in cotangents]
@@ -286,8 +286,13 @@ _DETACHING = frozenset(("detach", "detach_"))
 _DATA = (torch.Tensor.data.__get__,)  # type: ignore[attr-defined]
 _LEAVING = frozenset(
     "item tolist numpy __array__ __float__ __complex__ data_ptr __dlpack__ "
-    "__cuda_array_interface__ untyped_storage storage".split()
+    "__cuda_array_interface__".split()
 )
+
+
+def _is_ours(ctx: Node) -> bool:
+    """Whether a context is of a Function of this package, which sees to its derivatives itself."""
+    return str(forward_class(ctx).__module__).startswith(__name__.partition(".")[0] + ".")
 
 
 def _tensors(items: Sequence[Any]) -> Iterator[torch.Tensor]:
