@@ -15,7 +15,7 @@ from linearize._programs.program import Equation, Program, Var
 from linearize._reuse.structure import PROVED
 from linearize._spaces.space import TensorSpec
 from linearize._torch.names import aten
-from linearize._transpose import rules as _rules
+from linearize._transpose import rules
 from linearize.errors import AdjointError, LinearizeError, OptionError
 
 
@@ -73,7 +73,7 @@ def _fresh() -> None:
 
 def broken(monkeypatch: pytest.MonkeyPatch, op: Any) -> None:
     """Give an operation a transpose that is twice the right one."""
-    right = _rules.rule_for(op)
+    right = rules.rule_for(op)
     assert right is not None
 
     def twice(e: Any, eq: Any, cts: Any) -> Any:
@@ -81,7 +81,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, op: Any) -> None:
             (v, e.emit(aten.mul.Scalar, (ct, 2.0), v.spec)) for v, ct in right(e, eq, cts) or []
         ]
 
-    monkeypatch.setitem(_rules._RULES, op, twice)
+    monkeypatch.setitem(rules._RULES, op, twice)
 
 
 X = torch.linspace(-1, 1, 6, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_a_tangent_that_tells_nothing_is_no_proof(
     monkeypatch: pytest.MonkeyPatch, v: torch.Tensor
 ) -> None:
     """A roll by the wrong shift moves ones to where they are."""
-    right = _rules.rule_for(aten.roll.default)
+    right = rules.rule_for(aten.roll.default)
 
     def again(e: Any, eq: Any, cts: Any) -> Any:
         assert right is not None
@@ -165,7 +165,7 @@ def test_a_tangent_that_tells_nothing_is_no_proof(
             (x, e.emit(aten.roll.default, (ct, [1]), x.spec)) for x, ct in right(e, eq, cts) or []
         ]
 
-    monkeypatch.setitem(_rules._RULES, aten.roll.default, again)
+    monkeypatch.setitem(rules._RULES, aten.roll.default, again)
     here = lz.Linearizer(lambda x: x.roll(1).sin()).at(X)
     with pytest.raises(AdjointError, match="first to part is roll"):
         here.jvp_fn(v.double())

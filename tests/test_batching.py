@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import linearize as lz
-from linearize._execute import mapped as _batching
+from linearize._execute import mapped
 
 D = torch.float64
 Function = Callable[..., torch.Tensor]
@@ -149,14 +149,14 @@ def test_operators_of_a_library(vmap: Callable[..., Any] | None) -> None:
 
 def test_an_operation_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
-    passes = _batching._passes
+    passes = mapped._passes
 
     def counted(op: Any, template: Any, given: Any) -> bool:
         tried.append(op)
         return passes(op, template, given)
 
-    monkeypatch.setattr(_batching, "_passes", counted)
-    monkeypatch.setattr(_batching, "_known", {})
+    monkeypatch.setattr(mapped, "_passes", counted)
+    monkeypatch.setattr(mapped, "_known", {})
     x = randn(3, 4)
     for _ in range(3):
         here = lz.Linearizer(torch.trace).at(x)

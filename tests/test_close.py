@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.measure import memory
-from linearize._programs import aten as _linearity
+from linearize._spaces import compare
 from linearize._spaces.compare import close, rounding
 
 NAN, INF = float("nan"), float("inf")
@@ -14,7 +14,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(params=[8, 1 << 20], ids=["in pieces", "at once"])
 def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linearity, "_AT_ONCE", request.param)
+    monkeypatch.setattr(compare, "_AT_ONCE", request.param)
 
 
 @pytest.mark.usefixtures("_pieces")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import linearize as lz
-from linearize._record import walk as _record
+from linearize._record import walk
 from linearize._record.node_programs import NODE_PROGRAMS
 
 from .comparing import compare
@@ -35,13 +35,13 @@ def nothing_known() -> Iterator[None]:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the names of the nodes that were called to be recorded."""
     names: list[str] = []
-    call = _record._Walk.call
+    call = walk._Walk.call
 
     def noted(self: Any, node: Any, grads: Any) -> Any:
         names.append(node.name())
         return call(self, node, grads)
 
-    monkeypatch.setattr(_record._Walk, "call", noted)
+    monkeypatch.setattr(walk._Walk, "call", noted)
     return names
 
 

@@ -16,11 +16,10 @@ from torch.nn import functional as F
 
 import linearize as lz
 from linearize._execute.executor import Executor
-from linearize._programs import recipes as _recipes
+from linearize._programs import recipes
 from linearize._programs.program import Emitter, Program, Var
 from linearize._programs.residuals import Residual
-from linearize._simplify import equal_numbers as _equal_numbers
-from linearize._simplify import rowwise_matrices as _row_matrices
+from linearize._simplify import equal_numbers, rowwise_matrices
 from linearize._simplify.moves import merge_moves
 from linearize._simplify.products import scale_products
 from linearize._spaces.space import TensorSpec
@@ -505,7 +504,12 @@ def test_a_mask_is_read_where_the_graph_keeps_it(f: Callable[..., Any]) -> None:
 
 
 def test_nothing_is_remembered_of_points_that_are_gone() -> None:
-    registers = (_recipes._KNOWN, _equal_numbers._KEPT, _row_matrices._KEPT, _row_matrices._WIDTHS)
+    registers = (
+        recipes._KNOWN,
+        equal_numbers._KEPT,
+        rowwise_matrices._KEPT,
+        rowwise_matrices._WIDTHS,
+    )
     gc.collect()
     before = [len(r) for r in registers]
     points = []
@@ -530,9 +534,9 @@ def test_long_chains_are_not_remembered_link_by_link() -> None:
         return x
 
     gc.collect()
-    before = len(_recipes._KNOWN)
+    before = len(recipes._KNOWN)
     here = lz.Linearizer(f).at(randn(4))
     for _ in range(5):
         here.vjp_fn(here.jvp_fn(randn(4)))
     gc.collect()
-    assert len(_recipes._KNOWN) - before < 500
+    assert len(recipes._KNOWN) - before < 500

@@ -14,7 +14,7 @@ import torch
 import linearize as lz
 from linearize._capture import signature as _signature
 from linearize._capture.capture import capture
-from linearize._reuse import takeover as _takeover
+from linearize._reuse import takeover
 from linearize._reuse.shared import SHARED
 from linearize.errors import ReuseError
 
@@ -114,13 +114,13 @@ def test_how_often_the_graph_is_asked(
 ) -> None:
     SHARED.clear()
     asked = []
-    walk = _takeover.engine_pullback
+    walk = takeover.engine_pullback
 
     def counted(*args: Any) -> Any:
         asked.append(1)
         return walk(*args)
 
-    monkeypatch.setattr(_takeover, "engine_pullback", counted)
+    monkeypatch.setattr(takeover, "engine_pullback", counted)
     lin = lz.Linearizer(built_in(A, B), check=check)
     for k in range(7):
         here = lin.at(X + k / 10)
@@ -152,7 +152,7 @@ def test_the_walk_is_what_the_engine_computes(make: Any) -> None:
     y = torch.randn(3, dtype=D)
     captured = capture(f, (X, y), {}, (0, 1))
     u = [torch.randn(4, dtype=D), torch.randn(2, 3)]
-    got = _takeover.engine_pullback(captured.graph(), u, _takeover.StandIns())
+    got = takeover.engine_pullback(captured.graph(), u, takeover.StandIns())
     leaves = X.clone().requires_grad_(), y.clone().requires_grad_()
     expected = torch.autograd.grad(f(*leaves), leaves, u)
     torch.testing.assert_close(list(got), list(expected))
