@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from ..comparing import compare, like, same_draws
+from tests.support.comparing import compare, like, same_draws
 
 try:
     import torchvision as torchvision

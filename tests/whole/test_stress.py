@@ -26,8 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import linearize as lz
 from linearize.errors import ClosedError, CopyError
-
-from .comparing import CALLS, close, compare
+from tests.support.comparing import CALLS, close, compare
 
 D = torch.float64
 PACKAGE = str(Path(lz.__file__).parent)

@@ -18,7 +18,7 @@ import torch
 for module in ("matplotlib", "scipy", "sklearn", "threadpoolctl", "tqdm"):
     pytest.importorskip(module)
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 

@@ -13,8 +13,7 @@ from torch.autograd import Function
 
 import linearize as lz
 from linearize.errors import LinearizeError, MissingDerivativeError
-
-from .functions import F64, direction, native_jvp, native_vjp, opaque, point
+from tests.support.functions import F64, direction, native_jvp, native_vjp, opaque, point
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 

@@ -13,8 +13,7 @@ import torch
 import linearize as lz
 from linearize._record import walk
 from linearize._record.node_programs import NODE_PROGRAMS
-
-from .comparing import compare
+from tests.support.comparing import compare
 
 D, C = torch.float64, torch.complex128
 

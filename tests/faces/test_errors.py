@@ -11,7 +11,7 @@ import pytest
 
 from linearize import errors
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLASSES = [
     cls
     for _, cls in inspect.getmembers(errors, inspect.isclass)

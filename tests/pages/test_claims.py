@@ -20,7 +20,7 @@ from torch.autograd import functional as af
 import linearize as lz
 import linearize.func
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ["torch.func.jvp", "torch.func.linearize", "torch.func.vjp", "double backward"]
 VERSION = "2.13"
 pytestmark = [

@@ -15,8 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import linearize as lz
-
-from .functions import (
+from tests.support.functions import (
     F64,
     backward_only,
     direction,

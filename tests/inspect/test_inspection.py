@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import linearize as lz
 from linearize._inspect.layout import layered
-from tests.functions import F64, direction, point
+from tests.support.functions import F64, direction, point
 
 HERE = Path(__file__).name
 

@@ -18,8 +18,7 @@ from linearize.errors import (
     MissingDerivativeError,
     StalenessError,
 )
-
-from .functions import F64, direction, finite_difference, native_jvp, opaque, point
+from tests.support.functions import F64, direction, finite_difference, native_jvp, opaque, point
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import linearize as lz
-
-from .comparing import CALLS
+from tests.support.comparing import CALLS
 
 D = torch.float64
 
@@ -162,7 +161,7 @@ def test_a_deep_graph_dies_without_recursion() -> None:
 
 HUGE = """
 import sys, torch, linearize as lz
-from tests.test_large import chain, ladder
+from tests.whole.test_large import chain, ladder
 
 x = torch.linspace(0.1, 0.5, 5, dtype=torch.float64)
 f = {"chain": chain, "ladder": ladder}[sys.argv[1]]

@@ -24,8 +24,7 @@ from linearize._simplify.moves import merge_moves
 from linearize._simplify.products import scale_products
 from linearize._spaces.space import TensorSpec
 from linearize._torch.names import aten
-
-from .comparing import compare
+from tests.support.comparing import compare
 
 D = torch.float64
 

@@ -9,8 +9,7 @@ import torch
 
 import linearize as lz
 from linearize.operators import LinearOperator, from_diagonal, identity
-
-from .operator_contract import check_operator
+from tests.support.operator_contract import check_operator
 
 torch_jacobian = torch.autograd.functional.jacobian
 

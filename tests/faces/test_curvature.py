@@ -13,8 +13,7 @@ from torch.func import functional_call
 import linearize as lz
 import linearize.curvature
 from linearize.curvature import fisher, gauss_newton, hessian
-
-from .operator_contract import check_operator
+from tests.support.operator_contract import check_operator
 
 F64 = torch.float64
 

@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose
 
 pytest.importorskip("scipy")
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from nist import models as nist_models  # noqa: E402
