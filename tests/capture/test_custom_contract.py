@@ -18,7 +18,8 @@ from linearize.errors import (
     MissingDerivativeError,
     StalenessError,
 )
-from tests.support.functions import F64, direction, finite_difference, native_jvp, opaque, point
+from tests.support.functions import F64, direction, opaque, point
+from tests.support.references import finite_difference, native_jvp
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 

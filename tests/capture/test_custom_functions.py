@@ -15,18 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import linearize as lz
-from tests.support.functions import (
-    F64,
-    backward_only,
-    direction,
-    finite_difference,
-    native_jvp,
-    native_vjp,
-    opaque,
-    point,
-    quadratic,
-    slope,
-)
+from tests.support.functions import F64, backward_only, direction, opaque, point, quadratic, slope
+from tests.support.references import finite_difference, native_jvp, native_vjp
 
 # Forward-mode AD, the reference here, compiles something when it is first called.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import linearize as lz
 from linearize.errors import UnsupportedError
-from tests.support.comparing import CALLS, Counted, Plain, close, compare, gradient, like, tensors
+from tests.support.comparing import CALLS, Counted, close, compare
+from tests.support.references import Plain, gradient, like, tensors
 
 D, C = torch.float64, torch.complex128
 # `torch.func.jvp`, a reference, compiles something when it is first called.

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import linearize as lz
-from tests.support.functions import finite_difference
+from tests.support.references import finite_difference
 
 D, C = torch.float64, torch.complex128
 Function = Callable[..., torch.Tensor]

@@ -13,7 +13,8 @@ from torch.autograd import Function
 
 import linearize as lz
 from linearize.errors import LinearizeError, MissingDerivativeError
-from tests.support.functions import F64, direction, native_jvp, native_vjp, opaque, point
+from tests.support.functions import F64, direction, opaque, point
+from tests.support.references import native_jvp, native_vjp
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 

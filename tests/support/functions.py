@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 F64 = torch.float64
 
@@ -27,44 +27,6 @@ def direction(like: torch.Tensor, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.complex128 if like.is_complex() else F64
     return torch.randn(like.shape, generator=generator, dtype=dtype).to(like.dtype)
-
-
-def finite_difference(
-    f: Callable[..., Any], primals: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Return J·v by fourth-order central differences."""
-    h = 1e-4
-
-    def at(k: int) -> list[torch.Tensor]:
-        with torch.no_grad():
-            y = f(*(x + k * h * t for x, t in zip(primals, tangents, strict=True)))
-        return [y] if isinstance(y, torch.Tensor) else list(y)
-
-    return [
-        (8 * (p1 - m1) - (p2 - m2)) / (12 * h)
-        for p1, m1, p2, m2 in zip(at(1), at(-1), at(2), at(-2), strict=True)
-    ]
-
-
-def native_jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
-    """Return J·v by PyTorch's forward mode; a tangent may be None."""
-    with forward_ad.dual_level():
-        duals = [
-            x if t is None else forward_ad.make_dual(x, t)
-            for x, t in zip(primals, tangents, strict=True)
-        ]
-        return torch.utils._pytree.tree_map(
-            lambda y: forward_ad.unpack_dual(y).tangent if isinstance(y, torch.Tensor) else y,
-            f(*duals),
-        )
-
-
-def native_vjp(f: Callable[..., Any], primals: Sequence[torch.Tensor], u: Any) -> list[Any]:
-    """Return Jᵀ·u by PyTorch's engine."""
-    leaves = [x.detach().clone().requires_grad_() for x in primals]
-    y = f(*leaves)
-    ys, us = ([y], [u]) if isinstance(y, torch.Tensor) else (list(y), list(u))
-    return list(torch.autograd.grad(ys, leaves, us, allow_unused=True))
 
 
 def opaque(method: Callable[..., Any]) -> Callable[..., Any]:

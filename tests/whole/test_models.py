@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 import linearize as lz
-from tests.support.comparing import CALLS, Counted, close, compare, like, same_draws
+from tests.support.comparing import CALLS, Counted, close, compare, same_draws
+from tests.support.references import like
 
 D = torch.float64
 # `torch.func.jvp`, a reference, compiles something when it is first called.

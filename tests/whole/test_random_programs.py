@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch.autograd import Function
 
 import linearize as lz
-from tests.support.comparing import Plain, close, gradient, like, tensors, twice_backward
+from tests.support.comparing import close
+from tests.support.references import Plain, gradient, like, tensors, twice_backward
 
 D, C = torch.float64, torch.complex128
 Value = torch.Tensor
