@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from .._capture.dependence import derivative
 from .._spaces.flat import units
 from .._spaces.operators import ChunkSize, check_chunk_size
 from .._spaces.space import Space, TensorSpec, differentiable
@@ -113,12 +114,13 @@ def hessian(
         g, chosen = _in_chosen(func, argnums, args, kwargs)
         single = isinstance(argnums, int)
 
-        def derivative(*primals: Any) -> Any:
+        @derivative
+        def rows(*primals: Any) -> Any:
             value, sight = seen(g, primals)
             sight.check_regions(value, "hessian")
             return row_gradients(value, primals[0] if single else primals, sight)
 
-        point = Point(derivative, chosen, has_aux=False)
+        point = Point(rows, chosen, has_aux=False)
         return matrix(point, "auto", chunk_size, unpack=single)
 
     return hessian_of
@@ -275,4 +277,6 @@ def row_gradients(output: Any, primals: Any, sight: Sight) -> Any:
             [next(stacked) if differentiable(t) else None for t in leaves], spec
         )
 
-    return pytree.tree_map(rows, output)
+    result = pytree.tree_map(rows, output)
+    sight.warn_if_independent()
+    return result

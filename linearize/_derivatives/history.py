@@ -7,18 +7,19 @@ history of the one run to these numbers; it is used only if somebody differentia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from .._capture.capture import Capture, capture
-from .._capture.graph import other_leaves
+from .._capture.dependence import derivative, is_derivative
+from .._capture.graph import between, other_leaves
 from .._points.linearization import Linearization
 from .._points.product import Product
 from .._spaces.space import differentiable
 from .._torch.graphs import gradient_edge
-from .._torch.modes import functorch_active, traced
+from .._torch.modes import functorch_active, being_traced
 from .._torch.names import batched_or_wrapped, has_forward_tangent, pytree
 from .sight import Sight, seen
 
@@ -194,8 +195,11 @@ class Point:
             sights.append(sight)
             return result
 
+        if is_derivative(f):
+            derivative(watched)
         captured = capture(watched, primals, {}, range(len(primals)), has_aux=has_aux)
         captured.name = getattr(f, "__qualname__", None) or type(f).__name__
+        self._captured = captured
         self.here = Linearization(captured)
         self.aux = captured.aux
         self.value = self.here.value
@@ -221,6 +225,26 @@ class Point:
             self.aux = pytree.tree_unflatten(
                 [known.get(id(t), own) for t, own in zip(leaves, detached, strict=True)], spec
             )
+
+    def dependence(self) -> list[list[bool]]:
+        """Return for each output whether it depends on each primal, as far as the graph tells."""
+        nodes = [node for _, node in self._captured.leaves]
+        rows = []
+        for edge in self._captured.edges:
+            reached = set(between([] if edge is None else [edge[0]], nodes))
+            rows.append([node in reached for node in nodes])
+        return rows
+
+    def constant_blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the numbers of outputs and primals whose derivative depends on nothing."""
+        aliases = [t for t, _ in self._captured.leaves]
+        for i, y in enumerate(self._captured.outputs):
+            grads = torch.autograd.grad(
+                y, aliases, torch.ones_like(y), create_graph=True, allow_unused=True
+            )
+            for j, g in enumerate(grads):
+                if g is None or not g.requires_grad:
+                    yield i, j
 
     def jvp(self, tangents: Any) -> Any:
         """Return J·v; integer outputs have a zero of their own dtype, as in `torch.func`."""
@@ -258,4 +282,4 @@ class Point:
 
 def handed_on(*trees: Any) -> bool:
     """Whether a call must go to PyTorch: inside one of its transforms, or in a trace."""
-    return traced() or functorch_active() or any(has_forward_tangent(t) for t in pytree.tree_leaves(trees))
+    return being_traced() or functorch_active() or any(has_forward_tangent(t) for t in pytree.tree_leaves(trees))

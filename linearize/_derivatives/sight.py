@@ -18,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .._capture.contexts import function_name
+from .._capture.dependence import warn_independent
 from .._capture.graph import as_seed, between
 from .._torch.contexts import applied_late, calls_watched
 from .._torch.graphs import Node, accumulators, forward_class, gradient_edge, is_custom
@@ -42,6 +43,7 @@ class Sight:
         self._ends: list[Node] | None = None
         self._descends: dict[Node, bool] = {}
         self.lost = _Lost()
+        self._depends = False
         #: Through what a number left PyTorch inside some custom Function's `forward`.
         self.left: str | None = None
 
@@ -116,9 +118,16 @@ class Sight:
                 cotangents = [u if u.requires_grad else as_seed(u) for u in cotangents]
             for ctx in contexts:
                 watches.enter_context(calls_watched(ctx, functools.partial(self._called, ctx)))
-            return torch.autograd.grad(
+            results = torch.autograd.grad(
                 outputs, inputs, cotangents, create_graph=True, allow_unused=True, **options
             )
+        self._depends = self._depends or any(g is not None for g in results)
+        return results
+
+    def warn_if_independent(self) -> None:
+        """Warn if no gradient asked for so far depended on its inputs."""
+        if not self._depends:
+            warn_independent("the value")
 
     def _called(
         self, ctx: Any, backward: Callable[..., Any], cotangents: tuple[torch.Tensor | None, ...]
