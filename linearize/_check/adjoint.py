@@ -163,12 +163,12 @@ class _StandIns:
 
     def placed(self, program: BoundProgram, *, backward: bool) -> BoundProgram:
         """Return a program without user code."""
-        return program.mapped(lambda eq: self._placed(eq, backward))
+        return program.with_opaque(lambda eq: self._placed(eq, backward))
 
-    def _placed(self, eq: Equation, backward: bool) -> Equation:
+    def _placed(self, eq: Equation, backward: bool) -> Any:
         node = node_of(eq.op)
         if node is None:
-            return eq
+            return eq.op
 
         def vectors(variables: Iterable[Any], side: bool) -> list[torch.Tensor | None]:
             return [
@@ -178,8 +178,7 @@ class _StandIns:
 
         # A backward takes what belongs to the node's outputs, a jvp what belongs to its inputs.
         a, b = vectors(eq.args, not backward), vectors(eq.outputs, backward)
-        op = RankOne(a, b, f"a stand-in for {op_name(eq.op)}")
-        return Equation(op, eq.args, {}, eq.outputs, eq.source)
+        return RankOne(a, b, f"a stand-in for {op_name(eq.op)}")
 
 
 def check_built_in(

@@ -169,14 +169,14 @@ class _Trial:
         generator = torch.Generator().manual_seed(3)
         self.cuts: dict[int, _Cut] = {}
 
-        def cut(eq: Equation) -> Equation:
+        def cut(eq: Equation) -> Any:
             if node_of(eq.op) is None:
-                return eq
+                return eq.op
             numbers = [None if v is None else v.spec.random(generator) for v in eq.outputs]
-            op = self.cuts[id(node_of(eq.op))] = _Cut(numbers, eq.name)
-            return Equation(op, eq.args, {}, eq.outputs, eq.source)
+            made = self.cuts[id(node_of(eq.op))] = _Cut(numbers, eq.name)
+            return made
 
-        program = pullback.mapped(cut)
+        program = pullback.with_opaque(cut)
         # Modes of the caller's, which count operations perhaps, see the product only.
         with unobserved(), torch.inference_mode(False), torch.no_grad():
             self.cotangents = [v.spec.random(generator) for v in program.inputs]

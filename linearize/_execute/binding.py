@@ -12,7 +12,7 @@ from .._programs.numbers import Numbers, Pool
 from .._programs.origins import Here
 from .._programs.program import Emitter, Equation, Operation, Program, printed, total_bytes
 from .._programs.residuals import Residual, first_freed
-from .._programs.values import Constant, Value, Var
+from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._text.tables import escaped, framed, shortened
 
@@ -149,11 +149,11 @@ class BoundProgram:
         numbers = self.numbers(pool)
         return BoundProgram.of(make(self.program, numbers, *args, **kwargs), numbers)
 
-    def mapped(self, change: Callable[[Equation], Equation]) -> BoundProgram:
-        """Return the program with other operations in place of some, on the same values."""
-        program = self.program.with_equations([change(eq) for eq in self.equations])
-        binding = Binding(self.binding.residuals, program.opaque(), self.binding.guards)
-        return BoundProgram(program, binding)
+    def with_opaque(self, stand_in: Callable[[Equation], Operation]) -> BoundProgram:
+        """Return the program with something in place of its opaque operations."""
+        ops = [stand_in(eq) for eq in self.equations if isinstance(eq.op, Operation)]
+        binding = Binding(self.binding.residuals, ops, self.binding.guards)
+        return bound(self.program, binding)
 
     def residuals(self) -> list[Residual]:
         """Return the tensors that the program reads, each once."""
@@ -180,7 +180,7 @@ class BoundProgram:
                 moved[c] = Constant(c.spec, Here(), c.source)
             numbers.put([moved.get(c, c)], [r])
         outputs = e.inline(rest, [v for v in middle if v is not None], moved)
-        made = Program(inputs, e.equations, outputs, other.program.specs, name).live()
+        made = Program(inputs, e.equations, outputs, other.specs, name, e.fixed).live()
         return BoundProgram.of(made, numbers)
 
     def __str__(self) -> str:
@@ -196,16 +196,4 @@ class BoundProgram:
 
 def bound(program: Program, binding: Binding) -> BoundProgram:
     """Return a program that several points run with the numbers and operations of one."""
-    if program.opaque() != list(binding.ops):
-        ops = iter(binding.ops)
-        program = program.with_equations(
-            [
-                eq.renamed(_same, op=next(ops)) if isinstance(eq.op, Operation) else eq
-                for eq in program.equations
-            ]
-        )
-    return BoundProgram(program, binding)
-
-
-def _same(x: Value) -> Value:
-    return x
+    return BoundProgram(program.with_opaque(binding.ops), binding)

@@ -381,15 +381,17 @@ class Product:
         If both are of one point, other points of the same structure take the program over.
         """
         mine, theirs = self._source, other._source
+        # Points of one structure share constants: what is known of one says nothing of two.
+        pool = self._pool if self._pool is other._pool else Pool()
         return Product(
-            lambda: self._proved().then(other._proved(), name, self._pool),
+            lambda: self._proved().then(other._proved(), name, pool),
             self._arguments,
             other._results,
             self._lifetime,
             self._policy,
             mine if mine is theirs else None,
             name,
-            self._pool,
+            pool,
         )
 
     def _transposed(self) -> Product:

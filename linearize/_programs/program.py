@@ -273,6 +273,20 @@ class Program:
         """Return the operations that are not ATen operators, in order."""
         return [eq.op for eq in self.equations if isinstance(eq.op, Operation)]
 
+    def with_opaque(self, ops: Sequence[Operation]) -> Program:
+        """Return the program with others in place of its opaque operations."""
+        if list(ops) == self.opaque():
+            return self
+        rest = iter(ops)
+        return self.with_equations(
+            [
+                Equation(next(rest), eq.args, eq.kwargs, eq.outputs, eq.source)
+                if isinstance(eq.op, Operation)
+                else eq
+                for eq in self.equations
+            ]
+        )
+
     def is_opaque(self) -> bool:
         """Whether user code is called."""
         return any(isinstance(eq.op, Operation) for eq in self.equations)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import cachetools
 import torch
 
-from .._execute.portable import Portable
+from .._execute.schedule import Portable
 from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.values import Constant, Var

@@ -23,11 +23,10 @@ import torch
 from .._capture.custom import CustomNode
 from .._execute.binding import Binding
 from .._execute.executor import Executor
-from .._execute.portable import Portable
+from .._execute.schedule import Portable
 from .._programs.origins import Costly, Origin, Saved, ordered
-from .._programs.program import Operation, Program
+from .._programs.program import Program
 from .._programs.residuals import Residual, finite
-from .._programs.values import Value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,18 +129,6 @@ def _placed(program: Program, places: dict[int, int]) -> Program | None:
             places[id(node)], node.name, node.has_jvp, node.has_backward, node.takes_batches
         )
 
-    moved: dict[Operation, Operation | None] = {op: op.moved(place) for op in program.opaque()}
-    if None in moved.values():
-        return None
-    if all(op is now for op, now in moved.items()):
-        return program
-    return program.with_equations(
-        [
-            eq.renamed(_same, op=moved[eq.op]) if isinstance(eq.op, Operation) else eq
-            for eq in program.equations
-        ]
-    )
-
-
-def _same(x: Value) -> Value:
-    return x
+    moved = [op.moved(place) for op in program.opaque()]
+    ops = [op for op in moved if op is not None]
+    return program.with_opaque(ops) if len(ops) == len(moved) else None

@@ -338,16 +338,8 @@ def _convolution(reader: _Reader, eq: Equation) -> list[Rows] | None:
     out = eq.outputs[0]
     if not isinstance(v, Var) or len(eq.inputs()) != 1 or out is None:
         return None
-    relation = _convolution_relation(
-        v.spec.shape,
-        out.spec.shape,
-        weight.spec.shape,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        groups,
-    )
+    shapes = v.spec.shape, out.spec.shape, weight.spec.shape
+    relation = _convolution_relation(*shapes, stride, padding, dilation, transposed, groups)
     return [reader.joined(relation, reader.rows[v])]
 
 
@@ -357,16 +349,8 @@ def _convolution_backward(reader: _Reader, eq: Equation) -> list[Rows] | None:
         return None
     if any(out is not None for out in eq.outputs[1:]):
         return None
-    relation = _convolution_relation(
-        given.spec.shape,
-        v.spec.shape,
-        weight.spec.shape,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        groups,
-    )
+    shapes = given.spec.shape, v.spec.shape, weight.spec.shape
+    relation = _convolution_relation(*shapes, stride, padding, dilation, transposed, groups)
     joined = reader.joined(relation.T.tocsr(), reader.rows[v])
     return [joined, *([sp.csr_array((0, reader.width), dtype=bool)] * (len(eq.outputs) - 1))]
 
