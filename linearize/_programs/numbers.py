@@ -78,12 +78,9 @@ class Numbers:
 
     def residual(self, c: Constant) -> Residual:
         """Return the residual of a constant."""
-        known = self._held.get(c)
-        if known is None:
-            if not isinstance(c.origin, Literal):
-                raise KeyError(c)
-            known = self._held[c] = Residual(c.origin.tensor, c.source)
-        return known
+        if c not in self._held and isinstance(c.origin, Literal):
+            self._held[c] = Residual(c.origin.tensor, c.source)
+        return self._held[c]
 
     def found(self, c: Constant) -> bool:
         """Whether somebody still keeps the tensor of a constant, unchanged; it is here then."""
