@@ -57,6 +57,8 @@ __all__ = [
     "leaf_variable",
     "let_die_in_turn",
     "materialized_arguments",
+    "native_function",
+    "native_method",
     "only_raises",
     "outside_backward",
     "outside_transforms",
@@ -103,6 +105,16 @@ class DispatchMode(TorchDispatchMode):
 def bare(op: Any) -> Any:
     """Return an operation without its Python part, which does nothing but call it."""
     return getattr(op, "_op", op)
+
+
+def native_function(name: str) -> Callable[..., Any]:
+    """Return the C function that `torch` offers by this name, whatever stands there now."""
+    return cast(Callable[..., Any], getattr(torch._C._VariableFunctions, name))
+
+
+def native_method(name: str) -> Callable[..., Any]:
+    """Return the C method that tensors have by this name, whatever stands there now."""
+    return cast(Callable[..., Any], getattr(torch._C.TensorBase, name))
 
 
 def key_string(path: KeyPath) -> str:
