@@ -414,7 +414,7 @@ def total_bytes(tensors: Iterable[torch.Tensor], excluding: Iterable[int] = ()) 
     """
     seen: set[int] = set(excluding)
     count = 0
-    for t in (part for whole in tensors for part in _parts(whole)):
+    for t in (part for whole in tensors for part in dense_parts(whole)):
         storage = t.untyped_storage()
         pointer = storage.data_ptr()
         if pointer not in seen:
@@ -423,7 +423,7 @@ def total_bytes(tensors: Iterable[torch.Tensor], excluding: Iterable[int] = ()) 
     return count
 
 
-def _parts(t: torch.Tensor) -> Sequence[torch.Tensor]:
+def dense_parts(t: torch.Tensor) -> Sequence[torch.Tensor]:
     """Return the dense tensors of which a sparse one consists."""
     if t.layout == torch.strided:
         return (t,)

@@ -205,9 +205,8 @@ class Cut:
         self.reason = reason
         self.before = [n for n in graph.order if n not in below]
         self.after = [n for n in graph.order if n in below and n not in within]
-        arriving = [e for e in graph.roots if e is not None]
-        arriving += [e for n in self.before for e in n.next_functions]
-        entries = _distinct(e for e in arriving if e[0] in within)
+        arriving = [*graph.roots, *(e for n in self.before for e in n.next_functions)]
+        entries = _distinct(e for e in arriving if e is not None and e[0] in within)
         inside = [n for n in graph.order if n in within]
         self.stretch = Stretch(graph, inside, entries, engine=engine)
 

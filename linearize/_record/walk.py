@@ -24,7 +24,7 @@ from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Program, Var
 from .._programs.residuals import Residual
 from .._spaces.compare import close
-from .._spaces.space import TensorSpec, tensor_spec
+from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     Node,
     input_metadata,
@@ -36,10 +36,19 @@ from .._torch.graphs import (
 from .._torch.modes import subclasses_ignored, unobserved
 from .._torch.names import aten
 from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
-from .node_formulas import call_node, formula_of, mended
+from .node_formulas import formula_of, mended
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
 from .recorder import OpaqueError, Recorder
-from .stretch import Cut, NodeBackward, NotRecordedError, SpreadError, Stretch, alone, fitted, metadata_spec
+from .stretch import (
+    Cut,
+    NodeBackward,
+    NotRecordedError,
+    SpreadError,
+    Stretch,
+    alone,
+    fitted,
+    metadata_spec,
+)
 
 T = TypeVar("T")
 
@@ -561,8 +570,10 @@ def _with_help(graph: Graph, attempt: Callable[[Cut | None], T], helped: bool) -
             cut = Cut(graph, nodes, "a gradient inside is no dense tensor")
         except (UnsupportedError, RuntimeError, TypeError) as error:
             known = isinstance(error, LinearizeError) and not isinstance(error, NotRecordedError)
-            if not helped or known or isinstance(error, torch.OutOfMemoryError):
+            if known or isinstance(error, torch.OutOfMemoryError):
                 raise
+            if not helped:
+                raise _plain(error) from error.__cause__
             return _by_engine(graph, attempt, error)
 
 
@@ -573,7 +584,11 @@ def _by_engine(graph: Graph, attempt: Callable[[Cut | None], T], error: Exceptio
     try:
         return attempt(Cut(graph, nodes, reason, engine=True))
     except (LinearizeError, RuntimeError, TypeError):
-        raise error from error.__cause__
+        raise _plain(error) from error.__cause__
+
+
+def _plain(error: Exception) -> Exception:
+    return UnsupportedError(str(error)) if isinstance(error, NotRecordedError) else error
 
 
 def _sparse(name: str) -> UnsupportedError:
