@@ -272,7 +272,9 @@ class Case:
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(self.seed)
         self.dtype = S if rng.random() < 0.15 else D
-        names = sorted(STEPS)
+        #: Few kinds of steps and few constants: then it matters which of them are the same.
+        names = rng.sample(sorted(STEPS), rng.randint(2, 8))
+        self.palette = rng.sample(range(7), rng.randint(2, 3))
         self.steps = [
             (rng.choice(names), rng.randrange(9), rng.randrange(9), rng.randrange(6))
             for _ in range(rng.randint(2, 8))
@@ -288,15 +290,15 @@ class Case:
         self.many = 40 if rng.random() < 0.15 else 6
 
     def drawn(self) -> Settings:
-        """Return settings; about half of what can change does."""
+        """Return settings; often nothing but constants changes, else half of what can."""
         rng = self.rng
         old: Settings | None = getattr(self, "settings", None)
         slots = [(kind, i) for kind in KINDS for i in range(3)]
-        one = rng.randrange(7)
-        chosen = {slot: one if rng.random() < 0.3 else rng.randrange(7) for slot in slots}
-        n = 4 if rng.random() < 0.85 else 5
+        chosen = {slot: rng.choice(self.palette) for slot in slots}
+        if old is not None and rng.random() < 0.5:
+            return dataclasses.replace(old, chosen=chosen)
         made = Settings(
-            self.pools[n],
+            self.pools[4 if rng.random() < 0.85 else 5],
             chosen,
             rng.choice((0.7, 1.0, 0.0, -0.0, 2.5)),
             rng.choice((1, 2, 3)),
@@ -304,7 +306,7 @@ class Case:
             mixed=rng.random() < 0.2,
         )
         if old is not None:
-            for field in dataclasses.fields(Settings)[1:]:
+            for field in dataclasses.fields(Settings):
                 if rng.random() < 0.5:
                     setattr(made, field.name, getattr(old, field.name))
         return made
@@ -340,10 +342,11 @@ class Case:
         global SCALE
         linearizers = [lz.Linearizer(self.f, **self.options) for _ in range(2)]
         held: list[tuple[Any, Value]] = []
-        for point in range(self.rng.randint(3, 6)):
+        for point in range(self.rng.randint(3, 7)):
             if point:
                 self.settings = self.drawn()
-                SCALE = self.rng.choice((SCALE, 1.0, 1.5))
+                if self.rng.random() < 0.2:
+                    SCALE = self.rng.choice((1.0, 1.5))
             n = len(self.settings.constants["mask"][0])
             g = torch.Generator().manual_seed(self.seed * 100 + point)
             x, p = torch.randn(2, n, dtype=D, generator=g).unbind()
