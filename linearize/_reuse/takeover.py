@@ -23,7 +23,7 @@ from .._execute.executor import Executor
 from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
 from .._record.node_formulas import mended
-from .._record.walk import fitted, metadata_spec
+from .._record.stretch import fitted, metadata_spec
 from .._spaces.compare import close, tolerance
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, input_metadata, outside_backward, recomputed_once
