@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from .._execute.binding import BoundProgram
 from .._programs.numbers import Numbers
-from .._programs.program import Program, total_bytes
+from .._programs.program import Operation, Program, total_bytes
 from .copies import merge_copies
 from .diagonals import fold_diagonals
 from .moves import merge_moves
@@ -62,9 +62,14 @@ def simplify(program: Program, numbers: Numbers) -> Program:
 
 
 def explain(program: BoundProgram) -> str:
-    """Tell what each pass makes of a program: equations and bytes kept."""
+    """Tell what each pass makes of a program: equations and bytes kept.
+
+    And what of it is left to PyTorch.
+    """
     numbers, now = program.numbers(), program.program
     lines = [f"{program.name}: {_size(program)}"]
+    ops = [eq.op for eq in program.equations if isinstance(eq.op, Operation)]
+    lines += [f"  {op.name}: {op.note}" for op in ops if op.note]
     for one in PASSES:
         now = one(now, numbers)
         lines.append(f"  after {one.__name__}: {_size(BoundProgram.of(now, numbers))}")
