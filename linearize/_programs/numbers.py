@@ -104,17 +104,7 @@ class Numbers:
     def constant(
         self, tensor: torch.Tensor, source: str = "", origin: Origin | None = None
     ) -> Constant:
-        """Make a constant of a tensor.
-
-        Parameters
-        ----------
-        tensor
-            Kept from now on.
-        source
-            What for.
-        origin
-            How it comes about, if that is known.
-        """
+        """Make a constant of a tensor, with its origin if that is known."""
         made = Constant(TensorSpec.of(tensor), origin or Here(), source)
         self._held[made] = Residual(tensor, source)
         return made
@@ -137,9 +127,7 @@ class Numbers:
             An operation with one result that is a tensor.
         *args, **kwargs
             May contain `Constant` leaves.
-        source
-            What the result is kept for.
-        folded
+        source, folded
             As of the result.
         """
         used = [x for x in leaves((args, kwargs)) if isinstance(x, Constant)]

@@ -200,9 +200,11 @@ def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tu
         program = _recorded_transpose(eq, cts, variables, given, own)
         outputs = [None if v is None else (v, dense(v.spec.shape)) for v in program.outputs]
         known = NodeProgram.of(0, program.inputs, program.equations, outputs)
-        if known is None or program.fixed:
-            theirs = dict(zip(given, constants, strict=True))
-            return _inlined(e, program, variables, cts, own, theirs)
+        if known is None or program.fixed:  # it holds at this point only
+            theirs = {g.origin: c for g, c in zip(given, constants, strict=True)}
+            moved = {c: theirs.get(c.origin) or e.constant(own[c]) for c in program.constants}
+            results = e.inline(program, [ct for ct in cts if ct is not None], moved)
+            return _fitted(e, variables, results)
         NODE_PROGRAMS.keep(key, known)
     mine = {id(e.numbers[c]): c for c in constants}
 
@@ -210,18 +212,21 @@ def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tu
         return mine.get(id(t)) or e.numbers.constant(t, e.source, origin)
 
     with torch.inference_mode(False), torch.no_grad():
-        results = known.write(
+        written = known.write(
             e,
             [ct for ct in cts if ct is not None],
             lambda o: e.numbers[constants[o.position or 0]],
             lambda o: constants[o.position or 0].origin,
             adopt,
         )
-    return [
-        (v, fit(e, got.var, v.spec))
-        for v, got in zip(variables, results, strict=True)
-        if got is not None
-    ]
+    return _fitted(e, variables, [None if g is None else g.var for g in written])
+
+
+def _fitted(
+    e: Emitter, variables: Sequence[Var], results: Sequence[Var | None]
+) -> list[tuple[Var, Var]]:
+    pairs = zip(variables, results, strict=True)
+    return [(v, fit(e, got, v.spec)) for v, got in pairs if got is not None]
 
 
 def _kind(
@@ -306,24 +311,6 @@ def _pullback_of(
         specs.append(ct.spec)
     graph = Graph(roots, [get_gradient_edge(x).node for x in leaves])
     return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves], own, given=given)
-
-
-def _inlined(
-    e: Emitter,
-    program: Program,
-    variables: Sequence[Var],
-    cts: Sequence[Var | None],
-    own: Numbers,
-    given: Mapping[Constant, Constant],
-) -> list[tuple[Var, Var]]:
-    """Emit what was recorded, which holds at this point only."""
-    constants = {c: given.get(c) or e.constant(own[c]) for c in program.constants}
-    results = e.inline(program, [ct for ct in cts if ct is not None], constants)
-    return [
-        (v, fit(e, got, v.spec))
-        for v, got in zip(variables, results, strict=True)
-        if got is not None
-    ]
 
 
 def _by_decomposition(
