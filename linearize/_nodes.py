@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ._formulas import FORMULAS, Gradients, signed
 from ._program import Operation
 from ._torch import Node, call_node, leaf_variable, recomputed_apart
 from .errors import UnsupportedError
@@ -118,8 +119,7 @@ def _matrix_exp(node: Any) -> tuple[Operation, Sequence[torch.Tensor]]:
 
 def _logcumsumexp(node: Any) -> tuple[Operation, Sequence[torch.Tensor]]:
     x, y = node._saved_self, node._saved_result
-    dim = node._saved_dim  # a negative one comes as an unsigned number
-    return LogCumSumExpDifferential(True, dim - (1 << 64) if dim >= 1 << 63 else dim), [x, y]
+    return LogCumSumExpDifferential(True, signed(node._saved_dim)), [x, y]
 
 
 _FORMULAS: dict[str, Formula] = {
@@ -134,8 +134,6 @@ def formula_of(node: Node) -> Formula | None:
 
 
 # -- gradients that are wrong -----------------------------------------------------------------
-
-Gradients: TypeAlias = Sequence[torch.Tensor | None]
 
 
 def mended(node: Node) -> Callable[[Gradients], Gradients]:
@@ -216,6 +214,7 @@ def _max_unpool(node: Any, grads: Gradients) -> Gradients:
 
 
 _MENDED: dict[str, Callable[[Any, Gradients], Gradients]] = {
+    **FORMULAS,
     "AsStridedScatterBackward0": _as_strided_scatter,
     "MaxUnpool2DBackward0": _max_unpool,
     "MaxUnpool3DBackward0": _max_unpool,

@@ -38,6 +38,7 @@ FLOORS = (
         "_reads",
         "_trace",
         "_capture",
+        "_formulas",
         "_nodes",
         "_storage",
         "_constants",
