@@ -21,7 +21,7 @@ if find_spec("sybil"):
     )
     docstrings = Sybil(
         parsers=[DocTestParser(flags)],
-        patterns=["linearize/*.py"],
+        patterns=["linearize/**/*.py"],
         document_types={".py": PythonDocStringDocument},
     )
     # One namespace for each page and each module: its blocks run from top to bottom.
@@ -31,7 +31,7 @@ if find_spec("sybil"):
 @pytest.fixture(autouse=True)
 def _apart() -> None:
     """Let no test take over programs that another one left."""
-    from linearize._sharing import SHARED
+    from linearize._reuse.shared import SHARED
 
     SHARED.clear()
 

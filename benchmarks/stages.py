@@ -22,7 +22,7 @@ import linearize as lz
 from benchmarks.case import Case
 from benchmarks.cases import CASES
 from benchmarks.report import markdown, rewrite
-from linearize._sharing import SHARED
+from linearize._reuse.shared import SHARED
 
 PAGE = Path("docs/benchmarks.md")
 MARKS = "<!-- stages: begin -->", "<!-- stages: end -->"

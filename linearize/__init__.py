@@ -6,22 +6,65 @@
 tensor([1., 1.])
 """
 
-from . import errors, inside, operators
-from ._functions import register_jvp
-from ._memo import Stats
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from . import errors, inspection, operators
+from ._capture.custom import register_jvp
+from ._points.closures import JvpFn, VjpFn
+from ._points.linearization import Linearization
+from ._points.linearizer import Linearizer
+from ._points.memo import Stats
 from .errors import LinearizeError
-from .linearization import Linearization
-from .linearizer import Linearizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "JvpFn",
     "Linearization",
     "LinearizeError",
     "Linearizer",
     "Stats",
+    "VjpFn",
     "errors",
-    "inside",
+    "inspection",
     "operators",
     "register_jvp",
 ]
+
+#: Modules that are loaded when they are first asked for, each with what it cannot do without.
+_LATER = {
+    "cupy": "",
+    "curvature": "",
+    "distributed": "",
+    "func": "",
+    "functional": "",
+    "implicit": "",
+    "scipy": "scipy",
+    "sparse": "scipy",
+    "testing": "",
+}
+
+if TYPE_CHECKING:  # for a type checker, these are there from the beginning
+    from . import cupy as cupy
+    from . import curvature as curvature
+    from . import distributed as distributed
+    from . import func as func
+    from . import functional as functional
+    from . import implicit as implicit
+    from . import scipy as scipy
+    from . import sparse as sparse
+    from . import testing as testing
+else:
+
+    def __getattr__(name: str) -> object:
+        if name in _LATER:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # Whoever goes through all names, as `help` does, must not meet one that cannot be loaded.
+    later = [name for name, needs in _LATER.items() if not needs or find_spec(needs)]
+    return ["__version__", *__all__, *later]

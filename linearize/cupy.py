@@ -1,4 +1,4 @@
-"""Floor 7: operators in the form that the solvers of `cupyx.scipy.sparse.linalg` expect.
+"""Operators in the form that the solvers of `cupyx.scipy.sparse.linalg` expect.
 
 Vectors go from CuPy to PyTorch and back by DLPack: they stay where they are on the GPU, nothing
 is copied, and nothing passes through the host. The streams of the two libraries are made to wait
@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 
-from ._flat import check_flat, flat_spec
-from ._operator import LinearOperator
+from ._points.linearization import Linearization
+from ._spaces.flat import check_flat, flat_spec
+from ._spaces.operators import LinearOperator
 from .errors import SpaceError, StructureError, UnsupportedError
-from .linearization import Linearization
 
 __all__ = ["aslinearoperator"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def aslinearoperator(operator: LinearOperator | Linearization) -> Any:

@@ -1,4 +1,4 @@
-"""Floor 7: curvature of scalar functions, as operators: Hessian, Gauss–Newton, Fisher.
+"""Curvature of scalar functions, as operators: Hessian, Gauss–Newton, Fisher.
 
 >>> import torch, linearize as lz, linearize.curvature
 >>> x = torch.tensor([2.0, 3.0])
@@ -21,21 +21,26 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from ._flat import Parts, zeros
-from ._gradient import gradient_and_value
-from ._linearity import close
-from ._operator import SelfAdjoint
-from ._program import total_bytes
-from ._progress import progress
-from ._space import Space
-from ._torch import pytree
+from ._derivatives.gradient import gradient_and_value
+from ._points.jacobian import run
+from ._points.linearization import Linearization
+from ._points.linearizer import Linearizer
+from ._points.product import Product
+from ._programs.program import total_bytes
+from ._spaces.compare import close
+from ._spaces.flat import Parts, zeros
+from ._spaces.operators import SelfAdjoint
+from ._spaces.space import Space
+from ._text.progress import progress
+from ._torch.names import pytree
 from .errors import LinearizeError, OptionError, StructureError
-from .linearization import Linearization
-from .linearizer import Linearizer
-from .operators import run
-from .products import Product
 
 __all__ = ["Curvature", "fisher", "gauss_newton", "hessian"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Reduction = Literal["sum", "mean"]
 

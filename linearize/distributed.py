@@ -1,4 +1,4 @@
-"""Floor 7: operators whose rows are spread over the ranks of `torch.distributed`.
+"""Operators whose rows are spread over the ranks of `torch.distributed`.
 
 Every rank has the whole of x and its own share of the data, so its own rows of the Jacobian.
 J·v needs no communication and gives the rank's own part; Jᵀ·u and JᵀJ·v are summed over the
@@ -18,13 +18,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ._flat import Parts, flat_spec, join, split, zeros
-from ._operator import ChunkSize, Direction, LinearOperator, SelfAdjoint
+from ._points.linearization import Linearization
+from ._points.linearizer import Linearizer
+from ._spaces.flat import Parts, flat_spec, join, split, zeros
+from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
 from .errors import DistributedError, UnsupportedError
-from .linearization import Linearization
-from .linearizer import Linearizer
 
 __all__ = ["RowJacobian", "jacobian", "total"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Group = Any
 T = TypeVar("T")

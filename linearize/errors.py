@@ -4,6 +4,29 @@ Each class also derives from the built-in exception that a caller would expect
 (`TypeError`, `ValueError`, `RuntimeError`), so code that catches those keeps working.
 """
 
+__all__ = [
+    "AdjointError",
+    "CheckFailure",
+    "ClosedError",
+    "CompilationWarning",
+    "CopyError",
+    "DistributedError",
+    "FunctionContractError",
+    "LinearizeError",
+    "MissingDerivativeError",
+    "NotLinearError",
+    "OptionError",
+    "ReuseError",
+    "SpaceError",
+    "StalenessError",
+    "StructureError",
+    "UnsupportedError",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class LinearizeError(Exception):
     """Base class of every error raised by this package."""

@@ -1,4 +1,4 @@
-"""Floor 6: drop-in functions with the contracts of `torch.func`.
+"""Drop-in functions with the contracts of `torch.func`.
 
 Changing `from torch.func import jvp, vjp, linearize` to `from linearize.func import ...` is
 enough. f runs once, and custom Functions of every style are called directly. As in
@@ -14,27 +14,28 @@ from typing import Any
 
 import torch
 
-from ._capture import capture
-from ._history import Point, handed_on
-from ._linearity import close
-from ._matrices import hessian, jacfwd, jacrev
-from ._space import TensorSpec, differentiable
-from ._torch import pytree
+from ._capture.capture import capture
+from ._derivatives.blocks import hessian, jacfwd, jacrev
+from ._derivatives.history import Point, handed_on
+from ._points.linearization import Linearization
+from ._spaces.compare import close
+from ._spaces.space import TensorSpec, differentiable
+from ._torch.names import pytree
 from .errors import NotLinearError, StructureError
-from .functional import hvp, jacobian
-from .linearization import Linearization
 
 __all__ = [
     "hessian",
-    "hvp",
     "jacfwd",
-    "jacobian",
     "jacrev",
     "jvp",
     "linear_transpose",
     "linearize",
     "vjp",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def jvp(

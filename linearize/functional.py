@@ -1,4 +1,4 @@
-"""Floor 6: drop-in functions with the contracts of `torch.autograd.functional`.
+"""Drop-in functions with the contracts of `torch.autograd.functional`.
 
 >>> import torch
 >>> from linearize.functional import hessian, jacobian
@@ -20,14 +20,19 @@ from typing import Any, Literal
 
 import torch
 
-from ._gradient import check_scalar
-from ._history import Point, handed_on
-from ._matrices import Direction, matrix, row_gradients
-from ._operator import ChunkSize, check_chunk_size
-from ._torch import pytree
+from ._derivatives.blocks import Direction, matrix, row_gradients
+from ._derivatives.gradient import check_scalar
+from ._derivatives.history import Point, handed_on
+from ._spaces.operators import ChunkSize, check_chunk_size
+from ._torch.names import pytree
 from .errors import OptionError, StructureError
 
 __all__ = ["hessian", "hvp", "jacobian", "vhp"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Strategy = Literal["auto", "reverse-mode", "forward-mode"]
 _DIRECTIONS: dict[str, Direction] = {

@@ -1,4 +1,4 @@
-"""Floor 7: derivatives of solutions, by the implicit function theorem.
+"""Derivatives of solutions, by the implicit function theorem.
 
 A solver finds x with f(x, p) = 0. How x moves with p does not depend on how it was found:
 ∂f/∂x · dx = −∂f/∂p · dp. The functions here attach that derivative to a solution that any solver
@@ -19,16 +19,21 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ._flat import Parts, join, split
-from ._gradient import gradient_and_value
-from ._operator import LinearOperator
-from ._space import Space, differentiable
-from ._torch import pytree
+from ._derivatives.gradient import gradient_and_value
+from ._points.linearization import Linearization
+from ._points.linearizer import Linearizer
+from ._spaces.flat import Parts, join, split
+from ._spaces.operators import LinearOperator
+from ._spaces.space import Space, differentiable
+from ._torch.names import pytree
 from .errors import LinearizeError, SpaceError, UnsupportedError
-from .linearization import Linearization
-from .linearizer import Linearizer
 
 __all__ = ["least_squares", "minimum", "root"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 #: Given an operator A and a flat vector b, returns the flat vector x with A·x = b.
 Solve: TypeAlias = Callable[[LinearOperator, torch.Tensor], torch.Tensor]

@@ -1,4 +1,4 @@
-"""Floor 4: linear operators, matrices that are known by their products alone.
+"""Linear operators, matrices that are known by their products alone.
 
 `here.jacobian` is one. Operators add, scale and multiply to operators, and every one of them
 can be applied to pytrees, to flat vectors and to matrices of these, turned into its adjoint
@@ -17,67 +17,20 @@ tensor([2., 0.])
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from ._flat import Parts, check_flat, split, zeros
-from ._operator import LinearOperator, SelfAdjoint
-from ._space import Space
-from .products import JvpFn, Product, VjpFn
+from ._points.jacobian import Jacobian
+from ._spaces.flat import Parts, check_flat, split
+from ._spaces.operators import LinearOperator, SelfAdjoint
+from ._spaces.space import Space
 
-__all__ = ["Jacobian", "LinearOperator", "SelfAdjoint", "Space", "diagonal", "identity"]
-
-
-class Jacobian(LinearOperator):
-    """The Jacobian of a function at a point: `here.jacobian`.
-
-    A function of one primal has that primal's structure as `in_space`, one of several primals
-    the tuple of them. It keeps the two products and nothing else of the linearization.
-
-    Parameters
-    ----------
-    jvp_fn, vjp_fn
-        The products of a linearization.
-
-    Raises
-    ------
-    LinearizeError
-        In products, what `jvp_fn` and `vjp_fn` raise.
-    """
-
-    def __init__(self, jvp_fn: JvpFn, vjp_fn: VjpFn) -> None:
-        super().__init__(
-            jvp_fn._arguments.unpacked(),
-            jvp_fn._results,
-            functools.partial(run, jvp_fn),
-            functools.partial(run, vjp_fn),
-            # Its transpose takes about as much, and may never be needed.
-            peak=lambda: vjp_fn.program.peak_bytes(),
-            name="Jacobian",
-        )
-        self._products = jvp_fn, vjp_fn
-
-    def gram(self) -> LinearOperator:
-        """Return Jᴴ·J. Both maps are one program, simplified together."""
-        jvp_fn, vjp_fn = self._products
-        product = jvp_fn._then(vjp_fn, "gram")
-        return SelfAdjoint(
-            self.in_space,
-            functools.partial(run, product),
-            peak=lambda: product.program.peak_bytes(),
-            name="Jacobian.gram()",
-        )
+__all__ = ["Jacobian", "LinearOperator", "SelfAdjoint", "Space", "from_diagonal", "identity"]
 
 
-def run(product: Product, parts: Parts, *, stacked: bool) -> Parts:
-    """Apply a product to an element, or to several stacked ones in one pass."""
-    if not stacked:
-        return product._apply(parts)
-    if len(parts[0]) == 0:
-        return zeros(product._results, 0)
-    return product._batched(parts, None)
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _diagonal(space: Space, entries: Parts, name: str) -> LinearOperator:
@@ -112,7 +65,7 @@ def identity(space: Space) -> LinearOperator:
     return SelfAdjoint(space, apply, name="identity")
 
 
-def diagonal(space: Space, entries: Any) -> LinearOperator:
+def from_diagonal(space: Space, entries: Any) -> LinearOperator:
     """Return the diagonal operator of a space with the given entries.
 
     Parameters
@@ -133,7 +86,7 @@ def diagonal(space: Space, entries: Any) -> LinearOperator:
         If the entries do not fit.
     """
     if isinstance(entries, torch.Tensor) and tuple(entries.shape) == (space.size,):
-        check_flat(space, entries, "diagonal")
+        check_flat(space, entries, "from_diagonal")
         parts = [t.clone() for t in split(space, entries)]
     else:
         given = zip(space.flatten(entries), space.tensors, strict=True)

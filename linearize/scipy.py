@@ -1,4 +1,4 @@
-"""Floor 7: operators and functions in the form that SciPy's solvers expect.
+"""Operators and functions in the form that SciPy's solvers expect.
 
 >>> import torch, linearize as lz, linearize.scipy
 >>> from scipy.optimize import least_squares
@@ -25,16 +25,21 @@ from numpy.typing import NDArray
 from scipy.optimize import OptimizeResult
 
 from . import sparse
-from ._flat import flat_spec, join, split
-from ._gradient import gradient_and_value
-from ._operator import LinearOperator
-from ._space import Space, differentiable
-from ._torch import pytree
+from ._derivatives.gradient import gradient_and_value
+from ._points.linearization import Linearization
+from ._points.linearizer import Linearizer
+from ._spaces.flat import flat_spec, join, split
+from ._spaces.operators import LinearOperator
+from ._spaces.space import Space, differentiable
+from ._torch.names import pytree
 from .errors import OptionError, SpaceError, StructureError, UnsupportedError
-from .linearization import Linearization
-from .linearizer import Linearizer
 
 __all__ = ["ScalarFunction", "VectorFunction", "aslinearoperator", "newton_krylov"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Array = NDArray[Any]
 

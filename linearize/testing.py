@@ -1,4 +1,4 @@
-"""Floor 7: checks of linearizations, for users' own functions and custom Functions."""
+"""Checks of linearizations, for users' own functions and custom Functions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from typing import Any
 
 import torch
 
-from ._capture import capture
-from ._contexts import ContextRecords
-from ._functions import CustomNode
-from ._space import TensorSpec, differentiable
-from ._torch import pytree
+from ._capture.capture import capture
+from ._capture.contexts import ContextRecords
+from ._capture.custom import CustomNode
+from ._points.linearization import Linearization
+from ._points.linearizer import Linearizer
+from ._spaces.space import TensorSpec, differentiable
+from ._torch.names import pytree
 from .errors import CheckFailure, LinearizeError
-from .linearization import Linearization
-from .linearizer import Linearizer
 
 __all__ = ["Report", "check_linearization"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Tensors = list[torch.Tensor]
 

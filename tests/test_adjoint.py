@@ -9,13 +9,13 @@ import torch
 from torch.autograd import Function
 
 import linearize as lz
-from linearize import _rules
-from linearize._adjoint import Proof
-from linearize._execute import Executor
-from linearize._program import Equation, Program, Var
-from linearize._space import TensorSpec
-from linearize._structure import PROVED
-from linearize._torch import aten
+from linearize._check.proof import Proof
+from linearize._execute.executor import Executor
+from linearize._programs.program import Equation, Program, Var
+from linearize._reuse.structure import PROVED
+from linearize._spaces.space import TensorSpec
+from linearize._torch.names import aten
+from linearize._transpose import rules as _rules
 from linearize.errors import AdjointError, LinearizeError, OptionError
 
 

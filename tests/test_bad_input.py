@@ -11,13 +11,7 @@ import pytest
 import torch
 
 import linearize as lz
-from linearize.errors import (
-    ClosedError,
-    OptionError,
-    SpaceError,
-    StructureError,
-    UnsupportedError,
-)
+from linearize.errors import ClosedError, OptionError, SpaceError, StructureError, UnsupportedError
 
 Pair = namedtuple("Pair", "left right")
 

@@ -9,12 +9,12 @@ import torch
 from torch.autograd.functional import jacobian
 
 import linearize as lz
-from linearize import _dense
-from linearize._banded import Banded
-from linearize._dense import LEAST
-from linearize._execute import Executor
-from linearize._program import Emitter, Program, Var
-from linearize._space import TensorSpec
+from linearize._execute.executor import Executor
+from linearize._forms import dense as _dense
+from linearize._forms.banded import Banded
+from linearize._forms.dense import LEAST
+from linearize._programs.program import Emitter, Program, Var
+from linearize._spaces.space import TensorSpec
 
 N = 30
 

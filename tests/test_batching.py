@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import linearize as lz
-from linearize import _batching
+from linearize._execute import mapped as _batching
 
 D = torch.float64
 Function = Callable[..., torch.Tensor]

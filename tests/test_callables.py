@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize._callables import _QUICK, quickest
-from linearize._torch import aten
+from linearize._execute.quickest import _QUICK, quickest
+from linearize._torch.names import aten
 
 
 class Seen(TorchDispatchMode):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import linearize as lz
-from linearize._torch import set_grad_mode
+from linearize._torch.modes import set_grad_mode
 
 D = torch.float64
 #: More than it takes until nothing is left to decide.
@@ -332,7 +332,7 @@ def test_other_structures_stay_what_they_are(f: Any, x: Any) -> None:
 
 
 def test_no_operation_of_a_point_outlives_it() -> None:
-    from linearize._program import Operation
+    from linearize._programs.program import Operation
 
     def alive() -> int:
         gc.collect()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.measure import memory
-from linearize import _linearity
-from linearize._linearity import close, rounding
+from linearize._programs import aten as _linearity
+from linearize._spaces.compare import close, rounding
 
 NAN, INF = float("nan"), float("inf")
 

@@ -13,13 +13,14 @@ from torch.autograd import Function
 from torch.autograd.functional import jacobian
 
 import linearize as lz
-from linearize import _compile
-from linearize._execute import Binding, Executor
-from linearize._program import Equation, Operation, Program, Var
-from linearize._replay import Replays
-from linearize._segments import Segments, Stretch
-from linearize._space import TensorSpec
-from linearize._torch import aten
+from linearize._execute.binding import Binding
+from linearize._execute.executor import Executor
+from linearize._forms import compiled as _compile
+from linearize._forms.cuda_graphs import Replays
+from linearize._forms.segments import Segments, Stretch
+from linearize._programs.program import Equation, Operation, Program, Var
+from linearize._spaces.space import TensorSpec
+from linearize._torch.names import aten
 from linearize.errors import CompilationWarning, OptionError, StalenessError
 
 pytestmark = [
@@ -369,7 +370,7 @@ class FakeGraph:
 
 
 def test_stretches_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize._replay.SHORTEST", 1)
+    monkeypatch.setattr("linearize._forms.cuda_graphs.SHORTEST", 1)
     captures: list[FakeGraph] = []
     log: list[str] = []
 
@@ -389,7 +390,7 @@ def test_stretches_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize._replay.SHORTEST", 1)
+    monkeypatch.setattr("linearize._forms.cuda_graphs.SHORTEST", 1)
 
     def capture(function: Callable[[], Any]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -401,7 +402,7 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_elsewhere_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize._replay.SHORTEST", 1)
+    monkeypatch.setattr("linearize._forms.cuda_graphs.SHORTEST", 1)
     whole = program([])
     segments = Segments(whole, Executor(whole).copies)
     replays = Replays(lambda _: pytest.fail("captured"), torch.device("meta"))

@@ -10,8 +10,8 @@ from torch.autograd import Function
 from torch.autograd.functional import jacobian
 
 import linearize as lz
-from linearize import _dense
-from linearize._dense import LEAST
+from linearize._forms import dense as _dense
+from linearize._forms.dense import LEAST
 from linearize.errors import OptionError, StalenessError
 
 N = 24

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import linearize as lz
-from linearize._sharing import SHARED
+from linearize._reuse.shared import SHARED
 
 D = torch.float64
 N = 4

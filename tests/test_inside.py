@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import linearize as lz
-from linearize._layout import layered
+from linearize._inspect.layout import layered
 from tests.functions import F64, direction, point
 
 HERE = Path(__file__).name

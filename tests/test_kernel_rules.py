@@ -363,7 +363,7 @@ def test_distances_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     x, v = randn(9, 3), randn(9, 3, seed=1)
     for f in (lambda x: torch.cdist(x, x.sin(), 3.0), lambda x: F.pdist(x, 3.0)):
         whole = lz.Linearizer(f).at(x).jvp_fn(v)
-        monkeypatch.setattr("linearize._kernel_formulas.BLOCK", 40)
+        monkeypatch.setattr("linearize._transpose.kernel_formulas.BLOCK", 40)
         torch.testing.assert_close(lz.Linearizer(f).at(x).jvp_fn(v), whole)
         monkeypatch.undo()
 
@@ -444,7 +444,7 @@ def test_attention_over_long_sequences_makes_no_whole_matrix(
     causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     length = 2048
-    monkeypatch.setattr("linearize._kernel_formulas.BLOCK", 1 << 17)
+    monkeypatch.setattr("linearize._transpose.kernel_formulas.BLOCK", 1 << 17)
     q, k, v = (randn(1, 1, length, 4, seed=s).float() for s in range(3))
 
     def f(*x: torch.Tensor) -> torch.Tensor:

@@ -229,7 +229,7 @@ def test_hvp_and_vhp_have_pytorchs_contract():
     x, v = (rand(2, 3), rand(3, seed=1)), (rand(2, 3, seed=2), rand(3, seed=3))
     equal(functional.hvp(f, x, v), taf.hvp(f, x, v))
     equal(functional.vhp(f, x, v), taf.vhp(f, x, v))
-    equal(func.hvp(torch.prod, v[1], v[1]), taf.hvp(torch.prod, v[1], v[1]))
+    equal(functional.hvp(torch.prod, v[1], v[1]), taf.hvp(torch.prod, v[1], v[1]))
     one = rand(1)
     equal(functional.hvp(lambda x: x[0].sin(), one), taf.hvp(lambda x: x[0].sin(), one))
     with pytest.raises(lz.errors.StructureError, match="left out"):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import linearize as lz
-from linearize import _record
-from linearize._node_programs import NODE_PROGRAMS
+from linearize._record import walk as _record
+from linearize._record.node_programs import NODE_PROGRAMS
 
 from .comparing import compare
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import linearize as lz
-from linearize.operators import LinearOperator, diagonal, identity
+from linearize.operators import LinearOperator, from_diagonal, identity
 
 from .operator_contract import check_operator
 
@@ -137,7 +137,7 @@ def damped_case():
     A, M = several_case()
     d = rand(M.shape[1], seed=5)
     return (
-        A.gram() + 0.5 * identity(A.in_space) + diagonal(A.in_space, d),
+        A.gram() + 0.5 * identity(A.in_space) + from_diagonal(A.in_space, d),
         M.T @ M + 0.5 * torch.eye(M.shape[1], dtype=M.dtype) + torch.diag(d),
     )
 
@@ -145,7 +145,7 @@ def damped_case():
 def complex_diagonal_case():
     A, _ = complex_case()
     d = rand(3, dtype=torch.complex128, seed=6)
-    return diagonal(A.in_space, d), torch.diag(d)
+    return from_diagonal(A.in_space, d), torch.diag(d)
 
 
 def function_case():
@@ -351,7 +351,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(TypeError):
         A + 1
     with pytest.raises(lz.errors.SpaceError):
-        diagonal(A.in_space, rand(4))
+        from_diagonal(A.in_space, rand(4))
 
 
 def test_products_are_differentiable_in_the_vector():

@@ -15,14 +15,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import linearize as lz
-from linearize import _equal_numbers, _recipes, _row_matrices
-from linearize._contractions import scale_products
-from linearize._execute import Executor
-from linearize._moves import merge_moves
-from linearize._program import Emitter, Program, Var
-from linearize._residual import Residual
-from linearize._space import TensorSpec
-from linearize._torch import aten
+from linearize._execute.executor import Executor
+from linearize._programs import recipes as _recipes
+from linearize._programs.program import Emitter, Program, Var
+from linearize._programs.residuals import Residual
+from linearize._simplify import equal_numbers as _equal_numbers
+from linearize._simplify import rowwise_matrices as _row_matrices
+from linearize._simplify.moves import merge_moves
+from linearize._simplify.products import scale_products
+from linearize._spaces.space import TensorSpec
+from linearize._torch.names import aten
 
 from .comparing import compare
 

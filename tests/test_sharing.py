@@ -11,7 +11,7 @@ import torch
 
 import linearize as lz
 import linearize.func
-from linearize._sharing import SHARED, Shared
+from linearize._reuse.shared import SHARED, Shared
 
 D = torch.float64
 

@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional as F
 
 import linearize as lz
-from linearize._copies import merge_copies
-from linearize._execute import Executor
-from linearize._folding import fold_diagonals
-from linearize._program import Emitter, Program
-from linearize._simplify import simplify
-from linearize._torch import aten
+from linearize._execute.executor import Executor
+from linearize._programs.program import Emitter, Program
+from linearize._simplify.copies import merge_copies
+from linearize._simplify.diagonals import fold_diagonals
+from linearize._simplify.passes import simplify
+from linearize._torch.names import aten
 
 D = torch.float64
 C = torch.complex128
@@ -280,7 +280,7 @@ def test_a_simplified_program_that_loses_digits_does_not_take_over(
         outputs = [e.emit(aten.mul.Scalar, (v, 1 + loss), v.spec) for v in small.outputs if v]
         return small.with_equations(e.equations, outputs)
 
-    monkeypatch.setattr("linearize._plan.simplify", lossy)
+    monkeypatch.setattr("linearize._forms.plan.simplify", lossy)
     x = torch.linspace(0.1, 1, 50)
     here = lz.Linearizer(lambda x: (x.sin() * x).exp()).at(x)
     results = [here.jvp_fn(torch.ones_like(x)) for _ in range(5)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import linearize as lz
 import linearize.scipy
 import linearize.sparse as sparse
-from linearize import _dependence
+from linearize.sparse import _dependence
 
 F64 = torch.float64
 

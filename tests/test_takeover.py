@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import linearize as lz
-from linearize import _signature, _takeover
-from linearize._capture import capture
-from linearize._sharing import SHARED
+from linearize._capture import signature as _signature
+from linearize._capture.capture import capture
+from linearize._reuse import takeover as _takeover
+from linearize._reuse.shared import SHARED
 from linearize.errors import ReuseError
 
 D = torch.float64

@@ -288,7 +288,7 @@ def test_a_pool_of_workers() -> None:
 def test_torch_compile_works_after_two_threads_have_linearized_at_once() -> None:
     import torch._dynamo
 
-    from linearize._torch import eager_compiled_functions
+    from linearize._torch.contexts import eager_compiled_functions
 
     first, second = eager_compiled_functions(), eager_compiled_functions()
     first.__enter__()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from linearize._trees import flatten
+from linearize._spaces.trees import flatten
 
 Pair = namedtuple("Pair", "first second")
 
@@ -109,7 +109,7 @@ def test_the_only_entry_of_a_tuple() -> None:
 
 
 def test_many_structures_do_not_pile_up() -> None:
-    from linearize._trees import _KNOWN
+    from linearize._spaces.trees import _KNOWN
 
     for i in range(500):
         flatten({f"key {i}": T})

@@ -37,7 +37,7 @@ def f(x: torch.Tensor) -> torch.Tensor:
     return h + Cube.apply(h)
 
 
-def drawing() -> lz.inside.Drawing:
+def drawing() -> lz.inspection.Drawing:
     x = torch.linspace(0, 1, 3, dtype=torch.float64)
     return lz.Linearizer(f, trace=True).at(x).program.draw()
 

@@ -1,134 +1,117 @@
-"""Check that every module of the package imports only modules on lower floors.
+"""Check which module of the package imports which.
 
-The table below is read as one long list: a module may import those listed before it, at
-the top of the file or inside a function. Private parts of torch may be imported or named
-in ``_torch`` only.
+The folder shows the flow: a file may import from the rooms above its own in the table below,
+and from its own room without circles. At the top of the package stand `errors`, on which
+everything rests, and the public faces, which may import any room and each other without
+circles. An import inside a function is an import too. Private parts of torch may be imported
+or named in the room `_torch` only.
 """
 
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = "linearize"
-FLOORS = (
-    ("errors", "_torch", "_progress", "_tables", "_layout"),
-    (
-        "_trees",
-        "_callables",
-        "_writing",
-        "_lines",
-        "_origin",
-        "_recipes",
-        "_space",
-        "_residual",
-        "_program",
-        "_memo",
-    ),
-    (
-        "_linearity",
-        "_generate",
-        "_flat",
-        "_batching",
-        "_execute",
-        "_short",
-        "_segments",
-        "_contexts",
-        "_functions",
-        "_reads",
-        "_trace",
-        "_capture",
-        "_formulas",
-        "_nodes",
-        "_storage",
-        "_constants",
-        "_signature",
-        "_recorder",
-        "_node_programs",
-        "_record",
-    ),
-    (
-        "_materialize",
-        "_rules",
-        "_kernel_formulas",
-        "_kernel_rules",
-        "_norm_rules",
-        "_transpose",
-        "_adjoint",
-        "_copies",
-        "_joining",
-        "_moves",
-        "_contractions",
-        "_row_matrices",
-        "_rows",
-        "_equal_numbers",
-        "_folding",
-        "_simplify",
-        "_banded",
-        "_dense",
-        "_compile",
-        "_replay",
-        "_vectorize",
-        "_structure",
-        "_sharing",
-        "_takeover",
-        "_source",
-    ),
-    ("_plan", "products", "_operator", "operators"),
-    ("_cost", "_drawing", "inside", "_page", "linearization"),
-    ("linearizer", "_gradient"),
-    ("_history", "_matrices", "functional", "func", "_dependence", "sparse"),
-    ("testing", "curvature", "distributed", "implicit", "scipy", "cupy", "__init__"),
+ROOMS = (
+    "errors",
+    "_torch",
+    "_text",
+    "_spaces",
+    "_programs",
+    "_capture",
+    "_execute",
+    "_record",
+    "_transpose",
+    "_check",
+    "_simplify",
+    "_forms",
+    "_reuse",
+    "_inspect",
+    "_points",
+    "_derivatives",
 )
-RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
+#: The place of what stands at the top of the package, and of the public packages there.
+FACES = len(ROOMS)
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield the line and the full name of everything that is imported."""
+def place(module: str) -> int:
+    """Return where the room of a module stands."""
+    room = module.split(".")[1] if "." in module else ""
+    if room in ROOMS:
+        return ROOMS.index(room)
+    if room.startswith("_"):
+        raise ValueError(f"{module}: {room} has no place in the table of {Path(__file__).name}")
+    return FACES
+
+
+def named(path: Path, root: Path) -> str:
+    """Return the full name of the module in a file."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST, package: str = "") -> Iterator[tuple[int, str]]:
+    """Yield the line and the full name of everything that a module of `package` imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            # The package is flat: one dot is the package itself.
-            parts = [PACKAGE] * bool(node.level) + [node.module] * bool(node.module)
-            base = ".".join(str(part) for part in parts)
+            above = package.split(".") if node.level else []
+            parts = above[: len(above) - node.level + 1] + [node.module] * bool(node.module)
+            base = ".".join(map(str, parts))
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def module_of(name: str, modules: dict[str, Path]) -> str:
+    """Return the module that is imported, or has the name that is imported."""
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def private_torch(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield the line and the name of every use of a private part of torch."""
-    named = ((n.lineno, ast.unparse(n)) for n in ast.walk(tree) if isinstance(n, ast.Attribute))
-    for line, name in [*imports(tree), *named]:
+    attributes = (
+        (n.lineno, ast.unparse(n)) for n in ast.walk(tree) if isinstance(n, ast.Attribute)
+    )
+    for line, name in [*imports(tree), *attributes]:
         root, *rest = name.split(".")
         if root == "torch" and any(p[:1] == "_" and p[:2] != "__" for p in rest):
             yield line, name
 
 
-def faults(path: Path) -> Iterator[str]:
-    """Yield one message for each rule that the module breaks."""
-    module = path.stem
-    if module not in RANK:
-        yield f"{path}: {module} has no place in the table of {Path(__file__).name}"
-        return
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    for line, name in imports(tree):
-        root, *rest = name.split(".")
-        if root != PACKAGE:
-            continue
-        target = rest[0] if rest and rest[0] in RANK else "__init__"
-        if RANK[target] >= RANK[module]:
-            yield f"{path}:{line}: {module} must not import {target}, which is not below it"
-    if module != "_torch":
-        for line, name in private_torch(tree):
-            yield f"{path}:{line}: {name} is private to torch; reach it through _torch"
+def faults(modules: dict[str, Path]) -> Iterator[str]:
+    """Yield one message for each rule that is broken."""
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        package = module if path.stem == "__init__" else module.rpartition(".")[0]
+        graph[module] = set()
+        for line, name in imports(tree, package):
+            if name.split(".")[0] != PACKAGE:
+                continue
+            target = module_of(name, modules)
+            graph[module].add(target)
+            if place(target) > place(module):
+                yield f"{path}:{line}: {module} must not import {target}: its room comes later"
+        if not module.startswith(f"{PACKAGE}._torch"):
+            for line, name in private_torch(tree):
+                yield f"{path}:{line}: {name} is private to torch; reach it through _torch"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield f"a circle of imports: {' <- '.join(error.args[1])}"
 
 
 def main() -> int:
     """Print the faults and return the exit status."""
-    paths = sorted((Path(__file__).parents[1] / PACKAGE).glob("**/*.py"))
-    found = [message for path in paths for message in faults(path)]
-    print("\n".join(found) if found else f"{len(paths)} modules, each importing only lower ones.")
-    return bool(found) or not paths
+    root = Path(__file__).parents[1]
+    modules = {named(p, root): p for p in sorted((root / PACKAGE).glob("**/*.py"))}
+    found = list(faults(modules))
+    print("\n".join(found) if found else f"{len(modules)} modules, no arrow upwards, no circle.")
+    return bool(found) or not modules
 
 
 if __name__ == "__main__":

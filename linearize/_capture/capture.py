@@ -1,0 +1,272 @@
+"""Running f once.
+
+`capture` runs f under grad mode on detached aliases of the primals and keeps what the
+linear maps are recorded from: the autograd graph, and what was seen of the contexts of
+custom Functions. It owns everything that must be known while f runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .._spaces.space import Space, TensorSpec, differentiable
+from .._spaces.trees import Tree, flatten
+from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
+from .._torch.graphs import Node, accumulators, gradient_edge
+from .._torch.modes import functorch_active
+from .._torch.names import batched_or_wrapped, pytree
+from ..errors import StructureError, UnsupportedError
+from .contexts import ContextRecords
+from .graph import Edge, Graph
+from .reads import Reads, scripted_state
+from .trace import Trace
+
+
+@dataclasses.dataclass(slots=True)
+class Capture:
+    """What one run of f left.
+
+    Attributes
+    ----------
+    value
+        f's output in its structure, tensors detached.
+    aux
+        What f returned beside it (`has_aux`), tensors detached.
+    in_space, out_space
+        The spaces of tangents and cotangents.
+    edges
+        The gradient edge of each differentiable output leaf, None where there is no graph.
+    owners
+        What keeps the graph alive for its contexts, where they do not.
+    leaves
+        The detached alias of each differentiable primal leaf, with its node.
+    records
+        What was seen of custom Functions' contexts.
+    reads
+        The tensors that f read, with their versions after the run.
+    outputs
+        The differentiable outputs with their history.
+    trace
+        Knows the lines of f; None if it was not traced.
+    name
+        Of f.
+    """
+
+    value: Any
+    aux: Any
+    in_space: Space
+    out_space: Space
+    edges: list[Edge | None]
+    owners: list[Node]
+    leaves: list[tuple[torch.Tensor, Node]]
+    records: ContextRecords
+    reads: list[tuple[weakref.ref[torch.Tensor], int]]
+    outputs: list[torch.Tensor]
+    trace: Trace | None = None
+    name: str = ""
+
+    def graph(self) -> Graph:
+        """Return the graph between value and primals."""
+        leaves = [node for _, node in self.leaves]
+        return Graph(self.edges, leaves, self.records, self.trace, self.owners)
+
+
+def capture(
+    f: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    argnums: Sequence[int],
+    *,
+    has_aux: bool = False,
+    watch: bool = False,
+    copy: bool = False,
+    records: ContextRecords | None = None,
+    trace: bool = False,
+) -> Capture:
+    """Run f once and keep its graph.
+
+    Parameters
+    ----------
+    f
+        The function.
+    args, kwargs
+        Its arguments.
+    argnums
+        The positions of the arguments that are differentiated, all in range.
+    has_aux
+        Whether f returns `(value, aux)`.
+    watch
+        Whether to note which tensors f reads (costs some microseconds per operation of f).
+    copy
+        Whether f gets copies of the tensors, for callers that overwrite theirs unseen.
+    records
+        Where to note what is seen of custom Functions' contexts.
+    trace
+        Whether to note which line of f makes which node of the graph.
+
+    Raises
+    ------
+    StructureError
+        If no argument is differentiable, or f returns something that is not a tensor.
+    UnsupportedError
+        If a primal or an output has a layout that cannot be linearized.
+    """
+    if functorch_active():
+        raise UnsupportedError(
+            "a Linearizer cannot run inside torch.func transforms (vmap, grad, jvp, ...); "
+            "linearize the transformed function instead, or use linearize.func"
+        )
+    given, tree = flatten(tuple([args[i] for i in argnums]))
+    _check_layouts(given, tree)
+    in_space = Space.of_leaves(given, tree, "tangent", "primals")
+    _check_some(given, in_space)
+    whole = list(argnums) == list(range(len(args)))
+    chosen = set(argnums)
+    others = [] if whole else [a for i, a in enumerate(args) if i not in chosen]
+    rest, frame = flatten((others, dict(kwargs)))
+    records = ContextRecords() if records is None else records
+    frozen = torch.is_inference_mode_enabled()
+    reads = Reads(thaw=frozen) if watch or frozen else None
+    traced = Trace(capture.__code__, records) if trace else None
+    if traced is not None:
+        records.locate = traced.locate
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves: list[torch.Tensor] = []
+
+        def alias(x: Any, differentiate: bool) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x.copy() if copy and hasattr(x, "__array_interface__") else x
+            t = x.clone().detach() if copy or x.is_inference() else x.detach()
+            if differentiate and differentiable(t):
+                leaves.append(t.requires_grad_())
+            return t
+
+        # Arguments that are not differentiated are aliased too: the graph may keep them,
+        # and must not keep the caller's own objects alive.
+        arguments: Sequence[Any] = tree.unflatten([alias(x, True) for x in given])
+        fixed, keywords = frame.unflatten([alias(x, False) for x in rest])
+        if not whole:
+            mine, theirs = dict(zip(argnums, arguments, strict=True)), iter(fixed)
+            arguments = [mine[i] if i in chosen else next(theirs) for i in range(len(args))]
+        nodes = accumulators(leaves)
+        with records.watching(), eager_compiled_functions(), contextlib.ExitStack() as modes:
+            if reads is not None:
+                reads.note(scripted_state(f, (*given, *rest)))
+                modes.enter_context(reads)
+            if traced is not None:
+                modes.enter_context(traced)
+            result = applied_late(f)(*arguments, **keywords)
+        aux = None
+        if has_aux:
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise StructureError(
+                    "has_aux=True: f must return a tuple (value, aux), got "
+                    f"{type(result).__name__}"
+                )
+            result, aux = result
+            aux = pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, aux)
+        outputs, out_space = _outputs(result)
+        # A custom Function may overwrite or free what its outputs alias.
+        own = len(records) > 0
+        detached = [
+            (x.detach().clone() if own else x.detach()) if isinstance(x, torch.Tensor) else x
+            for x in outputs
+        ]
+        edges = [
+            _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
+        ]
+        made = (owner_of(x) for x in outputs if isinstance(x, torch.Tensor))
+        owners = [node for node in made if node is not None]
+    return Capture(
+        value=out_space.tree.unflatten(detached),
+        aux=aux,
+        in_space=in_space,
+        out_space=out_space,
+        edges=edges,
+        owners=owners,
+        leaves=list(zip(leaves, nodes, strict=True)),
+        records=records,
+        reads=[] if reads is None else reads.stamps(),
+        outputs=[x for x in outputs if differentiable(x)],
+        trace=traced,
+        name=getattr(f, "__qualname__", None) or type(f).__name__,
+    )
+
+
+def _edge(output: torch.Tensor) -> Edge | None:
+    if not output.requires_grad:
+        return None
+    edge = gradient_edge(output)
+    return edge.node, edge.output_nr
+
+
+def _check_layouts(leaves: Sequence[Any], tree: Tree) -> None:
+    for x, path in zip(leaves, tree.paths, strict=True):
+        if isinstance(x, torch.Tensor):
+            _check_tensor(x, f"primal{path}")
+
+
+def _check_some(leaves: Sequence[Any], space: Space) -> None:
+    if not space.tensors:
+        kinds = ", ".join(
+            f"primal{path}: {_kind(x)}" for x, path in zip(leaves, space.paths, strict=True)
+        )
+        raise StructureError(
+            "no differentiable primal: at least one must be a floating point or complex tensor; "
+            f"got {kinds or 'no arguments'}"
+        )
+
+
+def _kind(leaf: Any) -> str:
+    name = type(leaf).__name__
+    if dataclasses.is_dataclass(leaf):
+        return f"{name} (register the dataclass: torch.export.register_dataclass({name}))"
+    return str(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else name
+
+
+def _check_tensor(t: torch.Tensor, what: str) -> None:
+    if t.is_nested:
+        raise UnsupportedError(f"{what}: nested tensors are not supported; pad to a dense one")
+    if t.is_quantized:
+        raise UnsupportedError(
+            f"{what}: quantized tensors have no derivative; call dequantize() first"
+        )
+    if t.layout != torch.strided:
+        raise UnsupportedError(
+            f"{what}: layout {t.layout} is not supported; pass its values as a dense primal, and "
+            "compute with them by index_select and index_add or in a custom Function (a constant "
+            "sparse tensor may be used inside f as it is)"
+        )
+    if t.device.type == "meta":
+        raise UnsupportedError(f"{what}: a meta tensor has no numbers to linearize at")
+    if batched_or_wrapped(t):
+        raise UnsupportedError(f"{what}: is a tensor of a torch.func transform that has ended")
+    if type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise UnsupportedError(
+            f"{what}: the tensor subclass {type(t).__name__} is not supported; pass its plain "
+            "tensors and build it inside f"
+        )
+
+
+def _outputs(result: Any) -> tuple[list[Any], Space]:
+    leaves, tree = flatten(result)
+    for x, path in zip(leaves, tree.paths, strict=True):
+        if isinstance(x, torch.Tensor):
+            _check_tensor(x, f"output{path}")
+        elif isinstance(x, (float, complex)):
+            raise StructureError(
+                f"output{path}: f returned the number {x!r}, whose derivative would be lost; "
+                "return a tensor, or return it beside the value with has_aux=True"
+            )
+    if not any(isinstance(x, torch.Tensor) for x in leaves):
+        raise StructureError(
+            f"f returned {type(result).__name__}, which contains no tensor; expected a tensor or "
+            "a pytree of tensors"
+        )
+    return leaves, Space.of_leaves(leaves, tree, "cotangent", "value")

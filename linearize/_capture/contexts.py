@@ -1,0 +1,89 @@
+"""What is seen of the contexts of custom Functions while f runs.
+
+PyTorch drops some of it after `forward`, and a context does not tell all of the rest. The
+records are keyed weakly by context, which is the graph's node, and so go with the graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .._programs.residuals import Residual
+from .._spaces.space import TensorSpec
+from .._text.labels import Line
+from .._torch.contexts import ContextWatcher
+from .._torch.graphs import forward_class
+
+
+@dataclasses.dataclass(slots=True)
+class ContextRecord:
+    """What was seen of one context while `forward` ran."""
+
+    inputs: tuple[TensorSpec | None, ...] | None = None
+    versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
+    saved_for_forward: tuple[Residual | None, ...] | None = None
+    materialize: bool = True
+    line: Line | None = None
+
+
+class ContextRecords:
+    """Records of the contexts made during one forward run, keyed weakly by context.
+
+    Attributes
+    ----------
+    locate
+        Tells the line of f that is being executed; None if nobody wants to know.
+    """
+
+    def __init__(self) -> None:
+        self.locate: Callable[[], Line | None] | None = None
+        self._records: weakref.WeakKeyDictionary[Any, ContextRecord]
+        self._records = weakref.WeakKeyDictionary()
+
+    def watching(self) -> ContextWatcher:
+        """Return the context manager inside which contexts are recorded."""
+        return ContextWatcher(self._created, self._saved, self._materialize)
+
+    def get(self, ctx: Any) -> ContextRecord:
+        """Return the record of `ctx`, an empty one if none was made."""
+        return self._records.get(ctx) or ContextRecord()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
+        record = self._records[ctx] = ContextRecord()
+        if self.locate is not None:
+            record.line = self.locate()
+        if arguments is not None:
+            record.inputs = tuple(
+                TensorSpec.of(a) if isinstance(a, torch.Tensor) else None for a in arguments
+            )
+            record.versions = tuple(
+                (weakref.ref(a), a._version)
+                for a in arguments
+                if isinstance(a, torch.Tensor) and not a.is_inference()
+            )
+
+    def _saved(self, ctx: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        # Aliases without history: a saved output would otherwise hold its own node alive.
+        source = f"{function_name(forward_class(ctx))} (save_for_forward)"
+        self._records.setdefault(ctx, ContextRecord()).saved_for_forward = tuple(
+            None if t is None else Residual(t.detach(), source) for t in tensors
+        )
+
+    def _materialize(self, ctx: Any, value: bool) -> None:
+        self._records.setdefault(ctx, ContextRecord()).materialize = value
+
+
+def function_name(cls: Any) -> str:
+    """Return the name of a custom Function, or of the operator that it was made for."""
+    name: str = cls.__name__
+    if name.startswith("GeneratedBackwardFor_"):
+        return name.removeprefix("GeneratedBackwardFor_")
+    return str(cls.__qualname__).replace("<locals>.", "")

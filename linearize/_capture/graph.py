@@ -1,0 +1,137 @@
+"""The autograd graph between a function's primals and its value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from .._text.labels import Line
+from .._torch.graphs import Node, is_custom, leaf_variable, let_die_in_turn, saved_tensors
+from .contexts import ContextRecords
+from .custom import CustomNode
+from .trace import Trace
+
+Edge: TypeAlias = tuple[Node, int]
+
+
+class Graph:
+    """The part of an autograd graph that leads from some outputs to some leaves.
+
+    Attributes
+    ----------
+    roots
+        One edge per output; None for an output that does not depend on the leaves.
+    leaves
+        The `AccumulateGrad` node of each leaf.
+    order
+        The nodes between, from the roots to the leaves, each before all that it leads to.
+    custom
+        The custom Functions' nodes among them.
+    hidden
+        Whether there are custom Functions that are not, as inside `CopySlices`.
+    places
+        Where each node stands in the order.
+    keys
+        What is known of each node's kind.
+    """
+
+    __slots__ = ("_trace", "custom", "hidden", "keys", "leaves", "order", "places", "roots")
+
+    def __init__(
+        self,
+        roots: Sequence[Edge | None],
+        leaves: Sequence[Node],
+        records: ContextRecords | None = None,
+        trace: Trace | None = None,
+        owners: Sequence[Node] = (),
+    ) -> None:
+        self._trace = trace
+        self.leaves = tuple(leaves)
+        self.order = _between([edge[0] for edge in roots if edge is not None], self.leaves)
+        self.keys: dict[Node, tuple[Any, ...]] = {}
+        self.places = {node: i for i, node in enumerate(self.order)}
+        self.roots = tuple(e if e is not None and e[0] in self.places else None for e in roots)
+        records = records or ContextRecords()
+        self.custom = {
+            n: CustomNode(n, records.get(n), owners) for n in self.order if is_custom(n)
+        }
+        #: Whether contexts were made that are no nodes here: they may be inside others.
+        self.hidden = len(records) > len(self.custom)
+
+    def label(self, node: Node) -> str:
+        """Return a node's name; it knows the line of f that made it, if f was traced."""
+        return node.name() if self._trace is None else self._trace.label(node)
+
+    def line(self, node: Node) -> Line | None:
+        """Return the line of f that made a node, None if that is not known."""
+        return None if self._trace is None else self._trace.line(node)
+
+    def saved_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that the graph keeps for its backward."""
+        for node in self.order:
+            yield from self.saved_by(node)
+
+    def saved_by(self, node: Node) -> Iterator[torch.Tensor]:
+        """Yield the tensors that a node of the graph keeps for its backward."""
+        custom = self.custom.get(node)
+        yield from saved_tensors(node) if custom is None else custom.kept()
+
+
+def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
+    """Return the nodes on paths from `roots` to `leaves`, in topological order.
+
+    Iterative, because graphs are deeper than Python's recursion limit.
+    """
+    post_order: list[Node] = []
+    #: Whether a node leads to a leaf; the walk does not go below the leaves, which end it.
+    reaches: dict[Node, bool] = {}
+    ends = set(leaves)
+    for root in roots:
+        if root in reaches:
+            continue
+        reaches[root] = root in ends
+        if root in ends:
+            post_order.append(root)
+            continue
+        stack: list[tuple[Node, Iterator[Any]]] = [(root, iter(root.next_functions))]
+        while stack:
+            node, edges = stack[-1]
+            for child, _ in edges:
+                if child is None:
+                    continue
+                known = reaches.get(child)
+                if known is None:
+                    known = reaches[child] = child in ends
+                    if not known:
+                        stack.append((child, iter(child.next_functions)))
+                        break
+                    post_order.append(child)
+                if known:
+                    reaches[node] = True
+            else:
+                stack.pop()
+                if reaches[node]:
+                    post_order.append(node)
+                    if stack:
+                        reaches[stack[-1][0]] = True
+    let_die_in_turn(reaches)
+    return post_order[::-1]
+
+
+def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[torch.Tensor]:
+    """Return the leaf tensors that a graph leads to besides `leaves`."""
+    seen: set[Node] = set(leaves)
+    stack = [edge[0] for edge in edges if edge is not None]
+    found = []
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = leaf_variable(node)
+        if variable is not None:
+            found.append(variable)
+        stack.extend(child for child, _ in node.next_functions if child is not None)
+    return found

@@ -1,0 +1,246 @@
+"""What the derivative of a graph depends on besides numbers.
+
+The `signature` of a graph tells its nodes and how they hang together, shapes and dtypes,
+static arguments, the classes of custom Functions, and which of the tensors that it saved share
+memory: a recording takes one tensor that two nodes saved for one. Where two graphs have equal
+signatures, their linear programs differ in nothing but the residuals' numbers. `node_key` is
+the part that belongs to one built-in node.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .._programs.origins import Origin, Saved
+from .._spaces.space import TensorSpec
+from .._torch.graphs import Node, input_metadata, is_generated, saved_names, unpacked
+from .._torch.names import has_memory, is_wrapped_number
+from ..errors import LinearizeError
+from .graph import Graph
+
+#: Nodes with state that cannot be read from Python and is not told by shapes and dtypes.
+_HIDDEN_STATE = frozenset(
+    {
+        "AsStridedBackward0",
+        "AsStridedBackward0_copy",
+        "AsStridedBackward1",
+        "AsStridedScatterBackward0",
+        "NativeDropoutBackward0",
+        "SoftmaxBackwardDataBackward0",
+        "ToDenseBackward0",
+    }
+)
+#: Nodes that know the sizes of all arguments; without an edge a size cannot be seen.
+_KNOW_ALL_SIZES = frozenset({"CatBackward0", "BlockDiagBackward0"})
+
+
+class HiddenError(LinearizeError):
+    """Raised where the structure of a graph cannot be seen."""
+
+
+def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any, ...] | None:
+    """Return what the derivative of a graph depends on besides numbers.
+
+    None if that cannot be seen.
+    """
+    places, custom, keys = graph.places, graph.custom, graph.keys
+    saved: list[torch.Tensor | None] = []
+
+    def described(node: Node) -> Any:
+        edges = tuple([(places.get(n, -2) if n else -1, nr) for n, nr in node.next_functions])
+        if node in custom:
+            key = (custom[node].signature(), expected(node))
+        else:
+            key = keys[node] = _node_key(node, saved)
+        line = graph.line(node)  # programs name the lines that they come from
+        return (key, edges) if line is None else (key, edges, line)
+
+    if graph.hidden:
+        return None
+    ends = set(graph.leaves)
+    try:
+        nodes = tuple([places[n] if n in ends else described(n) for n in graph.order])
+        shared = shared_memory(saved)
+    except (HiddenError, RuntimeError):  # recording has the words for what is wrong
+        return None
+    leaves = tuple(places.get(leaf) for leaf in graph.leaves)
+    roots = tuple([None if e is None else (places.get(e[0], -2), e[1]) for e in graph.roots])
+    return nodes, roots, leaves, tuple(map(tuple, specs)), shared
+
+
+def expected(node: Node) -> tuple[Any, ...]:
+    """Return the shapes, dtypes and devices of the gradients that a node takes."""
+    metadata = input_metadata(node)
+    if len(metadata) == 1:  # mostly; this runs at each node of each new point
+        m = metadata[0]
+        return ((tuple(m.shape), m.dtype, m.device),)
+    return tuple([(tuple(m.shape), m.dtype, m.device) for m in metadata])
+
+
+def arguments(graph: Graph, node: Node) -> tuple[Any, ...]:
+    """Return the shapes, dtypes and devices of what a node was computed from.
+
+    Nodes know them without showing them, but for those through which no gradient goes.
+    """
+    found = []
+    for target, i in node.next_functions:
+        if target is not None:
+            known = graph.keys.get(target)
+            found.append((expected(target) if known is None else known[_EXPECTED])[i])
+    return tuple(found)
+
+
+def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
+    """Return what the derivative of a built-in node depends on, besides numbers and `arguments`.
+
+    Looked at once, when the graph is new.
+
+    Raises
+    ------
+    HiddenError
+        If that cannot be seen.
+    RuntimeError
+        If a tensor that it saved was changed in place.
+    """
+    known = graph.keys.get(node)
+    if known is None:
+        known = graph.keys[node] = _node_key(node, [])
+    return known
+
+
+def _node_key(node: Node, seen: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    """Return a node's key; add the tensors that it saved to those `seen`."""
+    tensors, static, partial = _shown(type(node))
+    wanted = tuple([target is not None for target, _ in node.next_functions])
+    if partial and not all(wanted):
+        raise HiddenError(node.name())
+    others = tuple([getattr(node, name) for name in static]) if static else ()
+    saved: list[torch.Tensor | None] = []
+    for name, raw in tensors:
+        value = unpacked(node, name, raw)
+        if isinstance(value, (tuple, list)):
+            saved.extend(value)
+        else:
+            saved.append(value)
+    seen += saved
+    layouts = tuple([_layout(t) for t in saved])
+    return type(node), wanted, expected(node), others, layouts, shared_memory(saved)
+
+
+#: Where `expected` stands in a node's key.
+_EXPECTED = 2
+
+
+def shared_memory(tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    """Return which tensors share memory, and how they lie to each other.
+
+    Returns
+    -------
+    tuple
+        For each piece of memory on which there are several: their places among `tensors`, and
+        by how many bytes each begins after the first of them. Not where in memory that is, nor
+        anything of tensors that lie apart, be it on one storage: that may change from point to
+        point.
+    """
+    storages: dict[int, list[int]] = {}
+    for i, t in enumerate(tensors):
+        if t is not None:
+            storages.setdefault(_beginning(t), []).append(i)
+    if len(storages) == len(tensors):
+        return ()
+    found: list[tuple[tuple[int, int], ...]] = []
+    for group in storages.values():
+        if len(group) > 1:
+            found.extend(_overlapping([(i, *_extent(tensors[i])) for i in group]))
+    return tuple(sorted(found, key=min))
+
+
+def _overlapping(extents: list[tuple[int, int, int]]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Yield groups of tensors whose extents overlap, given their places, beginnings and ends."""
+    extents.sort(key=lambda e: (e[1], e[0]))
+    group: list[tuple[int, int]] = []
+    first = last = 0
+    for i, begin, end in extents:
+        if group and begin >= last:
+            if len(group) > 1:
+                yield tuple(group)
+            group = []
+        if not group:
+            first = last = begin
+        last = max(last, end)
+        group.append((i, begin - first))
+    if len(group) > 1:
+        yield tuple(group)
+
+
+def _beginning(t: torch.Tensor) -> int:
+    """Return where the storage of a tensor begins; something of its own for what has none."""
+    if t.layout != torch.strided or not has_memory(t):
+        return -id(t)
+    return int(t.data_ptr() - t.storage_offset() * t.element_size())
+
+
+def _extent(t: torch.Tensor | None) -> tuple[int, int]:
+    """Return where the memory of a tensor begins and ends."""
+    if t is None or t.layout != torch.strided or not has_memory(t):
+        return 0, 1  # what is in this group is one tensor
+    if not t.numel():
+        return 0, 0
+    begin, size = t.data_ptr(), t.element_size()
+    reach = sum([(n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)])
+    return begin, begin + (reach + 1) * size
+
+
+@functools.lru_cache(maxsize=4096)
+def _shown(kind: type) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...], bool]:
+    """Return what nodes of a class show: tensors, with their packed form, and other arguments.
+
+    Last, whether they hide the sizes of arguments through which no gradient goes.
+    """
+    if not is_generated(kind) or kind.__name__ in _HIDDEN_STATE:
+        raise HiddenError(kind.__name__)
+    tensors, static = saved_names(kind)
+    return (
+        tuple([(name, f"_raw{name}") for name in tensors]),
+        static,
+        kind.__name__ in _KNOW_ALL_SIZES,
+    )
+
+
+def _saved(node: Node, names: Sequence[str]) -> Iterator[tuple[str, int | None, Any]]:
+    """Yield attribute, position and tensor of what a built-in node saved."""
+    for name in names:
+        value = unpacked(node, name, f"_raw{name}")
+        if isinstance(value, (tuple, list)):
+            yield from ((name, i, t) for i, t in enumerate(value))
+        else:
+            yield name, None, value
+
+
+def _layout(t: torch.Tensor | None) -> Any:
+    if t is None:
+        return None
+    shape = t.shape
+    if t.layout != torch.strided:
+        return t.layout, shape, t.dtype
+    # A Python number in f is saved as a tensor; recorded code has it as a number again.
+    number = t.item() if not shape and is_wrapped_number(t) else None
+    bits = t.is_conj(), t.is_neg(), has_memory(t)
+    return shape, t.stride(), t.dtype, t.device, bits, number
+
+
+def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
+    """Return what a built-in node saved, with the names by which it is found again."""
+    if not is_generated(type(node)):
+        return []
+    tensors, _ = saved_names(type(node))
+    try:
+        return [
+            (t, Saved(place, name, i)) for name, i, t in _saved(node, tensors) if t is not None
+        ]
+    except (HiddenError, RuntimeError):
+        return []

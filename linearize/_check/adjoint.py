@@ -1,0 +1,373 @@
+"""Checking that two linear programs are adjoint.
+
+One random pair (u, v) tells two programs that are not adjoint apart, but for a set of pairs of
+measure zero: Re⟨u, J·v⟩ = Re⟨Jᴴ·u, v⟩, in floating point within what rounding amounts to.
+
+One half of such a pair is computed anyhow: a `Proof` takes the first product J·v that a user
+asks for, before the user has it. Where that tells nothing `check_built_in` runs both programs.
+
+User code costs what it costs, and some Functions part from their derivative on purpose
+(straight-through estimators): neither calls any for the check. The programs are cut at opaque
+operations, and what goes in and comes out there counts as more arguments and results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from .._execute.executor import Executor
+from .._programs.program import Equation, Operation, Program, Var, op_name
+from .._programs.residuals import Residual
+from .._spaces.compare import tolerance
+from .._spaces.space import TensorSpec
+from ..errors import AdjointError
+
+Tensors: TypeAlias = Sequence[torch.Tensor | None]
+#: A linear map on flat lists of tensors; None is zero.
+Map: TypeAlias = Callable[[Sequence[torch.Tensor]], Tensors]
+#: What makes a program's transpose.
+Transposed: TypeAlias = Callable[[Program], Program]
+
+
+# -- sums of inner products -----------------------------------------------------------------
+
+
+class Balance:
+    """A sum of inner products that should be zero, and how large it could well be.
+
+    A random vector with entries of size one and any other one x have a product of the size of
+    ‖x‖, not ‖x‖ times the length of the first; rounding has no preferred direction either.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        #: The products themselves, all taken as positive.
+        self._sum = 0.0
+        self._scale = 0.0
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, sign: int, first: Tensors, second: Tensors, *, lasting: bool = True) -> None:
+        """Add Re⟨first, second⟩, None for zero.
+
+        Parameters
+        ----------
+        sign
+            1 or -1.
+        first, second
+            The vectors.
+        lasting
+            Whether nobody writes to them before the balance is drawn.
+        """
+        for a, b in zip(first, second, strict=True):
+            if a is not None and b is not None and a.numel():
+                product = _dot(a, b)
+                self.total += sign * product
+                self._sum += abs(product)
+                if lasting:
+                    self._pairs.append((a, b))
+                else:
+                    self._scale += _size(a, b)
+
+    def holds(self, limit: float) -> bool:
+        """Whether the sum is zero within a relative error, or not finite."""
+        # Mostly the products are as large as can be expected, and no lengths are needed.
+        return abs(self.total) <= limit * self._sum or not self.off > limit
+
+    @property
+    def off(self) -> float:
+        """By how much the sum is not zero, relative to its terms; NaN if they are not finite."""
+        self._scale += sum(_size(a, b) for a, b in self._pairs)
+        self._pairs = []
+        return abs(self.total) / self._scale if self._scale else abs(self.total)
+
+
+def _size(a: torch.Tensor, b: torch.Tensor) -> float:
+    return math.sqrt(_dot(a, a) / a.numel()) * math.sqrt(_dot(b, b))
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return Re⟨a, b⟩."""
+    if a.is_complex():
+        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+    a, b = a.reshape(-1), b.reshape(-1)
+    if a.dtype not in (torch.float32, torch.float64):
+        a, b = a.float(), b.float()
+    result = float(torch.dot(a, b))
+    return result if math.isfinite(result) else float(torch.dot(a.double(), b.double()))
+
+
+def _inner(a: Tensors, b: Tensors) -> float:
+    return sum(_dot(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None)
+
+
+def rounding_limit(*programs: Program) -> float:
+    """Return the relative error that may be rounding, in the coarsest dtype that occurs."""
+    dtypes = {v.spec.dtype for p in programs for v in p.inputs}
+    dtypes |= {v.spec.dtype for p in programs for eq in p.equations for v in eq.outputs if v}
+    return max(map(tolerance, dtypes), default=1.0)
+
+
+def _coarsest(*programs: Program) -> float:
+    values = [v for p in programs for eq in p.equations for v in (*eq.outputs, *p.inputs) if v]
+    return max((_eps(v.spec.dtype) for v in values), default=0.0)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+
+
+def node_of(op: Any) -> Any:
+    """Return the graph node whose code, the user's, an operation calls; None for other ones."""
+    return getattr(op, "node", None) if isinstance(op, Operation) else None
+
+
+# -- with numbers of its own ------------------------------------------------------------------
+
+
+class RankOne(Operation):
+    """The map b Re⟨a, ·⟩, which stands for an opaque operation."""
+
+    __slots__ = ("a", "b", "name")
+    may_alias = False
+
+    def __init__(self, a: Tensors, b: Tensors, name: str) -> None:
+        self.a, self.b = a, b
+        self.name = name
+
+    def __call__(self, *args: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Apply the map."""
+        total = _inner(self.a, args)
+        return [None if b is None else b * total for b in self.b]
+
+
+class _StandIns:
+    """Replaces opaque operations; those of one node are adjoint to each other."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.vectors: dict[Any, torch.Tensor] = {}
+
+    def vector(self, node: Any, place: tuple[bool, int], spec: TensorSpec) -> torch.Tensor:
+        key = (id(node), place)
+        if key not in self.vectors:
+            size = math.sqrt(max(math.prod(spec.shape), 1))
+            self.vectors[key] = spec.random(self.generator) / size
+        return self.vectors[key]
+
+    def placed(self, program: Program, *, backward: bool) -> Program:
+        """Return a program without user code."""
+        return program.with_equations([self._placed(eq, backward) for eq in program.equations])
+
+    def _placed(self, eq: Equation, backward: bool) -> Equation:
+        node = node_of(eq.op)
+        if node is None:
+            return eq
+
+        def vectors(variables: Iterable[Any], side: bool) -> list[torch.Tensor | None]:
+            return [
+                self.vector(node, (side, i), v.spec) if isinstance(v, Var) else None
+                for i, v in enumerate(variables)
+            ]
+
+        # A backward takes what belongs to the node's outputs, a jvp what belongs to its inputs.
+        a, b = vectors(eq.args, not backward), vectors(eq.outputs, backward)
+        op = RankOne(a, b, f"a stand-in for {op_name(eq.op)}")
+        return Equation(op, eq.args, {}, eq.outputs, eq.source)
+
+
+def check_built_in(pullback: Program, pushforward: Program, transposed: Transposed) -> None:
+    """Check that two programs are adjoint, except for the opaque operations in them.
+
+    Each opaque operation is replaced by a map b ⟨a, ·⟩ in one program and by its adjoint a ⟨b, ·⟩
+    in the other.
+
+    Parameters
+    ----------
+    pullback, pushforward
+        The second is the transpose of the first.
+    transposed
+        What made it so, asked again about single equations to find the one at fault.
+
+    Raises
+    ------
+    AdjointError
+        Naming the first operation at which they part.
+    """
+    generator = torch.Generator().manual_seed(3)
+    stand_ins = _StandIns(generator)
+    back = stand_ins.placed(pullback, backward=True)
+    forth = stand_ins.placed(pushforward, backward=False)
+    off = parting(Executor(back), Executor(forth), generator, lambda: (back, forth), back, forth)
+    if off is not None:
+        raise AdjointError(
+            f"pushforward and pullback are not adjoint ({_by(off)}): "
+            f"{_first_at_fault(pullback, transposed)}; please report this"
+        )
+
+
+def check_maps(
+    pullback: Map,
+    pushforward: Map,
+    cotangents: Program,
+    tangents: Program,
+    programs: Callable[[], tuple[Program, Program]],
+    transposed: Transposed,
+) -> None:
+    """Check that two products are adjoint, with the user code in them.
+
+    Parameters
+    ----------
+    pullback, pushforward
+        The products.
+    cotangents, tangents
+        Their programs, which say what they take.
+    programs
+        Gives the two programs with nothing missing, to find what is at fault.
+    transposed
+        As of `check_built_in`.
+
+    Raises
+    ------
+    AdjointError
+        If they are not.
+    """
+    generator = torch.Generator().manual_seed(4)
+    off = parting(pullback, pushforward, generator, programs, cotangents, tangents)
+    if off is not None:
+        fault = _name_fault(*programs(), transposed)
+        raise AdjointError(f"jvp_fn and vjp_fn are not adjoint ({_by(off)}): {fault}")
+
+
+def parting(
+    pullback: Map,
+    pushforward: Map,
+    generator: torch.Generator,
+    programs: Callable[[], tuple[Program, Program]],
+    of_pullback: Program,
+    of_pushforward: Program,
+) -> float | None:
+    """Return by how much two maps miss being adjoint, None if rounding explains it.
+
+    Where numbers are not finite nothing can be said.
+    """
+    u = [v.spec.random(generator) for v in of_pullback.inputs]
+    v = [v.spec.random(generator) for v in of_pushforward.inputs]
+    with torch.inference_mode(False), torch.no_grad():
+        jv, jtu = pushforward(v), pullback(u)
+        balance = Balance()
+        balance.add(1, u, jv)
+        balance.add(-1, jtu, v)
+        if balance.holds(rounding_limit(of_pullback, of_pushforward)):
+            return None
+        # Where large terms cancel, or a matrix is close to singular, rounding alone may be as
+        # large: with all numbers different in their last digits it is seen how large.
+        back, forth = programs()
+        noise = _lost(back, u) * math.sqrt(_inner(v, v)) + _lost(forth, v) * math.sqrt(
+            _inner(u, u)
+        )
+        for _ in range(2):
+            jv_near = Executor(_nudged_residuals(forth, generator))(_nudged(v, generator))
+            jtu_near = Executor(_nudged_residuals(back, generator))(_nudged(u, generator))
+            noise += abs(_inner(u, jv) - _inner(u, jv_near))
+            noise += abs(_inner(jtu, v) - _inner(jtu_near, v))
+    factor = min(100.0, 0.05 / max(_coarsest(back, forth), 1e-300))
+    explained = not math.isfinite(noise) or abs(balance.total) <= factor * noise
+    return None if explained else balance.off
+
+
+def _lost(program: Program, arguments: Sequence[torch.Tensor]) -> float:
+    """Return the last digit of the largest number that a program computes on its way."""
+    values = [v for eq in program.equations for v in eq.outputs if v is not None]
+    specs = [v.spec for v in values]
+    results = Executor(Program(program.inputs, program.equations, values, specs))(arguments)
+    return max(
+        (float(t.abs().max()) * _eps(t.dtype) for t in results if t is not None and t.numel()),
+        default=0.0,
+    )
+
+
+def _nudged(tensors: Iterable[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+    return [_near(t, generator) for t in tensors]
+
+
+def _nudged_residuals(program: Program, generator: torch.Generator) -> Program:
+    near: dict[Residual, Residual] = {}
+
+    def moved(x: Any) -> Any:
+        if type(x) is Var or not _eps(x.tensor.dtype):
+            return x
+        if x not in near:
+            near[x] = Residual(_near(x.tensor, generator), x.source)
+        return near[x]
+
+    return program.with_equations([eq.renamed(moved) for eq in program.equations])
+
+
+def _near(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return numbers that differ from others by some of their last digits."""
+    return t + 4 * _eps(t.dtype) * t * TensorSpec.of(t).random(generator)
+
+
+def _by(off: float) -> str:
+    return f"they differ by {off:.1e} of their size on a random pair"
+
+
+# -- who is at fault --------------------------------------------------------------------------
+
+
+def _name_fault(pullback: Program, pushforward: Program, transposed: Transposed) -> str:
+    """Return which custom Function or operation makes two programs part, the first in f's order.
+
+    Calls each custom Function's methods once more.
+    """
+    backwards = {id(node_of(eq.op)): eq for eq in pullback.equations if node_of(eq.op) is not None}
+    generator = torch.Generator().manual_seed(5)
+
+    def numbers(args: Sequence[Any], used: Sequence[Any]) -> list[torch.Tensor | None]:
+        """Return random arguments; what the other direction does not give back is zero."""
+        return [
+            None if not isinstance(a, Var) else a.spec.random(generator) if y else a.spec.zeros()
+            for a, y in zip(args, used, strict=True)
+        ]
+
+    for eq in pushforward.equations:
+        node = node_of(eq.op)
+        other = None if node is None else backwards.get(id(node))
+        if other is None:
+            continue
+        v, u = numbers(eq.args, other.outputs), numbers(other.args, eq.outputs)
+        balance = Balance()
+        balance.add(1, u, eq.op(*v))
+        balance.add(-1, other.op(*u), v)
+        if not balance.holds(max(rounding_limit(_alone(eq)), rounding_limit(_alone(other)))):
+            return (
+                f"the first to part is {op_name(eq.op)}, which is not the adjoint of "
+                f"{op_name(other.op)}"
+            )
+    return _first_at_fault(pullback, transposed)
+
+
+def _first_at_fault(pullback: Program, transposed: Transposed) -> str:
+    generator = torch.Generator().manual_seed(6)
+    for eq in reversed(pullback.equations):  # the pushforward's order
+        if isinstance(eq.op, Operation):
+            continue
+        if _parts(_alone(eq), transposed(_alone(eq)), generator):
+            return f"the first to part is {eq.name}, from {eq.source or 'the graph'}"
+    return "each of its operations by itself is right, together they are not"
+
+
+def _parts(back: Program, forth: Program, generator: torch.Generator) -> bool:
+    maps = Executor(back), Executor(forth)
+    return parting(*maps, generator, lambda: (back, forth), back, forth) is not None
+
+
+def _alone(eq: Equation) -> Program:
+    """Return a program of one equation."""
+    inputs = list(dict.fromkeys(eq.inputs()))
+    results = [v for v in eq.outputs if v is not None]
+    return Program(inputs, [eq], results, [v.spec for v in results], eq.name)

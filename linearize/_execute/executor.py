@@ -1,0 +1,456 @@
+"""Running linear programs.
+
+An `Executor` prepares a program for repeated runs: where each argument comes from, when each
+intermediate is last used, which results must be copied so that they share memory with
+nothing that is kept or owned by somebody else.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from .._programs.aten import may_alias, returns_several
+from .._programs.program import Equation, Operation, Program, Var, op_name
+from .._programs.residuals import Residual
+from .._spaces.compare import close
+from .._spaces.nested import map_leaves
+from .._spaces.space import TensorSpec
+from .._torch.modes import functions_as_they_are, functions_overridden, functorch_active
+from ..errors import LinearizeError
+from .binding import Binding
+from .mapped import call
+from .written import Bound, generate_bound
+
+#: From arguments and the numbers of a point to results.
+Compiled: TypeAlias = Callable[[Sequence[torch.Tensor], "Binding"], list[torch.Tensor | None]]
+
+#: At which run a program is written out as a function: one that is to be simplified before that,
+#: and others.
+WRITE_OUT_AT, WRITE_OUT_SOON = 3, 1
+#: From how many numbers in one value on arguments are not taken together on a CPU.
+LARGE_ENTRY = 1 << 16
+
+
+class _Slot:
+    """Stands in an argument list for a value that is known at run time."""
+
+    __slots__ = ("index", "spec")
+
+    def __init__(self, index: int, spec: TensorSpec | None) -> None:
+        self.index = index
+        #: Of a variable, which can be undefined; a residual cannot.
+        self.spec = spec
+
+
+class _Step:
+    """One equation, prepared."""
+
+    __slots__ = (
+        "call",
+        "expected",
+        "free",
+        "many",
+        "nested",
+        "op",
+        "opaque",
+        "outs",
+        "place",
+        "plain",
+        "source",
+        "tail",
+    )
+
+    def __init__(self, eq: Equation, slots: dict[Any, _Slot]) -> None:
+        def placed(x: Any) -> Any:
+            return slots[x] if type(x) is Var or type(x) is Residual else x
+
+        self.op = eq.op
+        #: The place among the program's opaque operations.
+        self.place = -1
+        #: Positional arguments that are a value, and those that contain one.
+        self.plain: list[tuple[int, int]] = []
+        self.nested: list[tuple[int, Any]] = []
+        self.tail: dict[str, Any] = {}
+        args: list[Any] = []
+        for i, x in enumerate(eq.args):
+            if type(x) is Var or type(x) is Residual:
+                x = slots[x]
+                self.plain.append((i, x.index))
+            elif isinstance(x, (list, tuple)):
+                x = map_leaves(placed, x)
+                if _contains(x):
+                    self.nested.append((i, x))
+            args.append(x)
+        kwargs = map_leaves(placed, eq.kwargs) if eq.kwargs else {}
+        if kwargs:
+            self.tail = {k: a for k, a in kwargs.items() if isinstance(a, _Slot) or _contains(a)}
+            kwargs = {k: a for k, a in kwargs.items() if k not in self.tail}
+        self.call = (args, kwargs)
+        self.outs: list[int] = []
+        self.opaque = isinstance(eq.op, Operation)
+        self.many = self.opaque or len(eq.outputs) != 1 or returns_several(eq.op)
+        self.free: list[int] = []
+        self.expected, self.source = eq.outputs, eq.source
+
+    def verify(self, out: Any) -> None:
+        """Raise if a result has not the shape and dtype that the program says."""
+        for v, t in zip(self.expected, out if self.many else (out,), strict=True):
+            if v is not None and t is not None and not v.spec.matches(t):
+                raise LinearizeError(
+                    f"{op_name(self.op)} (from {self.source or 'the graph'}) gave "
+                    f"{TensorSpec.of(t)}, the linear program expects {v.spec}; please report this"
+                )
+
+    def with_undefined(
+        self, op: Callable[..., Any], args: list[Any], keywords: dict[str, Any]
+    ) -> Any:
+        """Run the operation with some values undefined; all undefined gives undefined."""
+        template, _ = self.call
+        positional = all(map(_all_undefined, template, args))
+        if positional and all(_all_undefined(a, keywords[k]) for k, a in self.tail.items()):
+            return (None,) * len(self.outs) if self.many else None
+        if self.opaque:
+            return call(op, args, {})
+        return _with_zeros(self, args, keywords)
+
+
+def _contains(a: Any) -> bool:
+    if isinstance(a, (list, tuple)):
+        return any(isinstance(x, _Slot) or _contains(x) for x in a)
+    return False
+
+
+class Executor:
+    """Runs a program on tensors.
+
+    The numbers come from a `Binding`, so that one executor serves many points.
+
+    Parameters
+    ----------
+    program
+        With no method missing (see `resolve`).
+    final
+        Whether no simpler program will take its place soon.
+    """
+
+    __slots__ = (
+        "_function",
+        "_gains",
+        "_inputs",
+        "_outputs",
+        "_size",
+        "_steps",
+        "_verified",
+        "_write_out_at",
+        "compiled",
+        "copies",
+        "program",
+        "runs",
+        "tried",
+    )
+
+    def __init__(self, program: Program, *, final: bool = True) -> None:
+        self.program = program
+        self._write_out_at = WRITE_OUT_SOON if final else WRITE_OUT_AT
+        slots: dict[Any, _Slot] = {r: _Slot(i, None) for i, r in enumerate(program.residuals())}
+        for v in program.inputs:
+            if v in slots:
+                program.check()
+            slots[v] = _Slot(len(slots), v.spec)
+        self._steps: list[_Step] = []
+        #: After which step each intermediate can go.
+        last: dict[Var, _Step] = {}
+        #: For each variable, the one whose memory it may share; None for foreign memory.
+        root: dict[Var, Var | None] = dict.fromkeys(program.inputs)
+        opaque = 0
+        for eq in program.equations:
+            try:
+                step = _Step(eq, slots)
+            except KeyError:
+                program.check()  # has the words for it
+                raise
+            self._steps.append(step)
+            if step.opaque:
+                step.place = opaque
+                opaque += 1
+            for x in eq.reads():
+                if type(x) is Var:
+                    last[x] = step
+            for out in eq.outputs:
+                if out is None:
+                    step.outs.append(-1)
+                    continue
+                if out in slots:
+                    program.check()
+                step.outs.append(len(slots))
+                slots[out] = _Slot(len(slots), out.spec)
+                last[out] = step
+                root[out] = _root(eq, out, root)
+        self._size = len(slots)
+        program.check_outputs(slots)
+        self._inputs = [slots[v].index for v in program.inputs]
+        self._outputs = [-1 if v is None else slots[v].index for v in program.outputs]
+        keep = {*self._outputs}
+        for v, step in last.items():
+            if slots[v].index not in keep:
+                step.free.append(slots[v].index)
+        #: Which results may share memory with an argument, a residual or a user's tensor.
+        self.copies: list[bool] = []
+        taken: set[Var | None] = set()
+        for out in program.outputs:
+            owner = None if out is None else root[out]
+            self.copies.append(out is not None and (owner is None or owner in taken))
+            taken.add(owner)
+        self._verified = False
+        self._gains: bool | None = None
+        self._function: Bound | None = None
+        #: How often it ran.
+        self.runs = 0
+        #: What runs in its place outside of transforms, once it was compiled.
+        self.compiled: Compiled | None = None
+        #: Whether that was tried.
+        self.tried = False
+
+    def fork(self) -> Executor:
+        """Return one that can be compiled without the other."""
+        made = copy.copy(self)
+        made.compiled, made.tried = None, False
+        return made
+
+    @property
+    def gains_by_stacks(self) -> bool:
+        """Whether several arguments are taken together faster than one after the other."""
+        if self._gains is None:
+            self._gains = not (_mostly_opaque(self.program) or _fills_caches(self.program))
+        return self._gains
+
+    def __call__(
+        self,
+        arguments: Sequence[torch.Tensor],
+        binding: Binding | None = None,
+        tape: list[Any] | None = None,
+        *,
+        replay: bool = False,
+    ) -> list[torch.Tensor | None]:
+        """Run the program.
+
+        Parameters
+        ----------
+        arguments
+            One tensor per input.
+        binding
+            The numbers of a point; by default those that stand in the program.
+        tape
+            Receives the results of user code, in order.
+        replay
+            Whether to take these results from the tape instead.
+
+        Returns
+        -------
+        list
+            One tensor per output; None for one that is zero.
+        """
+        if binding is None:
+            binding = Binding.of(self.program)
+        batching = functorch_active()
+        if tape is None and not batching:
+            if self.compiled is not None:
+                return self.compiled(arguments, binding)
+            if self._function is not None:
+                binding.check()
+                if not functions_overridden():
+                    return self._function(binding, arguments, self)
+                if not binding.ops:
+                    with functions_as_they_are():
+                        return self._function(binding, arguments, self)
+                return self._interpreted(self._begin(arguments, binding), binding, 0)
+            return self._counted(arguments, binding)
+        binding.check()
+        return self._interpreted(self._begin(arguments, binding), binding, 0, tape, replay=replay)
+
+    @property
+    def function(self) -> Bound | None:
+        """The program written out, once it has run often enough."""
+        return self._function
+
+    def resume(
+        self, binding: Binding, start: int, known: dict[int, torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Go on from an equation where the function left off: a value is undefined."""
+        return self._interpreted(self._placed(binding, known.items()), binding, start)
+
+    def _counted(
+        self, arguments: Sequence[torch.Tensor], binding: Binding
+    ) -> list[torch.Tensor | None]:
+        """Run the program step by step; in time, have it written out."""
+        binding.check()
+        last = 0 < self._write_out_at <= self.runs + 1
+        tape: list[Any] | None = [] if last and binding.ops else None
+        results = self._interpreted(self._begin(arguments, binding), binding, 0, tape)
+        self.runs += 1
+        if last:
+            self._write_out_at = 0
+            self._write_out(arguments, binding, results, tape)
+        return results
+
+    def _begin(self, arguments: Sequence[torch.Tensor], binding: Binding) -> list[Any]:
+        return self._placed(binding, zip(self._inputs, arguments, strict=True))
+
+    def _placed(self, binding: Binding, known: Iterable[tuple[int, Any]]) -> list[Any]:
+        """Return a place for each value, with what is known by the numbers of the places."""
+        values: list[Any] = [r.tensor for r in binding.residuals]
+        values += [None] * (self._size - len(values))
+        for slot, t in known:
+            values[slot] = t
+        return values
+
+    def _interpreted(
+        self,
+        values: list[Any],
+        binding: Binding,
+        start: int,
+        tape: list[Any] | None = None,
+        *,
+        replay: bool = False,
+    ) -> list[torch.Tensor | None]:
+        """Run the program from an equation on; `values` has a place for each value."""
+        batching = functorch_active()
+        ops = binding.ops
+        for step in self._steps[start:] if start else self._steps:
+            template, keywords = step.call
+            op = step.op if step.place < 0 else ops[step.place]
+            args = template.copy()
+            undefined = False
+            for i, slot in step.plain:
+                value = values[slot]
+                args[i] = value
+                if value is None:
+                    undefined = True
+            if step.nested or step.tail:
+                keywords = dict(keywords)
+                undefined |= _fill(step, args, keywords, values)
+            if step.opaque and tape is not None and replay:
+                out: Any = tape.pop(0)
+            elif undefined:
+                # A custom Function returned None: an undefined tangent, which is zero.
+                out = step.with_undefined(op, args, keywords)
+            elif batching:
+                out = call(op, args, keywords)
+            else:
+                out = op(*args, **keywords)
+            if step.opaque and not replay:
+                binding.check_memory()
+            if step.opaque and tape is not None and not replay:
+                tape.append(out)
+            if not self._verified:
+                step.verify(out)
+            if step.many:
+                for slot, t in zip(step.outs, out, strict=True):
+                    if slot >= 0:
+                        values[slot] = t
+            else:
+                values[step.outs[0]] = out
+            for slot in step.free:
+                values[slot] = None
+        self._verified |= not start
+        results = [None if slot < 0 else values[slot] for slot in self._outputs]
+        return [
+            t.clone() if copy and t is not None else t
+            for t, copy in zip(results, self.copies, strict=True)
+        ]
+
+    def _write_out(
+        self,
+        arguments: Sequence[torch.Tensor],
+        binding: Binding,
+        results: Sequence[torch.Tensor | None],
+        tape: list[Any] | None,
+    ) -> None:
+        """Write the program out as a function, and use it if it gives the same."""
+        function = generate_bound(self.program, self.copies)
+        if function is None:
+            return
+        if tape is not None:  # user code is not called again
+            ops: Any = [lambda *_, out=out, **__: out for out in tape]
+            binding = Binding(binding.residuals, ops, binding.guards)
+        try:
+            again = function(binding, arguments, self)
+        except TypeError:  # an operation's quicker name does not take these arguments
+            return
+        if all(
+            (a is None) == (b is None)
+            and (a is None or b is None or (a.dtype == b.dtype and close(a, b)))
+            for a, b in zip(again, results, strict=True)
+        ):
+            self._function = function
+
+
+def _root(eq: Equation, out: Var, root: dict[Var, Var | None]) -> Var | None:
+    """Return the variable whose memory a result may share, None for foreign memory."""
+    if isinstance(eq.op, Operation):
+        return None if eq.op.may_alias else out
+    if not may_alias(eq.op):
+        return out
+    roots = {root[v] for v in eq.inputs()}
+    return next(iter(roots)) if len(roots) == 1 and not eq.residuals() else None
+
+
+def _mostly_opaque(program: Program) -> bool:
+    """Whether there is no more to do than to call user code that does not take batches."""
+    user = [eq for eq in program.equations if isinstance(eq.op, Operation)]
+    rest = [eq for eq in program.equations if not isinstance(eq.op, Operation)]
+    alone = all(not eq.op.takes_batches for eq in user if isinstance(eq.op, Operation))
+    return bool(user) and alone and sum(not may_alias(eq.op) for eq in rest) <= len(user)
+
+
+def _fills_caches(program: Program) -> bool:
+    """Whether values are so large that the processor's caches do not hold several of them."""
+    values = (v for eq in program.equations for v in eq.outputs if v is not None)
+    return any(
+        v.spec.device.type == "cpu" and math.prod(v.spec.shape) >= LARGE_ENTRY for v in values
+    )
+
+
+def _fill(step: _Step, args: list[Any], keywords: dict[str, Any], values: list[Any]) -> bool:
+    undefined = False
+
+    def value(x: Any) -> Any:
+        nonlocal undefined
+        if isinstance(x, _Slot):
+            undefined |= values[x.index] is None
+            return values[x.index]
+        return x
+
+    for i, a in step.nested:
+        args[i] = map_leaves(value, a)
+    for k, a in step.tail.items():
+        keywords[k] = map_leaves(value, a)
+    return undefined
+
+
+def _with_zeros(step: _Step, args: list[Any], keywords: dict[str, Any]) -> Any:
+    """Run an operation some of whose variables are undefined, that is zero."""
+
+    def fill(placed: Any, now: Any) -> Any:
+        if isinstance(placed, _Slot):
+            return placed.spec.zeros() if placed.spec is not None and now is None else now
+        if isinstance(placed, (list, tuple)):
+            return type(placed)(fill(p, n) for p, n in zip(placed, now, strict=True))
+        return now
+
+    template, _ = step.call
+    filled = [fill(p, n) for p, n in zip(template, args, strict=True)]
+    return call(step.op, filled, {k: fill(step.tail.get(k), v) for k, v in keywords.items()})
+
+
+def _all_undefined(placed: Any, now: Any) -> bool:
+    if isinstance(placed, _Slot):
+        return now is None or placed.spec is None
+    if isinstance(placed, (list, tuple)) and _contains(placed):
+        return all(_all_undefined(p, n) for p, n in zip(placed, now, strict=True))
+    return True

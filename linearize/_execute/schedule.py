@@ -1,0 +1,97 @@
+"""Computing the constants of a program from what a point has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .._programs.origins import Literal, Origin, Saved, ordered
+from .._torch.modes import functions_as_they_are, functions_overridden
+from .quickest import quickest
+from .writer import Writer
+
+
+class Schedule:
+    """Computes tensors from their origins, each intermediate once and no longer than needed.
+
+    Attributes
+    ----------
+    saved
+        What is read of the graph, in the order in which it is asked for.
+    """
+
+    __slots__ = ("_calls", "_gone", "_order", "_run", "_wanted", "saved")
+
+    def __init__(self, wanted: Sequence[Origin]) -> None:
+        self._wanted = tuple(wanted)
+        self._order = ordered(wanted)
+        self.saved = [o for o in self._order if isinstance(o, Saved)]
+        last = {x: o for o in self._order for x in o.inputs()}
+        kept = set(self._wanted)
+        #: What each leaves behind that is needed no more.
+        self._gone: dict[Origin, list[Origin]] = {}
+        for x, o in last.items():
+            if x not in kept:
+                self._gone.setdefault(o, []).append(x)
+        self._calls = 0
+        self._run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]] = self._interpret
+
+    def __call__(self, read: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Compute the wanted tensors, given what is saved."""
+        self._calls += 1
+        if self._calls == _WRITE_OUT_AT:
+            self._run = self._written_out()
+            try:
+                return self._run(read)
+            except TypeError:  # the quickest way to call takes fewer kinds of arguments
+                self._run = self._interpret
+        if functions_overridden():
+            with functions_as_they_are():
+                return self._run(read)
+        return self._run(read)
+
+    def _interpret(self, read: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        values: dict[Origin, Any] = dict(zip(self.saved, read, strict=True))
+        for o in self._order:
+            if isinstance(o, Literal):
+                values[o] = o.tensor
+            elif o.op is not None:
+                args = [_replaced(a, values) for a in o.args]
+                kwargs = {k: _replaced(a, values) for k, a in o.kwargs.items()}
+                values[o] = o.op(*args, **kwargs)
+            for x in self._gone.get(o, ()):
+                del values[x]
+        return [values[o] for o in self._wanted]
+
+    def _written_out(self) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:
+        """Return straight-line Python that does the same."""
+        w = Writer((Origin,))
+        w.names = names = {o: f"t{i}" for i, o in enumerate(self._order)}
+        lines = ["def run(saved):"]
+        if self.saved:
+            lines.append(f" {', '.join(names[o] for o in self.saved)}, = saved")
+        for o in self._order:
+            if isinstance(o, Literal):
+                lines.append(f" {names[o]} = {w.constant(o.tensor)}")
+            elif o.op is not None:
+                lines.append(
+                    f" {names[o]} = {w.call(w.constant(quickest(o.op)), o.args, o.kwargs)}"
+                )
+            if o in self._gone:
+                lines.append(f" del {', '.join(names[x] for x in self._gone[o])}")
+        lines.append(f" return [{', '.join(names[o] for o in self._wanted)}]")
+        return w.function(lines, "origins")
+
+
+#: At which call a schedule is written out: most are followed once or not at all.
+_WRITE_OUT_AT = 3
+
+
+def _replaced(tree: Any, values: Mapping[Origin, Any]) -> Any:
+    if isinstance(tree, Origin):
+        return values[tree]
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_replaced(x, values) for x in tree)
+    return tree

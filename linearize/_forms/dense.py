@@ -1,0 +1,219 @@
+"""A small Jacobian as a matrix.
+
+A program of many small steps can take longer than one product with the matrix that it stands
+for, and then the matrix takes over, by a rule in numbers:
+
+1. The program calls no custom Function: those are promised one call for each product.
+2. All arguments and results are on one device, in float32 or float64 or their complex kin.
+3. The matrix takes no more than `dense_limit` bytes.
+4. `LEAST` products were asked for, and half as many as it takes to write the matrix out: rows
+   or columns, whichever are fewer. What was spent by then pays for the matrix.
+5. A product with a matrix of that size takes at most `GAIN` of the program's time, measured.
+6. It gives the same as the program, as precisely, for the vector at hand and a random one.
+
+Where a square matrix is zero but for a band of diagonals, the diagonals are kept if they are
+quicker.
+
+Complex numbers count as pairs of real ones, because a derivative need not be linear over the
+complex numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+
+from .._execute.executor import Executor
+from .._programs.around_matrix import flat_real, matrix_program, reals, times
+from .._programs.program import Emitter, Program, Var
+from .._simplify.copies import merge_copies
+from .._spaces.space import TensorSpec
+from .._transpose.transpose import transpose
+from ..errors import LinearizeError
+from .banded import Banded
+from .timing import seconds
+
+#: The fewest products after which a matrix is considered.
+LEAST = 32
+#: The share of a program's time that a product with its matrix may take.
+GAIN = 0.7
+#: Bytes that one pass of writing out a matrix may take.
+PASS = 1 << 26
+#: Bytes of a matrix that nothing reads in less than a second, to spare the measurement.
+_FASTEST = 1e13
+
+#: Runs a program.
+Run: TypeAlias = Callable[[Sequence[torch.Tensor]], object]
+
+_DTYPES = frozenset({torch.float32, torch.float64})
+
+
+class Dense:
+    """The matrix of a point, if it comes to that: one for both products.
+
+    Parameters
+    ----------
+    spec
+        Of the matrix: the real numbers that come out of the pushforward, by those that go in.
+    taken
+        Called when the matrix takes the place of a program for the first time.
+
+    Attributes
+    ----------
+    count
+        Products asked for so far.
+    due
+        At how many a matrix is considered.
+    matrix
+        Of the pushforward, if there is one; a band of diagonals, if it is no more.
+    """
+
+    def __init__(self, spec: TensorSpec, taken: Callable[[], None]) -> None:
+        self.spec = spec
+        self.count = 0
+        self.due = max(LEAST, min(spec.shape) // 2)
+        self.matrix: torch.Tensor | Banded | None = None
+        self._taken: Callable[[], None] | None = taken
+        self._refused = False
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def of(
+        ins: Sequence[TensorSpec],
+        outs: Sequence[TensorSpec],
+        limit: int,
+        taken: Callable[[], None],
+    ) -> Dense | None:
+        """Return what stands ready for a map, None if its matrix is too large or of no use."""
+        specs = [*ins, *outs]
+        dtypes, devices = {s.dtype.to_real() for s in specs}, {s.device for s in specs}
+        if len(dtypes) != 1 or len(devices) != 1 or not dtypes <= _DTYPES:
+            return None
+        spec = TensorSpec(
+            (sum(map(reals, outs)), sum(map(reals, ins))), dtypes.pop(), devices.pop()
+        )
+        return Dense(spec, taken) if 0 < spec.nbytes <= limit else None
+
+    def program(self, program: Program, run: Run, *, forward: bool) -> Program | None:
+        """Return the product with the matrix as a program, None if it is not worth it.
+
+        Parameters
+        ----------
+        program
+            The program, with its numbers.
+        run
+            Runs it.
+        forward
+            Whether it is the pushforward.
+        """
+        with self._lock:
+            if self.matrix is None and not self._refused:
+                self._refused = True
+                if self._pays(program, run, forward):
+                    matrix = self._written_out(program, forward)
+                    self.matrix = (
+                        None if matrix is None else self._narrowed(matrix, program, forward)
+                    )
+        return None if self.matrix is None else _around(self.matrix, program, forward=forward)
+
+    def taken(self) -> None:
+        """Note that the matrix has taken the place of a program."""
+        with self._lock:
+            if self._taken is not None:
+                self._taken()
+                self._taken = None
+
+    def _pays(self, program: Program, run: Run, forward: bool) -> bool:
+        arguments = random_arguments(program)
+        now = seconds(lambda: run(arguments), self.spec.device)
+        if self.spec.nbytes > _FASTEST * GAIN * now:
+            return False
+        stand_in = torch.ones(self.spec.shape, dtype=self.spec.dtype, device=self.spec.device)
+        dense = Executor(_around(stand_in, program, forward=forward))
+        return seconds(lambda: dense(arguments), self.spec.device) <= GAIN * now
+
+    def _written_out(self, program: Program, forward: bool) -> torch.Tensor | None:
+        """Return the matrix of the pushforward, from the fewest unit vectors."""
+        if sum(reals(s) for s in program.specs) < sum(reals(v.spec) for v in program.inputs):
+            try:
+                program, forward = transpose(program), not forward
+            except LinearizeError:
+                return None
+        columns = _columns(program, self.spec)
+        return columns.t() if forward else columns
+
+    def _narrowed(
+        self, matrix: torch.Tensor, program: Program, forward: bool
+    ) -> torch.Tensor | Banded:
+        """Return a matrix, or its diagonals if it is a band and they are quicker."""
+        banded = Banded.of(matrix)
+        if banded is None:
+            return matrix
+        arguments = random_arguments(program)
+
+        def taken(form: torch.Tensor | Banded) -> float:
+            run = Executor(_around(form, program, forward=forward))
+            return seconds(lambda: run(arguments), self.spec.device)
+
+        return banded if taken(banded) < taken(matrix) else matrix
+
+
+def _around(matrix: torch.Tensor | Banded, program: Program, *, forward: bool) -> Program:
+    """Return the product with a matrix, or its transpose, as a program like another one."""
+    columns = [v.spec for v in program.inputs]
+    wanted = [True] * len(program.specs)
+    name = f"matrix of {program.name}"
+    multiply: Callable[[Emitter, Var], Var]
+    if isinstance(matrix, Banded):
+        spec, multiply = matrix.spec, matrix.times if forward else matrix.transposed_times
+    else:
+        turned = matrix if forward else matrix.t()
+        spec, multiply = TensorSpec.of(turned), times(turned)
+    made = matrix_program(spec, multiply, columns, program.specs, wanted, name)
+    return merge_copies(
+        Program(made.inputs, made.equations, made.outputs, made.specs, program.name)
+    )
+
+
+def _columns(program: Program, like: TensorSpec) -> torch.Tensor:
+    """Return the columns of a program's matrix as rows, several in each pass."""
+    ins, outs = [v.spec for v in program.inputs], program.specs
+    count, length = sum(map(reals, ins)), sum(map(reals, outs))
+    found = torch.empty((count, length), dtype=like.dtype, device=like.device)
+    run = Executor(program)
+    chunk = max(1, min(count, PASS // max(program.peak_bytes(), 1)))
+
+    def product(*parts: torch.Tensor) -> list[torch.Tensor]:
+        results = run(parts)
+        pairs = zip(results, outs, strict=True)
+        return [spec.zeros() if t is None else t for t, spec in pairs]
+
+    for start in range(0, count, chunk):
+        rows = torch.zeros(
+            (min(chunk, count - start), count), dtype=like.dtype, device=like.device
+        )
+        rows.diagonal(start).fill_(1)
+        results = torch.vmap(product)(*_split(rows, ins))
+        parts = [flat_real(t).reshape(len(rows), -1) for t in results]
+        found[start : start + len(rows)] = torch.cat(parts, 1)
+    return found
+
+
+def _split(rows: torch.Tensor, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
+    """Return stacks of arguments that rows of real numbers stand for."""
+    parts = rows.split([reals(s) for s in specs], 1)
+    return [
+        torch.view_as_complex(part.reshape(len(rows), *spec.shape, 2))
+        if spec.dtype.is_complex
+        else part.reshape(len(rows), *spec.shape)
+        for part, spec in zip(parts, specs, strict=True)
+    ]
+
+
+def random_arguments(program: Program) -> list[torch.Tensor]:
+    """Return random arguments of a program, the same each time."""
+    generator = torch.Generator().manual_seed(7)
+    return [v.spec.random(generator) for v in program.inputs]

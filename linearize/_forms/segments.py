@@ -1,0 +1,186 @@
+"""Linear programs cut into runs of built-in operations and single opaque ones.
+
+A compiler or a CUDA graph takes over what lies between the calls of user code. `Segments`
+runs such a program: each stretch of built-in operations is a function of residuals and
+inputs, which can be replaced by one that does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from .._execute.binding import Binding
+from .._execute.executor import Executor
+from .._execute.written import generate
+from .._programs.program import Equation, Operation, Program, Var
+from ..errors import LinearizeError
+
+
+class Stretch:
+    """Built-in operations, one after the other.
+
+    Attributes
+    ----------
+    program
+        As a program of its own.
+    function
+        What runs it.
+    """
+
+    __slots__ = ("function", "inputs", "outputs", "program", "residuals")
+
+    def __init__(self, program: Program, copies: Sequence[bool], places: dict[Any, int]) -> None:
+        function = generate(program, copies)
+        if function is None:
+            raise LinearizeError("the program is too long to be written out")
+        self.function = function
+        self.program = program
+        self.inputs, self.outputs = program.inputs, program.outputs
+        self.residuals = [places[r] for r in program.residuals()]
+
+
+#: Runs a stretch: its number, the stretch, residuals and inputs to results.
+Runner: TypeAlias = Callable[
+    [int, Stretch, Sequence[torch.Tensor], Sequence[torch.Tensor]], Sequence[torch.Tensor]
+]
+
+
+class _Call:
+    """One opaque operation."""
+
+    __slots__ = ("executor", "inputs", "number", "outputs", "residuals")
+
+    def __init__(self, eq: Equation, number: int, places: dict[Any, int]) -> None:
+        inputs = list(dict.fromkeys(eq.inputs()))
+        outputs = [v for v in eq.outputs if v is not None]
+        program = Program(inputs, [eq], outputs, [v.spec for v in outputs], eq.name)
+        self.executor = Executor(program)
+        self.inputs, self.outputs = inputs, outputs
+        self.residuals = [places[r] for r in program.residuals()]
+        self.number = number
+
+
+class Segments:
+    """A program in segments.
+
+    Parameters
+    ----------
+    program
+        Whose residuals need not have tensors.
+    copies
+        Which results must be copied, because they may share memory with something else.
+
+    Attributes
+    ----------
+    parts
+        What is run, in order.
+    """
+
+    def __init__(self, program: Program, copies: Sequence[bool]) -> None:
+        self.program = program
+        places: dict[Any, int] = {r: i for i, r in enumerate(program.residuals())}
+        self.parts: list[Stretch | _Call] = []
+        opaque = [id(eq) for eq in program.equations if isinstance(eq.op, Operation)]
+        numbers = {name: i for i, name in enumerate(opaque)}
+        for group in _groups(program):
+            if isinstance(group[0].op, Operation):
+                self.parts.append(_Call(group[0], numbers[id(group[0])], places))
+            else:
+                self.parts.append(_stretch(program, group, copies, places))
+        made = {v for part in self.parts if isinstance(part, Stretch) for v in part.outputs}
+        #: Results that no stretch has copied already.
+        self._copies = [
+            copy and v not in made for copy, v in zip(copies, program.outputs, strict=True)
+        ]
+        self._last = {v: i for i, part in enumerate(self.parts) for v in part.inputs}
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """The parts without user code."""
+        return [part for part in self.parts if isinstance(part, Stretch)]
+
+    def __call__(
+        self,
+        arguments: Sequence[torch.Tensor],
+        binding: Binding,
+        runner: Runner | None = None,
+    ) -> list[torch.Tensor | None]:
+        """Run the program; `runner` may do so with the stretches."""
+        binding.check()
+        tensors = [r.tensor for r in binding.residuals]
+        values: dict[Var, torch.Tensor | None] = dict(
+            zip(self.program.inputs, arguments, strict=True)
+        )
+        keep = set(self.program.outputs)
+        for i, part in enumerate(self.parts):
+            given = [values[v] for v in part.inputs]
+            if isinstance(part, _Call):
+                own = Binding(
+                    [binding.residuals[k] for k in part.residuals], [binding.ops[part.number]]
+                )
+                found: Sequence[Any] = part.executor(given, own)  # type: ignore[arg-type]
+                binding.check_memory()
+            else:
+                # A custom Function returned None, which is zero.
+                pairs = zip(given, part.inputs, strict=True)
+                inputs = [v.spec.zeros() if t is None else t for t, v in pairs]
+                residuals = [tensors[k] for k in part.residuals]
+                if runner is None:
+                    found = part.function(residuals, inputs)
+                else:
+                    found = runner(i, part, residuals, inputs)
+            values.update(zip(part.outputs, found, strict=True))  # type: ignore[arg-type]
+            for v in part.inputs:
+                if self._last[v] == i and v not in keep:
+                    values.pop(v, None)
+        results = [None if v is None else values[v] for v in self.program.outputs]
+        return [
+            t.clone() if copy and t is not None else t
+            for t, copy in zip(results, self._copies, strict=True)
+        ]
+
+
+def _groups(program: Program) -> list[list[Equation]]:
+    """Return the equations in as few groups as possible, opaque ones alone.
+
+    A built-in operation joins a later group if nothing needs it before: opaque calls that do
+    not depend on each other then leave few stretches.
+    """
+    #: For each variable, the number of opaque calls that come before it.
+    depth: dict[Var, int] = dict.fromkeys(program.inputs, 0)
+    levels: dict[int, list[Equation]] = {}
+    calls: dict[int, list[Equation]] = {}
+    for eq in program.equations:
+        level = max((depth[v] for v in eq.inputs()), default=0)
+        if isinstance(eq.op, Operation):
+            calls.setdefault(level, []).append(eq)
+            level += 1
+        else:
+            levels.setdefault(level, []).append(eq)
+        depth.update((v, level) for v in eq.outputs if v is not None)
+    groups: list[list[Equation]] = []
+    for level in range(max([*levels, *calls], default=-1) + 1):
+        if level in levels:
+            groups.append(levels[level])
+        groups += [[eq] for eq in calls.get(level, ())]
+    return groups
+
+
+def _stretch(
+    program: Program,
+    group: Sequence[Equation],
+    copies: Sequence[bool],
+    places: dict[Any, int],
+) -> Stretch:
+    inside = {v for eq in group for v in eq.outputs if v is not None}
+    ours = set(map(id, group))
+    inputs = [v for v in dict.fromkeys(v for eq in group for v in eq.inputs()) if v not in inside]
+    read = {v for eq in program.equations if id(eq) not in ours for v in eq.inputs()}
+    copied = {v for v, copy in zip(program.outputs, copies, strict=True) if copy}
+    wanted = {v for v in program.outputs if v is not None} | read
+    outputs = [v for eq in group for v in eq.outputs if v is not None and v in wanted]
+    part = Program(inputs, group, outputs, [v.spec for v in outputs], program.name)
+    return Stretch(part, [v in copied for v in outputs], places)

@@ -1,0 +1,116 @@
+"""What running a linear program costs, estimated from shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+
+from .._programs.aten import may_alias
+from .._programs.program import Equation, Operation, Program, Var
+from .._programs.residuals import Residual
+from .._spaces.nested import map_leaves
+from .._torch.names import OpOverload, aten
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cost:
+    """What one run of a linear program costs, estimated from shapes and not measured.
+
+    Attributes
+    ----------
+    equations
+        Number of equations.
+    operations
+        How often each operation occurs, the most frequent first.
+    flops
+        Floating point operations. Matrix products, convolutions and attention by the formulas
+        of `torch.utils.flop_counter` (a product with an m×n matrix is 2mn), other operations
+        as one for each entry of the largest operand or result; views, copies and custom
+        Functions as none.
+    traffic
+        Bytes of what built-in operations read and write, each operand and result once; views
+        as none. What lies in a cache is not told from what does not.
+    peak
+        The most bytes that intermediate results take at once, each view counted in full.
+    calls
+        Calls of custom Functions and other opaque code, whose cost is not known.
+    """
+
+    equations: int
+    operations: dict[str, int]
+    flops: int
+    traffic: int
+    peak: int
+    calls: int
+
+
+def cost_of(program: Program) -> Cost:
+    """Estimate what one run of a program costs."""
+    kinds = Counter(eq.kind for eq in program.equations)
+    return Cost(
+        equations=len(program.equations),
+        operations=dict(kinds.most_common()),
+        flops=sum(_flops(eq) for eq in program.equations),
+        traffic=sum(_traffic(eq) for eq in program.equations),
+        peak=program.peak_bytes(),
+        calls=sum(isinstance(eq.op, Operation) for eq in program.equations),
+    )
+
+
+#: Operations that put numbers elsewhere and compute nothing.
+_COPIES = frozenset(
+    "clone _to_copy cat stack index_select gather index roll flip repeat slice_backward "
+    "select_backward diagonal_backward copy_ as_strided_copy permute_copy constant_pad_nd".split()
+)
+_DOTS = {aten.mv: 0, aten.dot: 0, aten.vdot: 0, aten.addmv: 1}
+
+
+def _flops(eq: Equation) -> int:
+    if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
+        return 0
+    packet = eq.op.overloadpacket
+    if eq.kind in _COPIES:
+        return 0
+    if packet in _DOTS:
+        return 2 * math.prod(_shape(eq.args[_DOTS[packet]]))
+    from torch.utils.flop_counter import flop_registry  # not needed to compute products
+
+    formula: Any = flop_registry.get(packet)
+    if formula is not None:
+        outs = tuple(None if v is None else _placeholder(v) for v in eq.outputs)
+        args, kwargs = map_leaves(_placeholder, eq.args), map_leaves(_placeholder, eq.kwargs)
+        try:
+            return int(formula(*args, **kwargs, out_val=outs if len(outs) > 1 else outs[0]))
+        except (AssertionError, AttributeError, IndexError, TypeError, ValueError):
+            pass  # a form of the operation that the formula does not know
+    shapes = [_shape(x) for x in (*eq.reads(), *(v for v in eq.outputs if v is not None))]
+    return max(map(math.prod, shapes), default=0)
+
+
+def _traffic(eq: Equation) -> int:
+    if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
+        return 0
+    read = sum(_nbytes(x) for x in dict.fromkeys(eq.reads()))
+    return read + sum(v.spec.nbytes for v in eq.outputs if v is not None)
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return x.spec.shape if isinstance(x, Var) else tuple(x.tensor.shape)
+
+
+def _nbytes(x: Var | Residual) -> int:
+    if isinstance(x, Var):
+        return x.spec.nbytes
+    t = x.tensor
+    # What is expanded is read from fewer numbers.
+    return min(t.numel() * t.element_size(), x.size) if x.size else t.numel() * t.element_size()
+
+
+def _placeholder(x: Any) -> Any:
+    if isinstance(x, Var):
+        return torch.empty(x.spec.shape, dtype=x.spec.dtype, device="meta")
+    return x.tensor if isinstance(x, Residual) else x

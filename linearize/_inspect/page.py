@@ -1,0 +1,143 @@
+"""One page that shows a linearization from inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .._programs.program import Program
+from .._simplify.passes import explain, simplify
+from .._text.tables import STYLE, as_html, bars, code, escaped, fewer, number, shortened, size
+from .cost import Cost, cost_of
+from .drawing import draw
+from .summary import Summary
+
+#: The most residuals that are listed, and the most lines of a program that are printed.
+_ROWS, _LINES = 200, 400
+
+_PAGE_STYLE = """
+html { background: #ffffff; } body { margin: 0; }
+@media (prefers-color-scheme: dark) { html { background: #15181d; } }
+main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+h1 code { font-size: 1.35rem !important; }
+.wide { overflow-x: auto; } .long { max-height: 32rem; overflow-y: auto; }
+.drawings { display: flex; flex-wrap: wrap; align-items: flex-start; }
+.drawings > div { max-width: 100%; } details { margin: .5em 0; } summary { cursor: pointer; }
+pre { overflow-x: auto; white-space: pre; padding: .6em .8em; border-radius: 6px;
+  border: 1px solid var(--lz-line); }
+""".strip()
+
+
+def page(
+    summary: Summary, programs: Mapping[str, Program], limit: int, *, simplifies: bool
+) -> str:
+    """Return a page in HTML that refers to nothing outside.
+
+    Parameters
+    ----------
+    summary
+        Of the linearization.
+    programs
+        Its programs, by direction.
+    limit
+        The most equations of each that are drawn.
+    simplifies
+        Whether programs that run often are simplified.
+    """
+    smaller = {}
+    if simplifies:
+        with torch.inference_mode(False), torch.no_grad():
+            smaller = {k: simplify(p) for k, p in programs.items()}
+    residuals = summary.residuals
+    title = f"Linearization of {summary.name}"
+    parts = [
+        f"<h1>Linearization of {code(summary.name)}</h1><p>{code(summary.map)}</p>",
+        "<h2>What a product costs</h2>",
+        _costs(summary, smaller),
+        "<h2>Operations</h2>",
+        _wide(_operations(summary, smaller)),
+        "<h2>Memory</h2>",
+        summary._memory_html(),
+    ]
+    if residuals.traced:
+        kinds = fewer(list(residuals.by_operation().items()))
+        parts.append(bars([(code(kind), n) for kind, n in kinds], ("kept by", "bytes")))
+    parts += ["<h2>Tensors kept</h2>", f'<div class="wide long">{residuals._html(_ROWS)}</div>']
+    parts += _shown("The programs", programs, limit)
+    if smaller:
+        parts += _shown("The programs simplified", smaller, limit)
+        told = "\n".join(explain(p) for p in programs.values())
+        parts.append(f"<details><summary>What each pass did</summary><pre>{escaped(told)}</pre>")
+        parts.append("</details>")
+    head = (
+        '<meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escaped(title)}</title><style>{STYLE}\n{_PAGE_STYLE}</style>"
+    )
+    body = "\n".join(parts)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n'
+        f'<body class="lz"><main>{body}</main></body></html>\n'
+    )
+
+
+def _wide(content: str) -> str:
+    return f'<div class="wide">{content}</div>'
+
+
+def _costs(summary: Summary, smaller: Mapping[str, Program]) -> str:
+    head = ["program", "equations", "flops", "bytes moved", "peak bytes", "opaque calls"]
+    rows: list[list[str]] = []
+    for direction, c in summary.costs.items():
+        if isinstance(c, str):
+            continue
+        rows.append(_row(direction, c))
+        if direction in smaller:
+            rows.append(_row(f"{direction}, simplified", cost_of(smaller[direction])))
+    failed = [[k, c] for k, c in summary.costs.items() if isinstance(c, str)]
+    note = (
+        "Estimated from shapes, for one product: 2mn for a product with an m×n matrix, one flop "
+        "per entry for other operations; custom Functions are not estimated."
+    )
+    if smaller:
+        note += " From its third call on a product runs the simplified program."
+    without = as_html(["not to be had", "why"], failed) if failed else ""
+    table = as_html(head, rows, right=range(1, 6))
+    return f'{_wide(table)}{without}<p class="lz-faint">{note}</p>'
+
+
+def _row(name: str, c: Cost) -> list[str]:
+    sizes = [number(c.flops), size(c.traffic), size(c.peak)]
+    return [name, number(c.equations), *sizes, str(c.calls)]
+
+
+def _operations(summary: Summary, smaller: Mapping[str, Program]) -> str:
+    columns: dict[str, dict[str, int]] = {}
+    for direction, kinds in summary.operations.items():
+        columns[direction] = kinds
+        if direction in smaller:
+            columns[f"{direction}, simplified"] = cost_of(smaller[direction]).operations
+    total: dict[str, int] = {}
+    for kinds in columns.values():
+        for kind, n in kinds.items():
+            total[kind] = total.get(kind, 0) + n
+    rows = [
+        [code(kind), *(str(kinds.get(kind, 0)) for kinds in columns.values())]
+        for kind in sorted(total, key=lambda k: -total[k])
+    ]
+    return as_html(["operation", *columns], rows, right=range(1, 1 + len(columns)))
+
+
+def _shown(title: str, programs: Mapping[str, Program], limit: int) -> list[str]:
+    if not programs:
+        return []
+    drawings = "".join(_wide(draw([p], limit).svg) for p in programs.values())
+    text = "\n\n".join(shortened(str(p), _LINES) for p in programs.values())
+    return [
+        f"<h2>{title}</h2>",
+        f'<div class="drawings">{drawings}</div>',
+        f"<details><summary>As text</summary><pre>{escaped(text)}</pre></details>",
+    ]

@@ -1,0 +1,37 @@
+"""Whether a point is open."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+class Lifetime:
+    """Whether a point is open, and what to release when it closes."""
+
+    def __init__(self, notify: Callable[[bool], None] | None) -> None:
+        self.closed = False
+        self._notify = notify
+        self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def register(self, part: Any) -> None:
+        """Have `part._release()` called at the end, if it lives that long."""
+        with self._lock:
+            self._parts.add(part)
+
+    def close(self) -> None:
+        """Release all parts."""
+        with self._lock:
+            self.closed = True
+            parts = list(self._parts)
+        for part in parts:
+            part._release()
+        self.changed()
+
+    def changed(self) -> None:
+        """Tell the memo that the point has grown or was closed."""
+        if self._notify is not None:
+            self._notify(self.closed)

@@ -1,0 +1,469 @@
+"""A linear map as a function: what the two products of a linearization have in common."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .._check.adjoint import check_built_in
+from .._check.proof import Proof
+from .._execute.binding import Binding
+from .._execute.executor import Executor
+from .._forms.compiled import Options
+from .._forms.dense import Dense
+from .._forms.plan import Plan
+from .._programs.program import Operation, Program
+from .._programs.residuals import Residual
+from .._reuse.template import Template
+from .._spaces.space import Space
+from .._torch.modes import functorch_active, outside_transforms, set_grad_mode
+from .._transpose.missing import resolve
+from .._transpose.transpose import transpose
+from ..errors import ClosedError, CopyError
+from .lifetime import Lifetime
+from .policy import Policy
+from .programs import PULLBACK, PUSHFORWARD, PointPrograms
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+class Product:
+    """A linear map as a function: the common part of `jvp_fn` and `vjp_fn`.
+
+    A product outlives the objects that made it, and keeps only what it needs itself. It may
+    be called from several threads, under `torch.no_grad` and in inference mode. If an
+    argument requires grad, the result is differentiable with respect to the argument.
+    """
+
+    #: Name in messages.
+    _name = "product"
+    _direction = ""
+
+    def __init__(
+        self,
+        make: Callable[[], Program],
+        arguments: Space,
+        results: Space,
+        lifetime: Lifetime,
+        policy: Policy,
+        source: PointPrograms | None = None,
+        joined: str = "",
+    ) -> None:
+        self._make: Callable[[], Program] | None = make
+        self._source = source
+        #: What it is called among the programs that points of one structure share.
+        self._direction = joined or self._direction
+        self._arguments = arguments
+        self._results = results
+        self._lifetime = lifetime
+        self._policy = policy
+        self._compiling = Options.of(policy.compile)
+        self._hurry = False
+        self._lock = threading.RLock()
+        self._program: Program | None = None
+        self._plans: dict[tuple[bool, ...], Plan] = {}
+        #: The arguments that are there, if all are.
+        self._whole = (True,) * len(arguments.tensors)
+        self._turned: Product | None = None
+        #: Runs a settled product of one tensor; whether there was a look for it.
+        self._short: Callable[[Any], Any] | None = None
+        self._shortened = False
+        #: Checks the product before its first use.
+        self._first: Callable[[], None] | None = None
+        lifetime.register(self)
+        if source is not None and not joined:
+            source.wait(self._direction, self)
+
+    @property
+    def program(self) -> Program:
+        """The linear program, recorded when first needed."""
+        self._check_open()
+        with self._lock:
+            if self._program is None:
+                assert self._make is not None
+                whole = self._plans.get(self._whole)
+                # What is kept must be usable everywhere.
+                with outside_transforms(), torch.inference_mode(False):
+                    program = self._make() if whole is None else whole.program()
+                self._check_open()
+                self._program, self._make = program, None
+                if self._source is not None:
+                    self._source.served(self._direction)
+                self._lifetime.changed()
+            return self._program
+
+    def __repr__(self) -> str:
+        state = "closed" if self._lifetime.closed else f"from {self._arguments}"
+        return f"<{self._name} {state}>"
+
+    def __reduce__(self) -> Any:
+        raise CopyError(f"a {self._name} cannot be copied or pickled: it holds graph contexts")
+
+    def _check_open(self) -> None:
+        if self._lifetime.closed:
+            raise ClosedError(
+                f"{self._name}: its linearization was closed (at the end of a `with` block, or by "
+                "close()); linearize anew with at(...)"
+            )
+
+    def _release(self) -> None:
+        with self._lock:
+            self._make = self._program = self._turned = self._source = self._first = None
+            self._short = None
+            self._plans = {}
+
+    def _plan(self, present: tuple[bool, ...]) -> Plan:
+        """Return what runs the program for arguments of which some are zero."""
+        plan = self._plans.get(present)
+        if plan is None:
+            with self._lock:
+                with outside_transforms(), torch.inference_mode(False):
+                    plan = self._shared_plan(present) or self._own_plan(present)
+                self._check_open()
+                self._plans[present] = plan
+                self._lifetime.changed()
+        return plan
+
+    def _shared_plan(self, present: tuple[bool, ...]) -> Plan | None:
+        """Take over what another point of the same structure left."""
+        source = self._source
+        if source is None or self._program is not None:
+            return None
+        known = source.known(
+            self._direction, present, simplified=self._policy.simplify, costly=False
+        )
+        if known is None:
+            return None
+        template, binding = known
+        simplify = self._policy.simplify
+        waits = (
+            simplify and not template.simplified and source.has_better(self._direction, present)
+        )
+        if all(present) and not waits:
+            source.served(self._direction)
+
+        direction = self._direction  # a reference to the product itself would make a cycle
+
+        def better() -> tuple[Executor, Binding] | None:
+            with outside_transforms(), torch.inference_mode(False):
+                found = source.known(direction, present)
+            if all(present):
+                source.served(direction)
+            return None if found is None else (found[0].executor, found[1])
+
+        return Plan(
+            template.executor,
+            binding,
+            settled=template.simplified or not simplify,
+            better=better if waits else None,
+            dense=self._dense(template.program, present),
+            forward=self._direction != PULLBACK,
+            compiling=self._compiling,
+            hurry=self._hurry,
+            counted=_nothing if self._source is None else self._source.count_compiled,
+        )
+
+    def _own_plan(self, present: tuple[bool, ...]) -> Plan:
+        """Make a plan of this point's program."""
+        program = self.program
+        if not all(present):
+            program = program.restricted(present)
+        program = resolve(program, **self._policy.opaque)
+        template = self._offer(present, program, simplified=False)
+        return Plan(
+            Executor(program, final=False) if template is None else template.executor,
+            Binding.of(program),
+            settled=not self._policy.simplify,
+            proof=self._proof(),
+            whole=all(present),
+            dense=self._dense(program, present),
+            forward=self._direction != PULLBACK,
+            compiling=self._compiling,
+            hurry=self._hurry,
+            counted=_nothing if self._source is None else self._source.count_compiled,
+        )
+
+    def _dense(self, program: Program, present: tuple[bool, ...]) -> Dense | None:
+        """Return what may become the matrix of a program."""
+        policy, source = self._policy, self._source
+        if not (policy.simplify and policy.dense_limit and all(present)):
+            return None
+        if any(isinstance(eq.op, Operation) and eq.op.of_point for eq in program.equations):
+            return None  # custom Functions are promised one call for each product
+        if source is not None and self._direction in (PUSHFORWARD, PULLBACK):
+            return source.dense(policy.dense_limit)
+        sides = self._arguments.tensors, self._results.tensors
+        return Dense.of(*sides, policy.dense_limit, lambda: None)
+
+    def _proof(self) -> Proof | None:
+        """Return what is to be checked before the first product is handed out."""
+        source = self._source
+        return source.proof if source is not None and self._direction == PUSHFORWARD else None
+
+    def _proved(self) -> Program:
+        """Return the program, checked: it goes elsewhere."""
+        program = self.program
+        proof = self._proof()
+        if proof is not None:
+            proof.complete()
+        return program
+
+    def _compile(self, options: Options) -> None:
+        """Have the programs compiled, or not, those to come too."""
+        with self._lock:
+            self._compiling, self._hurry = options, True
+            plans = list(self._plans.values())
+        for plan in plans:
+            plan.compile(options)
+        with self._lock:  # afterwards: a plan that is not quiet any more gives no short way
+            self._short, self._shortened = None, False
+
+    def _offer(
+        self, present: tuple[bool, ...], program: Program, *, simplified: bool
+    ) -> Template | None:
+        source = self._source
+        if source is None:
+            return None
+        return source.offer(self._direction, present, program, simplified=simplified)
+
+    def _take_note(self, plan: Plan, present: tuple[bool, ...]) -> None:
+        """Let go of the program as it was recorded: a simplified one gives the same."""
+        with self._lock:
+            program, plan.news = plan.news, None
+            if program is None:
+                return
+            template = self._offer(present, program, simplified=True)
+            if template is not None:
+                plan.use(template.executor)
+            if self._program is not None and all(present):
+                self._program = program
+        self._lifetime.changed()
+
+    def _batched(
+        self, tensors: Sequence[torch.Tensor | None], chunk_size: int | None
+    ) -> list[torch.Tensor]:
+        """Apply the map to stacks of arguments, along their first dimension."""
+        given = [t for t in tensors if t is not None]
+        grad, transformed = torch.is_grad_enabled(), functorch_active()
+        if grad and not transformed and _wants_history(given):
+            return list(_DifferentiableStack.apply(self, chunk_size, *tensors))  # type: ignore[no-untyped-call]
+        present = self._whole
+        if len(given) < len(tensors):
+            present = tuple([t is not None for t in tensors])
+        if transformed or not len(given[0]):
+            return list(torch.vmap(self._one(present), chunk_size=chunk_size)(*given))
+        if self._lifetime.closed:
+            self._check_open()
+        if self._first is not None:
+            self._first()
+        plan = self._plans.get(present) or self._plan(present)
+        if not chunk_size or chunk_size >= len(given[0]):
+            return self._stack(plan, present, given)
+        pieces = zip(*(t.split(chunk_size) for t in given), strict=True)
+        chunks = [self._stack(plan, present, parts) for parts in pieces]
+        return [torch.cat(c) for c in zip(*chunks, strict=True)]
+
+    def _one(self, present: tuple[bool, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """Return the map as a function of the tensors that are there."""
+
+        def one(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            rest = iter(parts)
+            return tuple(self._apply([next(rest) if here else None for here in present]))
+
+        return one
+
+    def _stack(
+        self, plan: Plan, present: tuple[bool, ...], parts: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        grad = torch.is_grad_enabled()
+
+        def mapped() -> Sequence[torch.Tensor]:
+            with torch.set_grad_enabled(grad):
+                return torch.vmap(self._one(present))(*parts)
+
+        if grad:
+            set_grad_mode(False)
+        try:
+            results = plan.stacked(parts, mapped)
+        finally:
+            if grad:
+                set_grad_mode(True)
+        if plan.news is not None:
+            self._take_note(plan, present)
+        for t in results:
+            if t is None:
+                break
+        else:
+            return list(results)  # type: ignore[arg-type]
+        return [
+            spec.zeros().expand(len(parts[0]), *spec.shape).clone() if t is None else t
+            for t, spec in zip(results, self._results.tensors, strict=True)
+        ]
+
+    def _apply(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Apply the map to flat lists of tensors, None for zero."""
+        # Loops, and no context managers: this runs at every call.
+        grad = torch.is_grad_enabled()
+        present, given = self._whole, tensors
+        for t in tensors:
+            if t is None:
+                present = tuple([t is not None for t in tensors])
+                given = [t for t in tensors if t is not None]
+            elif grad and t.requires_grad:
+                return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
+        if self._lifetime.closed:
+            self._check_open()
+        if self._first is not None:
+            self._first()
+        plan = self._plans.get(present) or self._plan(present)
+        if grad and plan.makes_history:
+            set_grad_mode(False)
+            try:
+                results = plan(given)  # type: ignore[arg-type]
+            finally:
+                set_grad_mode(True)
+        else:
+            results = plan(given)  # type: ignore[arg-type]
+        if plan.news is not None:
+            self._take_note(plan, present)
+        if plan.quiet and not self._shortened:
+            self._shorten(plan)
+        for t in results:
+            if t is None:
+                break
+        else:
+            return results  # type: ignore[return-value]
+        return [
+            spec.zeros() if t is None else t
+            for t, spec in zip(results, self._results.tensors, strict=True)
+        ]
+
+    def _shorten(self, plan: Plan) -> None:
+        """Look once for the shortest way to call a product of which nothing more will come."""
+        lifetime = self._lifetime
+        with self._lock:
+            self._shortened = True
+            fits = self._takes_one_tensor and (self._results.is_single or self._results.is_row)
+            if fits and not lifetime.closed and self._first is None:
+                self._short = plan.short_way(lifetime, in_tuple=self._results.is_row)
+
+    @property
+    def _takes_one_tensor(self) -> bool:
+        """Whether the product is called with one tensor as it is."""
+        return False
+
+    def _then(self, other: Product, name: str) -> Product:
+        """Return this product followed by another one, as one program: one pass.
+
+        If both are of one point, other points of the same structure take the program over.
+        """
+        mine, theirs = self._source, other._source
+        return Product(
+            lambda: self._proved().then(other._proved(), name),
+            self._arguments,
+            other._results,
+            self._lifetime,
+            self._policy,
+            mine if mine is theirs else None,
+            name,
+        )
+
+    def _transposed(self) -> Product:
+        """Return the other product."""
+        with self._lock:
+            if self._turned is None:
+                self._turned = Product(
+                    self._transpose,
+                    self._results,
+                    self._arguments,
+                    self._lifetime,
+                    self._policy,
+                )
+            return self._turned
+
+    def _transpose(self) -> Program:
+        program = self._proved()
+        turned = transpose(program, f"transpose of {program.name}")
+        if self._policy.check != "never":
+            check_built_in(program, turned, transpose)
+        return turned
+
+    def _residuals(self) -> list[Residual]:
+        """Return the residuals of this product, as far as it is recorded."""
+        program, plans = self._program, list(self._plans.values())
+        residuals = [] if program is None else program.residuals()
+        bindings = [b for plan in plans for b in plan.bindings()]
+        return [*residuals, *(r for b in bindings for r in b.residuals)]
+
+    def _programs(self) -> Iterator[tuple[Program, Sequence[Residual]]]:
+        """Yield each program that is kept, with what is watched besides its residuals."""
+        program, plans = self._program, list(self._plans.values())
+        if program is not None:
+            yield program, ()
+        for plan in plans:
+            yield from plan.programs()
+
+    def _kept(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that this product keeps alive."""
+        program, plans = self._program, list(self._plans.values())
+        if program is not None:
+            yield from program.kept_tensors()
+        for plan in plans:
+            for binding in plan.bindings():
+                yield from binding.kept()
+
+
+class _DifferentiableProduct(torch.autograd.Function):
+    """A product as a function of its argument: its derivative is the other product."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(product: Product, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        return tuple(product._apply([None if t is None else t.detach() for t in tensors]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.product = inputs[0]
+        ctx.given = [t is not None for t in inputs[1:]]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        results = ctx.product._transposed()._apply(grads)
+        return (None, *(r if w else None for r, w in zip(results, ctx.given, strict=True)))
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
+        return tuple(ctx.product._apply(tangents))
+
+
+class _DifferentiableStack(torch.autograd.Function):
+    """A batched product as a function of its arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, product: Product, chunk_size: int | None, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.product, ctx.chunk_size = product, chunk_size
+        ctx.given = [t is not None for t in tensors]
+        ctx.set_materialize_grads(False)
+        detached = [None if t is None else t.detach() for t in tensors]
+        return tuple(product._batched(detached, chunk_size))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        results = ctx.product._transposed()._batched(grads, ctx.chunk_size)
+        return (None, None, *(r if w else None for r, w in zip(results, ctx.given, strict=True)))
+
+
+def _wants_history(tensors: Sequence[torch.Tensor | None]) -> bool:
+    for t in tensors:  # noqa: SIM110 (quicker than any(), and this runs at every call)
+        if t is not None and t.requires_grad:
+            return True
+    return False

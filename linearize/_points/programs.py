@@ -1,0 +1,346 @@
+"""Where the programs of one point come from.
+
+They are recorded from the point's graph, unless a point with the same structure was recorded
+before: then its numbers are bound into the known programs.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .._capture.capture import Capture
+from .._capture.custom import CustomNode
+from .._capture.graph import Graph
+from .._capture.signature import signature
+from .._check.proof import Proof
+from .._execute.binding import Binding, filled
+from .._execute.executor import Executor
+from .._forms.dense import Dense
+from .._programs.guards import watched
+from .._programs.origins import Origin, Saved
+from .._programs.program import Program
+from .._programs.residuals import Residual
+from .._record.walk import record_pullback
+from .._reuse.shared import Structures
+from .._reuse.structure import Structure
+from .._reuse.takeover import Comparison, first_parting
+from .._reuse.template import Template
+from .._torch.graphs import outside_backward
+from .._transpose.transpose import transpose
+from ..errors import ReuseError, StalenessError
+
+#: The names of the two directions.
+PULLBACK, PUSHFORWARD = "pullback", "pushforward"
+
+
+class PointPrograms:
+    """Gives the programs of one point when they are first needed, each once.
+
+    Parameters
+    ----------
+    captured
+        The run of f.
+    structures
+        What is known of other points.
+    check
+        When to check that the two programs are adjoint, and that those taken over from other
+        points are those of this graph: "structure" (once for each), "always" or "never".
+
+    Attributes
+    ----------
+    proof
+        That check, as long as it has not been made.
+    """
+
+    def __init__(
+        self, captured: Capture, structures: Structures, *, check: str = "structure"
+    ) -> None:
+        self.lock = threading.RLock()
+        # The graph is made now: it stamps what contexts keep, before anybody changes it.
+        self._graph: Graph | None = captured.graph()
+        self._leaves: list[torch.Tensor] = [t for t, _ in captured.leaves]
+        self._specs = (captured.out_space.tensors, captured.in_space.tensors)
+        self._pullback: Program | None = None
+        self._structures = structures
+        self._check = check
+        #: What the pushforward owes before its first product is handed out.
+        self.proof: Proof | None = None
+        self._dense: Dense | None = None
+        self._comparison: Comparison | None = None
+        self._structure: Structure | None = None
+        self._signature: tuple[object, ...] | None = None
+        self._searched = False
+        self._counted = False
+        #: Where the custom Functions' nodes stand in the graph.
+        self._places: dict[int, int] = {}
+        self._read: dict[object, Residual] = {}
+        self._known: dict[Origin, Residual] = {}
+        self._bound: list[Binding] = []
+        #: Who may still ask for a program.
+        self._waiting: dict[str, weakref.ref[Any]] = {}
+
+    def wait(self, direction: str, user: Any) -> None:
+        """Expect `user` to ask for a direction, as long as it lives."""
+        me = weakref.ref(self)
+
+        def died(_: Any) -> None:
+            source = None if sys.is_finalizing() else me()
+            # Called by the garbage collector, which must not wait for anybody. While the
+            # interpreter ends no tensor can be made.
+            if source is not None and source.lock.acquire(blocking=False):
+                try:
+                    source.served(direction)
+                finally:
+                    source.lock.release()
+
+        self._waiting[direction] = weakref.ref(user, died)
+
+    def served(self, direction: str) -> None:
+        """Take note that a direction is not asked for any more."""
+        with self.lock:
+            self._waiting.pop(direction, None)
+            if not self._waiting:
+                self._let_go_of_graph()
+                self._pullback = None
+
+    # -- recorded ---------------------------------------------------------------------------
+
+    def pullback(self) -> Program:
+        """Return the recorded pullback."""
+        with self.lock:
+            if self._pullback is None:
+                present = (True,) * len(self._specs[0])
+                known = self.known(PULLBACK, present, simplified=False)
+                self._pullback = (
+                    self._record() if known is None else filled(known[0].program, known[1])
+                )
+                self._let_go_of_graph()
+            return self._pullback
+
+    def pushforward(self) -> Program:
+        """Return the transpose of the pullback."""
+        with self.lock:
+            pullback = self.pullback()
+            pushforward = transpose(pullback, PUSHFORWARD)
+            if self._owes_proof():
+                self.proof = Proof(pullback, pushforward, transpose, self._proved)
+            return pushforward
+
+    def _owes_proof(self) -> bool:
+        structure = self._structure
+        return self._check != "never" and not (structure is not None and structure.proved)
+
+    def _proved(self) -> None:
+        self.proof = None
+        if self._structure is not None:
+            self._structure.proved = True
+
+    def _record(self) -> Program:
+        graph = self._graph
+        assert graph is not None
+        self._search()
+        program = record_pullback(graph, *self._specs, remembered=True)
+        self._places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
+        self._count(reused=False)
+        if self._signature is not None and self._structure is None and not program.fixed:
+            self._structure = Structure(self._signature)
+            self._structures.add(self._structure, shared=not graph.custom)
+        return program
+
+    # -- taken over -------------------------------------------------------------------------
+
+    def known(
+        self,
+        direction: str,
+        present: tuple[bool, ...],
+        *,
+        simplified: bool = True,
+        costly: bool = True,
+    ) -> tuple[Template, Binding] | None:
+        """Return the program that another point left, with the numbers of this one.
+
+        Parameters
+        ----------
+        direction
+            Of the map.
+        present
+            Which arguments are not zero.
+        simplified
+            Whether a simplified program will do.
+        costly
+            Whether one is taken though another one's numbers cost less to compute.
+        """
+        with self.lock:
+            if self._graph is None:
+                return None
+            self._search()
+            if self._structure is None or (direction == PUSHFORWARD and self._owes_proof()):
+                return None
+            templates = self._structure.templates((direction, present))
+            for template in templates if costly else sorted(templates, key=lambda t: t.costly):
+                if template.simplified and not simplified:
+                    continue
+                binding = template.bind(self._saved, self._custom, self._known)
+                if binding is not None and self._agrees(template, binding, direction, present):
+                    self._count(reused=True)
+                    self._bound.append(binding)
+                    return template, binding
+            return None
+
+    def _agrees(
+        self, template: Template, binding: Binding, direction: str, present: tuple[bool, ...]
+    ) -> bool:
+        """Whether a program of another point does what the graph of this one does.
+
+        Looked at when it is first taken over. False if it loses digits here.
+
+        Raises
+        ------
+        ReuseError
+            If it does something else.
+        """
+        known = template.verified.is_set() and self._check != "always"
+        if known or self._check == "never" or direction not in (PULLBACK, PUSHFORWARD):
+            return True
+        assert self._graph is not None
+        if self._comparison is None:
+            self._comparison = Comparison(self._graph, *self._specs)
+        compare = getattr(self._comparison, direction)
+        same = compare(template.executor, binding, present)
+        if same:
+            template.verified.set()
+        if same is False:
+            self._explain(template, direction, present)
+        return same is not False
+
+    def _explain(self, template: Template, direction: str, present: tuple[bool, ...]) -> None:
+        """Raise unless a program that does not do what the graph does only loses digits."""
+        assert self._graph is not None
+        assert self._comparison is not None
+        assert self._structure is not None
+        fresh = record_pullback(self._graph, *self._specs, remembered=True)
+        whole = (True,) * len(self._specs[0])
+        if not self._comparison.pullback(Executor(fresh), Binding.of(fresh), whole):
+            return  # what is recorded here is no nearer to the graph
+        where = ""
+        for other in self._structure.templates((direction, present)):
+            binding = None
+            if not other.simplified:
+                binding = other.bind(self._saved, self._custom, self._known)
+            if binding is None:
+                continue
+            compare = getattr(self._comparison, direction)
+            if other is not template and compare(other.executor, binding, present):
+                return  # the simplified program is less precise
+            if all(present):
+                right = fresh if direction == PULLBACK else transpose(fresh)
+                where = first_parting(right, filled(other.program, binding))
+        self._structures.drop(self._structure)
+        self._structure = None
+        raise ReuseError(
+            f"the {direction} recorded at another point of the same structure is not the one of "
+            f"this graph, from {where or 'a node not known'} on; it was forgotten, and the next "
+            "call records this point anew; please report this"
+        )
+
+    def has_better(self, direction: str, present: tuple[bool, ...]) -> bool:
+        """Whether another point left a simplified program whose numbers cost much."""
+        with self.lock:
+            known = self._structure
+            return known is not None and any(
+                t.simplified and t.costly for t in known.templates((direction, present))
+            )
+
+    def offer(
+        self, direction: str, present: tuple[bool, ...], program: Program, *, simplified: bool
+    ) -> Template | None:
+        """Let other points take over a program; return it without numbers if they can."""
+        if self._structure is None:
+            return None
+        template = Template.of(program, self._places, simplified=simplified)
+        if template is not None:
+            self._structure.offer((direction, present), template)
+        return template
+
+    def dense(self, limit: int) -> Dense | None:
+        """Return what stands ready to become the matrix of both products."""
+        with self.lock:
+            if self._dense is None:
+                outs, ins = self._specs
+                self._dense = Dense.of(ins, outs, limit, self._structures.count_dense)
+            return self._dense
+
+    def count_compiled(self) -> None:
+        """Take note that a program was compiled."""
+        self._structures.count_compiled()
+
+    def kept(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that are kept for programs still to be made."""
+        graph, pullback = self.waiting()
+        if graph is not None:
+            yield from graph.saved_tensors()
+        elif pullback is not None:
+            yield from pullback.kept_tensors()
+
+    def waiting(self) -> tuple[Graph | None, Program | None]:
+        """Return what programs are still to be made of: the graph, or the pullback."""
+        graph = self._graph
+        return graph, self._pullback if graph is None else None
+
+    def _search(self) -> None:
+        """Look once whether a point of the same structure was recorded."""
+        if self._searched or self._graph is None:
+            return
+        self._searched = True
+        graph = self._graph
+        self._signature = outside_backward(lambda: signature(graph, self._specs))
+        if self._signature is not None:
+            self._structure = self._structures.find(self._signature, shared=not graph.custom)
+            self._places = {
+                id(custom): graph.places[node] for node, custom in graph.custom.items()
+            }
+
+    def _count(self, *, reused: bool) -> None:
+        if not self._counted:
+            self._counted = True
+            self._structures.count(reused=reused)
+
+    def _saved(self, origin: Saved) -> Residual:
+        """Return what the graph saved, one residual for each."""
+        known = self._read.get(origin.place)
+        if known is None:
+            assert self._graph is not None
+            node = self._graph.order[origin.node]
+            try:
+                value = getattr(node, origin.name)
+            except RuntimeError as error:
+                raise StalenessError(
+                    f"{self._graph.label(node)}: a tensor that it needs was changed in place "
+                    f"after the linearization: {error}"
+                ) from error
+            t = value if origin.position is None else value[origin.position]
+            with torch.inference_mode(False):
+                known = Residual(t.detach(), self._graph.label(node), origin)
+            self._read[origin.place] = known
+        return known
+
+    def _custom(self, place: int) -> CustomNode:
+        assert self._graph is not None
+        return self._graph.custom[self._graph.order[place]]
+
+    def _let_go_of_graph(self) -> None:
+        """Let go of the graph, once everything is made of it."""
+        self._graph = None
+        self._leaves = []
+        self._read, self._known = {}, {}
+        self._comparison = None
+        bindings, self._bound = self._bound, []
+        ours = {id(r): r for b in bindings for r in (*b.residuals, *b.guards)}
+        for b in bindings:
+            b.guard_by(watched(b.guards, ours.values()))

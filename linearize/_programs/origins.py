@@ -1,0 +1,127 @@
+"""How constants of a linear program come about.
+
+An `Origin` is an expression: it says how a tensor was computed from what the autograd graph
+saved. With it the same tensor can be computed at another point whose graph has the same
+structure, without recording anew.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .._torch.names import aten
+
+
+class Origin:
+    """The result of an operation on other origins and static arguments.
+
+    Attributes
+    ----------
+    op
+        The operation.
+    args, kwargs
+        Its arguments; origins may stand in lists and tuples.
+    static
+        Whether nothing of a run goes into it, so that it is the same at every point.
+    """
+
+    __slots__ = ("args", "kwargs", "op", "static")
+
+    def __init__(
+        self,
+        op: Callable[..., Any] | None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.op = op
+        self.args = args
+        self.kwargs = dict(kwargs or {})
+        self.static: bool = all(map(operator.attrgetter("static"), self.inputs()))
+
+    def inputs(self) -> list[Origin]:
+        """Return the origins among the arguments."""
+        found: list[Origin] = []
+        _gather((self.args, self.kwargs), found)
+        return found
+
+
+class Costly:
+    """Marks an operation that costs as much as several products."""
+
+    __slots__ = ()
+
+
+class Saved(Origin):
+    """A tensor that a graph node saved.
+
+    Attributes
+    ----------
+    node
+        The node's place in the graph's order.
+    name
+        The attribute of the node.
+    position
+        The place in the attribute, if that is a list; else None.
+    """
+
+    __slots__ = ("name", "node", "position")
+
+    def __init__(self, node: int, name: str, position: int | None = None) -> None:
+        super().__init__(None)
+        self.node, self.name, self.position = node, name, position
+        self.static = False
+
+    @property
+    def place(self) -> Hashable:
+        """What tells it from others of the same graph."""
+        return self.node, self.name, self.position
+
+
+class Literal(Origin):
+    """A tensor that is part of the structure."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(None)
+        self.tensor = tensor
+
+
+def results(origin: Origin, count: int) -> list[Origin]:
+    """Return the origins of the single results of an operation that returns several."""
+    return [Origin(operator.getitem, (origin, i)) for i in range(count)]
+
+
+def filled(shape: Sequence[int], value: Any, like: torch.Tensor) -> Origin:
+    """Return the origin of a tensor filled with one number."""
+    kwargs = {"dtype": like.dtype, "device": like.device}
+    return Origin(aten.full.default, (list(shape), value), kwargs)
+
+
+def _gather(tree: Any, found: list[Origin]) -> None:
+    for x in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(x, Origin):
+            found.append(x)
+        elif isinstance(x, (list, tuple, dict)):
+            _gather(x, found)
+
+
+def ordered(wanted: Sequence[Origin]) -> list[Origin]:
+    """Return what has to be computed, each after what it needs. Iterative: chains are long."""
+    order: dict[Origin, None] = {}
+    entered: set[Origin] = set()
+    stack = list(reversed(wanted))
+    while stack:
+        o = stack[-1]
+        if o in order:
+            stack.pop()
+        elif o in entered:
+            order[stack.pop()] = None
+        else:
+            entered.add(o)
+            stack.extend(x for x in o.inputs() if x not in order)
+    return list(order)

@@ -1,0 +1,461 @@
+"""Linear programs.
+
+A `Program` is a list of equations in static single assignment form. Each equation applies
+one operation, linear in its `Var` arguments jointly, with everything else held fixed:
+`Residual`s (tensors kept from the forward run) and static arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .._spaces.nested import NESTED, map_leaves
+from .._spaces.space import TensorSpec
+from .._text.labels import joined
+from .._text.tables import escaped, framed, shortened
+from ..errors import LinearizeError
+from .residuals import Residual, zero_residual
+
+
+class Var:
+    """A value of a linear program that depends on the program's inputs."""
+
+    __slots__ = ("spec",)
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+
+
+class Operation:
+    """An operation that is not an ATen operator. Subclasses say what it does."""
+
+    __slots__ = ()
+    name: str = "operation"
+    #: Whether the operation can return None for an output (an undefined tangent).
+    may_return_none: bool = False
+    #: Whether outputs may alias something that the operation's author owns.
+    may_alias: bool = True
+    #: Whether it belongs to one point, because it holds a node of its graph.
+    of_point: bool = True
+    #: Whether its author says that it can be called inside `torch.vmap`.
+    takes_batches: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the operation."""
+        raise NotImplementedError
+
+    def bytes_kept(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that the operation keeps alive."""
+        return ()
+
+    def moved(self, counterpart: Callable[[Any], Any]) -> Operation | None:
+        """Return the same operation at another point, None if that is not possible.
+
+        Parameters
+        ----------
+        counterpart
+            Gives, for what the operation holds of its graph, the same of another.
+        """
+        return None if self.of_point else self
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Equation:
+    """One step: `outputs = op(*args, **kwargs)`.
+
+    Attributes
+    ----------
+    op
+        An ATen overload or an `Operation`.
+    args, kwargs
+        May contain `Var` and `Residual` leaves, also inside lists and tuples.
+    outputs
+        One `Var` per output of the operation; None for one that is not used or has no tangent.
+    source
+        The graph node that the equation comes from, for printing and errors.
+    """
+
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Var | None, ...]
+    source: str = ""
+    _reads: tuple[Any, ...] | None = dataclasses.field(default=None, init=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Printable name of the operation."""
+        return op_name(self.op)
+
+    @property
+    def kind(self) -> str:
+        """The name without the overload: `add` for `add.Tensor`."""
+        return self.name if isinstance(self.op, Operation) else self.name.partition(".")[0]
+
+    def inputs(self) -> list[Var]:
+        """Return the variables that the equation reads, repeated as they are."""
+        reads = self.reads() if self._reads is None else self._reads
+        return [x for x in reads if type(x) is Var]
+
+    def residuals(self) -> list[Residual]:
+        """Return the residuals that the equation reads."""
+        reads = self.reads() if self._reads is None else self._reads
+        return [x for x in reads if type(x) is Residual]
+
+    def reads(self) -> tuple[Any, ...]:
+        """Return the variables and residuals among the arguments."""
+        if self._reads is None:  # arguments never change once an equation is made
+            found: list[Any] = []
+            _gather_reads((*self.args, *self.kwargs.values()), found)
+            self._reads = tuple(found)
+        return self._reads
+
+    def renamed(
+        self,
+        rename: Callable[[Any], Any],
+        *,
+        op: Callable[..., Any] | None = None,
+        outputs: tuple[Var | None, ...] | None = None,
+        source: str | None = None,
+    ) -> Equation:
+        """Return the equation with other variables and residuals, and what else is given.
+
+        Parameters
+        ----------
+        rename
+            Is given each variable and residual that is read.
+        op, outputs, source
+            Take the place of the equation's own.
+        """
+
+        def leaf(x: Any) -> Any:
+            return rename(x) if type(x) in _READ else x
+
+        made = Equation(
+            self.op if op is None else op,
+            map_leaves(leaf, self.args),
+            map_leaves(leaf, self.kwargs) if self.kwargs else {},
+            self.outputs if outputs is None else outputs,
+            self.source if source is None else source,
+        )
+        if not self.kwargs and _READ.issuperset(map(type, made.args)):
+            made._reads = made.args
+        return made
+
+
+#: What an equation reads of a program.
+_READ = frozenset((Var, Residual))
+
+
+def _other_term(eq: Equation, zero: set[Var]) -> Var | None:
+    """Return a in `a + 0` where that is the sum as it stands."""
+    if eq.op is not torch.ops.aten.add.Tensor or eq.kwargs:
+        return None
+    terms = [v for v in eq.inputs() if v not in zero]
+    other = terms[0] if len(terms) == 1 else None
+    return other if other is not None and other.spec == eq.outputs[0].spec else None  # type: ignore[union-attr]
+
+
+def op_name(op: Any) -> str:
+    """Return the printable name of an operation."""
+    if isinstance(op, Operation):
+        return op.name
+    return str(op).removeprefix("aten.").removesuffix(".default")
+
+
+def _gather_reads(items: Iterable[Any], found: list[Any]) -> None:
+    for x in items:
+        if type(x) in _READ:
+            found.append(x)
+        elif isinstance(x, NESTED) and x:
+            _gather_reads(x.values() if isinstance(x, dict) else x, found)
+
+
+class Program:
+    """A linear map as a list of equations.
+
+    Attributes
+    ----------
+    inputs
+        The variables that stand for the argument.
+    equations
+        In order of execution.
+    outputs
+        One variable per component of the result; None for one that is always zero.
+    specs
+        Shape, dtype and device of each component of the result.
+    fixed
+        Why another point of the same structure may have another program; empty if it has not.
+    """
+
+    __slots__ = ("__weakref__", "equations", "fixed", "inputs", "name", "outputs", "specs")
+
+    def __init__(
+        self,
+        inputs: Sequence[Var],
+        equations: Sequence[Equation],
+        outputs: Sequence[Var | None],
+        specs: Sequence[TensorSpec],
+        name: str = "program",
+        fixed: str = "",
+    ) -> None:
+        self.inputs = tuple(inputs)
+        self.equations = tuple(equations)
+        self.outputs = tuple(outputs)
+        self.specs = tuple(specs)
+        self.name = name
+        self.fixed = fixed
+
+    def live(self) -> Program:
+        """Return the program without the equations that no output depends on."""
+        needed = {v for v in self.outputs if v is not None}
+        kept: list[Equation] = []
+        for eq in reversed(self.equations):
+            if not needed.isdisjoint(eq.outputs):
+                kept.append(eq)
+                needed.update(eq.inputs())
+        return self.with_equations(kept[::-1])
+
+    def with_equations(
+        self, equations: Sequence[Equation], outputs: Sequence[Var | None] | None = None
+    ) -> Program:
+        """Return a program of the same inputs with other equations."""
+        outs = self.outputs if outputs is None else outputs
+        return Program(self.inputs, equations, outs, self.specs, self.name, self.fixed)
+
+    def restricted(self, present: Sequence[bool]) -> Program:
+        """Return the program for arguments of which some are zero.
+
+        Parameters
+        ----------
+        present
+            For each input, whether it remains one; the others are zero.
+        """
+        zero = {v for v, here in zip(self.inputs, present, strict=True) if not here}
+        same: dict[Var, Var] = {}
+        kept: list[Equation] = []
+
+        def replaced(x: Any) -> Any:
+            return zero_residual(x.spec) if x in zero else same.get(x, x)
+
+        for eq in self.equations:
+            absent = [v in zero for v in eq.inputs()]
+            if absent and all(absent):
+                zero.update(v for v in eq.outputs if v is not None)
+                continue
+            if not any(absent):
+                kept.append(eq.renamed(replaced))
+            elif isinstance(eq.op, Operation):
+                # A custom Function is told that there is no tangent.
+                args = tuple(None if a in zero else replaced(a) for a in eq.args)
+                kept.append(Equation(eq.op, args, {}, eq.outputs, eq.source))
+            elif (other := _other_term(eq, zero)) is not None and eq.outputs[0] is not None:
+                same[eq.outputs[0]] = same.get(other, other)
+            else:
+                kept.append(eq.renamed(replaced))
+        inputs = [v for v, here in zip(self.inputs, present, strict=True) if here]
+        outputs = [None if v is None or v in zero else same.get(v, v) for v in self.outputs]
+        return Program(inputs, kept, outputs, self.specs, self.name, self.fixed).live()
+
+    def uses(self) -> Counter[Var]:
+        """Return how often each variable is read or returned."""
+        count = Counter(v for eq in self.equations for v in eq.inputs())
+        count.update(v for v in self.outputs if v is not None)
+        return count
+
+    def is_opaque(self) -> bool:
+        """Whether user code is called."""
+        return any(isinstance(eq.op, Operation) for eq in self.equations)
+
+    def residuals(self) -> list[Residual]:
+        """Return the residuals that the equations read, each once."""
+        seen = {x: None for eq in self.equations for x in eq.reads() if type(x) is Residual}
+        return list(seen)
+
+    def kept_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor that the program keeps alive; one may come several times."""
+        for r in self.residuals():
+            yield r.tensor
+        for eq in self.equations:
+            if isinstance(eq.op, Operation):
+                yield from eq.op.bytes_kept()
+
+    def peak_bytes(self) -> int:
+        """Return the most bytes that variables take at once, each counted in full."""
+        last: dict[Var, int] = {}
+        for i, eq in enumerate(self.equations):
+            last.update((v, i) for v in eq.inputs())
+        results = {v for v in self.outputs if v is not None}
+        dying: dict[int, list[Var]] = {}
+        for v, i in last.items():
+            if v not in results:
+                dying.setdefault(i, []).append(v)
+        now = peak = sum(v.spec.nbytes for v in self.inputs)
+        for i, eq in enumerate(self.equations):
+            now += sum(v.spec.nbytes for v in eq.outputs if v is not None and v in last)
+            now += sum(v.spec.nbytes for v in eq.outputs if v in results and v not in last)
+            peak = max(peak, now)
+            now -= sum(v.spec.nbytes for v in dying.get(i, ()))
+        return peak
+
+    def then(self, other: Program, name: str) -> Program:
+        """Return the program that applies this one and hands its result on to `other`."""
+        e = Emitter()
+        inputs = [Var(v.spec) for v in self.inputs]
+        middle = e.inline(self, inputs)
+        rest = other.restricted([v is not None for v in middle])
+        outputs = e.inline(rest, [v for v in middle if v is not None])
+        return Program(inputs, e.equations, outputs, other.specs, name).live()
+
+    def check(self) -> None:
+        """Raise if a variable is read before it is defined, or defined twice.
+
+        Raises
+        ------
+        LinearizeError
+            Naming the program, the equation and the variable.
+        """
+        defined = set(self.inputs)
+        if len(defined) != len(self.inputs):
+            raise LinearizeError(f"{self.name}: an input stands twice")
+        for i, eq in enumerate(self.equations):
+            for x in eq.reads():
+                if x not in defined and type(x) is Var:
+                    raise LinearizeError(
+                        f"{self.name}: equation {i} ({eq.name}) reads an undefined variable"
+                    )
+            for out in eq.outputs:
+                if out is None:
+                    continue
+                if out in defined:
+                    raise LinearizeError(
+                        f"{self.name}: equation {i} ({eq.name}) defines a variable again"
+                    )
+                defined.add(out)
+        self.check_outputs(defined)
+
+    def check_outputs(self, defined: Container[Var]) -> None:
+        """Raise if an output is not among the variables that are defined, or not as specified."""
+        for out, spec in zip(self.outputs, self.specs, strict=True):
+            if out is not None and out not in defined:
+                raise LinearizeError(f"{self.name}: an output is never defined")
+            if out is not None and out.spec != spec:
+                raise LinearizeError(f"{self.name}: an output is {out.spec}, expected {spec}")
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def _repr_html_(self) -> str:
+        return framed(f"<pre>{escaped(shortened(str(self)))}</pre>")
+
+    def __repr__(self) -> str:
+        return f"<Program {self.name}: {len(self.equations)} equations>"
+
+
+class Emitter:
+    """Collects equations while a program is being built.
+
+    Attributes
+    ----------
+    fixed
+        As of the program (see `Program`).
+    """
+
+    __slots__ = ("equations", "fixed", "source")
+
+    def __init__(self, source: str = "", fixed: str = "") -> None:
+        self.equations: list[Equation] = []
+        self.source = source
+        self.fixed = fixed
+
+    def emit(
+        self, op: Callable[..., Any], args: tuple[Any, ...], spec: TensorSpec, **kwargs: Any
+    ) -> Var:
+        """Append an equation with one output and return that output."""
+        out = Var(spec)
+        self.equations.append(Equation(op, args, kwargs, (out,), self.source))
+        return out
+
+    def inline(self, program: Program, arguments: Sequence[Var]) -> list[Var | None]:
+        """Append a program's equations with its inputs replaced, and return its outputs.
+
+        The program's own variables are renamed, so that it can be inlined any number of times.
+        """
+        names: dict[Var, Var] = dict(zip(program.inputs, arguments, strict=True))
+        self.fixed = self.fixed or program.fixed
+
+        def rename(x: Any) -> Any:
+            return names[x] if type(x) is Var else x
+
+        for eq in program.equations:
+            outs = tuple([None if v is None else Var(v.spec) for v in eq.outputs])
+            source = joined(eq.source, [self.source]) if eq.source else self.source
+            self.equations.append(eq.renamed(rename, outputs=outs, source=source))
+            names.update(zip(eq.outputs, outs, strict=True))  # type: ignore[arg-type]
+        return [None if v is None else names[v] for v in program.outputs]
+
+
+def total_bytes(tensors: Iterable[torch.Tensor], excluding: Iterable[int] = ()) -> int:
+    """Return the bytes of the distinct storages of `tensors`.
+
+    Parameters
+    ----------
+    tensors
+        Views of one storage count once.
+    excluding
+        Data pointers of storages that do not count.
+    """
+    seen: set[int] = set(excluding)
+    count = 0
+    for t in tensors:
+        if t.layout != torch.strided:
+            continue
+        storage = t.untyped_storage()
+        pointer = storage.data_ptr()
+        if pointer not in seen:
+            seen.add(pointer)
+            count += storage.nbytes()
+    return count
+
+
+def _lines(program: Program) -> Iterator[str]:
+    names: dict[Any, str] = {}
+    kept: list[Residual] = program.residuals()
+    for i, r in enumerate(kept):
+        names[r] = f"r{i}"
+    for v in program.inputs:
+        names[v] = f"v{len(names) - len(kept)}"
+
+    def show(x: Any) -> str:
+        if isinstance(x, (Var, Residual)):
+            return names[x]
+        if isinstance(x, (list, tuple)):
+            return "[" + ", ".join(show(y) for y in x) + "]"
+        if isinstance(x, float):
+            return f"{x:.6g}"
+        return str(x)
+
+    arguments = ", ".join(f"{names[v]}: {v.spec}" for v in program.inputs)
+    size = total_bytes(r.tensor for r in kept)
+    count = len(program.equations)
+    yield f"{program.name} ({arguments})   # {count} equations, {size:,} bytes kept"
+    for r in kept:
+        yield f"  {names[r]}: {TensorSpec.of(r.tensor)} = residual of {r.source or 'the run'}"
+    for eq in program.equations:
+        outs = []
+        for out in eq.outputs:
+            if out is None:
+                outs.append("_")
+            else:
+                names[out] = f"v{len(names) - len(kept)}"
+                outs.append(f"{names[out]}: {out.spec}")
+        args = [show(a) for a in eq.args] + [f"{k}={show(a)}" for k, a in eq.kwargs.items()]
+        text = f"  {', '.join(outs)} = {eq.name}({', '.join(args)})"
+        yield f"{text}   # {eq.source}" if eq.source else text
+    results = ", ".join("zero" if v is None else names[v] for v in program.outputs)
+    yield f"  return {results}"

@@ -1,0 +1,227 @@
+"""How the constants met while recording come about.
+
+Everything that a graph node computes without touching a cotangent is a constant of this
+point. `Constants` is told of each such operation and remembers, for each tensor that is
+alive, its `Origin`: what was done, down to what the node saved. Where that cannot be told,
+or where the numbers of a constant decided something, the recording holds at this point only.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+
+from .._programs.aten import CONSTANT, READS_NUMBERS, UNINITIALIZED, functional_variant, schema_of
+from .._programs.origins import Literal, Origin, filled, results
+from .._programs.program import Emitter
+from .._programs.residuals import Residual
+from .._spaces.nested import leaves, map_leaves
+from .._torch.names import OpOverload, aten, has_memory
+
+_UNREPEATABLE = frozenset(
+    {
+        torch.Tag.nondeterministic_seeded,
+        torch.Tag.data_dependent_output,
+        torch.Tag.dynamic_output_shape,
+    }
+)
+#: `index` may depend on the numbers of a mask; with positions it does not.
+_BY_POSITIONS = frozenset({aten.index.Tensor})
+
+
+class Constants:
+    """Origins of the constants of one recording.
+
+    Parameters
+    ----------
+    emitter
+        Its `fixed` is set where the recording is found to hold at this point only.
+    """
+
+    def __init__(self, emitter: Emitter) -> None:
+        self._emitter = emitter
+        self._saved: dict[Hashable, Origin | None] = {}
+        self._lasting: dict[Hashable, Origin] = {}
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], Origin | None]] = {}
+
+    def at_node(self, saved: Iterable[tuple[torch.Tensor, Origin | None]]) -> None:
+        """Begin a graph node, with the tensors that it saved.
+
+        Nothing constant passes from node to node: what was known of others is forgotten, so
+        that a tensor that two nodes saved is told apart.
+        """
+        self._known = {}
+        self._saved = dict(self._lasting)
+        for t, origin in saved:
+            self._saved.setdefault(_place(t), origin)
+
+    def given(self, residuals: Iterable[Residual]) -> None:
+        """Make residuals known whose tensors the recorded code uses."""
+        for r in residuals:
+            if r.origin is not None:
+                self._lasting.setdefault(_place(r.tensor), r.origin)
+        self._saved = dict(self._lasting)
+
+    def decided(self, what: str) -> None:
+        """Note that numbers decided something about the recording."""
+        self._emitter.fixed = self._emitter.fixed or what
+
+    def decided_by(self, t: torch.Tensor) -> None:
+        """Note that the numbers of `t` decided something about the recording."""
+        if not self.static(t):
+            self.decided(f"the numbers in a tensor of {self._emitter.source}")
+
+    def static(self, t: torch.Tensor) -> bool:
+        """Whether a constant is the same at every point."""
+        origin = self.origin(t)
+        return origin is not None and origin.static
+
+    def origin(self, t: torch.Tensor) -> Origin | None:
+        """Return how a constant came about, None if that is not known."""
+        known = self._known.get(id(t))
+        if known is not None and known[0]() is t:
+            return known[1]
+        place = _place(t)
+        if place not in self._saved and t.dim() == 0 and t.device.type == "cpu":
+            # A number of the node's, which PyTorch wraps without telling.
+            return Literal(t.detach().clone())
+        return self._saved.get(place)
+
+    def seen(self, func: OpOverload, args: Any, kwargs: Any) -> Callable[[Any], None]:
+        """Look at an operation before it runs; call the result with what it returns."""
+        schema = schema_of(func)
+        if func in READS_NUMBERS or (
+            _UNREPEATABLE.intersection(func.tags) and not _by_positions(func, args)
+        ):
+            self.decided(f"{schema.name} in {self._emitter.source}")
+        if schema.writes:
+            origin = self._written(func, args, kwargs)
+        elif func in CONSTANT:
+            return lambda out: self._define(out, _filled_like(schema.name, args, out))
+        elif func in UNINITIALIZED:
+            return lambda out: self._define(out, filled(out.shape, 0, out))
+        else:
+            origin = self._computed(func, args, kwargs)
+        targets = [args[i] if 0 <= i < len(args) else kwargs[name] for i, name in schema.writes]
+        if targets:
+            return lambda out: self.overwritten(targets, origin)
+        return lambda out: self._define(out, origin)
+
+    def _computed(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Origin | None:
+        tensors = [x for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if any(self.origin(t) is None for t in tensors):
+            return None
+        return Origin(func, map_leaves(self._leaf, args), map_leaves(self._leaf, kwargs))
+
+    def _leaf(self, x: Any) -> Any:
+        return self.origin(x) if isinstance(x, torch.Tensor) else x
+
+    def _written(self, func: OpOverload, args: Any, kwargs: Any) -> Origin | None:
+        """Return the origin of what an operation leaves in its first argument."""
+        schema, target = schema_of(func), args[0] if args else None
+        if schema.name == "zero_" and isinstance(target, torch.Tensor):
+            return filled(target.shape, 0, target)
+        variant = functional_variant(func)
+        names = {name for position, name in schema.writes if position == -1}
+        keywords = {k: v for k, v in kwargs.items() if k not in names}
+        if variant is None or len(schema.writes) != 1:
+            return None
+        return self._computed(variant, args, keywords)
+
+    def overwritten(self, targets: list[torch.Tensor], origin: Origin | None) -> None:
+        """Tell what the targets, and all that shares their memory, hold after a write."""
+        (written, *others) = targets
+        exact = None if origin is None or others else _as(written, origin)
+        sharing = self._sharing(targets)
+        whole = next(
+            (
+                (a, known)
+                for a in sharing
+                if (known := self.origin(a)) is not None and a is not written and _covers(a)
+            ),
+            None,
+        )
+        flat = None if exact is None or whole is None else _scattered(*whole, written, exact)
+        for a in sharing:
+            same = flat is not None and a.dtype == written.dtype and not _lazy(a)
+            now = Origin(aten.as_strided.default, (flat, *_strides(a))) if same else None
+            self._known[id(a)] = (weakref.ref(a), now)
+        for t in targets:
+            self._known[id(t)] = (weakref.ref(t), exact)
+
+    def _sharing(self, targets: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the known tensors on the storages of some."""
+        storages = {t.untyped_storage().data_ptr() for t in targets}
+        found = []
+        for key, (ref, _) in list(self._known.items()):
+            t = ref()
+            if t is None:
+                del self._known[key]
+            elif t.untyped_storage().data_ptr() in storages:
+                found.append(t)
+        return found
+
+    def _define(self, out: Any, origin: Origin | None) -> None:
+        if isinstance(out, torch.Tensor):
+            self._known[id(out)] = (weakref.ref(out), origin)
+        elif isinstance(out, (tuple, list)):
+            parts = [None] * len(out) if origin is None else results(origin, len(out))
+            for t, part in zip(out, parts, strict=True):
+                self._define(t, part)
+
+
+def _as(t: torch.Tensor, origin: Origin) -> Origin:
+    """Return the origin of a value cast and broadcast into `t`."""
+    cast = Origin(aten._to_copy.default, (origin,), {"dtype": t.dtype, "device": t.device})
+    whole = Origin(aten.expand.default, (cast, list(t.shape)))
+    return Origin(aten.clone.default, (whole,), {"memory_format": torch.contiguous_format})
+
+
+def _strides(t: torch.Tensor) -> tuple[list[int], list[int], int]:
+    return list(t.shape), list(t.stride()), int(t.storage_offset())
+
+
+def _lazy(t: torch.Tensor) -> bool:
+    return t.is_conj() or t.is_neg()
+
+
+def _covers(t: torch.Tensor) -> bool:
+    """Whether a tensor is its whole storage, in order."""
+    return t.is_contiguous() and t.nbytes == t.untyped_storage().nbytes() and not _lazy(t)
+
+
+def _scattered(
+    whole: torch.Tensor, before: Origin, part: torch.Tensor, now: Origin
+) -> Origin | None:
+    """Return the origin of a storage as one tensor, after a write to a part of it."""
+    if whole.dtype != part.dtype or _lazy(part):
+        return None
+    dense = Origin(aten.clone.default, (before,), {"memory_format": torch.contiguous_format})
+    return Origin(aten.as_strided_scatter.default, (dense, now, *_strides(part)))
+
+
+def _by_positions(func: OpOverload, args: Any) -> bool:
+    return func in _BY_POSITIONS and all(
+        t is None or t.dtype not in (torch.bool, torch.uint8) for t in args[1]
+    )
+
+
+def _filled_like(name: str, args: Any, out: torch.Tensor) -> Origin | None:
+    """Return the origin of a tensor that only depends on the shape of another."""
+    if "rand" in name:
+        return None
+    if "full" in name:
+        return filled(out.shape, args[1] if name == "full_like" else args[2], out)
+    return filled(out.shape, 1 if "ones" in name else 0, out)
+
+
+def _place(t: torch.Tensor) -> Hashable:
+    """Return what two tensors share that are the same numbers in the same memory."""
+    if t.layout != torch.strided or not has_memory(t):
+        return id(t)
+    bits = (t.is_conj(), t.is_neg())
+    memory = t.untyped_storage().data_ptr(), t.storage_offset()
+    return (*memory, t.shape, t.stride(), t.dtype, *bits)

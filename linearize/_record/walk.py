@@ -1,0 +1,608 @@
+"""Writing down the linear program of a pullback.
+
+`record_pullback` walks an autograd graph from its roots to its leaves. A built-in node is
+called with random cotangents under a `Recorder`, which writes down each ATen operation that
+touches something derived from a cotangent; all else that the node computes is a residual. A
+custom Function's node is written down as one operation and not executed.
+
+Random cotangents, because real backward formulas branch on zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from cachetools.keys import hashkey
+
+from .._capture.custom import CustomBackward, CustomNode
+from .._capture.graph import Edge, Graph
+from .._capture.signature import HiddenError, arguments, node_key, saved_by
+from .._execute.executor import Executor
+from .._programs.origins import Origin, Saved
+from .._programs.program import Emitter, Equation, Operation, Program, Var
+from .._programs.residuals import Residual
+from .._spaces.compare import close
+from .._spaces.space import TensorSpec, tensor_spec
+from .._torch.graphs import (
+    Node,
+    input_metadata,
+    outside_backward,
+    recomputed_apart,
+    recomputed_once,
+    saved_tensors,
+)
+from .._torch.modes import subclasses_ignored, unobserved
+from .._torch.names import aten
+from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
+from .node_formulas import call_node, formula_of, mended
+from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
+from .recorder import OpaqueError, Recorder
+
+T = TypeVar("T")
+
+
+class NodeBackward(Operation):
+    """The pullback of a graph node that is not written in PyTorch operations (C++ extensions)."""
+
+    __slots__ = ("inputs", "label", "node", "outputs", "reason")
+
+    def __init__(
+        self,
+        node: Node,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        reason: str,
+    ) -> None:
+        self.node = node
+        self.label = node.name()
+        #: Why it could not be written down in PyTorch operations.
+        self.reason = reason
+        #: Specs of the gradients that it returns, and of those that it takes.
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return self.label
+
+    def __call__(self, *grads: torch.Tensor | None) -> Any:
+        """Call the node."""
+
+        def call() -> Any:
+            with torch.inference_mode(False), torch.no_grad():
+                return call_node(self.node, [None if g is None else g.clone() for g in grads])
+
+        return outside_backward(call)
+
+
+def metadata_spec(meta: Any) -> TensorSpec:
+    """Return what a node expects at one of its places."""
+    return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
+
+
+class _Walk:
+    """One walk over a graph, from roots to leaves.
+
+    Parameters
+    ----------
+    graph
+        The graph.
+    emitter
+        Receives the equations.
+    generator
+        Of the random numbers that stand for gradients.
+    remembered
+        Whether constants are traced back to what the graph saved.
+    lazy
+        Whether what is known of single nodes is used. Then numbers that stand for a gradient
+        are drawn when they are first needed, and do not go with those of others.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        emitter: Emitter,
+        generator: torch.Generator,
+        *,
+        remembered: bool = False,
+        lazy: bool = False,
+    ) -> None:
+        self.graph = graph
+        self.emitter = emitter
+        self.generator = generator
+        self.remembered = remembered
+        self.lazy = lazy
+        #: Whether random numbers stood for a gradient that in truth depends on others.
+        self.invented = False
+        self.recorder = Recorder(emitter)
+        self.pending: dict[Node, dict[int, Gradient]] = {}
+        self.inputs: set[Var] = set()
+
+    def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
+        """Return random numbers that stand for `var`."""
+        t = spec.random(self.generator)
+        self.recorder.define(t, var)
+        return t
+
+    def seed(self, var: Var, *, numbers: bool) -> Gradient:
+        """Return a gradient to begin with, or to go on with after an operation not executed."""
+        t = self.placeholder(var.spec, var) if numbers else None
+        return Gradient(var, dense(var.spec.shape), t)
+
+    def number(self, g: Gradient) -> torch.Tensor:
+        """Return numbers that stand for a gradient."""
+        if g.tensor is None:
+            self.invented |= g.var not in self.inputs
+            numbers = g.var.spec.random(self.generator)
+            g.tensor = placeholder_like(g.layout, g.var.spec, numbers)
+            self.recorder.define(g.tensor, g.var)
+        return g.tensor
+
+    def computed(self, t: torch.Tensor) -> Gradient | None:
+        """Return a gradient that was computed; None if it does not descend from a cotangent."""
+        var = self.recorder.variable(t)
+        return None if var is None else Gradient(var, layout_of(t), t)
+
+    def run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
+        """Walk from the roots, one seed each; return what arrives at the leaves."""
+        result = outside_backward(lambda: self._run(seeds))
+        self.recorder.finish()
+        return result
+
+    def _run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            subclasses_ignored(),
+            recomputed_once(),
+            unobserved(),
+        ):
+            for edge, seed in zip(self.graph.roots, seeds, strict=True):
+                if edge is not None:
+                    self.deliver(edge, seed)
+            targets = set(self.graph.leaves)
+            for node in self.graph.order:
+                if node in targets:
+                    continue
+                received = self.pending.pop(node, None)
+                if received:
+                    self.visit(node, received)
+        arrived = (self.pending.get(leaf, {}) for leaf in self.graph.leaves)
+        return [got.get(0) for got in arrived]
+
+    def deliver(self, edge: Edge, grad: Gradient) -> None:
+        """Add a gradient to what a node receives, in the shape and dtype that it expects."""
+        node, nr = edge
+        spec = metadata_spec(input_metadata(node)[nr])
+        fits = grad.var.spec is spec or grad.var.spec == spec
+        if not fits and self.lazy and _sums_to(grad.var.spec, spec):
+            grad = self.summed(grad, spec)
+        elif not fits:
+            number = self.number(grad)
+            with self.recorder:
+                number = fitted(number, spec)
+            computed = self.computed(number)
+            if computed is None:
+                return
+            grad = computed
+        slot = self.pending.setdefault(node, {})
+        slot[nr] = self.sum(slot[nr], grad) if nr in slot else grad
+
+    def summed(self, grad: Gradient, spec: TensorSpec) -> Gradient:
+        """Sum a gradient over the dimensions along which a value was broadcast."""
+        shape, target = grad.var.spec.shape, spec.shape
+        more = len(shape) - len(target)
+        over = [i for i in range(len(shape)) if i < more or target[i - more] != shape[i]]
+        kept = tuple([1 if i in over else n for i, n in enumerate(shape)])
+        if over == list(range(more)):
+            var = self.emitter.emit(aten.sum.dim_IntList, (grad.var, over), spec)
+        else:
+            middle = TensorSpec(kept, spec.dtype, spec.device)
+            var = self.emitter.emit(aten.sum.dim_IntList, (grad.var, over, True), middle)
+            if kept != target:
+                var = self.emitter.emit(aten.reshape.default, (var, list(target)), spec)
+        return Gradient(var, dense(target))
+
+    def sum(self, a: Gradient, b: Gradient) -> Gradient:
+        """Add two gradients of one shape and dtype."""
+        if a.tensor is not None and b.tensor is not None:
+            with self.recorder:
+                t = a.tensor + b.tensor
+            return self.computed(t) or Gradient(a.var, layout_of(t), t)
+        spec = a.var.spec
+        var = self.emitter.emit(aten.add.Tensor, (a.var, b.var), spec)
+        return Gradient(var, a.layout if a.layout == b.layout else dense(spec.shape))
+
+    def visit(self, node: Node, received: dict[int, Gradient]) -> None:
+        """Write down one node."""
+        self.emitter.source = self.graph.label(node)
+        custom = self.graph.custom.get(node)
+        if custom is not None:
+            self.custom(custom, node, received)
+            return
+        key = self.key(node, received)
+        known = None if key is None else NODE_PROGRAMS.find(key)
+        if known is not None:
+            self.forward(node, self.from_memory(node, known, received))
+            return
+        grads = [received.get(i) for i in range(len(input_metadata(node)))]
+        self.recorder.constants.at_node(self.saved(node))
+        formula = formula_of(node)
+        if formula is not None:
+            op, point = self.guarded(node, lambda: formula(node))
+            edges, specs = _edges(node)
+            self.place(op, edges, specs, grads, [self.recorder.residual(t) for t in point])
+            return
+        mark = len(self.emitter.equations)
+        before = self.emitter.fixed, self.recorder.frozen
+        self.emitter.fixed = self.recorder.frozen = ""
+        numbers = [None if g is None else self.number(g) for g in grads]
+        try:
+            result = self.call(node, numbers)
+            _check_dense(node, result)
+            opaque = self.is_opaque(result)
+            reason = "its result does not descend from the cotangent" if opaque else ""
+            if not reason and self.graph.hidden and node.name().endswith("CopySlices"):
+                reason = self.second_opinion(node, numbers, result, mark)
+        except OpaqueError as error:
+            reason = str(error)
+        if reason:
+            del self.emitter.equations[mark:]
+            self.opaque(node, grads, reason)
+        else:
+            found = [None if g is None else self.computed(g) for g in result]
+            if key is not None and not (self.emitter.fixed or self.recorder.frozen):
+                self.remember(key, node, received, found, mark)
+            self.forward(node, found)
+        self.emitter.fixed = before[0] or self.emitter.fixed
+        self.recorder.frozen = before[1] or self.recorder.frozen
+
+    def saved(self, node: Node) -> Iterable[tuple[torch.Tensor, Origin | None]]:
+        """Return what a node saved, with what tells it from the rest."""
+        if self.remembered:
+            return saved_by(node, self.graph.places[node])
+        return [(t, None) for t in saved_tensors(node)]
+
+    def forward(self, node: Node, result: Sequence[Gradient | None]) -> None:
+        """Hand on what a node returned."""
+        for (target, nr), grad in zip(node.next_functions, result, strict=False):
+            if target is not None and grad is not None and target in self.graph.places:
+                self.deliver((target, nr), grad)
+
+    # -- nodes of a kind that was met before ------------------------------------------------
+
+    def key(self, node: Node, received: dict[int, Gradient]) -> Hashable:
+        """Return what the recording of a node depends on; None if that cannot be seen."""
+        if not self.lazy:
+            return None
+        try:
+            layouts = [(i, g.layout) for i, g in sorted(received.items())]
+            key = hashkey(node_key(self.graph, node), arguments(self.graph, node), *layouts)
+            hash(key)  # computed once, and kept
+        except (HiddenError, RuntimeError, TypeError):  # the recording has the words for it
+            return None
+        return key
+
+    def from_memory(
+        self, node: Any, known: NodeProgram, received: dict[int, Gradient]
+    ) -> list[Gradient | None]:
+        """Write down what is known of nodes of this kind."""
+
+        def read(origin: Saved) -> torch.Tensor:
+            value = self.guarded(node, lambda: getattr(node, origin.name))
+            t: torch.Tensor = value if origin.position is None else value[origin.position]
+            return t
+
+        inputs = [g.var for _, g in sorted(received.items())]
+        place = self.graph.places[node]
+
+        def move(origin: Saved) -> Origin:
+            return Saved(place, origin.name, origin.position)
+
+        return known.write(self.emitter, inputs, read, move, self.recorder.adopt)
+
+    def remember(
+        self,
+        key: Hashable,
+        node: Node,
+        received: dict[int, Gradient],
+        result: Sequence[Gradient | None],
+        mark: int,
+    ) -> None:
+        """Keep what was recorded for other nodes of the same kind."""
+        inputs = [g.var for _, g in sorted(received.items())]
+        outputs = [None if g is None else (g.var, g.layout) for g in result]
+        program = NodeProgram.of(
+            self.graph.places[node],
+            inputs,
+            self.emitter.equations[mark:],
+            outputs,
+            self.recorder.constants,
+        )
+        if program is not None:
+            NODE_PROGRAMS.keep(key, program)
+
+    # -- nodes that are called --------------------------------------------------------------
+
+    def call(self, node: Node, grads: list[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        """Call a built-in node."""
+        name = self.graph.label(node)
+        if "NotImplemented" in name:
+            raise UnsupportedError(
+                f"{name}: this operation has no derivative registered (for a torch.library "
+                "operator, call register_autograd)"
+            )
+        with self.recorder:
+            return self.guarded(node, lambda: mended(node)(grads))
+
+    def guarded(self, node: Node, do: Callable[[], T]) -> T:
+        """Do something that unpacks what a built-in node has saved."""
+        name = self.graph.label(node)
+        try:
+            return do()
+        except LinearizeError:
+            raise
+        except RuntimeError as error:
+            text = str(error)
+            if "modified by an inplace operation" in text or "modified in-place" in text:
+                raise StalenessError(
+                    f"{name}: a tensor that it needs was changed in place, inside f after it "
+                    f"was used or since the linearization: {text}"
+                ) from error
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            if "Sparse" in text:
+                raise UnsupportedError(
+                    f"{name}: a sparse tensor that depends on the primals is not supported (a "
+                    "constant one is); compute with its values by index_select and index_add, or "
+                    "put the operation into a custom Function"
+                ) from error
+            # PyTorch goes on with a table of all backends.
+            raise UnsupportedError(
+                f"{name}: PyTorch cannot apply its derivative: {text.partition(chr(10))[0]}"
+            ) from error
+
+    def second_opinion(
+        self,
+        node: Node,
+        grads: Sequence[torch.Tensor | None],
+        result: Sequence[torch.Tensor | None],
+        mark: int,
+    ) -> str:
+        """Compare what was recorded of a node that runs user code with another call of it.
+
+        The in-place operation that `CopySlices` carries may be a custom Function.
+        """
+        inputs = [self.recorder.variable(g) for g in grads if g is not None]
+        outputs = [None if g is None else self.recorder.variable(g) for g in result]
+        specs = [TensorSpec.of(g) for g in result if g is not None]
+        program = Program(
+            [v for v in inputs if v is not None],
+            self.emitter.equations[mark:],
+            [v for v, g in zip(outputs, result, strict=True) if g is not None],
+            specs,
+        )
+        numbers = [None if g is None else TensorSpec.of(g).random(self.generator) for g in grads]
+        with recomputed_apart():
+            results = self.guarded(node, lambda: mended(node)([_clone(t) for t in numbers]))
+        again = [g for g in results if g is not None]
+        expected = Executor(program)([t for t in numbers if t is not None])
+        same = all(
+            close(spec.zeros() if t is None else t, g)
+            for t, g, spec in zip(expected, again, specs, strict=True)
+        )
+        return "" if same else "it runs a custom Function whose backward leaves PyTorch"
+
+    def is_opaque(self, result: Sequence[torch.Tensor | None]) -> bool:
+        """Whether a gradient does not descend from the cotangents although it is not zero."""
+        return any(
+            g is not None and self.recorder.variable(g) is None and bool(g.any()) for g in result
+        )
+
+    def opaque(self, node: Node, grads: Sequence[Gradient | None], reason: str) -> None:
+        """Write down a node as one operation, because of `reason`."""
+        edges, specs = _edges(node)
+        takes = [metadata_spec(m) for m in input_metadata(node)]
+        gives = [s for s in specs if s is not None]
+        self.place(NodeBackward(node, gives, takes, reason), edges, specs, grads)
+
+    def custom(self, custom: CustomNode, node: Node, received: dict[int, Gradient]) -> None:
+        """Write down a custom Function's node as one operation."""
+        custom.know_outputs(received.keys())
+        self.guarded(node, custom.unpack)  # together with what the nodes around it saved
+        edges = [edge for edge in node.next_functions if edge[0] is not None]
+        grads = [received.get(i) for i in range(len(custom.outputs))]
+        self.place(CustomBackward(custom), edges, custom.inputs, grads)
+
+    def place(
+        self,
+        op: Operation,
+        edges: Sequence[tuple[Node | None, int]],
+        specs: Sequence[TensorSpec | None],
+        grads: Sequence[Gradient | None],
+        point: Sequence[Residual] = (),
+    ) -> None:
+        """Write down an operation that is not executed."""
+        outputs: list[Var | None] = []
+        after: list[tuple[Edge, Var]] = []
+        for edge, spec in zip(edges, specs, strict=True):
+            node, nr = edge
+            if node is None or spec is None or node not in self.graph.places:
+                outputs.append(None)
+                continue
+            var = Var(spec)
+            outputs.append(var)
+            after.append(((node, nr), var))
+        args = (*(None if g is None else g.var for g in grads), *point)
+        self.emitter.equations.append(Equation(op, args, {}, tuple(outputs), self.emitter.source))
+        for target, var in after:
+            self.deliver(target, self.seed(var, numbers=not self.lazy))
+
+
+def _edges(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSpec | None]]:
+    """Return where a node's results go, and what is expected there."""
+    edges = node.next_functions
+    return edges, [None if n is None else metadata_spec(input_metadata(n)[i]) for n, i in edges]
+
+
+def _check_dense(node: Node, result: Sequence[torch.Tensor | None]) -> None:
+    for g in result:
+        if g is not None and g.layout != torch.strided:
+            raise UnsupportedError(
+                f"{node.name()}: its gradient has the layout {g.layout}; differentiation through "
+                "sparse tensors is not supported, use dense operations (gather, index_add, "
+                "scatter) on their values"
+            )
+
+
+def _clone(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.clone()
+
+
+def _sums_to(spec: TensorSpec, target: TensorSpec) -> bool:
+    """Whether a gradient only has to be summed over dimensions of a broadcast."""
+    pairs = zip(reversed(target.shape), reversed(spec.shape), strict=False)
+    return (
+        (spec.dtype, spec.device) == (target.dtype, target.device)
+        and len(target.shape) <= len(spec.shape)
+        and all(a in (1, b) for a, b in pairs)
+    )
+
+
+def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Do what the autograd engine does to a gradient before it hands it on."""
+    if grad.shape != spec.shape:
+        grad = grad.sum_to_size(spec.shape)
+    if grad.is_complex() and not spec.dtype.is_complex:
+        grad = torch.view_as_real(grad.resolve_conj()).select(-1, 0)
+    if grad.dtype != spec.dtype or grad.device != spec.device:
+        grad = grad.to(device=spec.device, dtype=spec.dtype)
+    return grad
+
+
+def record_pullback(
+    graph: Graph,
+    out_specs: Sequence[TensorSpec],
+    in_specs: Sequence[TensorSpec],
+    *,
+    seed: int = 0,
+    name: str = "pullback",
+    remembered: bool = False,
+    given: Iterable[Residual] = (),
+) -> Program:
+    """Record the linear program from cotangents of a graph's roots to those of its leaves.
+
+    Parameters
+    ----------
+    graph
+        The autograd graph.
+    out_specs
+        The specification of each root's cotangent.
+    in_specs
+        The specification of each leaf.
+    seed
+        Of the random cotangents.
+    name
+        The program's name.
+    remembered
+        Whether to trace constants back to what the graph saved, so that the program can be
+        taken over by other graphs, and to use what is known of single nodes.
+    given
+        Residuals that the graph was made from.
+
+    Raises
+    ------
+    UnsupportedError
+        If a node's derivative cannot be applied; the message names the node.
+    StalenessError
+        If a tensor saved by the graph was changed in place.
+    """
+    given = list(given)
+    inputs = [Var(spec) for spec in out_specs]
+
+    lazy = remembered
+    while True:
+        generator = torch.Generator().manual_seed(seed)
+        walk = _Walk(graph, Emitter(), generator, remembered=remembered, lazy=lazy)
+        walk.inputs = set(inputs)
+        walk.recorder.constants.given(given)
+        try:
+            arrived = walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
+            break
+        except UnsupportedError:
+            if not walk.invented:
+                raise
+        # A formula may refuse gradients that cannot come about: singular vectors have phases
+        # that nothing may depend on.
+        lazy = False
+    emitter = walk.emitter
+    outputs = [None if g is None else g.var for g in arrived]
+    program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
+    if walk.recorder.frozen and not program.is_opaque():
+        _try_elsewhere(graph, program, seed + 1, walk.recorder.frozen)
+    return program
+
+
+def _try_elsewhere(graph: Graph, program: Program, seed: int, what: str) -> None:
+    """Raise if a program is not right for other cotangents than it was recorded with."""
+    walk = _Walk(graph, Emitter(), torch.Generator().manual_seed(seed))
+    seeds = [walk.seed(v, numbers=True) for v in program.inputs]
+    expected = [None if g is None else g.tensor for g in walk.run(seeds)]
+    with torch.inference_mode(False), torch.no_grad():
+        got = Executor(program)([walk.number(g) for g in seeds])
+    for a, b, spec in zip(got, expected, program.specs, strict=True):
+        if not close(spec.zeros() if a is None else a, spec.zeros() if b is None else b):
+            raise NotLinearError(
+                f"{program.name}: its result depends on a comparison with the cotangent ({what}), "
+                "so that it is not a linear map"
+            )
+
+
+def record_function(
+    fn: Callable[..., Sequence[torch.Tensor | None]],
+    in_specs: Sequence[TensorSpec],
+    out_specs: Sequence[TensorSpec | None],
+    *,
+    seed: int = 0,
+    name: str = "map",
+    source: str = "",
+    given: Iterable[Residual] = (),
+) -> tuple[Program, list[torch.Tensor], list[torch.Tensor | None]]:
+    """Record a linear function written in PyTorch operations by calling it once.
+
+    Returns
+    -------
+    program, arguments, results
+        The program, the random numbers that `fn` was called with, and what it returned.
+
+    Raises
+    ------
+    OpaqueError
+        If `fn` does something that cannot be written down: its result does not descend from
+        its arguments, or an operation in it is not linear or reads numbers.
+    """
+    emitter = Emitter(source)
+    recorder = Recorder(emitter)
+    recorder.constants.given(given)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [Var(spec) for spec in in_specs]
+    arguments = [spec.random(generator) for spec in in_specs]
+    for t, v in zip(arguments, inputs, strict=True):
+        recorder.define(t, v)
+    with torch.inference_mode(False), torch.no_grad(), subclasses_ignored(), recorder:
+        results = list(fn(*arguments))
+    recorder.finish()
+    outputs: list[Var | None] = []
+    specs: list[TensorSpec] = []
+    for got, spec in zip(results, out_specs, strict=True):
+        if spec is None:
+            continue
+        specs.append(spec)
+        var = None if got is None else recorder.variable(got)
+        if got is not None and var is None and bool(got.any()):
+            raise OpaqueError("returns something that does not descend from its argument")
+        outputs.append(var)
+    program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)
+    return program.live(), arguments, results

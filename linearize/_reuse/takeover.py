@@ -1,0 +1,215 @@
+"""Holding a program that comes from another graph against the graph at hand.
+
+What such a program depends on stands in `signature`; the numbers come by their `Origin`s. If
+either forgot something, both directions would be wrong together, and no check of one against
+the other could tell. So the graph itself is asked: its nodes are called one after the other
+with a random cotangent, as PyTorch's engine does. Custom Functions are not called: a map of
+rank one stands for each, the same on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from .._capture.custom import CustomBackward, CustomNode
+from .._capture.graph import Edge, Graph
+from .._check.adjoint import Balance, RankOne
+from .._execute.binding import Binding
+from .._execute.executor import Executor
+from .._programs.program import Operation, Program
+from .._programs.residuals import Residual
+from .._record.node_formulas import mended
+from .._record.walk import fitted, metadata_spec
+from .._spaces.compare import close, tolerance
+from .._spaces.space import TensorSpec
+from .._torch.graphs import Node, input_metadata, outside_backward, recomputed_once
+from .._torch.modes import subclasses_ignored, unobserved
+
+Tensors: TypeAlias = Sequence[torch.Tensor | None]
+
+
+class StandIns:
+    """Maps of rank one for the custom Functions of a graph, adjoint to each other."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(5)
+        self._vectors: dict[int, tuple[Tensors, Tensors]] = {}
+
+    def __call__(self, node: CustomNode, *, backward: bool) -> RankOne:
+        """Return what stands for a Function's `backward`, or for its `jvp`."""
+        known = self._vectors.get(id(node))
+        if known is None:
+            known = self._vectors[id(node)] = self._some(node.outputs), self._some(node.inputs)
+        outputs, inputs = known
+        name = f"a stand-in for {node.name}"
+        return RankOne(outputs, inputs, name) if backward else RankOne(inputs, outputs, name)
+
+    def _some(self, specs: Sequence[TensorSpec | None]) -> Tensors:
+        return [
+            None
+            if s is None
+            else s.random(self._generator) / math.sqrt(max(math.prod(s.shape), 1))
+            for s in specs
+        ]
+
+
+def engine_pullback(graph: Graph, cotangents: Tensors, stand_ins: StandIns) -> Tensors:
+    """Return what arrives at the leaves of a graph, calling one node after the other.
+
+    Parameters
+    ----------
+    graph
+        The graph.
+    cotangents
+        One for each root; None for zero.
+    stand_ins
+        What is called in the place of custom Functions.
+    """
+    pending: dict[Node, dict[int, torch.Tensor]] = {}
+
+    def deliver(edge: Edge, g: torch.Tensor) -> None:
+        node, nr = edge
+        g = fitted(g, metadata_spec(input_metadata(node)[nr]))
+        slot = pending.setdefault(node, {})
+        slot[nr] = slot[nr] + g if nr in slot else g
+
+    def called(node: Node, received: dict[int, torch.Tensor]) -> Tensors:
+        grads = [received.get(i) for i in range(len(input_metadata(node)))]
+        custom = graph.custom.get(node)
+        if custom is None:
+            return mended(node)(grads)
+        results = iter(stand_ins(custom, backward=True)(*grads))
+        return [None if target is None else next(results) for target, _ in node.next_functions]
+
+    def walk() -> None:
+        for edge, g in zip(graph.roots, cotangents, strict=True):
+            if edge is not None and g is not None:
+                deliver(edge, g)
+        ends = set(graph.leaves)
+        for node in graph.order:
+            received = None if node in ends else pending.pop(node, None)
+            if received:
+                for (target, nr), g in zip(
+                    node.next_functions, called(node, received), strict=False
+                ):
+                    if target is not None and g is not None and target in graph.places:
+                        deliver((target, nr), g)
+
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        subclasses_ignored(),
+        recomputed_once(),
+        unobserved(),
+    ):
+        outside_backward(walk)
+    return [pending.get(leaf, {}).get(0) for leaf in graph.leaves]
+
+
+class Comparison:
+    """Compares programs with a graph, for one random cotangent and one random tangent.
+
+    Parameters
+    ----------
+    graph
+        The graph.
+    out_specs, in_specs
+        What its roots and its leaves take.
+    """
+
+    def __init__(
+        self, graph: Graph, out_specs: Sequence[TensorSpec], in_specs: Sequence[TensorSpec]
+    ) -> None:
+        self._graph = graph
+        self._outs, self._ins = tuple(out_specs), tuple(in_specs)
+        self._stand_ins = StandIns()
+        generator = torch.Generator().manual_seed(6)
+        self._u = [s.random(generator) for s in self._outs]
+        self._v = [s.random(generator) for s in self._ins]
+        self._known: dict[tuple[bool, ...], Tensors | None] = {}
+
+    def pullback(
+        self, executor: Executor, binding: Binding, present: Sequence[bool]
+    ) -> bool | None:
+        """Whether a pullback is that of the graph; None if that cannot be told."""
+        expected = self._expected(tuple(present))
+        if expected is None:
+            return None
+        got = self._run(executor, binding, self._u, present)
+        return all(
+            close(s.zeros() if a is None else a, s.zeros() if b is None else b)
+            for a, b, s in zip(got, expected, self._ins, strict=True)
+        )
+
+    def pushforward(
+        self, executor: Executor, binding: Binding, present: Sequence[bool]
+    ) -> bool | None:
+        """Whether a pushforward is adjoint to the pullback of the graph, for one pair."""
+        expected = self._expected((True,) * len(self._outs))
+        if expected is None:
+            return None
+        got = self._run(executor, binding, self._v, present)
+        balance = Balance()
+        balance.add(1, self._u, got)
+        chosen = [v if here else None for v, here in zip(self._v, present, strict=True)]
+        balance.add(-1, expected, chosen)
+        return balance.holds(max(tolerance(s.dtype) for s in (*self._outs, *self._ins)))
+
+    def _expected(self, present: tuple[bool, ...]) -> Tensors | None:
+        if present not in self._known:
+            cotangents = [u if here else None for u, here in zip(self._u, present, strict=True)]
+            self._known[present] = self._asked(cotangents)
+        return self._known[present]
+
+    def _asked(self, cotangents: Tensors) -> Tensors | None:
+        """Return what the graph gives, None if it gives nothing that could be compared."""
+        try:
+            found = engine_pullback(self._graph, cotangents, self._stand_ins)
+        except RuntimeError as error:  # it saved something that was changed, and is not needed
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return None
+        return found if _finite(found) else None
+
+    def _run(
+        self,
+        executor: Executor,
+        binding: Binding,
+        arguments: Sequence[torch.Tensor],
+        present: Sequence[bool],
+    ) -> Tensors:
+        chosen = [t for t, here in zip(arguments, present, strict=True) if here]
+        ops = [self._replaced(op) for op in binding.ops]
+        with unobserved(), torch.inference_mode(False), torch.no_grad():
+            return executor(chosen, Binding(binding.residuals, ops, binding.guards))
+
+    def _replaced(self, op: Any) -> Operation:
+        node: CustomNode | None = getattr(op, "node", None)
+        if node is None:
+            kept: Operation = op
+            return kept
+        return self._stand_ins(node, backward=isinstance(op, CustomBackward))
+
+
+def _finite(tensors: Tensors) -> bool:
+    return all(t is None or bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def first_parting(fresh: Program, taken: Program) -> str:
+    """Return where in the graph two recordings of it part: the label of the node."""
+    for mine, theirs in zip(fresh.equations, taken.equations, strict=False):
+        opaque = isinstance(mine.op, Operation) and isinstance(theirs.op, Operation)
+        if _differ(mine.residuals(), theirs.residuals()) or not (opaque or mine.op is theirs.op):
+            return mine.source
+    return ""
+
+
+def _differ(a: Sequence[Residual], b: Sequence[Residual]) -> bool:
+    return len(a) != len(b) or any(
+        x.tensor.shape != y.tensor.shape or not torch.equal(x.tensor, y.tensor)
+        for x, y in zip(a, b, strict=True)
+    )

@@ -1,0 +1,450 @@
+"""Folding diagonals.
+
+A pointwise operation that is linear in its one variable argument is a diagonal: chains of
+diagonals multiply into one, sums of diagonals of the same base add. Values are kept as sums
+Σ dᵢ ⊙ baseᵢ, and only what is not pointwise (matrix products, stencils, reductions, calls of
+custom Functions) remains as a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+
+from .._programs.aten import UNTAGGED_POINTWISE, frozen, schema_of
+from .._programs.program import Emitter, Equation, Operation, Program, Var
+from .._programs.residuals import FOLDED, Residual, evaluated, finite, viewed
+from .._spaces.nested import map_leaves
+from .._spaces.space import TensorSpec
+from .._torch.names import OpOverload, aten
+from .equal_numbers import keep_once
+
+#: A coefficient of a term: a number, or a residual that broadcasts to the base's shape.
+Coefficient: TypeAlias = "complex | Residual"
+
+#: A sum of more terms than this is computed before it is used further.
+MOST_TERMS = 6
+
+
+@dataclasses.dataclass(slots=True)
+class _Form:
+    """A value as a sum of coefficients times bases, not computed yet.
+
+    Attributes
+    ----------
+    terms
+        Coefficient by base.
+    equation
+        The equation that computes it as it stood, if it is one operation on one base.
+    """
+
+    terms: dict[Var, Coefficient]
+    equation: Equation | None = None
+
+
+def fold_diagonals(program: Program) -> Program:
+    """Multiply chains of pointwise operations into one, and add those with the same base.
+
+    Factors that are fine one after the other may overflow when they are multiplied first; a
+    program of which that is true is left alone.
+    """
+    folded = _Folding(program).run()
+    new = [r for r in folded.residuals() if r.source == FOLDED]
+    if not finite([r.tensor for r in new]):
+        return program
+    keep_once([r for r in new if r.tensor.numel() > 1])
+    return folded
+
+
+class _Folding:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.c = _Coefficients()
+        self.forms: dict[Var, _Form] = {}
+        self.computed: dict[Var, Var] = {}
+        self.moved: dict[Any, Var] = {}
+        self.e = Emitter()
+        #: How often each variable is read, with those that were made here.
+        self.readers = Counter(v for eq in program.equations for v in eq.inputs())
+        #: Values that are needed as they are, by steps or as results, or more than once.
+        self.results = {v for v in program.outputs if v is not None}
+        self.needed = set(self.results)
+        met: set[Var] = set()
+        for eq in program.equations:
+            read = set(eq.inputs())
+            self.needed.update(read & met if _foldable(eq) else read)
+            met |= read
+
+    def run(self) -> Program:
+        last = {v: i for i, eq in enumerate(self.program.equations) for v in eq.inputs()}
+        with torch.no_grad():
+            for i, eq in enumerate(self.program.equations):
+                out = eq.outputs[0] if len(eq.outputs) == 1 else None
+                form = self.folded(eq, out) if out is not None else None
+                if form is not None and out is not None:
+                    self.forms[out] = form
+                    if len(form.terms) > 1 and out in self.needed:
+                        # Each use would otherwise repeat its terms.
+                        self.value(out)
+                elif not self.scaled(eq):
+                    self.step(eq)
+                for v in eq.inputs():
+                    if last[v] == i and v not in self.results:
+                        self.forms.pop(v, None)  # its coefficients are not needed any more
+            outputs = [None if v is None else self.value(v) for v in self.program.outputs]
+        return self.program.with_equations(self.e.equations, outputs).live()
+
+    def scaled(self, eq: Equation) -> bool:
+        """Keep an equation, with a number in its one argument left for later: A(c x) = c (A x).
+
+        In the end numbers meet a coefficient or a sum, where they cost nothing.
+        """
+        variables = set(eq.inputs())
+        if len(variables) != 1 or isinstance(eq.op, Operation):
+            return False
+        (x,) = variables
+        form = self.forms.get(x)
+        if form is None or x in self.computed or len(form.terms) != 1:
+            return False
+        ((base, c),) = form.terms.items()
+        number = c.real if isinstance(c, complex) and c.imag == 0 else c
+        if not isinstance(number, (int, float)) or base.spec != x.spec:
+            return False  # what is linear for real numbers need not be for complex ones
+
+        def rename(y: Any) -> Any:
+            return base if y is x else y
+
+        bare = tuple(None if v is None else Var(v.spec) for v in eq.outputs)
+        self.e.equations.append(eq.renamed(rename, outputs=bare))
+        for v, new in zip(eq.outputs, bare, strict=True):
+            if v is not None and new is not None:
+                self.forms[v] = _Form({new: number})
+        return True
+
+    def step(self, eq: Equation) -> None:
+        """Keep an equation, with its arguments computed."""
+        self.e.equations.append(eq.renamed(lambda x: self.value(x) if type(x) is Var else x))
+
+    def form(self, v: Var) -> _Form:
+        """Return a value as a sum of terms; what is computed already is its own base."""
+        if v in self.computed:
+            return _Form({self.computed[v]: 1.0})
+        return self.forms.get(v) or _Form({v: 1.0})
+
+    # -- folding ------------------------------------------------------------------------
+
+    def folded(self, eq: Equation, out: Var) -> _Form | None:
+        """Return the form of an equation's result, None if the equation must be a step."""
+        if not isinstance(eq.op, OpOverload):
+            return None
+        if eq.op in (aten.add.Tensor, aten.sub.Tensor):
+            return self.sum(eq, out)
+        if eq.op in _MOVES:
+            return self.move(eq, out)
+        variables = eq.inputs()
+        if len(variables) != 1 or sum(a is variables[0] for a in eq.args) != 1:
+            return None
+        x = variables[0]
+        if x.spec != out.spec:
+            return None
+        factor = _factor(self.c, eq, x)
+        if factor is None:
+            return None
+        before = self.form(x)
+        if len(before.terms) > 1 and eq.residuals() and not self.shared(before):
+            return None  # d ⊙ Σ takes one factor, Σ d ⊙ takes one for each term
+        terms: dict[Var, Coefficient] = {}
+        for base, c in before.terms.items():
+            product = factor(c)
+            if product is None or _grows(product, c, eq):
+                return None
+            terms[base] = product
+        alone = len(terms) == 1 and x not in self.forms
+        return _Form(terms, eq if alone else None)
+
+    def shared(self, form: _Form) -> bool:
+        """Whether something else is made of the bases of a sum, so that terms may be added."""
+        return any(self.readers[base] > 1 for base in form.terms)
+
+    def move(self, eq: Equation, out: Var) -> _Form | None:
+        """Return the form of a moved value d ⊙ base: the moved d ⊙ the moved base."""
+        x, *rest = eq.args
+        form = self.forms.get(x)
+        if form is None or x in self.computed or len(form.terms) != 1:
+            return None
+        if eq.op in _FREE and self.readers[x] > 1:
+            return None  # to move what is computed anyway costs nothing
+        ((base, c),) = form.terms.items()
+        if isinstance(c, Residual):
+            if c.tensor.shape != x.spec.shape:
+                return None
+            c = self.c.evaluated(eq.op, c, *rest, **eq.kwargs)
+        key = frozen(eq.op, (base, *rest), eq.kwargs)
+        if key not in self.moved:
+            self.moved[key] = self.e.emit(eq.op, (base, *rest), out.spec, **eq.kwargs)
+        moved = self.moved[key]
+        self.readers[moved] += self.readers[out]
+        return _Form({moved: c}, _shown(form.equation, eq, moved))
+
+    def sum(self, eq: Equation, out: Var) -> _Form | None:
+        """Return the form of a sum or difference of values of one shape and dtype."""
+        a, b = eq.args[:2]
+        if not (isinstance(a, Var) and isinstance(b, Var) and a.spec == out.spec == b.spec):
+            return None
+        alpha = eq.kwargs.get("alpha", 1)
+        sign = -alpha if eq.op is aten.sub.Tensor else alpha
+        common = self.common(a, b)
+        if common is not None and sign == 1:
+            (x, y), number = common
+            return _Form({self.e.emit(aten.add.Tensor, (x, y), out.spec): number})
+        terms = dict(self.form(a).terms)
+        for base, c in self.form(b).terms.items():
+            c = self.c.product(c, sign)
+            terms[base] = self.c.total(terms[base], c) if base in terms else c
+        some = {base: c for base, c in terms.items() if isinstance(c, Residual) or c != 0}
+        return _Form(some or terms) if len(some) <= MOST_TERMS else None
+
+    def common(self, a: Var, b: Var) -> tuple[tuple[Var, Var], complex] | None:
+        """Return the bases of two values and the number that both are multiplied by."""
+        first, second = self.form(a).terms, self.form(b).terms
+        if len(first) != 1 or len(second) != 1:
+            return None
+        ((x, c),), ((y, d),) = first.items(), second.items()
+        if isinstance(c, Residual) or isinstance(d, Residual) or c != d or c == 1 or x is y:
+            return None
+        return (x, y), c
+
+    # -- computing ----------------------------------------------------------------------
+
+    def value(self, v: Var) -> Var:
+        """Return the variable that holds a value, computing it if it is a form still."""
+        if v in self.computed:
+            return self.computed[v]
+        form = self.forms.get(v)
+        if form is None:
+            return v
+        result = self.compute(form, v)
+        self.computed[v] = result
+        if result is not v:
+            self.readers[result] += self.readers[v]
+        return result
+
+    def compute(self, form: _Form, v: Var) -> Var:
+        """Emit the equations of a sum of terms."""
+        if form.equation is not None:
+            self.step(form.equation)
+            return v
+        total: Var | None = None
+        # Products with tensors first: the first needs no addition. Then plain terms: the
+        # first needs nothing at all.
+        terms = sorted(
+            form.terms.items(), key=lambda t: (not isinstance(t[1], Residual), not _is_one(t[1]))
+        )
+        for base, c in terms:
+            total = self.add_term(total, base, c, v.spec)
+        assert total is not None
+        return total
+
+    def add_term(self, total: Var | None, base: Var, c: Coefficient, spec: TensorSpec) -> Var:
+        """Emit `total + c * base`."""
+        if isinstance(c, Residual):
+            if total is None:
+                return self.e.emit(aten.mul.Tensor, (base, c), spec)
+            return self.e.emit(aten.addcmul.default, (total, base, c), spec)
+        number = c.real if isinstance(c, complex) and c.imag == 0 else c
+        if total is None:
+            return base if number == 1 else self.e.emit(aten.mul.Scalar, (base, number), spec)
+        if number == 1:
+            return self.e.emit(aten.add.Tensor, (total, base), spec)
+        return self.e.emit(aten.add.Tensor, (total, base), spec, alpha=number)
+
+
+#: Operations that show a tensor in another shape.
+_FREE = frozenset(
+    {
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+    }
+)
+#: Operations that put the entries of a tensor elsewhere, or some of them.
+_MOVES = _FREE | {aten.roll.default, aten.flip.default, aten.slice.Tensor, aten.select.int}
+
+
+#: Diagonals that take no longer than a multiplication.
+_LIGHT = frozenset(
+    {
+        aten.mul.Tensor,
+        aten.threshold_backward.default,
+        aten.tanh_backward.default,
+        aten.sigmoid_backward.default,
+    }
+)
+
+
+def _shown(diagonal: Equation | None, move: Equation, x: Var) -> Equation | None:
+    """Return a diagonal in another shape, None if that takes memory that it did not take.
+
+    Parameters
+    ----------
+    diagonal
+        One operation.
+    move
+        Shows its result in another shape.
+    x
+        Its argument in that shape.
+    """
+    if diagonal is None or diagonal.op not in _LIGHT or move.op not in _FREE:
+        return None
+    shape, rest = diagonal.outputs[0].spec.shape, move.args[1:]  # type: ignore[union-attr]
+    for r in diagonal.residuals():
+        if r.tensor.shape != shape or not _same_memory(move.op(r.tensor, *rest), r.tensor):
+            return None
+
+    def shown(y: Any) -> Any:
+        return x if isinstance(y, Var) else viewed(move.op, y, *rest) if _is_residual(y) else y
+
+    args = map_leaves(shown, diagonal.args)
+    return Equation(diagonal.op, args, diagonal.kwargs, move.outputs, diagonal.source)
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _foldable(eq: Equation) -> bool:
+    """Whether an equation can become a part of a sum of terms."""
+    out = eq.outputs[0] if len(eq.outputs) == 1 else None
+    variables = eq.inputs()
+    if out is None or not isinstance(eq.op, OpOverload):
+        return False
+    if eq.op in _MOVES:
+        return True
+    if eq.op in (aten.add.Tensor, aten.sub.Tensor):
+        return len(variables) == 2 and all(v.spec == out.spec for v in variables)
+    if len(variables) != 1 or variables[0].spec != out.spec:
+        return False
+    return _factor(_Coefficients(), eq, variables[0]) is not None
+
+
+def _grows(product: Coefficient, c: Coefficient, eq: Equation) -> bool:
+    """Whether a coefficient is larger than all that it is made from (an outer product)."""
+    if not isinstance(product, Residual):
+        return False
+    sizes = [c.tensor.numel() if isinstance(c, Residual) else 1]
+    sizes += [r.tensor.numel() for r in eq.residuals()]
+    return product.tensor.numel() > max(sizes)
+
+
+def _factor(
+    coefficients: _Coefficients, eq: Equation, x: Var
+) -> Callable[[Coefficient], Coefficient | None] | None:
+    """Return what a pointwise operation makes of a coefficient, None if it is no diagonal."""
+    op, args = eq.op, eq.args
+    if op is aten.neg.default:
+        return lambda c: coefficients.product(c, -1)
+    if op in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+        if eq.kwargs:
+            return None
+        other = args[1] if args[0] is x else args[0]
+        divide = op in (aten.div.Tensor, aten.div.Scalar)
+        return lambda c: coefficients.times(c, other, x.spec, divide=divide)
+    assert isinstance(op, OpOverload)
+    schema = schema_of(op)
+    if not (schema.pointwise or schema.name in UNTAGGED_POINTWISE):
+        return None
+    if x.spec.dtype.is_complex or not all(_fits(r.tensor, x.spec) for r in eq.residuals()):
+        return None
+
+    def apply(c: Coefficient) -> Coefficient | None:
+        # Numbers are left for later: where they stand differs between the two directions.
+        given = coefficients.residual(c if _is_residual(c) else 1, x.spec)
+        whole = coefficients.evaluated(aten.expand.default, given, list(x.spec.shape))
+        args = [whole if a is x else a for a in eq.args]
+        made = coefficients.evaluated(op, *args, **eq.kwargs)
+        return made if _is_residual(c) else coefficients.product(made, c)
+
+    return apply
+
+
+def _fits(t: torch.Tensor, spec: TensorSpec) -> bool:
+    """Whether a tensor broadcasts to a shape."""
+    # `torch.broadcast_shapes` would load a computer algebra system.
+    pairs = zip(reversed(t.shape), reversed(spec.shape), strict=False)
+    return t.dim() <= len(spec.shape) and all(a in (1, b) for a, b in pairs)
+
+
+def _is_one(c: Coefficient) -> bool:
+    return isinstance(c, (int, float, complex)) and c == 1
+
+
+class _Coefficients:
+    """Computes coefficients, equal ones once."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Residual] = {}
+
+    def evaluated(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Residual:
+        """Apply an operation to residuals, now."""
+        key = frozen(op, args, kwargs)
+        if key not in self.known:
+            self.known[key] = evaluated(op, *args, source=FOLDED, **kwargs)
+        return self.known[key]
+
+    def residual(self, c: Coefficient, spec: TensorSpec) -> Residual:
+        """Return a coefficient as a residual."""
+        if isinstance(c, Residual):
+            return c
+        value = c.real if isinstance(c, complex) and not spec.dtype.is_complex else c
+        kwargs = {"dtype": spec.dtype, "device": spec.device}
+        return self.evaluated(aten.full.default, [], value, **kwargs)
+
+    def product(self, a: Coefficient, b: Coefficient) -> Coefficient:
+        """Return a · b."""
+        if isinstance(a, Residual) or isinstance(b, Residual):
+            if not isinstance(a, Residual):
+                a, b = b, a
+            return a if _is_one(b) else self.evaluated(aten.mul.Tensor, a, b)
+        return a * b
+
+    def total(self, a: Coefficient, b: Coefficient) -> Coefficient:
+        """Return a + b."""
+        if isinstance(a, Residual) or isinstance(b, Residual):
+            first, second = (a, b) if isinstance(a, Residual) else (b, a)
+            return self.evaluated(aten.add.Tensor, first, second)
+        return a + b
+
+    def times(
+        self, c: Coefficient, by: Any, spec: TensorSpec, *, divide: bool
+    ) -> Coefficient | None:
+        """Return c · by, or c / by; None if that is no coefficient of a value like `spec`."""
+        if not isinstance(by, (Residual, int, float, complex)):
+            return None
+        if isinstance(by, Residual):
+            if not _fits(by.tensor, spec):
+                return None
+            if by.tensor.dtype != spec.dtype:
+                by = self.evaluated(aten._to_copy.default, by, dtype=spec.dtype)
+        if _is_one(c) and not divide:
+            # Marked as made here, so that it is watched for overflow like the others.
+            return self.evaluated(aten.resolve_conj.default, by) if _is_residual(by) else by
+        if not divide:
+            return self.product(c, by)
+        if isinstance(by, Residual):
+            if isinstance(c, Residual):
+                return self.evaluated(aten.div.Tensor, c, by)
+            return self.product(self.evaluated(aten.reciprocal.default, by), c)
+        if by == 0:
+            return None
+        return self.evaluated(aten.div.Scalar, c, by) if isinstance(c, Residual) else c / by
+
+
+def _is_residual(x: Any) -> bool:
+    return isinstance(x, Residual)

@@ -1,0 +1,61 @@
+"""Making linear programs smaller.
+
+A program that will run a hundred times is worth simplifying. Passes are small functions from
+a program to a program that is the same map, each in a module of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .._programs.program import Program, total_bytes
+from .copies import merge_copies
+from .diagonals import fold_diagonals
+from .moves import merge_moves
+from .parts import join_parts
+from .products import (
+    add_products,
+    apply_diagonals,
+    scale_products,
+    share_matrices,
+    transpose_products,
+)
+from .rowwise import multiply_rows
+
+#: The passes, in order.
+PASSES: tuple[Callable[[Program], Program], ...] = (
+    merge_copies,
+    join_parts,
+    multiply_rows,
+    share_matrices,
+    transpose_products,
+    merge_copies,
+    fold_diagonals,
+    apply_diagonals,
+    merge_copies,
+    scale_products,
+    merge_moves,
+    add_products,
+    merge_copies,
+)
+
+
+def simplify(program: Program) -> Program:
+    """Return a smaller program that is the same map."""
+    for one in PASSES:
+        program = one(program)
+    return program
+
+
+def explain(program: Program) -> str:
+    """Tell what each pass makes of a program: equations and bytes kept."""
+    lines = [f"{program.name}: {_size(program)}"]
+    for one in PASSES:
+        program = one(program)
+        lines.append(f"  after {one.__name__}: {_size(program)}")
+    return "\n".join(lines)
+
+
+def _size(program: Program) -> str:
+    kept = total_bytes(program.kept_tensors())
+    return f"{len(program.equations)} equations, {kept:,} bytes kept"

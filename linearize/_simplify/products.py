@@ -1,0 +1,266 @@
+"""Matrix products in the form that costs least."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from .._programs.program import Emitter, Equation, Program, Var
+from .._programs.residuals import Residual, viewed
+from .._spaces.space import TensorSpec
+from .._torch.names import aten
+
+
+def share_matrices(program: Program) -> Program:
+    """Multiply a batch by one matrix, instead of by as many copies of it."""
+    e = Emitter()
+    for eq in program.equations:
+        out = eq.outputs[0]
+        if eq.op is not aten.bmm.default or out is None:
+            e.equations.append(eq)
+            continue
+        v, r = eq.args
+        if not (isinstance(v, Var) and isinstance(r, Residual) and r.tensor.stride(0) == 0):
+            e.equations.append(eq)
+            continue
+        count, rows, inner = v.spec.shape
+        columns = out.spec.shape[-1]
+        e.source = eq.source
+        matrix = viewed(aten.select.int, r, 0, 0)
+        flat = TensorSpec((count * rows, inner), out.spec.dtype, out.spec.device)
+        tall = e.emit(aten.reshape.default, (v, list(flat.shape)), flat)
+        product = TensorSpec((count * rows, columns), out.spec.dtype, out.spec.device)
+        done = e.emit(aten.mm.default, (tall, matrix), product)
+        args = (done, list(out.spec.shape))
+        e.equations.append(Equation(aten.reshape.default, args, {}, (out,), eq.source))
+    return program.with_equations(e.equations)
+
+
+def _definitions(program: Program, *ops: Any) -> dict[Var, Equation]:
+    """Return the equations of some operations by what they define."""
+    return {
+        eq.outputs[0]: eq for eq in program.equations if eq.op in ops and eq.outputs[0] is not None
+    }
+
+
+def transpose_products(program: Program) -> Program:
+    """Replace (A B)ᵀ by Bᵀ Aᵀ: a transposed factor costs nothing, a transposed sum does."""
+    uses, products = program.uses(), _definitions(program, aten.mm.default)
+    e = Emitter()
+
+    def turned(x: Var | Residual) -> Var | Residual:
+        if isinstance(x, Residual):
+            return viewed(aten.t.default, x)
+        rows, columns = x.spec.shape
+        spec = TensorSpec((columns, rows), x.spec.dtype, x.spec.device)
+        return e.emit(aten.t.default, (x,), spec)
+
+    for eq in program.equations:
+        product = products.get(eq.args[0]) if eq.op is aten.t.default else None
+        out = eq.outputs[0]
+        if product is None or out is None or uses[eq.args[0]] != 1:
+            e.equations.append(eq)
+            continue
+        e.source = eq.source
+        factors = turned(product.args[1]), turned(product.args[0])
+        new = Equation(aten.mm.default, factors, {}, (out,), eq.source)
+        e.equations.append(new)
+        products[out] = new
+    return program.with_equations(e.equations).live()
+
+
+#: Operations that take the entries of a value elsewhere.
+_SHOWN = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+    }
+)
+_RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.unsqueeze.default})
+_FUSED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
+
+
+def add_products(program: Program) -> Program:
+    """Add products to sums in one operation, where they are made."""
+    uses = program.uses()
+    made = _definitions(program, *_FUSED, *_RESHAPES, aten.expand.default, aten.mul.Tensor)
+    e = Emitter()
+    for eq in program.equations:
+        if eq.op is not aten.add.Tensor or not _fused(e, eq, made, uses):
+            e.equations.append(eq)
+    return program.with_equations(e.equations).live()
+
+
+def _fused(e: Emitter, eq: Equation, made: dict[Var, Equation], uses: Counter[Var]) -> bool:
+    """Emit a sum as one operation that multiplies and adds, if one of its terms is a product."""
+    a, b = eq.args
+    out, alpha = eq.outputs[0], eq.kwargs.get("alpha", 1)
+    if out is None or not out.spec.dtype.is_floating_point:
+        return False
+    if not all(isinstance(x, Var) and x.spec == out.spec for x in (a, b)):
+        return False
+    e.source = eq.source
+    for other, x, factors in ((a, b, {"alpha": alpha}), (b, a, {"beta": alpha})):
+        product, shown = made.get(x), None
+        if product is not None and product.op is aten.mul.Tensor and other is not x:
+            if _add_entries(e, eq, other, product, made, uses):
+                return True
+            continue
+        if product is not None and product.op in _RESHAPES and uses[x] == 1:
+            shown, product = product, made.get(product.args[0])
+        if product is None or product.op not in _FUSED or other is x:
+            continue
+        (v,) = product.outputs
+        if v is None or uses[v] != 1 or product.inputs()[0].spec.dtype != out.spec.dtype:
+            continue
+        kwargs = {k: n for k, n in factors.items() if n != 1}
+        term = _row(other, made, v.spec.shape[-1])
+        if term is other and shown is not None:
+            term = e.emit(aten.reshape.default, (other, list(v.spec.shape)), v.spec)
+        args, outputs = (term, *product.args), (out,)
+        if shown is None:
+            e.equations.append(Equation(_FUSED[product.op], args, kwargs, outputs, eq.source))
+        else:
+            total = e.emit(_FUSED[product.op], args, v.spec, **kwargs)
+            args = total, list(out.spec.shape)
+            e.equations.append(Equation(aten.reshape.default, args, {}, outputs, eq.source))
+        return True
+    terms = [_row(x, made, out.spec.shape[-1]) if out.spec.shape else x for x in (a, b)]
+    if terms == [a, b] or (terms[0] is not a and terms[1] is not b):
+        return False
+    e.equations.append(Equation(eq.op, tuple(terms), eq.kwargs, (out,), eq.source))
+    return True
+
+
+def _add_entries(
+    e: Emitter,
+    eq: Equation,
+    other: Var,
+    product: Equation,
+    made: dict[Var, Equation],
+    uses: Counter[Var],
+) -> bool:
+    """Emit a sum in which one term is multiplied entry by entry."""
+    (x,), (v,), out = product.inputs() or (None,), product.outputs, eq.outputs[0]
+    if v is None or out is None or x is None or product.kwargs or uses[v] != 1:
+        return False
+    if x.spec.dtype != out.spec.dtype or not product.residuals():
+        return False
+    number = eq.kwargs.get("alpha", 1)
+    if number != 1 and eq.args[0] is v:
+        return False
+    (factor,) = product.residuals()
+    if (factor.tensor.dtype, factor.tensor.device) != (out.spec.dtype, out.spec.device):
+        return False
+    kwargs = {} if number == 1 else {"value": number}
+    term = _row(other, made, out.spec.shape[-1]) if out.spec.shape else other
+    args = term, x, factor
+    e.equations.append(Equation(aten.addcmul.default, args, kwargs, (out,), eq.source))
+    return True
+
+
+def _row(v: Var, made: dict[Var, Equation], columns: int) -> Var:
+    """Return the one row that all rows of a value repeat, else the value."""
+    x: Var = v
+    while x in made and made[x].op in (aten.expand.default, *_RESHAPES):
+        x = made[x].args[0]
+        if x.spec.shape == (columns,) and v.spec.shape[-1] == columns:
+            return x
+        if x.spec.shape[-1:] != (columns,):
+            break
+    return v
+
+
+def scale_products(program: Program) -> Program:
+    """Multiply what several products have in common by a number, instead of each product."""
+    uses = program.uses()
+    made = {v: eq for eq in program.equations for v in eq.outputs if v is not None}
+
+    def before(v: Var) -> Var:
+        """Return what a value is that was only shown in other shapes."""
+        while uses[v] == 1 and v in made and made[v].op in _SHOWN:
+            v = made[v].args[0]
+        return v
+
+    #: By factor and number, the equations that multiply products of that factor by it.
+    found: dict[tuple[Var, float], list[Equation]] = {}
+    for eq in program.equations:
+        if eq.op is aten.mul.Scalar and not eq.kwargs and isinstance(eq.args[1], float):
+            product = made.get(v := before(eq.args[0]))
+            factors = product.inputs() if product is not None and product.op in _FUSED else []
+            if uses[v] == 1 and len(factors) == 1:
+                found.setdefault((factors[0], eq.args[1]), []).append(eq)
+    same: dict[Var, Var] = {}
+    scaled: dict[Var, float] = {}
+    for (factor, number), equations in found.items():
+        if 1 < len(equations) == uses[factor] and factor in made:
+            same |= {eq.outputs[0]: eq.args[0] for eq in equations if eq.outputs[0] is not None}
+            v = made[factor].args[0] if made[factor].op in _SHOWN else factor
+            scaled[v if uses[v] == 1 and v in made else factor] = number
+
+    def rename(x: Any) -> Any:
+        while isinstance(x, Var) and x in same:
+            x = same[x]
+        return x
+
+    if not same:
+        return program
+    e = Emitter()
+    for eq in program.equations:
+        if eq.outputs[0] not in same:
+            e.equations.append(eq.renamed(rename))
+            for whole in eq.outputs:
+                if whole is not None and whole in scaled:
+                    args = whole, scaled[whole]
+                    same[whole] = e.emit(aten.mul.Scalar, args, whole.spec)
+    return program.with_equations(e.equations, [rename(v) for v in program.outputs])
+
+
+def apply_diagonals(program: Program) -> Program:
+    """Multiply entry by entry with what is only the diagonal of a factor or of a product."""
+    uses = program.uses()
+    diagonals = {
+        v: eq
+        for v, eq in _definitions(program, aten.diagonal_backward.default).items()
+        if len(v.spec.shape) == 2 and v.spec.shape[0] == v.spec.shape[1] and _is_main(eq.args[2:])
+    }
+    products = _definitions(program, aten.mm.default)
+    e = Emitter()
+    for eq in program.equations:
+        e.source = eq.source
+        out = eq.outputs[0]
+        if eq.op is aten.mm.default and isinstance(eq.args[1], Residual):
+            diagonal = diagonals.get(eq.args[0])
+            if diagonal is not None and out is not None:  # diag(v) R
+                v = diagonal.args[0]
+                spec = TensorSpec((*v.spec.shape, 1), v.spec.dtype, v.spec.device)
+                column = e.emit(aten.unsqueeze.default, (v, 1), spec)
+                factors = (column, eq.args[1])
+                e.equations.append(Equation(aten.mul.Tensor, factors, {}, (out,), eq.source))
+                continue
+        if eq.op is aten.diagonal.default and _is_main(eq.args[1:]):
+            product = products.get(eq.args[0])
+            if product is not None and out is not None and uses[eq.args[0]] == 1:
+                a, r = product.args
+                if isinstance(a, Var) and isinstance(r, Residual) and _square(product):
+                    rows = e.emit(aten.mul.Tensor, (a, viewed(aten.t.default, r)), a.spec)
+                    args = (rows, [1])
+                    e.equations.append(Equation(aten.sum.dim_IntList, args, {}, (out,), eq.source))
+                    continue
+        e.equations.append(eq)
+    return program.with_equations(e.equations).live()
+
+
+def _is_main(args: tuple[Any, ...]) -> bool:
+    """Whether `diagonal` with these arguments is the main diagonal of a matrix."""
+    offset, first, second = args + (0, 0, 1)[len(args) :]
+    return bool(offset == 0) and (first % 2, second % 2) == (0, 1)
+
+
+def _square(product: Equation) -> bool:
+    shape = product.outputs[0].spec.shape  # type: ignore[union-attr]
+    return shape[0] == shape[1]

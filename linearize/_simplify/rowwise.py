@@ -1,0 +1,243 @@
+"""Steps that treat each row by itself, as one small matrix for each row.
+
+Programs over many small things (points, particles, samples of a small model) do the same to
+each row of a tensor, in dozens of small steps. Where a stretch of such steps leads from few
+numbers a row to few numbers a row, its matrices, found by applying it to unit vectors, all
+rows at once, need less work and less memory than the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .._programs.aten import schema_of
+from .._programs.program import Emitter, Equation, Program, Var
+from .._programs.residuals import Residual
+from .._torch.names import OpOverload, aten
+from .rowwise_matrices import SOURCE, multiply, width
+
+#: Fewer rows are not worth it.
+FEWEST_ROWS = 32
+#: A row of more numbers than this is no small thing.
+WIDEST = 16
+#: How much less a matrix must read than the steps that it replaces.
+GAIN = 0.7
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+def multiply_rows(program: Program) -> Program:
+    """Replace stretches of steps that treat each row by itself by one matrix for each row."""
+    depth: dict[Var, int] = dict.fromkeys(program.inputs, 0)
+    groups: dict[Any, list[Equation]] = {}
+    for eq in program.equations:
+        at = max((depth[v] for v in eq.inputs()), default=0)
+        kind = _rows(eq)
+        if kind is not None:
+            groups.setdefault((at, kind), []).append(eq)
+        depth.update((v, at + (kind is None)) for v in eq.outputs if v is not None)
+    stretches = [
+        stretch
+        for equations in groups.values()
+        for part in _connected(equations)
+        if (stretch := _Stretch.of(part, program)) is not None
+    ]
+    if not stretches:
+        return program
+    inside = {id(eq): s for s in stretches for eq in s.equations}
+    e = Emitter()
+    done: set[int] = set()
+    for eq in program.equations:
+        stretch = inside.get(id(eq))
+        if stretch is None:
+            e.equations.append(eq)
+        elif id(stretch) not in done:
+            done.add(id(stretch))
+            stretch.emit(e)
+    return program.with_equations(_ordered(e.equations)).live()
+
+
+def _ordered(equations: Sequence[Equation]) -> list[Equation]:
+    """Move equations before those that read them.
+
+    There is an order: what is at one depth does not need, through other steps, what is at the
+    same depth.
+    """
+    made = {v: eq for eq in equations for v in eq.outputs if v is not None}
+    order: list[Equation] = []
+    entered: set[int] = set()
+    left: set[int] = set()
+    for first in equations:
+        stack = [first]
+        while stack:
+            eq = stack[-1]
+            if id(eq) in left:
+                stack.pop()
+            elif id(eq) in entered:
+                left.add(id(stack.pop()))
+                order.append(eq)
+            else:
+                entered.add(id(eq))
+                needed = (made[v] for v in eq.inputs() if v in made)
+                stack.extend(x for x in needed if id(x) not in left)
+    return order
+
+
+class _Stretch:
+    """Steps that treat each row by itself, between few numbers a row and few numbers a row."""
+
+    def __init__(
+        self, equations: Sequence[Equation], inputs: Sequence[Var], outputs: Sequence[Var]
+    ) -> None:
+        self.equations = equations
+        self.inputs = inputs
+        self.outputs = outputs
+
+    @staticmethod
+    def of(equations: Sequence[Equation], program: Program) -> _Stretch | None:
+        """Return the stretch if it is worth replacing."""
+        mine = {v for eq in equations for v in eq.outputs if v is not None}
+        inputs = list(dict.fromkeys(v for eq in equations for v in eq.inputs() if v not in mine))
+        uses = program.uses()
+        uses.subtract(v for eq in equations for v in eq.inputs())
+        outputs = [v for v in mine if uses[v] > 0]
+        outputs.sort(key=[v for eq in equations for v in eq.outputs].index)
+        into, out = (sum(width(v.spec) for v in side) for side in (inputs, outputs))
+        now = sum(
+            sum(_numbers(x) for x in (*eq.reads(), *eq.outputs) if x is not None)
+            for eq in equations
+        )
+        rows = outputs[0].spec.shape[0] if outputs else 0
+        then = rows * (into * out + 2 * into + 2 * out)
+        few = len(equations) <= 3 + len(inputs) + len(outputs)
+        mixed = any(eq.op in _MIXING for eq in equations)  # diagonals are for `fold_diagonals`
+        worth = bool(inputs) and bool(outputs) and mixed and not few and then <= GAIN * now
+        return _Stretch(equations, inputs, outputs) if worth else None
+
+    def emit(self, e: Emitter) -> None:
+        """Emit the products with the matrices."""
+        specs = [v.spec for v in self.outputs]
+        multiply(e, Program(self.inputs, self.equations, self.outputs, specs, SOURCE))
+
+
+def _connected(equations: Sequence[Equation]) -> list[list[Equation]]:
+    """Return the groups of equations that have variables in common."""
+    group: dict[Var, int] = {}
+    members: dict[int, list[Equation]] = {}
+    variables: dict[int, list[Var]] = {}
+    for i, eq in enumerate(equations):
+        met = [v for v in (*eq.inputs(), *eq.outputs) if v is not None]
+        joined = {group[v] for v in met if v in group}
+        members[i], variables[i] = [eq], [v for v in met if v not in group]
+        for j in joined:
+            members[i] = members.pop(j) + members[i]
+            variables[i] += variables.pop(j)
+        group.update((v, i) for v in variables[i])
+    return list(members.values())
+
+
+def _numbers(x: Var | Residual) -> int:
+    return x.tensor.numel() if isinstance(x, Residual) else math.prod(x.spec.shape)
+
+
+# -- which steps treat each row by itself -----------------------------------------------------
+
+
+def _rows(eq: Equation) -> Any:
+    """Return the number of rows and their dtype and device; None if rows depend on others."""
+    if not isinstance(eq.op, OpOverload):
+        return None
+    if len(eq.outputs) != 1 or eq.outputs[0] is None:
+        return None
+    out = eq.outputs[0].spec
+    if len(out.shape) < 1 or out.shape[0] < FEWEST_ROWS or out.dtype not in _DTYPES:
+        return None
+    kind = (out.shape[0], out.dtype, out.device)
+    for v in (*eq.inputs(), eq.outputs[0]):
+        shape = v.spec.shape
+        if not shape or (shape[0], v.spec.dtype, v.spec.device) != kind:
+            return None
+        if width(v.spec) > WIDEST:
+            return None
+    rule = _RULES.get(eq.op)
+    fine = rule(eq, out.shape) if rule is not None else _is_pointwise(eq, out.shape)
+    return kind if fine else None
+
+
+def _is_pointwise(eq: Equation, shape: Sequence[int]) -> bool:
+    assert isinstance(eq.op, OpOverload)
+    schema = schema_of(eq.op)
+    return schema.pointwise and not schema.writes and _aligned(eq, shape)
+
+
+def _aligned(eq: Equation, shape: Sequence[int]) -> bool:
+    """Whether operands broadcast such that the rows of all lie on those of the result."""
+    if any(isinstance(a, (list, tuple)) for a in eq.args):
+        return False
+    return all(len(v.spec.shape) == len(shape) for v in eq.inputs()) and all(
+        r.tensor.dim() < len(shape) or r.tensor.shape[0] in (1, shape[0]) for r in eq.residuals()
+    )
+
+
+def _other(dims: Iterable[int], rank: int) -> bool:
+    """Whether none of the dimensions is the first."""
+    return all(d % rank != 0 for d in dims)
+
+
+def _argument(eq: Equation, i: int, default: Any) -> Any:
+    return eq.args[i] if len(eq.args) > i else default
+
+
+def _rank(x: Any) -> int:
+    return len(x.spec.shape)
+
+
+Rule = Callable[[Equation, Sequence[int]], bool]
+_RULES: dict[Any, Rule] = {
+    aten.sum.dim_IntList: lambda eq, _: bool(eq.args[1]) and _other(eq.args[1], _rank(eq.args[0])),
+    aten.mean.dim: lambda eq, _: bool(eq.args[1]) and _other(eq.args[1], _rank(eq.args[0])),
+    aten.expand.default: lambda eq, shape: _rank(eq.args[0]) == len(shape),
+    aten.reshape.default: lambda eq, shape: True,
+    aten.view.default: lambda eq, shape: True,
+    aten.clone.default: lambda eq, shape: True,
+    aten.unsqueeze.default: lambda eq, shape: _other([eq.args[1]], len(shape)),
+    aten.squeeze.dim: lambda eq, _: _other([eq.args[1]], _rank(eq.args[0])),
+    aten.squeeze.dims: lambda eq, _: _other(eq.args[1], _rank(eq.args[0])),
+    aten.select.int: lambda eq, _: _other([eq.args[1]], _rank(eq.args[0])),
+    aten.slice.Tensor: lambda eq, _: _other([_argument(eq, 1, 0)], _rank(eq.args[0])),
+    aten.select_backward.default: lambda eq, shape: _other([eq.args[2]], len(shape)),
+    aten.slice_backward.default: lambda eq, shape: _other([eq.args[2]], len(shape)),
+    aten.transpose.int: lambda eq, shape: _other(eq.args[1:3], len(shape)),
+    aten.permute.default: lambda eq, shape: eq.args[1][0] % len(shape) == 0,
+    aten.linalg_cross.default: lambda eq, shape: (
+        _aligned(eq, shape) and _other([eq.kwargs.get("dim", -1)], len(shape))
+    ),
+    aten.stack.default: lambda eq, shape: (
+        not eq.residuals() and _other([_argument(eq, 1, 0)], len(shape))
+    ),
+    aten.cat.default: lambda eq, shape: (
+        not eq.residuals() and _other([_argument(eq, 1, 0)], len(shape))
+    ),
+    aten.bmm.default: lambda eq, shape: all(r.tensor.shape[0] == shape[0] for r in eq.residuals()),
+    aten.mm.default: lambda eq, _: isinstance(eq.args[0], Var),
+}
+#: Steps after which a number depends on others of its row.
+_MIXING = frozenset(
+    {
+        aten.sum.dim_IntList,
+        aten.mean.dim,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.select_backward.default,
+        aten.slice_backward.default,
+        aten.linalg_cross.default,
+        aten.stack.default,
+        aten.cat.default,
+        aten.bmm.default,
+        aten.mm.default,
+    }
+)

@@ -1,0 +1,259 @@
+"""Products with one small matrix for each row.
+
+The matrices of all rows are one constant. Where one side has few numbers a row, rows come last
+in it: a product is then a handful of operations on long vectors, in both directions, and the
+two directions keep one constant for both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .._execute.binding import Binding
+from .._execute.executor import Executor
+from .._programs.origins import Costly
+from .._programs.program import Emitter, Equation, Program
+from .._programs.recipes import Recipe, roots
+from .._programs.residuals import Residual, evaluated
+from .._spaces.compare import close, rounding
+from .._spaces.space import TensorSpec
+from .._torch.names import aten
+
+#: The source of the matrices.
+SOURCE = "rows"
+#: How many numbers a row are few.
+NARROW = 4
+#: Matrices of more variables on one side than this are not compared: there are too many orders.
+_MOST_VARIABLES = 4
+#: How many rows are compared before all are.
+_SAMPLE = 8
+
+
+class _Matrices(Costly):
+    """Computes the matrices of a program that treats each row by itself from its residuals.
+
+    Parameters
+    ----------
+    program
+        Whose numbers are not used.
+    order
+        What comes first, second and third: 0 stands for the numbers that come in, 1 for rows,
+        2 for the numbers that go out.
+    """
+
+    def __init__(self, program: Program, order: tuple[int, int, int]) -> None:
+        blank = {r: r.blank() for r in program.residuals()}
+
+        equations = [eq.renamed(lambda x: blank.get(x, x)) for eq in program.equations]
+        self._run = Executor(program.with_equations(equations))
+        self._specs = [v.spec for v in program.inputs]
+        self._order = order
+
+    def __call__(self, *residuals: torch.Tensor) -> torch.Tensor:
+        """Return the matrices."""
+        binding = Binding([Residual(t) for t in residuals], ())
+        rows = self._specs[0].shape[0]
+        widths = [width(spec) for spec in self._specs]
+        units = []
+        for i, spec in enumerate(self._specs):
+            unit = torch.zeros(sum(widths), rows, widths[i], dtype=spec.dtype, device=spec.device)
+            start = sum(widths[:i])
+            for k in range(widths[i]):
+                unit[start + k, :, k] = 1
+            units.append(unit.reshape(-1, *spec.shape))
+
+        def apply(*parts: torch.Tensor) -> torch.Tensor:
+            results = self._run(parts, binding)
+            flat = [t.reshape(rows, -1) for t in results if t is not None]
+            return torch.cat(flat, 1)
+
+        columns: torch.Tensor = torch.vmap(apply)(*units)
+        return columns.permute(self._order).contiguous()
+
+
+def width(spec: TensorSpec) -> int:
+    """Return how many numbers a row has."""
+    return math.prod(spec.shape[1:])
+
+
+def multiply(e: Emitter, program: Program) -> None:
+    """Emit products with matrices in place of a program's equations, for the same variables."""
+    e.source = SOURCE
+    into = sum(width(v.spec) for v in program.inputs)
+    out = sum(width(v.spec) for v in program.outputs if v is not None)
+    if min(into, out) > NARROW:
+        _by_rows(e, program, into, out)
+    else:
+        _by_numbers(e, program, into, out)
+
+
+# -- rows first ---------------------------------------------------------------------------------
+
+
+def _by_rows(e: Emitter, program: Program, into: int, out: int) -> None:
+    """Emit one batched product."""
+    matrices = evaluated(_Matrices(program, (1, 2, 0)), *program.residuals(), source=SOURCE)
+    like, rows = program.inputs[0].spec, matrices.tensor.shape[0]
+    columns = []
+    for v in program.inputs:
+        column = _like(like, rows, width(v.spec), 1)
+        columns.append(e.emit(aten.reshape.default, (v, list(column.shape)), column))
+    whole = columns[0]
+    if len(columns) > 1:
+        whole = e.emit(aten.cat.default, (columns, 1), _like(like, rows, into, 1))
+    product = e.emit(aten.bmm.default, (matrices, whole), _like(like, rows, out, 1))
+    start = 0
+    for v in (v for v in program.outputs if v is not None):
+        part = product
+        if width(v.spec) < out:
+            args = (product, 1, start, start + width(v.spec))
+            part = e.emit(aten.slice.Tensor, args, _like(like, rows, width(v.spec), 1))
+        start += width(v.spec)
+        shaped = (part, list(v.spec.shape))
+        e.equations.append(Equation(aten.reshape.default, shaped, {}, (v,), e.source))
+
+
+# -- rows last ----------------------------------------------------------------------------------
+
+
+def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
+    """Emit a sum of products with vectors as long as there are rows.
+
+    The side with few numbers comes first in the matrices, whichever direction it is, so that
+    they are the same in both.
+    """
+    outs = [v for v in program.outputs if v is not None]
+    sides = [width(v.spec) for v in program.inputs], [width(v.spec) for v in outs]
+    order = (2, 0, 1) if out <= into else (0, 2, 1)
+    matrices = evaluated(_Matrices(program, order), *program.residuals(), source=SOURCE)
+    from_first = out > into  # else from the second dimension to the first
+    widths = sides if from_first else sides[::-1]
+    made_of = roots(r.recipe for r in program.residuals())
+    kept = None
+    if into == out:
+        kept = _kept(made_of, matrices.tensor.transpose(0, 1), *widths[::-1])
+        from_first = kept is not None
+    kept = kept or _kept(made_of, matrices.tensor, *widths)
+    if kept is None:
+        _WIDTHS[matrices], _KEPT[made_of] = widths, matrices
+        starts = _starts(widths[0]), _starts(widths[1])
+    else:
+        matrices, starts = kept
+    like, rows = program.inputs[0].spec, matrices.tensor.shape[-1]
+
+    def spec(*shape: int) -> TensorSpec:
+        return _like(like, *shape)
+
+    inner, outer = starts if from_first else starts[::-1]
+    parts = []
+    for _, v in sorted(zip(inner, program.inputs, strict=True), key=lambda pair: pair[0]):
+        shape = spec(rows, width(v.spec))
+        args: tuple[Any, ...] = v, list(shape.shape)
+        flat = v if v.spec == shape else e.emit(aten.reshape.default, args, shape)
+        parts.append(e.emit(aten.t.default, (flat,), spec(width(v.spec), rows)))
+    turned = parts[0]
+    if len(parts) > 1:
+        turned = e.emit(aten.cat.default, (parts, 0), spec(into, rows))
+    if from_first:
+        turned = e.emit(aten.unsqueeze.default, (turned, 1), spec(into, 1, rows))
+    # The first factor decides how the result lies in memory.
+    terms = e.emit(aten.mul.Tensor, (matrices, turned), spec(*matrices.tensor.shape))
+    args = terms, [0 if from_first else 1]
+    total = e.emit(aten.sum.dim_IntList, args, spec(out, rows))
+    for start, v in zip(outer, outs, strict=True):
+        part, shape = total, spec(rows, width(v.spec))
+        if width(v.spec) < out:
+            args = (total, 0, start, start + width(v.spec))
+            part = e.emit(aten.slice.Tensor, args, spec(width(v.spec), rows))
+        if v.spec == shape:
+            e.equations.append(Equation(aten.t.default, (part,), {}, (v,), e.source))
+            continue
+        part = e.emit(aten.t.default, (part,), shape)
+        shaped = (part, list(v.spec.shape))
+        e.equations.append(Equation(aten.reshape.default, shaped, {}, (v,), e.source))
+
+
+#: The matrices that some program keeps, by what they were made of.
+_KEPT: weakref.WeakValueDictionary[frozenset[Recipe], Residual] = weakref.WeakValueDictionary()
+#: How many numbers each variable has along their first and second dimension.
+_WIDTHS: weakref.WeakKeyDictionary[Residual, tuple[list[int], list[int]]]
+_WIDTHS = weakref.WeakKeyDictionary()
+
+
+def _kept(
+    made_of: frozenset[Recipe], t: torch.Tensor, first: Sequence[int], second: Sequence[int]
+) -> tuple[Residual, tuple[list[int], list[int]]] | None:
+    """Return the other direction's matrices if they are the same but for the variables' order.
+
+    Parameters
+    ----------
+    made_of
+        What the matrices come from.
+    t
+        The matrices as they were computed.
+    first, second
+        The numbers of each variable along the first two dimensions.
+
+    Returns
+    -------
+    tuple or None
+        The matrices, and where in each of the two dimensions each variable's numbers begin.
+        None if there are none, or if several orders give the same numbers: at another point
+        only one of them may be right.
+    """
+    known = _KEPT.get(made_of)
+    if known is None or known.tensor.numel() != t.numel():
+        return None
+    widths = first, second
+    if max(map(len, widths)) > _MOST_VARIABLES:
+        return None
+    some = slice(None, None, max(1, t.shape[-1] // _SAMPLE))
+    fitting = [
+        places
+        for places in _orders(_WIDTHS[known], widths)
+        if close(_ordered(known.tensor[..., some], places, widths), t[..., some])
+    ]
+    if len(fitting) != 1 or not close(_ordered(known.tensor, fitting[0], widths), t, rounding):
+        return None
+    return known, fitting[0]
+
+
+def _orders(
+    theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield where our variables can begin along two dimensions."""
+    options = []
+    for have, want in zip(theirs, ours, strict=True):
+        starts = _starts(have)
+        options.append(
+            [
+                [starts[i] for i in order]
+                for order in itertools.permutations(range(len(have)))
+                if [have[i] for i in order] == list(want)
+            ]
+        )
+    yield from itertools.product(*options)
+
+
+def _starts(widths: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(widths)][:-1]
+
+
+def _ordered(
+    t: torch.Tensor, places: Sequence[Sequence[int]], widths: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Return matrices with the variables' numbers in another order."""
+    for dim in (0, 1):
+        parts = [t.narrow(dim, i, n) for i, n in zip(places[dim], widths[dim], strict=True)]
+        t = torch.cat(parts, dim)
+    return t
+
+
+def _like(spec: TensorSpec, *shape: int) -> TensorSpec:
+    return TensorSpec(shape, spec.dtype, spec.device)

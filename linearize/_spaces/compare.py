@@ -1,0 +1,68 @@
+"""Comparing numbers: what may be rounding and what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+_TOLERANCE = {
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+    torch.float32: 1e-3,
+    torch.complex64: 1e-3,
+    torch.complex32: 2e-2,
+}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative error within which two results of this dtype count as equal."""
+    return _TOLERANCE.get(dtype, 1e-8)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Return the relative error that rounding in another order may well amount to.
+
+    Less than `tolerance` in single precision: there, digits that a simplified program loses by
+    cancellation are missed.
+    """
+    return min(tolerance(dtype), max(200 * torch.finfo(dtype).eps, 1e-9))
+
+
+def close(
+    a: torch.Tensor, b: torch.Tensor, within: Callable[[torch.dtype], float] = tolerance
+) -> bool:
+    """Whether two tensors agree within the tolerance of their dtype, relative to the largest.
+
+    Numbers that are not finite must stand at the same places.
+    """
+    if a.shape != b.shape or a.numel() == 0:
+        return a.shape == b.shape
+    limit = max(within(a.dtype), within(b.dtype))
+    same, off, large = [], [], []
+    for x, y in zip(_pieces(a.detach()), _pieces(b.detach()), strict=True):
+        wide = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
+        x, y = x.to(wide), y.to(wide)
+        finite = torch.isfinite(x)
+        same.append((finite == torch.isfinite(y)).all())
+        x, y = torch.where(finite, x, 0), torch.where(finite, y, 0)
+        off.append((x - y).abs().max())
+        large.append(torch.stack([x.abs().max(), y.abs().max()]))
+    if not torch.stack(same).all():
+        return False
+    return bool(torch.stack(off).max() <= limit * torch.stack(large).amax(0).sum() + 1e-300)
+
+
+#: How many numbers are compared at once: the comparison takes several times their memory.
+_AT_ONCE = 1 << 20
+
+
+def _pieces(t: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return parts of a tensor, none of them much larger than what is compared at once."""
+    if t.numel() <= _AT_ONCE:
+        return (t,)
+    dim = max(range(t.dim()), key=t.shape.__getitem__)
+    pieces: Sequence[torch.Tensor] = torch.split(
+        t, max(1, t.shape[dim] * _AT_ONCE // t.numel()), dim
+    )
+    return pieces

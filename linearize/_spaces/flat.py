@@ -1,0 +1,101 @@
+"""Elements of a space as flat vectors, one or many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+
+from .._text.progress import progress
+from ..errors import SpaceError, UnsupportedError
+from .space import Space, TensorSpec
+
+#: The tensors of an element of a space, one per differentiable leaf.
+Parts: TypeAlias = list[torch.Tensor]
+
+
+def flat_spec(space: Space) -> TensorSpec:
+    """Return shape, dtype and device of the flat vectors of a space.
+
+    Raises
+    ------
+    UnsupportedError
+        If the space has both real and complex leaves: no vector stands for both.
+    """
+    kinds = {leaf.dtype.is_complex for leaf in space.tensors}
+    if len(kinds) > 1:
+        raise UnsupportedError(
+            f"flat vectors of {space!r}: it has both real and complex leaves; pass pytrees, or "
+            "let the function take torch.view_as_real(z) for its complex leaves"
+        )
+    dtype = space.tensors[0].dtype
+    for leaf in space.tensors[1:]:
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    return TensorSpec((space.size,), dtype, space.tensors[0].device)
+
+
+def join(space: Space, parts: Sequence[torch.Tensor], *, stacked: bool = False) -> torch.Tensor:
+    """Return the flat vector of an element, or, of K stacked ones, K rows."""
+    spec = flat_spec(space)
+    rows = [
+        t.reshape((*t.shape[: int(stacked)], leaf.numel)).to(dtype=spec.dtype, device=spec.device)
+        for t, leaf in zip(parts, space.tensors, strict=True)
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+
+def split(space: Space, flat: torch.Tensor) -> Parts:
+    """Return the element that a flat vector stands for; of K rows, K stacked ones."""
+    sizes = [leaf.numel for leaf in space.tensors]
+    return [
+        part.reshape((*flat.shape[:-1], *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)
+        for part, leaf in zip(flat.split(sizes, dim=-1), space.tensors, strict=True)
+    ]
+
+
+def check_flat(space: Space, flat: torch.Tensor, what: str) -> None:
+    """Raise `SpaceError` if a tensor has not the dtype and device of the space's vectors."""
+    spec = flat_spec(space)
+    if flat.dtype != spec.dtype or flat.device != spec.device:
+        raise SpaceError(
+            f"{what}: expected dtype {spec.dtype} on {spec.device}, got {flat.dtype} on "
+            f"{flat.device}; convert it, nothing is cast silently"
+        )
+
+
+def zeros(space: Space, stacked: int | None = None) -> Parts:
+    """Return the zero of a space, or that many of them, stacked."""
+    front = () if stacked is None else (stacked,)
+    return [
+        torch.zeros(front + leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        for leaf in space.tensors
+    ]
+
+
+def random(space: Space, generator: torch.Generator) -> Parts:
+    """Return a normally distributed element."""
+    return [leaf.random(generator) for leaf in space.tensors]
+
+
+def units(space: Space, chunk: int, what: str) -> Iterator[tuple[int, Parts]]:
+    """Yield the unit vectors of a space in stacks of at most `chunk`, with a progress bar.
+
+    Yields
+    ------
+    start, parts
+        The number of the first unit vector of the stack, and the stack.
+    """
+    size = space.size
+    starts = range(0, size, chunk)
+    for start in progress(starts, len(starts), what):
+        count = min(chunk, size - start)
+        parts = zeros(space, count)
+        begin = 0
+        for part, leaf in zip(parts, space.tensors, strict=True):
+            low, high = max(start, begin), min(start + count, begin + leaf.numel)
+            if low < high:
+                rows = torch.arange(low - start, high - start, device=leaf.device)
+                part.view(count, -1)[rows, rows + (start - begin)] = 1
+            begin += leaf.numel
+        yield start, parts

@@ -1,0 +1,17 @@
+"""Progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def progress(steps: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """Return `steps` with a progress bar where tqdm is installed; short work shows none."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return steps
+    return tqdm(steps, total=total, desc=what, delay=1.0, leave=False)

@@ -1,0 +1,293 @@
+"""Nodes of autograd graphs, and what they keep."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import Node as Node
+
+from .modes import NOTHING, subclasses_ignored
+
+T = TypeVar("T")
+
+
+def is_custom(node: Node) -> bool:
+    """Whether a graph node is the context of a custom `torch.autograd.Function`."""
+    return isinstance(node, BackwardCFunction)
+
+
+class _Children:
+    """Lets the nodes below a graph node die one after the other, not one inside the other."""
+
+    __slots__ = ("nodes",)
+    _local = threading.local()
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self.nodes = nodes
+
+    def __del__(self) -> None:
+        local = _Children._local.__dict__
+        dying = local.get("dying")
+        if dying is not None:
+            dying.extend(self.nodes)
+            return
+        dying = local["dying"] = self.nodes
+        try:
+            while dying:
+                dying.pop()
+        finally:
+            local["dying"] = None
+
+
+#: Up to so many nodes may die inside each other; each takes some hundred bytes of the stack.
+_SHALLOW = 2000
+
+
+def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
+    """Prepare nodes of a deep graph, seen from Python, for their end.
+
+    Parameters
+    ----------
+    nodes
+        Of the graph.
+    others
+        How many more of its nodes were seen before.
+
+    Notes
+    -----
+    A node that Python has seen keeps its Python object, and then PyTorch (2.13) destroys what
+    is below it recursively: from some ten thousand nodes on the stack overflows. The nodes'
+    metadata, which go first, hand over what is below to a loop.
+    """
+    if len(nodes) + others > _SHALLOW:
+        for node in nodes:
+            below = [child for child, _ in node.next_functions if child is not None]
+            if below:
+                metadata: Any = node.metadata
+                metadata["linearize"] = _Children(below)
+
+
+def forward_class(node: Node) -> Any:
+    """Return the `torch.autograd.Function` subclass that made a custom node."""
+    return node._forward_cls  # type: ignore[attr-defined]
+
+
+def gradient_edge(t: torch.Tensor) -> GradientEdge:
+    """Return where the gradient of `t` goes, for a tensor that requires grad.
+
+    A subclass that intercepts functions is not asked: what it returns from a view may have
+    more history than PyTorch's own `get_gradient_edge` reckons with.
+    """
+    with subclasses_ignored():
+        return get_gradient_edge(t)
+
+
+def accumulators(leaves: Sequence[torch.Tensor]) -> list[Node]:
+    """Return the nodes in which the gradients of leaf tensors end."""
+    with torch.enable_grad(), subclasses_ignored():
+        return [t.view_as(t).grad_fn.next_functions[0][0] for t in leaves]  # type: ignore[union-attr,misc]
+
+
+def history(tensors: Iterable[torch.Tensor]) -> list[Node]:
+    """Return the graph nodes that made tensors, asked out of sight of all function modes.
+
+    A view that must not be used any more, as PyTorch would say, counts as having none.
+    """
+    nodes = []
+    with torch._C.DisableTorchFunction():
+        for t in tensors:
+            try:
+                node = t.grad_fn
+            except RuntimeError:
+                continue
+            if node is not None:
+                nodes.append(node)
+    return nodes
+
+
+def leaf_variable(node: Node) -> torch.Tensor | None:
+    """Return the leaf tensor behind an `AccumulateGrad` node, None for other nodes."""
+    return getattr(node, "variable", None)
+
+
+def input_metadata(node: Any) -> Sequence[Any]:
+    """Return shape, dtype and device of each gradient that the node receives."""
+    metadata: Sequence[Any] = node._input_metadata
+    return metadata
+
+
+def outside_backward(do: Callable[[], T]) -> T:
+    """Do something with graph nodes that a running backward pass must not influence.
+
+    While the engine computes gradients of chosen inputs, a node called by hand skips results
+    that do not lead there, and returns None for them. The engine's task is a matter of the
+    thread: inside one, this goes to another thread.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return do()
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            outcome.append(do())
+        except BaseException as error:  # handed on below
+            failure.append(error)
+
+    thread = threading.Thread(target=body, name="linearize")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+def is_generated(kind: type) -> bool:
+    """Whether a node class is one of those that PyTorch generates from its derivative table.
+
+    They show what they saved, but for what shapes and dtypes tell.
+    """
+    return getattr(torch._C._functions, kind.__name__, None) is kind and kind.__name__ not in (
+        "CopySlices",
+        "Error",
+        "DelayedError",
+        "NotImplemented",
+        "SendRpcBackward",
+    )
+
+
+@functools.cache
+def saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the attributes of a node class that are saved tensors, and the other saved ones."""
+    raw = [name for name in dir(kind) if name.startswith("_raw_saved_")]
+    tensors = tuple(name.removeprefix("_raw") for name in raw)
+    known = [name for name in dir(kind) if name.startswith("_saved_")]
+    return tensors, tuple(name for name in known if name not in tensors)
+
+
+def unpacked(node: Node, name: str, raw: str) -> Any:
+    """Return a saved tensor, or a sequence of them, given the names of both its forms.
+
+    Raises
+    ------
+    RuntimeError
+        If it was changed in place, or freed, or packed by a hook, which may compute anything.
+    """
+    packed = getattr(node, raw)
+    for one in packed if isinstance(packed, (tuple, list)) else (packed,):
+        if getattr(one, "unpack_hook", None) is not None:
+            raise RuntimeError(f"{name} was packed by a hook")
+    return getattr(node, name)
+
+
+def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a built-in node keeps, as far as they lie ready.
+
+    What was packed by a hook is left alone: to unpack it may mean to compute it again.
+    """
+    for name in saved_names(type(node))[0]:
+        saved = getattr(node, f"_raw{name}")
+        for raw in saved if isinstance(saved, (tuple, list)) else (saved,):
+            if raw is None or getattr(raw, "unpack_hook", None) is not None:
+                continue
+            t = getattr(raw, "data", None)
+            if isinstance(t, torch.Tensor):
+                yield t
+
+
+def recomputed_once() -> contextlib.AbstractContextManager[Any]:
+    """Let a checkpointed block run once for all that is unpacked of it inside.
+
+    Outside of a backward pass it runs for every single tensor. A tensor can be unpacked once.
+    """
+    group: Any = getattr(torch.utils.checkpoint, "GraphExecGroup", None)
+    if group is None or group._get_current_group() is not None:
+        return NOTHING
+    return cast("contextlib.AbstractContextManager[Any]", group())
+
+
+@contextlib.contextmanager
+def recomputed_apart() -> Iterator[None]:
+    """Let what is unpacked inside be unpacked again outside, of `recomputed_once`."""
+    group: Any = getattr(torch.utils.checkpoint, "GraphExecGroup", None)
+    current = None if group is None else group._get_current_group()
+    if current is None:
+        yield
+        return
+    group.__exit__(current)
+    try:
+        yield
+    finally:
+        group.__enter__(current)
+
+
+def next_node_number() -> int:
+    """Return the number that the next node of an autograd graph made in this thread gets."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+def node_number(node: Node) -> int:
+    """Return the number of a node, which tells when it was made in its thread."""
+    return node._sequence_nr()
+
+
+def packed_by_hooks(node: Any) -> bool:
+    """Whether what a custom node saved was packed by saved-tensor hooks."""
+    return any(
+        getattr(raw, "unpack_hook", None) is not None for raw in node._raw_saved_tensors or ()
+    )
+
+
+def only_raises(cls: Any) -> bool:
+    """Whether a Function was made for a `torch.library` operator without autograd."""
+    if not cls.__name__.startswith("GeneratedBackwardFor_"):
+        return False
+    todo = [cls.backward]
+    while todo:
+        for cell in getattr(todo.pop(), "__closure__", None) or ():
+            content = cell.cell_contents
+            if hasattr(content, "_backward_fn"):
+                return content._backward_fn is None
+            if callable(content) and hasattr(content, "__closure__"):
+                todo.append(content)
+    return False
+
+
+def materialized_arguments(node: Node, output_nr: int) -> tuple[torch.Tensor | None, ...]:
+    """Return what PyTorch's engine hands to `backward` of a custom node, zeros throughout.
+
+    The engine runs this one node with `apply` shadowed, so that the user's `backward` is not
+    called: the result tells what stands for each output that has no gradient (zeros of its
+    shape, or None), information that a node does not show otherwise.
+    """
+    received: list[tuple[torch.Tensor | None, ...]] = []
+    count = len(node.needs_input_grad)  # type: ignore[attr-defined]
+
+    def probe(*grads: torch.Tensor | None) -> tuple[None, ...]:
+        received.append(grads)
+        return (None,) * count
+
+    meta = input_metadata(node)[output_nr]
+    zero = torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device)
+    edges = [GradientEdge(n, nr) for n, nr in node.next_functions if n is not None]
+    attributes = node.__dict__
+    attributes["apply"] = probe
+    try:
+        torch.autograd.grad(
+            [GradientEdge(node, output_nr)],
+            edges[:1],
+            [zero],
+            retain_graph=True,
+            allow_unused=True,
+        )
+    finally:
+        del attributes["apply"]
+    return received[0]

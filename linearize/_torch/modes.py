@@ -1,0 +1,102 @@
+"""Modes of PyTorch: those that see operations, transforms, grad and inference mode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode that does not load the compiler.
+
+    The base class wraps its subclasses' methods in a way that imports `torch._dynamo` at the
+    first call, which takes a second.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+#: Whether a `torch.func` transform is running around the caller.
+functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+#: Switches grad mode on or off, as `torch.no_grad` does at both its ends, and much quicker.
+set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
+
+
+#: Whether somebody watches or replaces PyTorch's Python functions in this thread.
+functions_overridden: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
+
+
+def functions_as_they_are() -> contextlib.AbstractContextManager[Any]:
+    """Hide PyTorch's Python functions from those who watch or replace them."""
+    disabled: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunction()
+    return disabled
+
+
+def transform_depth() -> int:
+    """Return how many `torch.func` transforms are running around the caller, one in another."""
+    return len(torch._C._functorch.get_interpreter_stack() or ())
+
+
+def subclasses_ignored() -> contextlib.AbstractContextManager[Any]:
+    """Let operations on tensor subclasses return plain tensors, as C++ code sees them."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def without_subclass(t: torch.Tensor) -> torch.Tensor:
+    """Return `t` without history as a plain tensor on the same memory."""
+    with subclasses_ignored():
+        plain = t.detach()
+        return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
+
+
+@contextlib.contextmanager
+def without_inference_mode() -> Iterator[None]:
+    """Leave inference mode, without grad mode, which leaving alone would switch on."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def unobserved() -> contextlib.AbstractContextManager[Any]:
+    """Suspend dispatch modes."""
+    return _disable_current_modes()
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """Suspend `torch.func` transforms, for work that has nothing to do with them."""
+    return temporarily_clear_interpreter_stack() if functorch_active() else NOTHING
+
+
+def lazy_bits_respected() -> contextlib.AbstractContextManager[Any]:
+    """Let operations inside `__torch_dispatch__` see conjugate, negative and zero bits.
+
+    PyTorch hands over below the keys that resolve these bits, so that there
+    `x.conj() * 2` would be `x * 2`, also inside composite operations such as `linalg.pinv`.
+    """
+    now = torch._C._dispatch_tls_local_exclude_set()
+    raw = now.raw_repr()
+    excluded = _LESS_EXCLUDED.get(raw)
+    if excluded is None:
+        key = torch._C.DispatchKey
+        for lazy in (key.Conjugate, key.Negative, key.ZeroTensor):
+            now = now.remove(lazy)
+        excluded = _LESS_EXCLUDED[raw] = now
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+_LESS_EXCLUDED: dict[int, Any] = {}

@@ -1,0 +1,119 @@
+"""Operations, dispatch keys and pytrees, and what can be asked about one tensor."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch._ops import OpOverload as OpOverload
+from torch.autograd import forward_ad
+from torch.utils import _pytree
+
+aten: Any = torch.ops.aten
+pytree = _pytree
+DispatchKey: Any = torch._C.DispatchKey
+
+KeyPath: TypeAlias = tuple[Any, ...]
+
+
+def bare(op: Any) -> Any:
+    """Return an operation without its Python part, which does nothing but call it."""
+    return getattr(op, "_op", op)
+
+
+def key_string(path: KeyPath) -> str:
+    """Return `['a'][0].b` for a pytree key path."""
+    return str(pytree.keystr(path))
+
+
+def reachable_elsewhere(t: torch.Tensor, aliases: int) -> bool:
+    """Whether somebody else holds `t` or its memory; never wrongly denied.
+
+    Parameters
+    ----------
+    t
+        A tensor that the caller holds by one reference.
+    aliases
+        How many tensors on the same storage the caller holds, `t` included.
+    """
+    count = _references(t)
+    if (count > _LEAST and count > _lone_references()) or t._use_count() > 1:  # type: ignore[attr-defined]
+        return True
+    storage = t.untyped_storage()
+    # Python's handle on the storage is one of its owners.
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1 > aliases
+
+
+def _references(t: torch.Tensor) -> int:
+    return sys.getrefcount(t)
+
+
+def _lone_references() -> int:
+    """Return what `_references` counts for a tensor with one holder, called as above.
+
+    Not once for all: it is more while `torch.compile` has a say in how frames are run, as it
+    goes on to have after a failure.
+    """
+    holder = types.SimpleNamespace(tensor=torch.zeros(()))
+
+    def called_with(t: torch.Tensor) -> int:
+        return _references(t)
+
+    return called_with(holder.tensor)
+
+
+#: What it is at least.
+_LEAST = _lone_references()
+
+
+def spec_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    """Return the structures of the children of a pytree node."""
+    return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
+
+
+def has_forward_tangent(t: Any) -> bool:
+    """Whether `t` is a dual tensor of an open `torch.autograd.forward_ad` level."""
+    if not isinstance(t, torch.Tensor) or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None
+
+
+def has_memory(t: torch.Tensor) -> bool:
+    """Whether a dense tensor has memory; forward mode makes zeros that have none."""
+    return not t._is_zerotensor()
+
+
+def batched_or_wrapped(t: torch.Tensor) -> bool:
+    """Whether `t` belongs to a `torch.func` transform (a batched or tracked tensor)."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
+
+
+def decompositions(op: Any) -> Callable[..., Any] | None:
+    """Return the function that computes `op` by simpler operations, None if there is none."""
+    from torch._decomp import decomposition_table  # loads slowly and is seldom needed
+
+    return decomposition_table.get(op)
+
+
+def is_wrapped_number(t: torch.Tensor) -> bool:
+    """Whether a tensor without dimensions stands for a Python number.
+
+    Such a number does not take part in type promotion as a tensor would. Never wrongly denied.
+    """
+    if t.device.type != "cpu":
+        return False
+    smaller = _SMALLER.get(t.dtype)
+    if smaller is None:
+        return t.dtype == torch.bool
+    return torch.result_type(smaller, t) == smaller.dtype
+
+
+#: Python numbers are saved in the dtypes on the left.
+_SMALLER = {
+    torch.float64: torch.empty((), dtype=torch.float32, device="cpu"),
+    torch.complex128: torch.empty((), dtype=torch.complex64, device="cpu"),
+    torch.int64: torch.empty((), dtype=torch.int32, device="cpu"),
+}

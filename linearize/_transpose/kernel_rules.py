@@ -1,0 +1,343 @@
+"""Transposes of backward kernels that PyTorch cannot differentiate.
+
+Each kernel is linear in the gradient that it is given. Its transpose takes the tangents of
+the forward operation's arguments to the tangent of its result. Kernels that multiply each
+entry of the gradient by a slope of its own become plain ATen equations; the others a
+`KernelTranspose`, whose own transpose is the kernel again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .._programs.aten import schema_of
+from .._programs.program import Emitter, Equation, Operation, Var
+from .._programs.residuals import Residual, zero_residual
+from .._record.node_formulas import LogCumSumExpDifferential, MatrixExpDifferential
+from .._spaces.nested import map_leaves
+from .._spaces.space import TensorSpec
+from .._torch.names import OpOverload, aten
+from .kernel_formulas import (
+    Formula,
+    attention_tangent,
+    cdist_tangent,
+    pdist_tangent,
+    weight_norm_tangent,
+)
+from .rules import Cotangents, Result, as_gradient, fit, rule
+
+
+class _Hole:
+    """Stands for a residual among a kernel's arguments."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class KernelTranspose(Operation):
+    """The transpose of a kernel with respect to its first argument, by a formula.
+
+    It is called with a tangent for each of the kernel's results (None for zero), followed by
+    the kernel's residuals.
+    """
+
+    __slots__ = ("args", "count", "formula", "kernel", "kwargs")
+    may_alias = False
+    of_point = False
+
+    def __init__(
+        self, kernel: OpOverload, args: Any, kwargs: Any, count: int, formula: Formula
+    ) -> None:
+        self.kernel = kernel
+        #: The kernel's arguments after the gradient, with holes for residuals.
+        self.args, self.kwargs = args, kwargs
+        self.count = count
+        self.formula = formula
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"transposed {schema_of(self.kernel).name}"
+
+    def filled(self, residuals: Sequence[Any]) -> tuple[Any, Any]:
+        """Return the kernel's arguments after the gradient."""
+
+        def fill(x: Any) -> Any:
+            return residuals[x.index] if isinstance(x, _Hole) else x
+
+        return map_leaves(fill, self.args), map_leaves(fill, self.kwargs)
+
+    def __call__(self, *given: Any) -> Any:
+        """Apply the formula."""
+        tangents, residuals = given[: self.count], given[self.count :]
+        if all(t is None for t in tangents):
+            return (None,)
+        args, kwargs = self.filled(residuals)
+        return (self.formula(tangents, _named(self.kernel, args, kwargs)),)
+
+
+def _named(kernel: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a kernel's arguments after the gradient by name, defaults included."""
+    declared = kernel._schema.arguments[1:]
+    named = {a.name: a.default_value for a in declared if a.has_default_value()}
+    named.update((a.name, x) for a, x in zip(declared, args, strict=False))
+    return named | kwargs
+
+
+def _linear_in_first(eq: Equation) -> bool:
+    """Whether the gradient is all that varies, as a rule of this module expects."""
+    return isinstance(eq.args[0], Var) and len(eq.inputs()) == 1
+
+
+def _turned(e: Emitter, eq: Equation, cts: Cotangents, formula: Formula) -> Result | None:
+    """Emit a `KernelTranspose`."""
+    if not _linear_in_first(eq):
+        return None
+    residuals = list(dict.fromkeys(eq.residuals()))
+
+    def hole(x: Any) -> Any:
+        return _Hole(residuals.index(x)) if isinstance(x, Residual) else x
+
+    args, kwargs = map_leaves(hole, eq.args[1:]), map_leaves(hole, eq.kwargs)
+    op = KernelTranspose(eq.op, args, kwargs, len(cts), formula)  # type: ignore[arg-type]
+    grad = eq.args[0]
+    return [(grad, e.emit(op, (*cts, *residuals), grad.spec))]
+
+
+@rule(KernelTranspose)
+def _kernel_again(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    op: Any = eq.op
+    tangents = eq.args[: op.count]
+    args, kwargs = op.filled(eq.args[op.count :])
+    outs = tuple(Var(t.spec) if isinstance(t, Var) else None for t in tangents)
+    grad = as_gradient(e, op.kernel, cts[0])
+    e.equations.append(Equation(op.kernel, (grad, *args), kwargs, outs, e.source))
+    return [(t, out) for t, out in zip(tangents, outs, strict=True) if out is not None]
+
+
+@rule(MatrixExpDifferential, LogCumSumExpDifferential)
+def _differential(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, *point = eq.args
+    turned = eq.op.turned()  # type: ignore[attr-defined]
+    return [(x, e.emit(turned, (cts[0], *point), x.spec))]
+
+
+# -- each entry of the gradient times a slope -------------------------------------------------
+
+
+def _slopes(e: Emitter, eq: Equation) -> Residual:
+    """Return the kernel's result for a gradient of ones.
+
+    It is kept in place of the residuals that it comes from, which must be what they were.
+    """
+    for r in eq.residuals():
+        r.check()
+
+    def number(x: Any) -> Any:
+        return x.tensor if isinstance(x, Residual) else x
+
+    spec = eq.args[0].spec
+    ones = torch.ones(spec.shape, dtype=spec.dtype, device=spec.device)
+    args, kwargs = map_leaves(number, eq.args[1:]), map_leaves(number, eq.kwargs)
+    with torch.no_grad():
+        return Residual(eq.op(ones, *args, **kwargs).detach(), e.source)
+
+
+def _summed(e: Emitter, eq: Equation, ct: Var, dims: list[int]) -> Result:
+    """Emit the sum of slopes times tangents over the dimensions that the gradient lacks."""
+    grad = eq.args[0]
+    out = e.emit(aten.mul.Tensor, (ct, _slopes(e, eq)), ct.spec)
+    if dims:
+        shape = tuple(n for i, n in enumerate(ct.spec.shape) if i not in dims)
+        spec = TensorSpec(shape, ct.spec.dtype, ct.spec.device)
+        out = e.emit(aten.sum.dim_IntList, (out, dims), spec)
+    if out.spec.shape != grad.spec.shape:
+        out = e.emit(aten.reshape.default, (out, list(grad.spec.shape)), grad.spec)
+    return [(grad, fit(e, out, grad.spec))]
+
+
+@rule(aten.multi_margin_loss_backward.default, aten.multilabel_margin_loss_backward.default)
+def _margin(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Scale slopes: the loss is a number for each row, or one for all."""
+    (ct,) = cts
+    if not _linear_in_first(eq) or ct is None:
+        return None
+    lead = len(eq.args[0].spec.shape)
+    return _summed(e, eq, ct, list(range(lead, len(ct.spec.shape))))
+
+
+@rule(aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor)
+def _ctc(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Scale slopes of shape (time, sequence, class) for each sequence.
+
+    Graves et al., ICML 2006, equation 16. PyTorch gives the gradient with respect to what
+    `log_softmax` is applied to, and so does this: it is right for normalized `log_probs`.
+    """
+    (ct,) = cts
+    if not _linear_in_first(eq) or ct is None or eq.args[0].spec.shape not in _rows(ct):
+        return None
+    rank = len(ct.spec.shape)
+    return _summed(e, eq, ct, [0, 1] if rank == 2 else [0, 2])
+
+
+def _rows(ct: Var) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes that the gradient of a CTC loss may have."""
+    return ((), (1,)) if len(ct.spec.shape) == 2 else (ct.spec.shape[1:2],)
+
+
+@rule(aten._segment_reduce_backward.default)
+def _segments(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Sum slopes times data: each entry has a share in one entry of the result: its segment's."""
+    (ct,) = cts
+    if not _linear_in_first(eq) or ct is None:
+        return None
+    grad, named = eq.args[0], _named(eq.op, eq.args[1:], eq.kwargs)  # type: ignore[arg-type]
+    axis, shape = named["axis"], ct.spec.shape
+    for r in eq.residuals():
+        r.check()
+    if named["lengths"] is not None:
+        ends = named["lengths"].tensor.cumsum(-1)
+    else:
+        ends = named["offsets"].tensor[..., 1:]
+    batch, length, segments = math.prod(shape[:axis]), shape[axis], ends.shape[-1]
+    if not segments:
+        return None
+    # Entries outside of all segments have slope zero, wherever they are put.
+    places = torch.arange(length, device=ends.device, dtype=ends.dtype).expand(batch, length)
+    ends = ends.reshape(batch, segments).contiguous()
+    segment = torch.searchsorted(ends, places.contiguous(), right=True).clamp(max=segments - 1)
+    first = segments * torch.arange(batch, device=ends.device)[:, None]
+    index = Residual((first + segment).flatten(), e.source)
+    out = e.emit(aten.mul.Tensor, (ct, _slopes(e, eq)), ct.spec)
+    flat = _like(ct, (batch * length, *shape[axis + 1 :]))
+    out = e.emit(aten.reshape.default, (out, list(flat.shape)), flat)
+    total = _like(ct, (batch * segments, *shape[axis + 1 :]))
+    out = e.emit(aten.index_add.default, (zero_residual(total), 0, index, out), total)
+    out = e.emit(aten.reshape.default, (out, list(grad.spec.shape)), _like(ct, grad.spec.shape))
+    return [(grad, fit(e, out, grad.spec))]
+
+
+def _like(v: Var, shape: tuple[int, ...]) -> TensorSpec:
+    return TensorSpec(shape, v.spec.dtype, v.spec.device)
+
+
+# -- bags of embeddings -----------------------------------------------------------------------
+
+
+def _bags(named: dict[str, Any]) -> torch.Tensor:
+    """Return the bag of each index; the forward kernel may have left that out."""
+    known: torch.Tensor = named["offset2bag"].tensor
+    indices = named["indices"].tensor
+    if known.numel() or not indices.numel():
+        return known
+    offsets = named["offsets"].tensor
+    places = torch.arange(indices.numel(), device=indices.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, places, right=True) - 1
+
+
+@rule(aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default)
+def _embedding_bag(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Sum rows of the weight, each times a factor, or pick the largest of each column.
+
+    `torch.nn.EmbeddingBag`. With `scale_grad_by_freq` the kernel gives something else than a
+    derivative (and on the CPU its counts belong to other indices): that is left out.
+    """
+    (ct,) = cts
+    if not _linear_in_first(eq) or ct is None:
+        return None
+    grad, named = eq.args[0], _named(eq.op, eq.args[1:], eq.kwargs)  # type: ignore[arg-type]
+    if named.get("sparse") or named["scale_grad_by_freq"]:
+        return None
+    for r in eq.residuals():
+        r.check()
+    indices, size = named["indices"].tensor.long(), named["bag_size"].tensor
+    if named["mode"] == 2:
+        place = named["maximum_indices"].tensor.long().clamp(min=0)
+        rows = e.emit(aten.gather.default, (ct, 0, Residual(place, e.source)), grad.spec)
+        filled = (size > 0).to(grad.spec.dtype)[:, None]
+        return [(grad, e.emit(aten.mul.Tensor, (rows, Residual(filled, e.source)), grad.spec))]
+    bags = _bags(named).long()
+    factor = (indices != named["padding_idx"]).to(grad.spec.dtype)
+    if named["per_sample_weights"] is not None:
+        factor = factor * named["per_sample_weights"].tensor.detach()
+    if named["mode"] == 1:
+        factor = factor / size.clamp(min=1)[bags]
+    spec = _like(ct, (indices.numel(), *ct.spec.shape[1:]))
+    rows = e.emit(aten.index_select.default, (ct, 0, Residual(indices, e.source)), spec)
+    rows = e.emit(aten.mul.Tensor, (rows, Residual(factor[:, None], e.source)), spec)
+    args = (zero_residual(grad.spec), 0, Residual(bags, e.source), rows)
+    return [(grad, e.emit(aten.index_add.default, args, grad.spec))]
+
+
+@rule(aten._embedding_bag_per_sample_weights_backward.default)
+def _per_sample_weights(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Sum rows of the weight times tangents: a bag receives the row of each of its indices."""
+    (ct,) = cts
+    if not _linear_in_first(eq) or ct is None:
+        return None
+    grad, named = eq.args[0], _named(eq.op, eq.args[1:], eq.kwargs)  # type: ignore[arg-type]
+    for r in eq.residuals():
+        r.check()
+    indices = named["indices"].tensor.long()
+    rows = named["weight"].tensor.detach().index_select(0, indices)
+    rows = rows * (indices != named["padding_idx"])[:, None]
+    column = _like(ct, (indices.numel(), 1))
+    out = e.emit(aten.unsqueeze.default, (ct, 1), column)
+    spec = _like(ct, tuple(rows.shape))
+    out = e.emit(aten.mul.Tensor, (out, Residual(rows, e.source)), spec)
+    args = (zero_residual(grad.spec), 0, Residual(_bags(named).long(), e.source), out)
+    return [(grad, e.emit(aten.index_add.default, args, grad.spec))]
+
+
+# -- distances --------------------------------------------------------------------------------
+
+
+@rule(aten._cdist_backward.default)
+def _cdist(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Differentiate |x - y|ₚ along a tangent of x, for blocks of rows x."""
+    return _turned(e, eq, cts, cdist_tangent)
+
+
+@rule(aten._pdist_backward.default)
+def _pdist(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Differentiate |xᵢ - xⱼ|ₚ for i < j, for blocks of pairs."""
+    return _turned(e, eq, cts, pdist_tangent)
+
+
+# -- normalized weights -----------------------------------------------------------------------
+
+
+@rule(aten._weight_norm_interface_backward.default)
+def _weight_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Differentiate g v / |v| along tangents of v and g (`torch.nn.utils.weight_norm`)."""
+    return _turned(e, eq, cts, weight_norm_tangent)
+
+
+# -- attention --------------------------------------------------------------------------------
+
+
+@rule(
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    aten._scaled_dot_product_flash_attention_backward.default,
+    aten._scaled_dot_product_efficient_attention_backward.default,
+    aten._scaled_dot_product_cudnn_attention_backward.default,
+)
+def _attention(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Differentiate softmax(q kᵀ) v along tangents of q, k, v and of the bias.
+
+    With P = softmax(S), dP = P ∘ (dS - rowsum(P ∘ dS)) and dO = dP v + P dv, for blocks of
+    queries, so that P as a whole is never there: Dao et al., FlashAttention (2022), appendix B.
+    """
+    named = _named(eq.op, eq.args[1:], eq.kwargs)  # type: ignore[arg-type]
+    if named["dropout_p"] or any(
+        isinstance(named.get(k), Residual) and named[k].tensor.numel()
+        for k in ("cum_seq_q", "cum_seq_k")
+    ):
+        return None
+    return _turned(e, eq, cts, attention_tangent)

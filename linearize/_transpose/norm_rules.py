@@ -1,0 +1,133 @@
+"""Transposes of the backward kernels of normalisations.
+
+With x̂ the normalised input, y = x̂ w + b, the gradient of the input is M(w u), where
+M u = rstd (u - mean(u) - x̂ mean(x̂ u)) with means over a group of entries (Ba, Kiros, Hinton,
+arXiv:1607.06450; Ioffe, Szegedy, arXiv:1502.03167). M is symmetric, so that the kernel is
+its own transpose, with w applied last. In evaluation mode of a batch norm M is rstd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._programs.program import Emitter, Equation, Var
+from .._programs.residuals import Residual, evaluated
+from .._spaces.space import TensorSpec
+from .._torch.names import aten
+from .rules import Cotangents, Result, as_gradient, conj, fit, rule
+
+_FIRST = [True, False, False]
+
+
+def _symmetric(e: Emitter, eq: Equation, ct: Var, args: tuple[Any, ...], spec: TensorSpec) -> Var:
+    """Emit the gradient that the kernel gives of the input, for `ct` in place of its own."""
+    out = Var(spec)
+    grad = as_gradient(e, eq.op, ct)
+    e.equations.append(Equation(eq.op, (grad, *args), {}, (out, None, None), e.source))
+    return out
+
+
+def _affine(
+    e: Emitter, eq: Equation, cts: Cotangents, normal: Residual | None, shape: list[int]
+) -> list[tuple[Var, Var]]:
+    """Emit what tangents of weight and bias do to the output; both are seen as `shape`."""
+    grad = eq.args[0]
+    results = []
+    for ct, factor in ((cts[1], normal), (cts[2], None)):
+        if ct is None:
+            continue
+        seen = TensorSpec(tuple(shape), ct.spec.dtype, ct.spec.device)
+        out = e.emit(aten.reshape.default, (ct, shape), seen)
+        whole = TensorSpec(grad.spec.shape, ct.spec.dtype, ct.spec.device)
+        if factor is not None:
+            out = e.emit(aten.mul.Tensor, (out, factor), whole)
+        else:
+            out = e.emit(aten.expand.default, (out, list(whole.shape)), whole)
+        results.append((grad, fit(e, out, grad.spec)))
+    return results
+
+
+def _plain(*residuals: Any) -> bool:
+    """Whether nothing but the gradient is a variable, and all is real."""
+    return all(
+        r is None or (isinstance(r, Residual) and not r.tensor.is_complex()) for r in residuals
+    )
+
+
+def _mixed(x: Residual, weight: Residual | None) -> bool:
+    """Whether the weight is more precise than the input, which the kernel must be told by it."""
+    return weight is not None and weight.tensor.dtype != x.tensor.dtype
+
+
+@rule(aten.native_layer_norm_backward.default)
+def _layer_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    grad, x, shape, mean, rstd, weight, bias, _ = eq.args
+    if not isinstance(grad, Var) or not _plain(x, mean, rstd, weight, bias) or _mixed(x, weight):
+        return None
+    results = []
+    if cts[0] is not None:
+        args = (x, shape, mean, rstd, None, None, _FIRST)
+        out = _symmetric(e, eq, cts[0], args, grad.spec)
+        if weight is not None:
+            out = e.emit(aten.mul.Tensor, (out, conj(weight)), grad.spec)
+        results.append((grad, out))
+    normal = None
+    if cts[1] is not None:
+        centred = evaluated(aten.sub.Tensor, x, mean, source=e.source)
+        normal = evaluated(aten.mul.Tensor, centred, rstd, source=e.source)
+    return [*results, *_affine(e, eq, cts, normal, list(shape))]
+
+
+@rule(aten.native_batch_norm_backward.default)
+def _batch_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    grad, x, weight, mean, var, save_mean, save_rstd, train, eps, _ = eq.args
+    if not isinstance(grad, Var) or not _plain(x, weight, mean, var, save_mean, save_rstd):
+        return None
+    results = []
+    if cts[0] is not None:
+        args = (x, weight, mean, var, save_mean, save_rstd, train, eps, _FIRST)
+        # The weight is constant over what the means are taken over.
+        results.append((grad, _symmetric(e, eq, cts[0], args, grad.spec)))
+    rank = len(grad.spec.shape)
+    channels = [-1, *(1,) * (rank - 2)]
+    normal = None
+    if cts[1] is not None:
+        if train:
+            centre, scale = save_mean, save_rstd
+        else:
+            shifted = evaluated(aten.add.Scalar, var, eps, source=e.source)
+            centre, scale = mean, evaluated(aten.rsqrt.default, shifted, source=e.source)
+        centre = evaluated(aten.reshape.default, centre, channels, source=e.source)
+        scale = evaluated(aten.reshape.default, scale, channels, source=e.source)
+        centred = evaluated(aten.sub.Tensor, x, centre, source=e.source)
+        normal = evaluated(aten.mul.Tensor, centred, scale, source=e.source)
+    shape = [grad.spec.shape[1], *(1,) * (rank - 2)]
+    return [*results, *_affine(e, eq, cts, normal, shape)]
+
+
+@rule(aten.native_group_norm_backward.default)
+def _group_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    grad, x, mean, rstd, weight, n, c, size, groups, _ = eq.args
+    if not isinstance(grad, Var) or not _plain(x, mean, rstd, weight) or c == 0 or n == 0:
+        return None
+    if _mixed(x, weight):
+        return None
+    shape = [c, *(1,) * (len(grad.spec.shape) - 2)]
+    results = []
+    if cts[0] is not None:
+        args = (x, mean, rstd, None, n, c, size, groups, _FIRST)
+        out = _symmetric(e, eq, cts[0], args, grad.spec)
+        if weight is not None:
+            column = evaluated(aten.reshape.default, weight, shape, source=e.source)
+            out = e.emit(aten.mul.Tensor, (out, column), grad.spec)
+        results.append((grad, out))
+    normal = None
+    if cts[1] is not None:
+        by_group = evaluated(aten.reshape.default, x, [n, groups, -1], source=e.source)
+        centre = evaluated(aten.unsqueeze.default, mean, -1, source=e.source)
+        scale = evaluated(aten.unsqueeze.default, rstd, -1, source=e.source)
+        centred = evaluated(aten.sub.Tensor, by_group, centre, source=e.source)
+        scaled = evaluated(aten.mul.Tensor, centred, scale, source=e.source)
+        whole = list(grad.spec.shape)
+        normal = evaluated(aten.reshape.default, scaled, whole, source=e.source)
+    return [*results, *_affine(e, eq, cts, normal, shape)]

@@ -1,0 +1,91 @@
+"""The matrix of one opaque operation, built from unit vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .._programs.around_matrix import flat_real, matrix_program, reals, times
+from .._programs.program import Program
+from .._spaces.space import TensorSpec
+from .._text.progress import progress
+from ..errors import MissingDerivativeError
+
+
+def dense_transpose(
+    fn: Callable[..., Sequence[torch.Tensor | None]],
+    ins: Sequence[TensorSpec],
+    outs: Sequence[TensorSpec],
+    present: Sequence[bool],
+    wanted: Sequence[bool],
+    name: str,
+    limit: int,
+) -> Program:
+    """Return the transpose of the linear function `fn` as a program around its matrix.
+
+    Complex numbers count as pairs of real ones, so that maps that are only real-linear come
+    out right.
+
+    Parameters
+    ----------
+    fn
+        Maps one tensor per `ins` to one per `outs`; called once per scalar of `ins`.
+    ins, outs
+        The specifications of its arguments and results.
+    present
+        Which of `outs` are variables of the transpose.
+    wanted
+        Which of `ins` are results of the transpose.
+    name
+        Whose matrix it is, for the progress bar and errors.
+    limit
+        The most bytes that the matrix may take.
+
+    Raises
+    ------
+    MissingDerivativeError
+        If the matrix would be larger than `limit`.
+    """
+    rows = [spec for spec, want in zip(ins, wanted, strict=True) if want]
+    columns = [spec for spec, here in zip(outs, present, strict=True) if here]
+    dtype = torch.float32
+    for spec in (*rows, *columns):
+        dtype = torch.promote_types(dtype, spec.dtype.to_real())
+    height, width = sum(map(reals, rows)), sum(map(reals, columns))
+    size = height * width * dtype.itemsize
+    if size > limit:
+        raise MissingDerivativeError(
+            f"{name}: its matrix of {height} by {width} would take {size:,} bytes, more than the "
+            f"limit of {limit:,} (opaque_limit)"
+        )
+    device = columns[0].device
+    matrix = torch.empty((height, width), dtype=dtype, device=device)
+    units = _units(ins, wanted)
+    with torch.inference_mode(False), torch.no_grad():
+        for row in progress(range(height), height, f"matrix of {name}"):
+            results = fn(*next(units))
+            parts = [
+                torch.zeros(reals(spec), dtype=dtype, device=device)
+                if t is None
+                else flat_real(t).to(dtype=dtype, device=device)
+                for t, spec, here in zip(results, outs, present, strict=True)
+                if here
+            ]
+            matrix[row] = torch.cat(parts)
+    spec = TensorSpec.of(matrix)
+    return matrix_program(spec, times(matrix), columns, list(ins), wanted, name)
+
+
+def _units(ins: Sequence[TensorSpec], wanted: Sequence[bool]) -> Any:
+    for k, (spec, want) in enumerate(zip(ins, wanted, strict=True)):
+        if not want:
+            continue
+        for i in range(reals(spec)):
+            arguments = [s.zeros() for s in ins]
+            flat = (
+                torch.view_as_real(arguments[k]) if spec.dtype.is_complex else arguments[k]
+            ).view(-1)
+            flat[i] = 1
+            yield arguments

@@ -1,0 +1,481 @@
+"""Transpose rules of single operations.
+
+A rule receives an equation y = A x and the cotangents of y, emits the equations of Aᵀ, and
+returns the cotangents of the equation's variables. "Transpose" is with respect to the real
+inner product Re⟨a, b⟩, which is PyTorch's convention for gradients: the transpose of a
+multiplication by c is a multiplication by conj(c).
+
+Operations without a rule are transposed by PyTorch's own derivative of that one operation
+(see `transpose`); a rule saves that work, or stands where PyTorch has no derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from .._programs.aten import UNTAGGED_POINTWISE, schema_of, wants_contiguous
+from .._programs.program import Emitter, Equation, Operation, Var
+from .._programs.residuals import Residual, viewed, zero_residual
+from .._spaces.space import TensorSpec
+from .._torch.names import OpOverload, aten
+
+Cotangents: TypeAlias = Sequence[Var | None]
+Result: TypeAlias = Iterable[tuple[Var, Var]]
+Rule: TypeAlias = Callable[[Emitter, Equation, Cotangents], Result | None]
+
+#: By ATen overload, or by class of `Operation`.
+_RULES: dict[Any, Rule] = {}
+
+
+def rule_for(op: Any) -> Rule | None:
+    """Return the transpose rule of an operation, None if it has none of its own."""
+    if isinstance(op, Operation):
+        return _RULES.get(type(op))
+    if not isinstance(op, OpOverload):
+        return None
+    rule = _RULES.get(op)
+    if rule is None:
+        schema = schema_of(op)
+        if schema.pointwise or schema.name in UNTAGGED_POINTWISE:
+            return _diagonal
+    return rule
+
+
+def fit(e: Emitter, ct: Var, spec: TensorSpec) -> Var:
+    """Emit the transpose of a broadcast and of a cast, from `ct` to `spec`."""
+    shape, to = ct.spec.shape, spec.shape
+    if shape != to:
+        lead = len(shape) - len(to)
+        dims = [*range(lead)]
+        dims += [lead + i for i, n in enumerate(to) if n == 1 and shape[lead + i] != 1]
+        if dims:
+            kept = [1 if i in dims else n for i, n in enumerate(shape)]
+            ct = e.emit(aten.sum.dim_IntList, (ct, dims, True), _with(ct.spec, shape=tuple(kept)))
+        if ct.spec.shape != to:
+            ct = e.emit(aten.reshape.default, (ct, list(to)), _with(ct.spec, shape=to))
+    if ct.spec.dtype.is_complex and not spec.dtype.is_complex:
+        pairs = TensorSpec((*to, 2), ct.spec.dtype.to_real(), ct.spec.device)
+        ct = e.emit(aten.resolve_conj.default, (ct,), ct.spec)  # view_as_real wants it plain
+        ct = e.emit(aten.view_as_real.default, (ct,), pairs)
+        ct = e.emit(aten.select.int, (ct, -1, 0), _with(pairs, shape=to))
+    if ct.spec != spec:
+        ct = e.emit(aten._to_copy.default, (ct,), spec, dtype=spec.dtype, device=spec.device)
+    return ct
+
+
+def as_gradient(e: Emitter, op: Any, ct: Any) -> Any:
+    """Emit `ct` laid out as a backward kernel wants its gradient."""
+    if isinstance(ct, Var) and isinstance(op, OpOverload) and wants_contiguous(op):
+        return e.emit(aten.contiguous.default, (ct,), ct.spec)
+    return ct
+
+
+def _filled(args: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return positional arguments after the first with defaults for those that are absent."""
+    return args + defaults[len(args) - 1 :]
+
+
+def _with(spec: TensorSpec, **changes: Any) -> TensorSpec:
+    fields = {"shape": spec.shape, "dtype": spec.dtype, "device": spec.device, **changes}
+    return TensorSpec(**fields)
+
+
+def conj(x: Any) -> Any:
+    """Return the conjugate of a residual or number; real ones as they are."""
+    if isinstance(x, Residual):
+        return viewed(aten._conj.default, x) if x.tensor.is_complex() else x
+    return x.conjugate() if isinstance(x, complex) else x
+
+
+def adjoint_matrix(x: Residual) -> Residual:
+    """Return the conjugate transpose of a residual, a view of it."""
+    return viewed(aten.mH.default, x)
+
+
+def rule(*ops: Any) -> Callable[[Rule], Rule]:
+    """Register a rule."""
+
+    def register(fn: Rule) -> Rule:
+        for op in ops:
+            _RULES[op] = fn
+        return fn
+
+    return register
+
+
+def _same(op: Any) -> Rule:
+    """Return the rule that applies `op` with the same static arguments to the cotangent."""
+
+    def apply(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+        (x, *rest), ct = eq.args, cts[0]
+        assert ct is not None
+        out = e.emit(op, (ct, *rest), _with(x.spec, dtype=ct.spec.dtype), **eq.kwargs)
+        return [(x, fit(e, out, x.spec))]
+
+    return apply
+
+
+def _diagonal(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    """Transpose a pointwise operation: a diagonal is its own transpose.
+
+    Only for one real variable argument and a real result: a real-linear map of complex
+    numbers is not its own transpose.
+    """
+    variables = list(eq.inputs())
+    (ct,) = cts
+    assert ct is not None
+    if len(variables) != 1 or eq.args.count(variables[0]) != 1:
+        return None
+    x = variables[0]
+    if x.spec.dtype.is_complex or ct.spec.dtype.is_complex or x.spec.dtype != ct.spec.dtype:
+        return None
+    args = tuple(ct if a is x else a for a in eq.args)
+    out = e.emit(eq.op, args, ct.spec, **eq.kwargs)
+    return [(x, fit(e, out, x.spec))]
+
+
+# -- identities, signs, sums, scalings --------------------------------------------------------
+
+
+@rule(
+    aten.alias.default,
+    aten.detach.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh.default,
+    aten.resolve_conj.default,
+    aten.resolve_neg.default,
+)
+def _identity(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    assert cts[0] is not None
+    return [(eq.args[0], cts[0])]
+
+
+@rule(aten._to_copy.default)
+def _cast(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    assert cts[0] is not None
+    return [(eq.args[0], fit(e, cts[0], eq.args[0].spec))]
+
+
+for _op in (
+    aten.neg.default,
+    aten._conj.default,
+    aten.conj_physical.default,
+    aten._neg_view.default,
+):
+    rule(_op)(_same(_op))
+
+
+@rule(aten.add.Tensor, aten.sub.Tensor)
+def _add(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    ct = cts[0]
+    assert ct is not None
+    alpha = eq.kwargs.get("alpha", 1)
+    for i, x in enumerate(eq.args[:2]):
+        if not isinstance(x, Var):
+            continue
+        term = ct
+        if i == 1 and alpha != 1:
+            term = e.emit(aten.mul.Tensor, (term, conj(alpha)), term.spec)
+        if i == 1 and eq.op is aten.sub.Tensor:
+            term = e.emit(aten.neg.default, (term,), term.spec)
+        yield x, fit(e, term, x.spec)
+
+
+@rule(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+def _scale(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    a, b = eq.args
+    ct = cts[0]
+    assert ct is not None
+    if isinstance(a, Var) and isinstance(b, Var):
+        return None
+    x, c = (a, b) if isinstance(a, Var) else (b, a)
+    out = e.emit(eq.op, (ct, conj(c)), ct.spec)
+    return [(x, fit(e, out, x.spec))]
+
+
+@rule(aten.where.self)
+def _where(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    condition, a, b = eq.args
+    ct = cts[0]
+    assert ct is not None
+    results = []
+    zero = zero_residual(_with(ct.spec, shape=()))
+    for i, x in enumerate((a, b)):
+        if isinstance(x, Var):
+            picked = (condition, ct, zero) if i == 0 else (condition, zero, ct)
+            results.append((x, fit(e, e.emit(aten.where.self, picked, ct.spec), x.spec)))
+    return results
+
+
+# -- views and moves --------------------------------------------------------------------------
+
+
+@rule(
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten._reshape_alias.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+def _reshape(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, ct = eq.args[0], cts[0]
+    assert ct is not None
+    return [(x, e.emit(aten.reshape.default, (ct, list(x.spec.shape)), x.spec))]
+
+
+@rule(aten.t.default)
+def _t(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    assert cts[0] is not None
+    return [(eq.args[0], e.emit(aten.t.default, (cts[0],), eq.args[0].spec))]
+
+
+@rule(aten.transpose.int)
+def _transpose(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, i, j = eq.args
+    return [(x, e.emit(aten.transpose.int, (cts[0], i, j), x.spec))]
+
+
+@rule(aten.permute.default)
+def _permute(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, dims = eq.args
+    rank = len(dims)
+    inverse = sorted(range(rank), key=lambda i: dims[i] % rank)
+    return [(x, e.emit(aten.permute.default, (cts[0], inverse), x.spec))]
+
+
+@rule(aten.expand.default)
+def _expand(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    assert cts[0] is not None
+    return [(eq.args[0], fit(e, cts[0], eq.args[0].spec))]
+
+
+@rule(aten.slice.Tensor)
+def _slice(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, dim, start, end, step = _filled(eq.args, (0, None, None, 1))
+    size = x.spec.shape[dim]
+    start, end, _ = slice(start, end).indices(size)
+    args = (cts[0], list(x.spec.shape), dim, start, max(start, end), step)
+    return [(x, e.emit(aten.slice_backward.default, args, x.spec))]
+
+
+@rule(aten.slice_backward.default)
+def _slice_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, _, dim, start, end, step = eq.args
+    return [(x, e.emit(aten.slice.Tensor, (cts[0], dim, start, end, step), x.spec))]
+
+
+@rule(aten.select.int)
+def _select(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, dim, index = eq.args
+    args = (cts[0], list(x.spec.shape), dim, index)
+    return [(x, e.emit(aten.select_backward.default, args, x.spec))]
+
+
+@rule(aten.select_backward.default)
+def _select_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, _, dim, index = eq.args
+    return [(x, e.emit(aten.select.int, (cts[0], dim, index), x.spec))]
+
+
+@rule(aten.view_as_real.default)
+def _view_as_real(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, ct = eq.args[0], cts[0]
+    assert ct is not None
+    dense = e.emit(aten.clone.default, (ct,), ct.spec, memory_format=torch.contiguous_format)
+    return [(x, e.emit(aten.view_as_complex.default, (dense,), x.spec))]
+
+
+@rule(aten.cat.default)
+def _cat(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    tensors = eq.args[0]
+    dim = eq.args[1] if len(eq.args) > 1 else 0
+    shapes = [x.spec.shape if isinstance(x, Var) else tuple(x.tensor.shape) for x in tensors]
+    if any(shape == (0,) and len(s) != 1 for shape in shapes for s in shapes):
+        return None  # the old convention that an empty vector joins anything
+    results, start = [], 0
+    for x, shape in zip(tensors, shapes, strict=True):
+        end = start + shape[dim]
+        if isinstance(x, Var):
+            ct = cts[0]
+            assert ct is not None
+            part = e.emit(aten.slice.Tensor, (ct, dim, start, end), _with(ct.spec, shape=shape))
+            results.append((x, fit(e, part, x.spec)))
+        start = end
+    return results
+
+
+@rule(aten.roll.default)
+def _roll(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, shifts, *dims = eq.args
+    back = [-s for s in shifts]
+    return [(x, e.emit(aten.roll.default, (cts[0], back, *dims), x.spec))]
+
+
+@rule(aten.flip.default)
+def _flip(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, dims = eq.args
+    return [(x, e.emit(aten.flip.default, (cts[0], dims), x.spec))]
+
+
+@rule(aten.as_strided.default)
+def _as_strided(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    # Only on a flat argument, where size, stride and offset mean the same at every run.
+    x, size, stride, offset = _filled(eq.args, (None, None, 0))
+    ct = cts[0]
+    assert ct is not None
+    if len(x.spec.shape) != 1 or offset is None or _overlaps(size, stride):
+        return None
+    args = (zero_residual(x.spec), ct, size, stride, offset)
+    return [(x, e.emit(aten.as_strided_scatter.default, args, x.spec))]
+
+
+@rule(aten.as_strided_scatter.default)
+def _as_strided_scatter(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    # PyTorch's own derivative with respect to the first argument is not its transpose.
+    x, src, size, stride, offset = eq.args
+    ct = cts[0]
+    assert ct is not None
+    if len(ct.spec.shape) != 1 or _overlaps(size, stride):
+        return None
+    ct = e.emit(aten.clone.default, (ct,), ct.spec, memory_format=torch.contiguous_format)
+    results = []
+    if isinstance(x, Var):
+        hole = zero_residual(_with(ct.spec, shape=tuple(size)))
+        args = (ct, hole, size, stride, offset)
+        results.append((x, e.emit(aten.as_strided_scatter.default, args, x.spec)))
+    if isinstance(src, Var):
+        read = (ct, size, stride, offset)
+        results.append((src, e.emit(aten.as_strided.default, read, src.spec)))
+    return results
+
+
+def _overlaps(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether two indices may lead to one place (never wrongly denied)."""
+    reach = 0
+    for step, count in sorted(zip(stride, size, strict=True)):
+        if count > 1:
+            if step <= reach:
+                return True
+            reach += step * (count - 1)
+    return False
+
+
+# -- reductions -------------------------------------------------------------------------------
+
+
+@rule(aten.sum.default, aten.mean.default)
+def _sum(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x = eq.args[0]
+    return [(x, _spread(e, eq, cts, list(range(len(x.spec.shape))), keepdim=False))]
+
+
+@rule(aten.sum.dim_IntList, aten.mean.dim)
+def _sum_dims(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, dims, keepdim = (*eq.args, False)[:3]
+    rank = len(x.spec.shape)
+    dims = [d % rank for d in dims] if dims else list(range(rank))
+    return [(x, _spread(e, eq, cts, dims, keepdim=keepdim))]
+
+
+def _spread(e: Emitter, eq: Equation, cts: Cotangents, dims: list[int], *, keepdim: bool) -> Var:
+    x, ct = eq.args[0], cts[0]
+    assert ct is not None
+    shape = x.spec.shape
+    if not keepdim and ct.spec.shape != shape:
+        kept = tuple(1 if i in dims else n for i, n in enumerate(shape))
+        ct = e.emit(aten.reshape.default, (ct, list(kept)), _with(ct.spec, shape=kept))
+    out = e.emit(aten.expand.default, (ct, list(shape)), _with(ct.spec, shape=shape))
+    if eq.op in (aten.mean.default, aten.mean.dim):
+        count = 1
+        for d in dims:
+            count *= shape[d]
+        out = e.emit(aten.div.Scalar, (out, count), out.spec)
+    return fit(e, out, x.spec)
+
+
+# -- matrix products --------------------------------------------------------------------------
+
+
+@rule(aten.mm.default, aten.bmm.default)
+def _mm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    a, b = eq.args
+    ct = cts[0]
+    if isinstance(a, Var) and isinstance(b, Residual):
+        return [(a, e.emit(eq.op, (ct, adjoint_matrix(b)), a.spec))]
+    if isinstance(b, Var) and isinstance(a, Residual):
+        return [(b, e.emit(eq.op, (adjoint_matrix(a), ct), b.spec))]
+    return None
+
+
+@rule(aten.mv.default)
+def _mv(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    a, x = eq.args
+    if isinstance(a, Residual):
+        return [(x, e.emit(aten.mv.default, (adjoint_matrix(a), cts[0]), x.spec))]
+    return None
+
+
+@rule(aten._softmax_backward_data.default)
+def _softmax_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    # diag(p) - p pᵀ is symmetric.
+    x, *rest = eq.args
+    ct = cts[0]
+    assert ct is not None
+    if ct.spec != x.spec:
+        return None
+    return [(x, e.emit(eq.op, (ct, *rest), x.spec))]
+
+
+# -- convolutions -----------------------------------------------------------------------------
+
+
+@rule(aten.convolution_backward.default)
+def _convolution_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    grad, image, weight, _, *geometry, _ = eq.args
+    if not isinstance(grad, Var) or isinstance(image, Var) or isinstance(weight, Var):
+        return None
+    ct_image, ct_weight, ct_bias = cts
+    terms = []
+    if ct_image is not None:
+        args = (ct_image, conj(weight), None, *geometry)
+        terms.append(e.emit(aten.convolution.default, args, grad.spec))
+    if ct_weight is not None:
+        args = (conj(image), ct_weight, None, *geometry)
+        terms.append(e.emit(aten.convolution.default, args, grad.spec))
+    if ct_bias is not None:
+        channels = (1, ct_bias.spec.shape[0], *(1,) * (len(grad.spec.shape) - 2))
+        channels = channels[: len(grad.spec.shape)]
+        column = _with(ct_bias.spec, shape=channels)
+        bias = e.emit(aten.reshape.default, (ct_bias, list(channels)), column)
+        terms.append(e.emit(aten.expand.default, (bias, list(grad.spec.shape)), grad.spec))
+    return [(grad, t) for t in terms]
+
+
+@rule(aten.convolution.default)
+def _convolution(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+    image, weight, bias, *geometry = eq.args
+    ct = cts[0]
+    if bias is not None:
+        return None
+    if isinstance(image, Var) and isinstance(weight, Residual):
+        args = (ct, zero_residual(image.spec), conj(weight), None, *geometry, [True, False, False])
+        out, index = image, 0
+    elif isinstance(weight, Var) and isinstance(image, Residual):
+        args = (ct, conj(image), zero_residual(weight.spec), None, *geometry, [False, True, False])
+        out, index = weight, 1
+    else:
+        return None
+    var = Var(out.spec)
+    outputs = [None, None, None]
+    outputs[index] = var  # type: ignore[call-overload]
+    e.equations.append(
+        Equation(aten.convolution_backward.default, args, {}, tuple(outputs), e.source)
+    )
+    return [(out, var)]

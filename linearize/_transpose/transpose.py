@@ -1,0 +1,345 @@
+"""Turning a linear program around.
+
+`transpose` walks the equations backwards. Each is transposed by its rule (`rules`), else by
+PyTorch's own derivative of that one operation, recorded in its turn, else by transposing
+what it decomposes into. A custom Function's `backward` becomes its `jvp` and the other way
+round. A custom operation whose author gave only one direction is resolved before execution:
+the given one is recorded and transposed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+from .._capture.custom import CustomBackward, CustomJvp
+from .._capture.graph import Graph
+from .._capture.signature import shared_memory
+from .._programs.origins import Origin, Saved
+from .._programs.program import Emitter, Equation, Program, Var
+from .._programs.residuals import Residual
+from .._record.node_programs import NODE_PROGRAMS, NodeProgram, dense
+from .._record.walk import NodeBackward, record_function, record_pullback
+from .._spaces.nested import map_leaves
+from .._spaces.space import TensorSpec
+from .._torch.names import aten, decompositions
+from ..errors import LinearizeError, UnsupportedError
+from . import kernel_rules as kernel_rules  # registers its rules
+from . import norm_rules as norm_rules  # registers its rules
+from .rules import fit, rule_for
+
+
+def transpose(program: Program, name: str = "pushforward") -> Program:
+    """Return the transpose of a linear program.
+
+    Raises
+    ------
+    UnsupportedError
+        If an operation cannot be transposed; the message names it.
+    """
+    e = Emitter(fixed=program.fixed)
+    inputs = [Var(spec) for spec in program.specs]
+    cotangents: dict[Var, Var] = {}
+
+    def add(v: Var, ct: Var) -> None:
+        known = cotangents.get(v)
+        cotangents[v] = ct if known is None else e.emit(aten.add.Tensor, (known, ct), v.spec)
+
+    for v, ct in zip(program.outputs, inputs, strict=True):
+        if v is not None:
+            add(v, ct)
+    masks = _masks(program)
+    for eq in reversed(program.equations):
+        cts = [None if v is None else cotangents.pop(v, None) for v in eq.outputs]
+        if any(cts):
+            e.source = eq.source
+            scales = eq.op in _SCALINGS and len(eq.inputs()) == 1
+            mask = masks.get(eq.outputs[0]) if scales else None
+            pairs = _transposed(e, eq, cts) if mask is None else _kept_zero(e, eq, cts, mask)
+            for v, ct in pairs:
+                add(v, ct)
+    outputs = [cotangents.get(v) for v in program.inputs]
+    specs = [v.spec for v in program.inputs]
+    return Program(inputs, e.equations, outputs, specs, name, e.fixed).live()
+
+
+Mask: TypeAlias = Callable[[Emitter, Var], Var]
+
+_SCALINGS = frozenset({aten.mul.Tensor, aten.div.Tensor})
+_PLAIN = frozenset({aten.mul.Scalar, aten.div.Scalar, aten.neg.default})
+
+
+def _masks(program: Program) -> dict[Var | None, Mask]:
+    """Return what sets entries to zero in values that are read by nothing else.
+
+    PyTorch divides by zero and drops the result afterwards. The transpose drops first, and
+    zero divided by zero is not zero: what a scaling gives must be dropped once more.
+    """
+    count = program.uses()
+    masks: dict[Var | None, Mask] = {}
+    for eq in reversed(program.equations):
+        out = eq.outputs[0]
+        inputs = eq.inputs()
+        if len(inputs) != 1 or count[inputs[0]] != 1 or out is None or inputs[0].spec != out.spec:
+            continue
+        if _is_mask(eq):
+            masks[inputs[0]] = functools.partial(_masked, eq)
+        elif out in masks and eq.op in _SCALINGS | _PLAIN:
+            masks[inputs[0]] = masks[out]
+    return masks
+
+
+def _kept_zero(
+    e: Emitter, eq: Equation, cts: Sequence[Var | None], mask: Mask
+) -> list[tuple[Var, Var]]:
+    """Transpose a scaling, and drop from what it gives what was dropped before."""
+    (out,), (x,) = eq.outputs, eq.inputs()
+    assert out is not None
+    wide = Var(out.spec)  # the mask comes before broadcasts and casts are undone
+    args = tuple(wide if a is x else a for a in eq.args)
+    whole = Equation(eq.op, args, eq.kwargs, eq.outputs, eq.source)
+    return [(x, fit(e, mask(e, ct), x.spec)) for _, ct in _transposed(e, whole, cts)]
+
+
+def _is_mask(eq: Equation) -> bool:
+    """Whether an equation does nothing but set entries of its one variable to zero."""
+    if eq.op is aten.masked_fill.Scalar:
+        return bool(eq.args[2] == 0)
+    if eq.op not in (aten.where.self, aten.masked_fill.Tensor):
+        return False
+    others = [x for x in eq.args if isinstance(x, Residual) and x.tensor.dtype != torch.bool]
+    return isinstance(eq.args[eq.op is aten.masked_fill.Tensor], Residual) and all(
+        _is_always_zero(r) for r in others
+    )
+
+
+def _is_always_zero(r: Residual) -> bool:
+    """Whether a residual is zero at every point for which the program may be used."""
+    return (r.origin is None or r.origin.static) and not bool(r.tensor.any())
+
+
+def _masked(mask: Equation, e: Emitter, v: Var) -> Var:
+    """Emit a mask of another value."""
+    args = tuple(v if isinstance(a, Var) else a for a in mask.args)
+    return e.emit(mask.op, args, v.spec, **mask.kwargs)
+
+
+def _transposed(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
+    if isinstance(eq.op, (CustomBackward, CustomJvp, NodeBackward, TransposedNode)):
+        return _turned(e, eq, cts)
+    rule = rule_for(eq.op)
+    if rule is not None:
+        mark = len(e.equations)
+        result = rule(e, eq, cts)
+        if result is not None:
+            return list(result)
+        del e.equations[mark:]
+    return _by_autograd(e, eq, cts)
+
+
+# -- opaque operations ------------------------------------------------------------------------
+
+
+class TransposedNode(NodeBackward):
+    """The transpose of a `NodeBackward`, not known until it is resolved."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"transposed {self.label}"
+
+
+def _turned(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
+    """Emit the other direction of an opaque operation."""
+    op: Any = eq.op
+    if isinstance(op, CustomBackward):
+        wanted = [isinstance(a, Var) for a in eq.args]
+        turned: Any = CustomJvp(op.node, wanted)
+    elif isinstance(op, CustomJvp):
+        turned = CustomBackward(op.node)
+    else:
+        kind = NodeBackward if isinstance(op, TransposedNode) else TransposedNode
+        turned = kind(op.node, op.inputs, op.outputs, op.reason)
+    outs = tuple(Var(a.spec) if isinstance(a, Var) else None for a in eq.args)
+    e.equations.append(Equation(turned, tuple(cts), {}, outs, eq.source))
+    return [(a, out) for a, out in zip(eq.args, outs, strict=True) if isinstance(a, Var) and out]
+
+
+# -- operations without a rule ----------------------------------------------------------------
+
+
+def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
+    """Transpose one operation by recording PyTorch's own derivative of it.
+
+    That is done once for all such operations, with arguments of the same kind.
+    """
+    variables = list(dict.fromkeys(eq.inputs()))
+    residuals = list(dict.fromkeys(eq.residuals()))
+    key = _kind(eq, cts, variables, residuals)
+    known = NODE_PROGRAMS.find(key)
+    if known is None:
+        given = [
+            Residual(r.tensor, r.source, Saved(0, "given", i)) for i, r in enumerate(residuals)
+        ]
+        program = _recorded_transpose(eq, cts, variables, given)
+        outputs = [None if v is None else (v, dense(v.spec.shape)) for v in program.outputs]
+        known = NodeProgram.of(0, program.inputs, program.equations, outputs)
+        if known is None or program.fixed:
+            for r in program.residuals():
+                r.origin = None
+            return _inlined(e, program, variables, cts)
+        NODE_PROGRAMS.keep(key, known)
+    mine = {id(r.tensor): r for r in residuals}
+
+    def adopt(t: torch.Tensor, origin: Origin | None) -> Residual:
+        return mine.get(id(t)) or Residual(t, e.source, origin)
+
+    with torch.inference_mode(False), torch.no_grad():
+        results = known.write(
+            e,
+            [ct for ct in cts if ct is not None],
+            lambda o: residuals[o.position or 0].tensor,
+            lambda o: residuals[o.position or 0].origin,
+            adopt,
+        )
+    return [
+        (v, fit(e, got.var, v.spec))
+        for v, got in zip(variables, results, strict=True)
+        if got is not None
+    ]
+
+
+def _kind(
+    eq: Equation,
+    cts: Sequence[Var | None],
+    variables: Sequence[Var],
+    residuals: Sequence[Residual],
+) -> Hashable:
+    """Return what the transpose of an operation depends on besides numbers."""
+
+    def kind(x: Any) -> Any:
+        if isinstance(x, Var):
+            return variables.index(x), x.spec
+        if isinstance(x, Residual):
+            t = x.tensor
+            return residuals.index(x), TensorSpec.of(t), t.stride(), t.is_conj(), t.is_neg()
+        if isinstance(x, (list, tuple)):
+            return tuple(map(kind, x))
+        return type(x), repr(x)
+
+    keywords = tuple([(k, kind(x)) for k, x in sorted(eq.kwargs.items())])
+    shared = shared_memory([r.tensor for r in residuals])
+    wanted = tuple([None if c is None else c.spec for c in cts])
+    return eq.op, kind(eq.args), keywords, wanted, shared
+
+
+def _recorded_transpose(
+    eq: Equation,
+    cts: Sequence[Var | None],
+    variables: Sequence[Var],
+    given: Sequence[Residual],
+) -> Program:
+    """Record the transpose of an operation, from its cotangents to those of its variables."""
+    generator = torch.Generator().manual_seed(2)
+    stand_ins = dict(zip(dict.fromkeys(eq.residuals()), given, strict=True))
+    with torch.inference_mode(False), torch.enable_grad():
+        numbers = {v: v.spec.random(generator).requires_grad_() for v in variables}
+
+        def number(x: Any) -> Any:
+            if isinstance(x, Residual):
+                return stand_ins[x].tensor
+            return numbers[x] if isinstance(x, Var) else x
+
+        arguments, keywords = map_leaves(number, eq.args), map_leaves(number, eq.kwargs)
+        try:
+            out = eq.op(*arguments, **keywords)
+            return _pullback_of(out, [numbers[v] for v in variables], cts, given)
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            decomposed = _by_decomposition(eq, cts, variables, stand_ins)
+            if decomposed is not None:
+                return decomposed
+            raise UnsupportedError(
+                f"{eq.name} (from {eq.source or 'the graph'}) has no transpose rule, and PyTorch "
+                f"has no derivative of it: {error}"
+            ) from error
+
+
+def _pullback_of(
+    out: Any,
+    leaves: list[torch.Tensor],
+    cts: Sequence[Var | None],
+    given: Sequence[Residual],
+) -> Program:
+    outs = out if isinstance(out, (tuple, list)) else (out,)
+    roots = []
+    specs = []
+    for t, ct in zip(outs, cts, strict=True):
+        if ct is None:
+            continue
+        if not t.requires_grad:
+            raise RuntimeError("its result does not depend on its argument for autograd")
+        edge = get_gradient_edge(t)
+        roots.append((edge.node, edge.output_nr))
+        specs.append(ct.spec)
+    graph = Graph(roots, [get_gradient_edge(x).node for x in leaves])
+    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves], given=given)
+
+
+def _inlined(
+    e: Emitter, program: Program, variables: Sequence[Var], cts: Sequence[Var | None]
+) -> list[tuple[Var, Var]]:
+    results = e.inline(program, [ct for ct in cts if ct is not None])
+    return [
+        (v, fit(e, got, v.spec))
+        for v, got in zip(variables, results, strict=True)
+        if got is not None
+    ]
+
+
+def _by_decomposition(
+    eq: Equation,
+    cts: Sequence[Var | None],
+    variables: Sequence[Var],
+    stand_ins: Mapping[Residual, Residual],
+) -> Program | None:
+    """Transpose one operation through the operations that it decomposes into."""
+    parts = decompositions(eq.op)
+    if parts is None:
+        return None
+
+    def fn(*numbers: torch.Tensor) -> Sequence[torch.Tensor | None]:
+        given = dict(zip(variables, numbers, strict=True))
+
+        def number(x: Any) -> Any:
+            if isinstance(x, Residual):
+                return stand_ins[x].tensor
+            return given[x] if isinstance(x, Var) else x
+
+        out = parts(*map_leaves(number, eq.args), **map_leaves(number, eq.kwargs))
+        return out if isinstance(out, (tuple, list)) else (out,)
+
+    specs = [None if v is None else v.spec for v in eq.outputs]
+    try:
+        program, _, _ = record_function(
+            fn,
+            [v.spec for v in variables],
+            specs,
+            name=eq.name,
+            source=eq.source,
+            given=list(stand_ins.values()),
+        )
+        turned = transpose(program)
+    except (LinearizeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return None
+    present = [ct for v, ct in zip(eq.outputs, cts, strict=True) if v is not None]
+    return turned.restricted([ct is not None for ct in present])
