@@ -12,14 +12,10 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .._torch.graphs import signed
 from .._torch.names import aten
 
 Gradients: TypeAlias = Sequence[torch.Tensor | None]
-
-
-def signed(n: int) -> int:
-    """Return a dimension; some nodes hand out a negative one as an unsigned number."""
-    return n - (1 << 64) if n >= 1 << 63 else n
 
 
 def call_node(node: Any, grads: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:

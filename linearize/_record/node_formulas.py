@@ -13,10 +13,15 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.program import Operation
-from .._torch.graphs import Node, leaf_variable, recomputed_apart
+from .._capture.repeated import left_to_chance, read_repeatedly, repeats
+from .._programs.aten import schema_of
+from .._programs.program import Equation, Operation, Var
+from .._programs.residuals import Residual
+from .._spaces.nested import map_leaves
+from .._torch.graphs import Node, leaf_variable, recomputed_apart, signed
+from .._torch.names import OpOverload, aten
 from ..errors import UnsupportedError
-from .formulas import FORMULAS, Gradients, call_node, signed
+from .formulas import FORMULAS, Gradients, call_node
 
 
 class Differential(Operation):
@@ -213,8 +218,85 @@ def _max_unpool(node: Any, grads: Gradients) -> Gradients:
     return [given * stays, *gradients[1:]]
 
 
+def _written(node: Any, grads: Gradients) -> Gradients:
+    """Leave out entries that others overwrite; which they are a write of their numbers tells."""
+    gradients = call_node(node, grads)
+    given = gradients[1]
+    if given is None or not repeats(node):
+        return gradients
+    if left_to_chance(given):
+        raise UnsupportedError(
+            f"{node.name()}: with repeated indices several entries are put at one place, and "
+            "which of them stays is left to chance; use accumulate=True or index_add, or indices "
+            "without repetition"
+        )
+    (grad,) = grads
+    assert grad is not None
+    order = torch.arange(given.numel(), device=given.device).reshape(given.shape)
+    blank = torch.full(grad.shape, -1, device=given.device)
+    return [gradients[0], given * (_LAST[node.name()](node, blank, order) == order)]
+
+
+def refuse_repeated(node: Node, equations: Sequence[Equation]) -> None:
+    """Raise if a node of which no more is seen puts several entries at one place.
+
+    What it does tells: it sets the gradient of what was there before to zero, and reads that of
+    the entries.
+    """
+    called = [(schema_of(eq.op).name, eq) for eq in equations if isinstance(eq.op, OpOverload)]
+    names = {name for name, _ in called}
+    if any(
+        _READS.get(name) in names
+        and isinstance(eq.args[0], Var)
+        and read_repeatedly(name, map_leaves(_number, eq.args[1:]), eq.args[0].spec.shape)
+        for name, eq in called
+    ):
+        raise UnsupportedError(
+            f"{node.name()}: entries are written into a part of a tensor with repeated indices, "
+            "and the gradient would count those that others overwrite; write into the whole "
+            "tensor, or with indices without repetition"
+        )
+
+
+def _number(x: Any) -> Any:
+    return x.tensor if isinstance(x, Residual) else x
+
+
+#: What reads the entries that were put by what.
+_READS = {"index": "index_put", "gather": "scatter", "index_select": "index_fill", "take": "put"}
+
+
+def _last_indexed(node: Any, blank: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    indices = list(node._saved_indices)
+    return aten.index.Tensor(aten.index_put.default(blank, indices, order), indices)
+
+
+def _last_copied(node: Any, blank: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    index, dim = node._saved_index, signed(node._saved_dim)
+    return blank.index_copy(dim, index, order).index_select(dim, index).reshape(order.shape)
+
+
+def _last_scattered(node: Any, blank: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    index, dim = node._saved_index, signed(node._saved_dim)
+    return blank.scatter(dim, index, order).gather(dim, index)
+
+
+def _last_put(node: Any, blank: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    index = node._saved_index
+    return blank.put(index, order).take(index).reshape(order.shape)
+
+
+_LAST: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "IndexCopyBackward0": _last_copied,
+    "IndexPutBackward0": _last_indexed,
+    "PutBackward0": _last_put,
+    "ScatterBackward0": _last_scattered,
+    "UnsafeIndexPutBackward0": _last_indexed,
+}
+
 _MENDED: dict[str, Callable[[Any, Gradients], Gradients]] = {
     **FORMULAS,
+    **dict.fromkeys(_LAST, _written),
     "AsStridedScatterBackward0": _as_strided_scatter,
     "MaxUnpool2DBackward0": _max_unpool,
     "MaxUnpool3DBackward0": _max_unpool,

@@ -36,7 +36,7 @@ from .._torch.graphs import (
 from .._torch.modes import subclasses_ignored, unobserved
 from .._torch.names import aten
 from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
-from .node_formulas import call_node, formula_of, mended
+from .node_formulas import call_node, formula_of, mended, refuse_repeated
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
 from .recorder import OpaqueError, Recorder
 
@@ -242,6 +242,8 @@ class _Walk:
         try:
             result = self.call(node, numbers)
             _check_dense(node, result)
+            if node.name().endswith("CopySlices"):
+                refuse_repeated(node, self.emitter.equations[mark:])
             opaque = self.is_opaque(result)
             reason = "its result does not descend from the cotangent" if opaque else ""
             if not reason and self.graph.hidden and node.name().endswith("CopySlices"):

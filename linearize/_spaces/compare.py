@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
+
+
+def exact(x: Any) -> Hashable:
+    """Return what stands for a number in a key: equal for numbers with the same bits only.
+
+    0.0 == -0.0, and yet they divide to infinities of either sign; 2 == 2.0.
+    """
+    kind = type(x)
+    if kind is float or kind is complex:
+        return kind, repr(x)
+    if kind is tuple or kind is list:
+        return tuple([exact(y) for y in x])
+    return x  # type: ignore[no-any-return]
+
 
 _TOLERANCE = {
     torch.float16: 2e-2,

@@ -291,3 +291,8 @@ def materialized_arguments(node: Node, output_nr: int) -> tuple[torch.Tensor | N
     finally:
         del attributes["apply"]
     return received[0]
+
+
+def signed(n: int) -> int:
+    """Return a dimension; some nodes hand out a negative one as an unsigned number."""
+    return n - (1 << 64) if n >= 1 << 63 else n
