@@ -12,7 +12,7 @@ from .._programs.program import Program
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
 from .._transpose.transpose import transpose
-from ..errors import AdjointError, LinearizeError, MissingDerivativeError
+from ..errors import AdjointError, LinearizeError, MissingDerivativeError, NotLinearError
 from .product import Product
 
 
@@ -64,7 +64,7 @@ class _FirstUse:
                     check_adjoint(*products)
                 except MissingDerivativeError:
                     pass  # there is nothing to compare with
-                except AdjointError as error:
+                except (AdjointError, NotLinearError) as error:
                     self.state = error
                     raise
                 finally:

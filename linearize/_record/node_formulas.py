@@ -268,7 +268,8 @@ _READS = {"index": "index_put", "gather": "scatter", "index_select": "index_fill
 
 def _last_indexed(node: Any, blank: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     indices = list(node._saved_indices)
-    return aten.index.Tensor(aten.index_put.default(blank, indices, order), indices)
+    last: torch.Tensor = aten.index.Tensor(aten.index_put.default(blank, indices, order), indices)
+    return last
 
 
 def _last_copied(node: Any, blank: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from .._execute.executor import Executor
 from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Program, Var
 from .._programs.residuals import Residual
-from .._spaces.compare import close
+from .._spaces.compare import close, close_at, magnitudes
 from .._spaces.space import TensorSpec, tensor_spec
 from .._torch.graphs import (
     Node,
@@ -36,7 +36,8 @@ from .._torch.graphs import (
 from .._torch.modes import subclasses_ignored, unobserved
 from .._torch.names import aten
 from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
-from .node_formulas import call_node, formula_of, mended, refuse_repeated
+from .formulas import call_node
+from .node_formulas import formula_of, mended, refuse_repeated
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
 from .recorder import OpaqueError, Recorder
 
@@ -95,6 +96,8 @@ class _Walk:
         Of the random numbers that stand for gradients.
     remembered
         Whether constants are traced back to what the graph saved.
+    factor
+        What the random numbers are multiplied by.
     lazy
         Whether what is known of single nodes is used. Then numbers that stand for a gradient
         are drawn when they are first needed, and do not go with those of others.
@@ -108,8 +111,10 @@ class _Walk:
         *,
         remembered: bool = False,
         lazy: bool = False,
+        factor: float = 1.0,
     ) -> None:
         self.graph = graph
+        self.factor = factor
         self.emitter = emitter
         self.generator = generator
         self.remembered = remembered
@@ -122,7 +127,7 @@ class _Walk:
 
     def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
         """Return random numbers that stand for `var`."""
-        t = spec.random(self.generator)
+        t = spec.random(self.generator) * self.factor
         self.recorder.define(t, var)
         return t
 
@@ -135,7 +140,7 @@ class _Walk:
         """Return numbers that stand for a gradient."""
         if g.tensor is None:
             self.invented |= g.var not in self.inputs
-            numbers = g.var.spec.random(self.generator)
+            numbers = g.var.spec.random(self.generator) * self.factor
             g.tensor = placeholder_like(g.layout, g.var.spec, numbers)
             self.recorder.define(g.tensor, g.var)
         return g.tensor
@@ -549,17 +554,21 @@ def record_pullback(
 
 def _try_elsewhere(graph: Graph, program: Program, seed: int, what: str) -> None:
     """Raise if a program is not right for other cotangents than it was recorded with."""
-    walk = _Walk(graph, Emitter(), torch.Generator().manual_seed(seed))
-    seeds = [walk.seed(v, numbers=True) for v in program.inputs]
-    expected = [None if g is None else g.tensor for g in walk.run(seeds)]
-    with torch.inference_mode(False), torch.no_grad():
-        got = Executor(program)([walk.number(g) for g in seeds])
-    for a, b, spec in zip(got, expected, program.specs, strict=True):
-        if not close(spec.zeros() if a is None else a, spec.zeros() if b is None else b):
-            raise NotLinearError(
-                f"{program.name}: its result depends on a comparison with the cotangent ({what}), "
-                "so that it is not a linear map"
-            )
+    dtypes = {v.spec.dtype for v in program.inputs}
+    for factor in (1.0, *magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max))):
+        generator = torch.Generator().manual_seed(seed)
+        walk = _Walk(graph, Emitter(), generator, factor=factor)
+        seeds = [walk.seed(v, numbers=True) for v in program.inputs]
+        expected = [None if g is None else g.tensor for g in walk.run(seeds)]
+        with torch.inference_mode(False), torch.no_grad():
+            got = Executor(program)([walk.number(g) for g in seeds])
+        for a, b, spec in zip(got, expected, program.specs, strict=True):
+            a, b = (spec.zeros() if t is None else t for t in (a, b))
+            if not close_at(factor, a, b):
+                raise NotLinearError(
+                    f"{program.name}: its result depends on a comparison with the cotangent "
+                    f"({what}), so that it is not a linear map"
+                )
 
 
 def record_function(

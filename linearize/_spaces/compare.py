@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -81,3 +82,41 @@ def _pieces(t: torch.Tensor) -> Sequence[torch.Tensor]:
         t, max(1, t.shape[dim] * _AT_ONCE // t.numel()), dim
     )
     return pieces
+
+
+def magnitudes(dtype: torch.dtype) -> tuple[float, ...]:
+    """Return factors at which a map that looks linear must be so too, over the range of a dtype.
+
+    Powers of two, which lose no digits: large ones of both signs, a small and a moderate one.
+    What clips, rounds or saturates is told by one of them.
+    """
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return ()
+    most = torch.finfo(dtype).max
+    half = max(10, (math.frexp(most)[1] - 1) // 2)
+    return 2.0**half, -(2.0**half), 2.0**-half, -(2.0 ** (half // 4))
+
+
+def close_at(
+    factor: float,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    within: Callable[[torch.dtype], float] = tolerance,
+) -> bool:
+    """Whether two results agree for arguments that were multiplied by a factor.
+
+    Nothing is said where numbers leave the range of the dtype at the largest and smallest factors.
+    """
+    if close(a, b, within):
+        return True
+    most = max(magnitudes(a.dtype), default=0.0)
+    if factor == 1 / most:
+        return _tiny(a) and _tiny(b)
+    beyond = not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all()))
+    return beyond and abs(factor) == most
+
+
+def _tiny(t: torch.Tensor) -> bool:
+    """Whether the numbers of a tensor are so small that they lose digits."""
+    info = torch.finfo(t.dtype)
+    return bool(t.abs().max() < info.tiny / info.eps)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .._programs.program import Emitter, Equation, Program, Var
 from .._programs.residuals import Residual
 from .._record.recorder import OpaqueError
 from .._record.walk import record_function
-from .._spaces.compare import close
+from .._spaces.compare import close_at, magnitudes
 from .._spaces.space import TensorSpec
 from .._text.labels import beside
 from .._torch.names import aten
@@ -104,7 +105,7 @@ def _replacement(eq: Equation, limit: int | None) -> Program:
     try:
         if isinstance(op, TransposedNode):
             raise OpaqueError(op.reason)
-        given = _recorded(fn, ins, outs, name, has)
+        given = _recorded(fn, ins, outs, op.node, has)
     except OpaqueError as reason:
         if limit is None:
             remedy = "" if isinstance(op, TransposedNode) else f"give it a {lacks}, or "
@@ -160,7 +161,7 @@ def _recorded(
     fn: Callable[..., Sequence[torch.Tensor | None]],
     ins: list[TensorSpec],
     outs: list[TensorSpec],
-    name: str,
+    node: CustomNode,
     method: str,
 ) -> Program:
     """Record the given direction, and test it with other numbers.
@@ -168,7 +169,7 @@ def _recorded(
     Code that leaves PyTorch half-way leaves a program that is right only for the numbers it
     was recorded with.
     """
-    source = f"{name}.{method}"
+    source = f"{node.name}.{method}"
     program, _, _ = record_function(fn, ins, outs, name=source, source=source)
     generator = torch.Generator().manual_seed(1)
     numbers = [spec.random(generator) for spec in ins]
@@ -183,9 +184,46 @@ def _recorded(
                     r.tensor = r.tensor.clone()
                     r.version = r.tensor._version
         from_program = Executor(program)(numbers)
-    for e, got, spec in zip(expected, from_program, outs, strict=True):
-        want = spec.zeros() if e is None else e
-        have = spec.zeros() if got is None else got
-        if not close(have, want):
+        if not _agree(1.0, from_program, expected, outs):
             raise OpaqueError("the result depends on its argument in a way not seen by PyTorch")
+        kind = method, tuple(ins), tuple(outs)
+        tried = _TRIED.setdefault(node.cls, set())
+        if program.fixed or kind not in tried:
+            _try_scaled(program, fn, numbers, outs)
+            tried.add(kind)
     return program
+
+
+#: What was tried at several magnitudes, by the class of the custom Function: at each point would
+#: cost too much, where nothing is compared with the argument.
+_TRIED: weakref.WeakKeyDictionary[type, set[Hashable]] = weakref.WeakKeyDictionary()
+
+
+def _try_scaled(
+    program: Program,
+    fn: Callable[..., Sequence[torch.Tensor | None]],
+    numbers: Sequence[torch.Tensor],
+    outs: Sequence[TensorSpec],
+) -> None:
+    """Raise unless a method does what its program does at several magnitudes."""
+    dtypes = {t.dtype for t in numbers}
+    for factor in magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max)):
+        scaled = [factor * t for t in numbers]
+        expected = fn(*(t.clone() for t in scaled))
+        if not _agree(factor, Executor(program)(scaled), expected, outs):
+            raise OpaqueError(
+                f"it is not linear: its result for arguments {factor:.0e} times as large is not "
+                "as much larger, as where gradients are clipped or rounded"
+            )
+
+
+def _agree(
+    factor: float,
+    got: Sequence[torch.Tensor | None],
+    expected: Sequence[torch.Tensor | None],
+    specs: Sequence[TensorSpec],
+) -> bool:
+    return all(
+        close_at(factor, spec.zeros() if a is None else a, spec.zeros() if b is None else b)
+        for a, b, spec in zip(got, expected, specs, strict=True)
+    )
