@@ -23,7 +23,7 @@ import torch
 from .._execute.executor import Executor
 from .._programs.program import Equation, Operation, Program, Var, op_name
 from .._programs.residuals import Residual
-from .._spaces.compare import close, tolerance
+from .._spaces.compare import close, roughly, tolerance
 from .._spaces.space import TensorSpec
 from ..errors import AdjointError, NotLinearError
 
@@ -241,12 +241,12 @@ def check_maps(
     generator = torch.Generator().manual_seed(4)
     maps = pullback, pushforward
     off = parting(*maps, generator, programs, cotangents, tangents, columns=True)
-    if off is not None:
-        fault = _name_fault(*programs(), transposed)
-        raise AdjointError(f"jvp_fn and vjp_fn are not adjoint ({_by(off)}): {fault}")
     for product, program, name in zip(maps, (cotangents, tangents), _NAMES, strict=True):
         if any(node_of(eq.op) is not None for eq in program.equations):
             _check_linear(product, program, name, generator)
+    if off is not None:
+        fault = _name_fault(*programs(), transposed)
+        raise AdjointError(f"jvp_fn and vjp_fn are not adjoint ({_by(off)}): {fault}")
 
 
 _NAMES = "vjp_fn", "jvp_fn"
@@ -285,13 +285,9 @@ def _not_linear(product: Map, arguments: Tensors) -> float | None:
                 a, b = (zero if t is None else t for t in (a, b))
                 a, b = torch.broadcast_tensors(a, b * factor)
                 finite = bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
-                if finite and not close(a, b, _roughly):
+                if finite and not close(a, b, roughly):
                     return factor
     return None
-
-
-def _roughly(dtype: torch.dtype) -> float:
-    return max(1e-3, tolerance(dtype))
 
 
 def parting(

@@ -45,6 +45,14 @@ def rounding(dtype: torch.dtype) -> float:
     return min(tolerance(dtype), max(200 * torch.finfo(dtype).eps, 1e-9))
 
 
+def roughly(dtype: torch.dtype) -> float:
+    """Return the relative error within which results of user code count as equal.
+
+    It may solve equations to a tolerance of its own.
+    """
+    return max(1e-3, tolerance(dtype))
+
+
 def close(
     a: torch.Tensor, b: torch.Tensor, within: Callable[[torch.dtype], float] = tolerance
 ) -> bool:
