@@ -52,7 +52,7 @@ class NodeBackward(Operation):
     def __init__(
         self,
         node: Node,
-        inputs: Sequence[TensorSpec],
+        inputs: Sequence[TensorSpec | None],
         outputs: Sequence[TensorSpec],
         reason: str,
     ) -> None:
@@ -60,7 +60,7 @@ class NodeBackward(Operation):
         self.label = node.name()
         #: Why it could not be written down in PyTorch operations.
         self.reason = reason
-        #: Specs of the gradients that it returns, and of those that it takes.
+        #: Specs of the gradients that it returns, None for none, and of those that it takes.
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
 
     @property
@@ -412,8 +412,7 @@ class _Walk:
         """Write down a node as one operation, because of `reason`."""
         edges, specs = _edges(node)
         takes = [metadata_spec(m) for m in input_metadata(node)]
-        gives = [s for s in specs if s is not None]
-        self.place(NodeBackward(node, gives, takes, reason), edges, specs, grads)
+        self.place(NodeBackward(node, specs, takes, reason), edges, specs, grads)
 
     def custom(self, custom: CustomNode, node: Node, received: dict[int, Gradient]) -> None:
         """Write down a custom Function's node as one operation."""

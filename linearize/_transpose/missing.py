@@ -99,7 +99,8 @@ def _replacement(eq: Equation, limit: int | None) -> Program:
         if not op.node.has_jvp:
             raise MissingDerivativeError(_neither(beside(name, eq.source)))
     else:
-        fn, ins, outs = op, list(op.outputs), list(op.inputs)
+        fn, ins = op, list(op.outputs)
+        outs = [s if s is not None else _nothing() for s in op.inputs]
         has, lacks, name = "backward", "jvp", op.label
     # `fn` maps the equation's outputs to its arguments: it is the given direction.
     try:
