@@ -32,6 +32,7 @@ from .._reuse.structure import Structure
 from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
 from .._torch.graphs import outside_backward
+from .._torch.modes import without_subclass
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
 
@@ -326,7 +327,7 @@ class PointPrograms:
                 ) from error
             t = value if origin.position is None else value[origin.position]
             with torch.inference_mode(False):
-                known = Residual(t.detach(), self._graph.label(node), origin)
+                known = Residual(without_subclass(t), self._graph.label(node), origin)
             self._read[origin.place] = known
         return known
 
