@@ -154,13 +154,8 @@ class OverNumpy(torch.autograd.Function):
 def test_a_check_finds_gradients_that_are_clipped_out_of_sight() -> None:
     here = lz.Linearizer(lambda x: OverNumpy.apply(x) * 2).at(torch.ones(3))
     here.jvp_fn(torch.ones(3))
-    with pytest.raises(lz.errors.NotLinearError, match=r"OverNumpy\.backward"):
+    with pytest.raises(lz.errors.NotLinearError, match=r"OverNumpy\.backward is not linear"):
         here.check()
-    lin = lz.Linearizer(lambda x: OverNumpy.apply(x) * 2, check="always")
-    here = lin.at(torch.ones(3))
-    for _ in range(2):
-        with pytest.raises(lz.errors.NotLinearError, match=r"OverNumpy\.backward"):
-            here.vjp_fn(torch.ones(3))
 
 
 def slightly_wrong(place: int, direction: str, size: float) -> Any:
