@@ -1,8 +1,8 @@
 """Which of the two methods of a derivative the author of a custom Function gave.
 
-A method is not given if there is none, if it only raises, or if PyTorch made it around one that is
-not given, as `torch.vmap` does. A `jvp` that returns nothing but None is a stub too; a `backward`
-that does so means zero.
+A method is not given if there is none, or if PyTorch made it around one that is not given, as
+`torch.vmap` does. Beside a `backward`, a `jvp` that only raises, or returns nothing but None, is a
+stub; a `backward` that returns None means zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def gives_jvp(cls: Any) -> bool:
     if cls.jvp is _BASE.jvp:
         return False
     inner = vmapped(cls)
-    return gives_jvp(inner) if inner is not None else not _is_stub(cls.jvp)
+    if inner is not None:
+        return gives_jvp(inner)
+    return not (_is_stub(cls.jvp) and gives_backward(cls))
 
 
 def gives_backward(cls: Any) -> bool:
