@@ -278,7 +278,8 @@ class Product:
         if len(given) < len(tensors):
             present = tuple([t is not None for t in tensors])
         if transformed or not len(given[0]):
-            return list(torch.vmap(self._one(present), chunk_size=chunk_size)(*given))
+            pieces_of = chunk_size if len(given[0]) else None
+            return list(torch.vmap(self._one(present), chunk_size=pieces_of)(*given))
         if self._lifetime.closed:
             self._check_open()
         if self._first is not None:
