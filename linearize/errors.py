@@ -41,7 +41,7 @@ class StructureError(LinearizeError, TypeError, RuntimeError):
     """
 
 
-class OptionError(LinearizeError, ValueError):
+class OptionError(LinearizeError, ValueError, RuntimeError):
     """An option has a value that it cannot have.
 
     The message names the option and what it can be.

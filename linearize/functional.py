@@ -109,9 +109,9 @@ def jacobian(
         )
     with torch.set_grad_enabled(create_graph):
         forward = "jacobian" if strategy == "forward-mode" else ""
-        point = Point(func, primals, has_aux=False, forward=forward)
+        point = Point(func, primals, has_aux=False, forward=forward, keep=strict)
         if strict:
-            _check_strict(point, "jacobian", each=True, varying=create_graph)
+            _check_strict(point, "jacobian", varying=create_graph)
         return matrix(point, direction, chunk, unpack=single)
 
 
@@ -172,9 +172,9 @@ def hessian(
         return row_gradients(value.reshape(()), args[0] if single else args, sight)
 
     with torch.set_grad_enabled(create_graph):
-        point = Point(gradient, primals, has_aux=False)
+        point = Point(gradient, primals, has_aux=False, keep=strict)
         if strict:
-            _check_strict(point, "hessian", each=True, varying=create_graph)
+            _check_strict(point, "hessian", varying=create_graph)
         return matrix(point, direction, chunk, unpack=single)
 
 
@@ -222,9 +222,9 @@ def hvp(
         return value, row_gradients(value.reshape(()), args, sight)
 
     with torch.set_grad_enabled(create_graph):
-        point = Point(value_and_gradient, primals, has_aux=False)
+        point = Point(value_and_gradient, primals, has_aux=False, keep=strict)
         if strict:
-            _check_strict(point, "hvp", each=False, varying=False)
+            _check_strict_product(point, "hvp", varying=create_graph)
         value, gradient = point.value
         if v is None:
             if sum(t.numel() for t in pytree.tree_leaves(gradient)) != 1:
@@ -279,8 +279,8 @@ def _options(strategy: str, chunk_size: ChunkSize) -> Direction:
     return _DIRECTIONS[strategy]
 
 
-def _check_strict(point: Point, what: str, *, each: bool, varying: bool) -> None:
-    """Raise as PyTorch does in strict mode.
+def _check_strict(point: Point, what: str, *, varying: bool) -> None:
+    """Raise as PyTorch does in strict mode: each output must depend on each input.
 
     Parameters
     ----------
@@ -288,27 +288,38 @@ def _check_strict(point: Point, what: str, *, each: bool, varying: bool) -> None
         The function, or its gradient.
     what
         Who asks.
-    each
-        Whether each output must depend on each input, or each on some other.
     varying
-        Whether the derivative must depend on something too.
+        Whether the derivatives must depend on something too.
     """
-    table = point.dependence()
-    if not each:
-        lonely = [i for i, row in enumerate(table) if not any(row)]
-        if lonely:
-            raise StructureError(f"{what}: strict=True, and output {lonely[0]} depends on no input")
-        table = [[any(row[j] for row in table) for j in range(len(table[0]))]]
-    for i, row in enumerate(table):
-        for j, depends in enumerate(row):
-            if not depends:
-                output = f"output {i}" if each else "the output"
-                raise StructureError(
-                    f"{what}: strict=True, and {output} does not depend on input {j}"
-                )
+    for i, row in enumerate(point.dependence()):
+        if not all(row):
+            raise StructureError(
+                f"{what}: strict=True, and output {i} does not depend on input {row.index(False)}"
+            )
     if varying:
         for i, j in point.constant_blocks():
             raise StructureError(
                 f"{what}: strict=True and create_graph=True, and the derivative of output {i} by "
                 f"input {j} is constant"
+            )
+
+
+def _check_strict_product(point: Point, what: str, *, varying: bool) -> None:
+    """Raise as PyTorch does in strict mode for the product of a Hessian, given value and gradient.
+
+    Each entry of the gradient must depend on some input, and on each input some entry.
+    """
+    table = point.dependence()
+    for i, row in enumerate(table):
+        if not any(row):
+            entry = f"the derivative by input {i - 1}" if i else "the output"
+            raise StructureError(f"{what}: strict=True, and {entry} depends on no input")
+    for j, column in enumerate(zip(*table[1:], strict=True)):
+        if not any(column):
+            raise StructureError(f"{what}: strict=True, and the Hessian is zero for input {j}")
+    if varying:
+        for j in point.constant_inputs(1):
+            raise StructureError(
+                f"{what}: strict=True and create_graph=True, and the product is constant for "
+                f"input {j}"
             )

@@ -92,6 +92,10 @@ class ThroughAnother(Cube):
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         return SquareNumpy.apply(ctx.saved_tensors[0], g)
 
+    @staticmethod
+    def jvp(ctx: Any, t: torch.Tensor) -> torch.Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * t
+
 
 class Once(Cube):
     @staticmethod
@@ -249,6 +253,7 @@ cube_op.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
+
 @torch.library.custom_op("second_derivatives::opaque", mutates_args=())
 def opaque_op(x: torch.Tensor) -> torch.Tensor:
     return x**3
@@ -331,3 +336,103 @@ def test_refused_by_name_where_it_has_none(name: str, face: str, outer: str) -> 
     kind = RuntimeError if name == "slope" else UnsupportedError
     with pytest.raises(kind, match=name):
         HESSIANS[face](make(REFUSED[name]))
+
+
+def test_gauss_newton_losses_and_minima_are_refused_too() -> None:
+    params = {"w": X.clone()}
+    losses: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        name: (lambda y, apply=apply: apply(y).sum()) for name, apply in REFUSED.items()
+    }
+    for name in ("Once", "OverNumpy", "HalfNumpy", "Items"):
+        with pytest.raises(UnsupportedError, match=name):
+            curvature.gauss_newton(lambda p: 2 * p["w"], params, losses[name])
+    right = curvature.gauss_newton(lambda p: 2 * p["w"], params, lambda y: Cube.apply(y).sum())
+    torch.testing.assert_close(right @ {"w": V}, {"w": 4 * 6 * 2 * X * V})
+
+    p = X.clone().requires_grad_()
+    found = p.detach() ** 2
+    for apply in (Once.apply, OverNumpy.apply):
+        with pytest.raises(UnsupportedError, match="second derivative"):
+            implicit.minimum(lambda x, p, apply=apply: (apply(x) / 3 - p**4 * x).sum(), found, p)
+    x = implicit.minimum(lambda x, p: (Cube.apply(x) / 3 - p**4 * x).sum(), found, p)
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), p)[0], 2 * X)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_product_differentiated_by_the_point_is_refused(name: str) -> None:
+    kind = RuntimeError if name == "slope" else UnsupportedError
+    x, u = X.clone().requires_grad_(), V.clone().requires_grad_()
+    (g,) = lf.vjp(REFUSED[name], x)[1](u)
+    torch.testing.assert_close(g.detach(), 3 * X**2 * V)
+    with pytest.raises(kind, match=name):
+        (g.sum() + (x**2).sum()).backward()
+    J = lf.jacrev(REFUSED[name])(x)
+    with pytest.raises(kind, match=name):
+        J.sum().backward()
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_product_differentiated_by_the_point_is_right(name: str) -> None:
+    x, u = X.clone().requires_grad_(), V.clone().requires_grad_()
+    for g in (lf.vjp(RIGHT[name], x)[1](u)[0], lf.jvp(RIGHT[name], (x,), (u,))[1]):
+        by_x, by_u = torch.autograd.grad((g * g).sum(), [x, u])
+        torch.testing.assert_close(by_x, 36 * X**3 * V**2)
+        torch.testing.assert_close(by_u, 18 * X**4 * V)
+
+
+def test_third_derivatives() -> None:
+    x = X.clone().requires_grad_()
+    (h,) = torch.autograd.grad(lf.vjp(Cube.apply, x)[1](V)[0].sum(), x, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(h.sum(), x)[0], 6 * V)
+
+
+def test_a_function_that_is_not_refused_is_called_as_often_as_before() -> None:
+    calls = []
+
+    class Counted(Cube):
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> Any:
+            calls.append(1)
+            return 3 * ctx.saved_tensors[0] ** 2 * g
+
+    here = curvature.hessian(lambda x: Counted.apply(x).sum(), X)
+    assert len(calls) == 1
+    for _ in range(5):
+        torch.testing.assert_close(here @ V, 6 * X * V)
+
+
+def test_contexts_are_left_as_they_were() -> None:
+    kept = []
+
+    class Kept(Cube):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            kept.append(ctx)
+            ctx.save_for_backward(x)
+            return x**3
+
+    lf.hessian(lambda x: Kept.apply(x).sum())(X)
+    assert not vars(kept.pop())
+
+
+def test_an_object_computed_outside_is_no_constant() -> None:
+    class Array(Cube):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.kept = {"slope": np.square(x.detach().numpy()) * 3}
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> Any:
+            return torch.as_tensor(ctx.kept["slope"]) * g + 0 * ctx.saved_tensors[0]
+
+    with pytest.raises(UnsupportedError, match=r"Array.*ctx\.kept"):
+        lf.hessian(lambda x: Array.apply(x).sum())(X)
+
+
+def test_first_derivatives_need_no_second_one() -> None:
+    for apply in REFUSED.values():
+        here = lz.Linearizer(apply).at(X)
+        torch.testing.assert_close(here.vjp_fn(V)[0], 3 * X**2 * V)
+        torch.testing.assert_close(lf.vjp(apply, X)[1](V)[0], 3 * X**2 * V)
