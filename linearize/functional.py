@@ -70,7 +70,8 @@ def jacobian(
     create_graph
         Whether the result can be differentiated with respect to the inputs.
     strict
-        Whether an output that does not depend on the inputs is an error.
+        Whether an output that does not depend on one of the inputs is an error, with
+        `create_graph` also a derivative that depends on nothing.
     vectorize
         Whether several rows or columns are computed in one pass. Custom Functions are called
         once for each of them, inside of the pass.
@@ -91,7 +92,7 @@ def jacobian(
     OptionError
         If an option has a value that it cannot have.
     StructureError
-        With `strict`, if an output does not depend on the inputs.
+        With `strict`, if an output does not depend on one of the inputs.
     UnsupportedError
         For complex numbers, if the derivative is linear over the real numbers only.
     """
@@ -137,7 +138,7 @@ def hessian(
     inputs, create_graph
         As for `jacobian`.
     strict
-        Whether a gradient that does not depend on the inputs is an error.
+        As for `jacobian`, of the gradient.
     vectorize
         As for `jacobian`.
     outer_jacobian_strategy
@@ -155,6 +156,8 @@ def hessian(
     ------
     OptionError, StructureError
         As for `jacobian`; also if func does not return one number.
+    UnsupportedError
+        If the backward of a custom Function has no derivative that can be seen.
     """
     direction = _options(outer_jacobian_strategy, chunk_size)
     chunk = chunk_size if vectorize else 1
