@@ -12,6 +12,7 @@ __all__ = [
     "CopyError",
     "DistributedError",
     "FunctionContractError",
+    "IndependenceWarning",
     "LinearizeError",
     "MissingDerivativeError",
     "NotLinearError",

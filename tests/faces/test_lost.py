@@ -11,7 +11,7 @@ import torch
 import linearize as lz
 import linearize.func as lf
 from linearize import curvature, functional, implicit
-from linearize.errors import IndependenceWarning, UnsupportedError
+from linearize.errors import IndependenceWarning, StalenessError, UnsupportedError
 from linearize.testing import check_linearization
 
 D = torch.float64
@@ -133,3 +133,31 @@ def test_implicit_derivatives_by_what_is_closed_over() -> None:
     assert implicit.root(lambda z: z - fixed * z - 1.0, z) == z
     with torch.no_grad():  # nobody asks for a derivative
         assert implicit.root(lambda z: z - w * z - 1.0, z) == z
+
+
+@pytest.mark.parametrize("max_bytes", [None, 0])
+@pytest.mark.parametrize("what", ["params", "inputs", "targets"])
+def test_a_curvature_operator_notices_that_its_data_changed(what: str, max_bytes: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(3, dtype=D, generator=generator)
+    inputs = torch.randn(2, 4, 3, dtype=D, generator=generator)
+    targets = torch.randn(2, 4, dtype=D, generator=generator)
+
+    def loss(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ((x @ w).tanh() - y).square().sum()
+
+    batches = [(x.clone(), y.clone()) for x, y in zip(inputs, targets, strict=True)]
+    H = curvature.hessian(loss, w, batches, max_bytes=max_bytes)
+    whole = torch.func.hessian(
+        lambda w: sum(loss(w, x, y) for x, y in zip(inputs, targets, strict=True))
+    )
+    expected = whole(w) @ V
+    torch.testing.assert_close(H @ V, expected)
+    # The value stays: only the version tells of it.
+    {"params": w, "inputs": batches[1][0], "targets": batches[1][1]}[what].mul_(1.0)
+    try:
+        got = H @ V
+    except StalenessError:
+        return
+    assert max_bytes is None
+    torch.testing.assert_close(got, expected)
