@@ -21,7 +21,15 @@ from .._capture.contexts import function_name
 from .._capture.dependence import warn_independent
 from .._capture.graph import as_seed, between
 from .._torch.contexts import applied_late, calls_watched, contexts_told
-from .._torch.graphs import Node, accumulators, forward_class, gradient_edge, is_custom
+from .._torch.graphs import (
+    Node,
+    accumulators,
+    forward_class,
+    gradient_edge,
+    is_custom,
+    is_vmapped,
+    packed_by_hooks,
+)
 from .._torch.modes import functions_as_they_are, functorch_active, set_grad_mode
 from .._torch.names import pytree, unwrapped
 from ..errors import UnsupportedError
@@ -48,6 +56,8 @@ class Sight:
         self._ends: list[Node] | None = None
         self._descends: dict[Node, bool] = {}
         self.lost = _Lost()
+        #: The contexts of custom Functions; those in a node that writes into a view are no nodes.
+        self.contexts: weakref.WeakSet[Any] = weakref.WeakSet()
         self._depends = False
         #: Through what a number left PyTorch inside some custom Function's `forward`.
         self.left: str | None = None
@@ -56,7 +66,7 @@ class Sight:
     def running(self) -> Iterator[None]:
         """Watch f, which must run inside of this."""
         watch = _Watch(self)
-        with watch, contexts_told(watch.applied) if self.through else contextlib.nullcontext():
+        with watch, contexts_told(watch.applied):
             yield
 
     def check_regions(self, outputs: Any, what: str) -> None:
@@ -120,7 +130,7 @@ class Sight:
         """
         roots = [gradient_edge(y).node for y in outputs]
         ends = [gradient_edge(x).node for x in inputs if x.requires_grad]
-        contexts = [n for n in between(roots, ends) if is_custom(n) and not _is_ours(n)]
+        contexts = self._between(roots, ends)
         with contextlib.ExitStack() as watches:
             if contexts:
                 cotangents = [u if u.requires_grad else as_seed(u) for u in cotangents]
@@ -137,11 +147,19 @@ class Sight:
         if not self._depends:
             warn_independent("the value")
 
+    def _between(self, roots: Sequence[Node], ends: Sequence[Node]) -> list[Node]:
+        """Return the custom Functions whose backward may be called on the way."""
+        nodes = between(roots, ends)
+        found = [n for n in nodes if is_custom(n)]
+        if any(n.name() == "torch::autograd::CopySlices" for n in nodes):
+            found += [ctx for ctx in self.contexts if ctx not in found]
+        return [n for n in found if not _is_ours(n)]
+
     def _called(
         self, ctx: Any, backward: Callable[..., Any], cotangents: tuple[torch.Tensor | None, ...]
     ) -> Any:
         """Run one custom Function's backward, and see that its derivative is all there."""
-        watch = _Watch(self, strict=True)
+        watch = _Watch(self, strict=True, wary=packed_by_hooks(ctx) or is_vmapped(ctx))
         with watch:
             result = backward(*cotangents)
         with functions_as_they_are():
@@ -231,10 +249,22 @@ class _Lost:
 
 
 class _Watch(TorchFunctionMode):
-    """Follows numbers through what runs without grad mode; inside a backward, everywhere."""
+    """Follows numbers through what runs without grad mode; inside a backward, everywhere.
 
-    def __init__(self, sight: Sight, *, strict: bool = False) -> None:
+    Parameters
+    ----------
+    sight
+        What to tell.
+    strict
+        Whether this is around a backward.
+    wary
+        Whether tensors from elsewhere count as lost: those that a checkpoint computed again, or
+        that `torch.vmap` wrapped.
+    """
+
+    def __init__(self, sight: Sight, *, strict: bool = False, wary: bool = False) -> None:
         super().__init__()
+        self._wary = wary
         self._sight = sight
         self._lost = sight.lost
         self._strict = strict
@@ -267,7 +297,8 @@ class _Watch(TorchFunctionMode):
 
     def applied(self, ctx: Any, arguments: Sequence[Any] | None) -> None:
         """Take note of a custom Function that is applied."""
-        if torch.is_grad_enabled() or not self._chosen:
+        self._sight.contexts.add(ctx)
+        if not self._sight.through or torch.is_grad_enabled() or not self._chosen:
             return
         with functions_as_they_are():
             if any(isinstance(t, _TENSOR) and self._sight.descends(t) for t in arguments or ()):
@@ -282,7 +313,7 @@ class _Watch(TorchFunctionMode):
         given = (*args, *(kwargs or {}).values())
         with functions_as_they_are():
             if functorch_active():
-                if any(self._sight.descends(unwrapped(t)) for t in _tensors(given)):
+                if any(self._sight.descends(t) for t in _tensors(given)):
                     self._sight.unseen = "a torch.func transform"
                 return False
             return (
@@ -303,6 +334,10 @@ class _Watch(TorchFunctionMode):
         if on:
             self._chosen = False
         given = [t for t in _tensors(args) if _continuous(t)]
+        if self._wary:
+            for t in given:
+                if not t.requires_grad and not self.made_here(t):
+                    self._lost.add(t, by_choice=False)
         lost = [t for t in given if self._lost.of(t)]
         chosen = any(self._lost.by_choice(t) for t in lost)
         explicit = not on and self._chosen
@@ -352,7 +387,7 @@ def _is_ours(ctx: Node) -> bool:
 def _tensors(items: Sequence[Any]) -> Iterator[torch.Tensor]:
     for x in items:
         if isinstance(x, _TENSOR):
-            yield x
+            yield unwrapped(x)
         elif isinstance(x, (tuple, list)):
             yield from _tensors(x)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 import linearize as lz
 import linearize.func as lf
@@ -436,3 +437,87 @@ def test_first_derivatives_need_no_second_one() -> None:
         here = lz.Linearizer(apply).at(X)
         torch.testing.assert_close(here.vjp_fn(V)[0], 3 * X**2 * V)
         torch.testing.assert_close(lf.vjp(apply, X)[1](V)[0], 3 * X**2 * V)
+
+
+class InPlace(Function):
+    """Writes into a view, so that its node is hidden inside another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.kept = x.detach().clone()
+        x.pow_(3)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return 3 * ctx.kept**2 * g
+
+
+def test_a_node_hidden_inside_another() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x * 1.0
+        InPlace.apply(y[:1])
+        return y.sum()
+
+    with pytest.raises(UnsupportedError, match="InPlace"):
+        lf.hessian(f)(X)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_a_checkpoint(reentrant: bool) -> None:
+    def loss(apply: Apply) -> Apply:
+        def block(x: torch.Tensor) -> torch.Tensor:
+            return apply(x).sin()
+
+        return lambda x: checkpoint(block, x * 1, use_reentrant=reentrant).sum()
+
+    expected = torch.func.hessian(lambda x: (x**3).sin().sum())(X)
+    for cls in (Cube, KeepsInput):
+        torch.testing.assert_close(lf.hessian(loss(cls.apply))(X), expected)
+    for cls in (Once, SlopeKept, SlopeOverNumpy):
+        with pytest.raises(UnsupportedError, match=cls.__name__):
+            lf.hessian(loss(cls.apply))(X)
+
+
+class Mapped(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> Any:
+        return x**3, 3 * x**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs, output[1].detach())
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor, _: Any) -> Any:
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class MappedDetached(Mapped):
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor, _: Any) -> Any:
+        return 3 * ctx.saved_tensors[0].detach() ** 2 * g
+
+
+class MappedKept(Mapped):
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor, _: Any) -> Any:
+        return ctx.saved_tensors[1] * g
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_inside_vmap(mapped: bool) -> None:
+    def loss(cls: Any) -> Apply:
+        def single(x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = cls.apply(x)[0]
+            return result
+
+        return lambda x: (torch.vmap(single)(x) if mapped else single(x)).sum()
+
+    torch.testing.assert_close(lf.hessian(loss(Mapped))(X), torch.diag(6 * X))
+    for cls in (MappedDetached, MappedKept):
+        with pytest.raises(UnsupportedError, match=cls.__name__):
+            lf.hessian(loss(cls))(X)
