@@ -35,7 +35,7 @@ from ._spaces.space import Space
 from ._text.progress import progress
 from ._torch.modes import eagerly
 from ._torch.names import pytree
-from .errors import LinearizeError, OptionError, StructureError
+from .errors import LinearizeError, OptionError, StalenessError, StructureError
 
 __all__ = ["Curvature", "fisher", "gauss_newton", "hessian"]
 
@@ -73,11 +73,18 @@ class _Batch:
     value: torch.Tensor
     kept: _Point | None
     random_state: list[torch.Tensor]
+    stamps: list[tuple[torch.Tensor, int]]
 
     def point(self) -> _Point:
         """Return the linearized batch, made of the same random draws as the first time."""
         if self.kept is not None:
             return self.kept
+        if any(t._version != version for t, version in self.stamps):
+            raise StalenessError(
+                "the parameters, or a batch beyond max_bytes, were changed in place since the "
+                "operator was made, so that the batch cannot be linearized again; make the "
+                "operator anew, or give it copies"
+            )
         with torch.random.fork_rng(devices=_random_devices()):
             _set_random_state(self.random_state)
             point = self.make()
@@ -191,7 +198,9 @@ def hessian(
     params
         A pytree of real tensors.
     batches
-        The data in pieces, each a tuple (or one tensor); gone through once.
+        The data in pieces, each a tuple (or one tensor); gone through once, now. Products are
+        those of the data and parameters of now: a later change in place is noticed where they
+        are read again.
     reduction
         How batches add up: "sum" adds what f returns; "mean" takes the average, weighted by
         the lengths of the batches' first tensors.
@@ -390,13 +399,19 @@ def _over_batches(
             full = full or used > max_bytes
             keep = None if full else point
         lengths.append(_length(data) if batches is not None else 1)
-        made.append(_Batch(make, 1.0, point.value, keep, state))
+        made.append(_Batch(make, 1.0, point.value, keep, state, _stamps((params, data))))
     if space is None:
         raise StructureError(f"{name}: expected at least one batch, got none")
     if reduction == "mean":
         for b, length in zip(made, lengths, strict=True):
             b.weight = length / sum(lengths)
     return Curvature(made, space, name, own, max_bytes)
+
+
+def _stamps(tree: Any) -> list[tuple[torch.Tensor, int]]:
+    """Return the tensors of a tree with their versions."""
+    tensors = (t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor))
+    return [(t, t._version) for t in tensors if not t.is_inference()]
 
 
 def _bytes(point: _Point, own: set[int]) -> int:

@@ -12,6 +12,7 @@ __all__ = [
     "CopyError",
     "DistributedError",
     "FunctionContractError",
+    "IndependenceWarning",
     "LinearizeError",
     "MissingDerivativeError",
     "NotLinearError",
@@ -41,7 +42,7 @@ class StructureError(LinearizeError, TypeError, RuntimeError):
     """
 
 
-class OptionError(LinearizeError, ValueError):
+class OptionError(LinearizeError, ValueError, RuntimeError):
     """An option has a value that it cannot have.
 
     The message names the option and what it can be.

@@ -215,10 +215,11 @@ def _check_closure(captured: Capture) -> None:
     if others:
         shapes = ", ".join(str(tuple(t.shape)) for t in others[:5])
         raise UnsupportedError(
-            f"root: f depends on {len(others)} tensor(s) that require grad and are no arguments of "
-            f"it (shapes {shapes}{', ...' if len(others) > 5 else ''}): the solution would have no "
-            "derivative by them. Pass them as params (for a module: dict(net.named_parameters()) "
-            "and torch.func.functional_call), or detach() them if they are constants"
+            f"root: f depends on {len(others)} tensor(s) that require grad and are no arguments "
+            f"of it (shapes {shapes}{', ...' if len(others) > 5 else ''}): the solution would "
+            "have no derivative by them. Pass them as params (for a module: "
+            "dict(net.named_parameters()), and torch.func.functional_call inside f), or detach "
+            "them if they are constants"
         )
 
 

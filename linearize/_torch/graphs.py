@@ -247,6 +247,11 @@ def packed_by_hooks(node: Any) -> bool:
     )
 
 
+def is_vmapped(node: Any) -> bool:
+    """Whether a custom node is of a Function that `torch.vmap` generated of another."""
+    return str(forward_class(node).__name__).startswith("Vmapped")
+
+
 def only_raises(cls: Any) -> bool:
     """Whether a Function was made for a `torch.library` operator without autograd."""
     if not cls.__name__.startswith("GeneratedBackwardFor_"):

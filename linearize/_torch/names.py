@@ -96,6 +96,13 @@ def has_memory(t: torch.Tensor) -> bool:
     return not t._is_zerotensor()
 
 
+def unwrapped(t: torch.Tensor) -> torch.Tensor:
+    """Return the tensor inside of one of `torch.func`'s transforms, any other as it is."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
 def batched_or_wrapped(t: torch.Tensor) -> bool:
     """Whether `t` belongs to a `torch.func` transform (a batched or tracked tensor)."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
