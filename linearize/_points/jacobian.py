@@ -47,6 +47,7 @@ class Jacobian(LinearOperator):
             self.in_space,
             functools.partial(run, product),
             peak=lambda: product.program.peak_bytes(),
+            diagonal=self.squared_norms,
             name="Jacobian.gram()",
         )
 
