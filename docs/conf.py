@@ -1,8 +1,6 @@
 """Sphinx configuration. Neither the build nor the pages need the network."""
 
-import re
 from importlib.metadata import version as installed_version
-from typing import Any
 
 project = "linearize"
 author = "the linearize developers"
@@ -44,16 +42,3 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
-
-
-def without_floor(
-    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
-    """Leave out of the reference which floor a module is on: that is for its developers."""
-    if what == "module" and lines and (found := re.match(r"Floor \d+: (.)", lines[0])):
-        lines[0] = found[1].upper() + lines[0][found.end() :]
-
-
-def setup(app: Any) -> None:
-    """Register what is done to docstrings."""
-    app.connect("autodoc-process-docstring", without_floor)

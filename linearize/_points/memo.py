@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 import threading
 import weakref
 from collections import deque
@@ -142,6 +143,8 @@ class Memo(Generic[P]):
 
         def died(_: Any) -> None:
             memo, own = this(), bound()
+            if sys.is_finalizing():
+                return
             if memo is not None and own is not None:
                 memo._dead.append((key, own))
                 memo._bury()

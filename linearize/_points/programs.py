@@ -6,6 +6,7 @@ before: then its numbers are bound into the known programs.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -89,8 +90,9 @@ class PointPrograms:
         me = weakref.ref(self)
 
         def died(_: Any) -> None:
-            source = me()
-            # Called by the garbage collector, which must not wait for anybody.
+            source = None if sys.is_finalizing() else me()
+            # Called by the garbage collector, which must not wait for anybody. While the
+            # interpreter ends no tensor can be made.
             if source is not None and source.lock.acquire(blocking=False):
                 try:
                     source.served(direction)

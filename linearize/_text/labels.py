@@ -115,7 +115,7 @@ def _folder(path: str) -> str:
 
 
 #: Code in these folders is not the user's: PyTorch, this package, the standard library.
-_OTHERS = (_folder(torch.__file__), _folder(_folder(__file__)[:-1]), "<frozen ")
+_OTHERS = (_folder(torch.__file__), _folder(os.path.dirname(__file__)), "<frozen ")
 _STANDARD = _folder(os.__file__)
 #: What is installed may lie below the standard library.
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
