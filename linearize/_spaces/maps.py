@@ -17,6 +17,8 @@ from .space import Space, TensorSpec
 
 Direction: TypeAlias = Literal["auto", "forward", "reverse"]
 ChunkSize: TypeAlias = int | Literal["auto"] | None
+#: Returns the diagonal of a matrix, None if it takes products with all unit vectors.
+KnownDiagonal: TypeAlias = Callable[[ChunkSize], torch.Tensor | None]
 
 
 class Apply(Protocol):
@@ -43,7 +45,7 @@ class LinearMap:
         apply_adjoint: Apply,
         *,
         peak: Callable[[], int] | None = None,
-        diagonal: Callable[[ChunkSize], torch.Tensor] | None = None,
+        diagonal: KnownDiagonal | None = None,
         name: str = "LinearOperator",
     ) -> None:
         self.in_space = in_space
@@ -186,7 +188,9 @@ class LinearMap:
             return self._sampled(samples, generator, chunk_size, lambda z, image: z * image)
         check_chunk_size(chunk_size)
         if self._known_diagonal is not None:
-            return self._known_diagonal(chunk_size)
+            known = self._known_diagonal(chunk_size)
+            if known is not None:
+                return known
         self.check_complex_linear("diagonal")
         found = torch.empty(self.shape[1], dtype=self.dtype, device=self.device)
         for start, images in self.columns(chunk_size):

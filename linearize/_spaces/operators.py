@@ -12,7 +12,14 @@ import torch
 from ..errors import SpaceError, StructureError
 from . import between
 from .flat import Parts, check_flat, join, split, zeros
-from .maps import Apply, ChunkSize, Direction, LinearMap, check_chunk_size
+from .maps import (
+    Apply,
+    ChunkSize,
+    Direction,
+    KnownDiagonal,
+    LinearMap,
+    check_chunk_size,
+)
 from .space import Space
 
 __all__ = [
@@ -39,8 +46,8 @@ class LinearOperator(LinearMap):
     peak
         Estimates the bytes that one vector takes on its way, for `chunk_size="auto"`.
     diagonal
-        Returns the diagonal, where there is a shorter way to it than n products; takes a
-        chunk size.
+        Takes a chunk size, and returns the diagonal where there is a shorter way to it than n
+        products, else None.
     name
         For `repr` and messages.
 
@@ -342,7 +349,7 @@ class LinearOperator(LinearMap):
         peak: Callable[[], int],
         name: str,
         *others: LinearOperator,
-        diagonal: Callable[[ChunkSize], torch.Tensor] | None = None,
+        diagonal: KnownDiagonal | None = None,
     ) -> LinearOperator:
         """Return an operator that is self-adjoint if all that it is made of are."""
         if all(isinstance(x, SelfAdjoint) for x in (self, *others)):
@@ -405,7 +412,7 @@ class SelfAdjoint(LinearOperator):
         apply: Apply,
         *,
         peak: Callable[[], int] | None = None,
-        diagonal: Callable[[ChunkSize], torch.Tensor] | None = None,
+        diagonal: KnownDiagonal | None = None,
         name: str = "SelfAdjoint",
     ) -> None:
         super().__init__(space, space, apply, apply, peak=peak, diagonal=diagonal, name=name)
