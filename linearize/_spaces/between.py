@@ -71,16 +71,25 @@ def real(apply: Apply, ours: Space, theirs: Space) -> Apply:
     """
 
     def around(parts: Parts, *, stacked: bool) -> Parts:
-        given = [
-            torch.view_as_complex(t.contiguous()) if leaf.dtype.is_complex else t
-            for t, leaf in zip(parts, ours.tensors, strict=True)
-        ]
-        return [
-            torch.view_as_real(t.resolve_conj()) if leaf.dtype.is_complex else t
-            for t, leaf in zip(apply(given, stacked=stacked), theirs.tensors, strict=True)
-        ]
+        return as_real(apply(as_complex(parts, ours), stacked=stacked), theirs)
 
     return around
+
+
+def as_complex(parts: Sequence[torch.Tensor], space: Space) -> Parts:
+    """Return the tensors of a space that real and imaginary parts stand for."""
+    return [
+        torch.view_as_complex(t.contiguous()) if leaf.dtype.is_complex else t
+        for t, leaf in zip(parts, space.tensors, strict=True)
+    ]
+
+
+def as_real(parts: Sequence[torch.Tensor], space: Space) -> Parts:
+    """Return real and imaginary parts in the place of a space's complex tensors."""
+    return [
+        torch.view_as_real(t.resolve_conj()) if leaf.dtype.is_complex else t
+        for t, leaf in zip(parts, space.tensors, strict=True)
+    ]
 
 
 def block(apply: Apply, ours: Space, at: Sequence[int], taken: Sequence[int]) -> Apply:

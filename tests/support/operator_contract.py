@@ -1,10 +1,14 @@
 """What every operator must satisfy, checked against its matrix."""
 
 import numpy as np
+import scipy
 import torch
 
 import linearize.scipy
 from linearize.operators import LinearOperator, block_diagonal, horizontal, vertical
+
+#: Whether `matvec` of SciPy's operators takes columns of shape (n, 1) without a warning.
+OLD_COLUMNS = tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 18)
 
 
 def flat(space, tree):
@@ -149,13 +153,14 @@ def check_operator(A: LinearOperator, matrix: torch.Tensor) -> None:
 
     # SciPy
     S = linearize.scipy.aslinearoperator(A)
+    assert A.to_scipy().shape == S.shape
     dense = matrix.numpy()
     assert S.shape == dense.shape
     assert S.dtype == dense.dtype
     x, u, X, U = (t.numpy() for t in (x, u, X, U))
     for got, want in (
         (S.matvec(x), dense @ x),
-        (S.matvec(x[:, None]), dense @ x[:, None]),
+        (S.matmat(x[:, None]), dense @ x[:, None]),
         (S.rmatvec(u), dense.conj().T @ u),
         (S.matmat(X), dense @ X),
         (S.rmatmat(U), dense.conj().T @ U),
@@ -165,3 +170,7 @@ def check_operator(A: LinearOperator, matrix: torch.Tensor) -> None:
     ):
         assert isinstance(got, np.ndarray)
         np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-10)
+    if OLD_COLUMNS:  # from SciPy 1.18 on, columns are for `matmat`
+        np.testing.assert_allclose(S.matvec(x[:, None]), dense @ x[:, None], rtol=1e-7, atol=1e-10)
+        got = S.rmatvec(u[:, None])
+        np.testing.assert_allclose(got, dense.conj().T @ u[:, None], rtol=1e-7, atol=1e-10)
