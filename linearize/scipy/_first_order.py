@@ -20,7 +20,7 @@ class Slope(NamedTuple):
     """What one run of f and its backward gave."""
 
     value: float
-    gradient: list[torch.Tensor]
+    gradient: Array
     #: What f read, with the versions after the run.
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
 
@@ -38,15 +38,24 @@ class FirstOrder:
         A function of one pytree that returns one real number as a tensor.
     maxsize
         The most points that are remembered.
+    unravel, ravel
+        Make the pytree of a flat vector, and the flat vector of its differentiable tensors.
     """
 
-    def __init__(self, f: Callable[[Any], torch.Tensor], maxsize: int) -> None:
+    def __init__(
+        self,
+        f: Callable[[Any], torch.Tensor],
+        maxsize: int,
+        unravel: Callable[[Array], Any],
+        ravel: Callable[[list[torch.Tensor]], Array],
+    ) -> None:
         self._f = f
+        self._unravel, self._ravel = unravel, ravel
         self._maxsize = maxsize
         self._known: OrderedDict[Hashable, Slope] = OrderedDict()
 
-    def at(self, x: Array, unravel: Callable[[Array], Any]) -> Slope:
-        """Return value and gradient at a flat vector, whose pytree `unravel` makes."""
+    def at(self, x: Array) -> Slope:
+        """Return value and gradient at a flat vector."""
         key = (
             x.dtype.str,
             x.tobytes(),
@@ -55,7 +64,7 @@ class FirstOrder:
         )
         found = self._known.get(key)
         if found is None or not found.fresh():
-            found = self._run(unravel(x))
+            found = self._run(self._unravel(x))
             self._known[key] = found
         self._known.move_to_end(key)
         while len(self._known) > self._maxsize:
@@ -71,8 +80,16 @@ class FirstOrder:
                 value = self._f(x)
             check_scalar(value)
             gradient = (
-                torch.autograd.grad(value.reshape(()), leaves, materialize_grads=True)
+                torch.autograd.grad(value, leaves, _ones_like(value), allow_unused=True)
                 if value.requires_grad
-                else [torch.zeros_like(t) for t in leaves]
+                else [None] * len(leaves)
             )
-        return Slope(float(value.detach()), [t.detach() for t in gradient], reads.stamps())
+        parts = [
+            torch.zeros_like(t, requires_grad=False) if g is None else g
+            for t, g in zip(leaves, gradient, strict=True)
+        ]
+        return Slope(value.item(), self._ravel(parts), reads.stamps())
+
+
+def _ones_like(value: torch.Tensor) -> torch.Tensor:
+    return torch.ones((), dtype=value.dtype, device=value.device).expand(value.shape)

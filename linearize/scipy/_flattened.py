@@ -40,12 +40,14 @@ class Flattened:
             )
         self._real = self._space.as_real()
         self._arrays = not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(x0))
+        self._vector = self._real.vector
         leaves = pytree.tree_leaves(start)
         # What is no variable stays as it is given.
         self._others = [None if differentiable(x) else x for x in leaves]
-        parts = as_real([x.detach() for x in leaves if differentiable(x)], self._space)
         #: The start as SciPy wants it.
-        self.x0: Array = array(self._real.join(parts).double())
+        self.x0: Array = self._of_parts([x.detach() for x in leaves if differentiable(x)]).astype(
+            float
+        )
         self.linearizer = Linearizer(f, match="value", maxsize=maxsize, has_aux=has_aux)
 
     def unravel(self, x: Array) -> Any:
@@ -67,13 +69,15 @@ class Flattened:
         SpaceError
             If the vector has another length.
         """
-        given = torch.tensor(np.ascontiguousarray(x))
-        size = self._real.size
-        if tuple(given.shape) != (size,):
-            raise SpaceError(f"x: expected shape ({size},), got {tuple(given.shape)}")
-        spec = self._real.vector
+        given, spec = torch.tensor(np.ascontiguousarray(x)), self._vector
+        if tuple(given.shape) != spec.shape:
+            raise SpaceError(f"x: expected shape {spec.shape}, got {tuple(given.shape)}")
         parts = self._real.split(given.to(dtype=spec.dtype, device=spec.device))
         return self._space.unflatten(as_complex(parts, self._space), self._others)
+
+    def _of_parts(self, parts: list[torch.Tensor]) -> Array:
+        """Return the flat vector of the start's differentiable tensors, or others like them."""
+        return array(self._real.join(as_real(parts, self._space)))
 
     def at(self, x: Array) -> Linearization:
         """Return the linearization at a flat vector.

@@ -191,7 +191,7 @@ class ScalarFunction(Flattened):
         self._hessians = Matrices(hess, "hess")
         super().__init__(gradient_and_value(f), x0, maxsize, has_aux=True)
         self._name = _name(f)
-        self._first_order: FirstOrder | None = FirstOrder(f, maxsize)
+        self._first_order: FirstOrder | None = FirstOrder(f, maxsize, self.unravel, self._of_parts)
 
     def fun(self, x: Array) -> float:
         """Return f at a flat vector.
@@ -208,7 +208,7 @@ class ScalarFunction(Flattened):
         """
         if self._first_order is None:
             return float(self.at(x).aux)
-        return self._first_order.at(np.asarray(x), self.unravel).value
+        return self._first_order.at(np.asarray(x)).value
 
     def jac(self, x: Array) -> Array:
         """Return the gradient at a flat vector.
@@ -225,8 +225,7 @@ class ScalarFunction(Flattened):
         """
         if self._first_order is None:
             return values(self.at(x))
-        parts = self._first_order.at(np.asarray(x), self.unravel).gradient
-        return array(self._real.join(as_real(parts, self._space)))
+        return self._first_order.at(np.asarray(x)).gradient.copy()
 
     @property
     def at(self) -> Callable[[Array], Linearization]:
