@@ -9,12 +9,13 @@ from typing import TypeAlias
 
 import torch
 
-from ..errors import LinearizeError, SpaceError
+from ..errors import LinearizeError, SpaceError, StructureError
 from .budget import memory_budget
 from .flat import Parts
 from .gmres import gmres
 from .operators import LinearOperator, SelfAdjoint
 from .space import Space
+from .specs import TensorSpec, describe
 
 #: Given an operator A and a flat vector b, returns the flat vector x with A·x = b.
 Solve: TypeAlias = Callable[[LinearOperator, torch.Tensor], torch.Tensor]
@@ -128,7 +129,13 @@ class Solving:
 
     def solved(self, A: LinearOperator, b: torch.Tensor, *, adjoint: bool) -> torch.Tensor:
         """Return x with A·x = b, or Aᴴ·x = b."""
-        return self._solve(A.H if adjoint else A, b)
+        x = self._solve(A.H if adjoint else A, b)
+        if not isinstance(x, torch.Tensor) or x.shape != b.shape or x.dtype != b.dtype:
+            raise StructureError(
+                f"solve: expected a function that returns the vector x, {TensorSpec.of(b)}, got "
+                f"{describe(x)}; a solver of NumPy arrays gives torch.from_numpy(x)"
+            )
+        return x
 
 
 class Automatic(Solving):
