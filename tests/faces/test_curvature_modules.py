@@ -171,7 +171,7 @@ def test_every_function_of_curvlinops_that_takes_an_operator():
     grid, density = curvlinops.lanczos_approximate_log_spectrum(G, ncv=n - 1, num_points=64)
     assert grid.shape == density.shape == (64,)
     # The same matrix as its own.
-    params = {k: p for k, p in module.named_parameters() if p.requires_grad}
+    params = [p for p in module.parameters() if p.requires_grad]
     theirs = curvlinops.GGNLinearOperator(
         module, nn.CrossEntropyLoss(), params, list(loader()), check_deterministic=False
     )
