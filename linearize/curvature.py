@@ -20,6 +20,7 @@ from typing import Any, overload
 
 import torch
 
+from ._capture.dependence import derivative
 from ._derivatives.gradient import gradient_and_value
 from ._derivatives.modules import LOSSES, Reduction, arguments, loss_function
 from ._points.jacobian import run
@@ -33,6 +34,7 @@ from ._spaces.maps import ChunkSize, check_chunk_size
 from ._spaces.operators import SelfAdjoint
 from ._spaces.space import Space
 from ._text.progress import progress
+from ._torch.modes import eagerly
 from ._torch.names import pytree
 from .errors import LinearizeError, OptionError, StructureError
 
@@ -191,6 +193,7 @@ class Curvature(SelfAdjoint):
         return max(product.program.peak_bytes() for product in kept.products)
 
 
+@eagerly
 def hessian(
     f: Callable[..., torch.Tensor] | torch.nn.Module,
     params: Any,
@@ -245,6 +248,7 @@ def hessian(
     else:
         scalar = f
 
+    @derivative
     def gradient_of(p: Any, *batch: Any) -> Any:
         return gradient_and_value(lambda q: scalar(q, *batch))(p)
 
@@ -278,6 +282,7 @@ def gauss_newton(
     reduction: Reduction | None = None,
     max_bytes: int | None = None,
 ) -> Curvature: ...
+@eagerly
 def gauss_newton(
     model: Callable[..., Any],
     params: Any,
@@ -333,6 +338,7 @@ def gauss_newton(
     model, params, loss, batches, how = arguments("gauss_newton", model, params, loss, batches)
     criterion = loss_function(loss)
 
+    @derivative
     def loss_gradient(y: Any, *targets: Any) -> Any:
         return gradient_and_value(lambda z: criterion(z, *targets))(y)
 
@@ -358,6 +364,7 @@ def gauss_newton(
     return _over_batches(linearized, params, batches, chosen, max_bytes, "GaussNewton")
 
 
+@eagerly
 def fisher(
     model: Callable[..., Any],
     params: Any,

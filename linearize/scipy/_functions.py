@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from .._capture.dependence import derivative
 from .._derivatives.gradient import gradient_and_value
 from .._points.linearization import Linearization
 from .._points.linearizer import Linearizer
@@ -67,6 +68,7 @@ class VectorFunction(Flattened):
         super().__init__(f, x0, maxsize, has_aux=False)
         self._name = _name(f)
 
+        @derivative
         def weighted(x: Any, weights: torch.Tensor) -> Any:
             return gradient_and_value(lambda x: _weighted_sum(f(x), weights))(x)
 
