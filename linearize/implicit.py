@@ -235,9 +235,10 @@ def _check_closure(captured: Capture, name: str) -> None:
     others = other_leaves(captured.edges, [node for _, node in captured.leaves])
     if others:
         shapes = ", ".join(str(tuple(t.shape)) for t in others[:5])
+        more = ", ..." if len(others) > 5 else ""
         raise UnsupportedError(
-            f"{name}: f depends on {len(others)} tensor(s) that require grad and are no arguments of "
-            f"it (shapes {shapes}{', ...' if len(others) > 5 else ''}): the solution would have no "
+            f"{name}: f depends on {len(others)} tensor(s) that require grad and are no arguments "
+            f"of it (shapes {shapes}{more}): the solution would have no "
             "derivative by them. Pass them as params (for a module: dict(net.named_parameters()) "
             "and torch.func.functional_call), or detach() them if they are constants"
         )

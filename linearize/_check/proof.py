@@ -11,7 +11,7 @@ import torch
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._programs.program import Equation, Operation, Program
-from .._torch.modes import being_traced, functorch_active, outside_transforms, unobserved
+from .._torch.modes import functorch_active, outside_transforms, being_traced, unobserved
 from ..errors import AdjointError
 from .adjoint import Balance, Tensors, Transposed, check_built_in, node_of, rounding_limit
 

@@ -19,7 +19,7 @@ from .._points.linearization import Linearization
 from .._points.product import Product
 from .._spaces.space import differentiable
 from .._torch.graphs import gradient_edge
-from .._torch.modes import being_traced, functorch_active
+from .._torch.modes import functorch_active, being_traced
 from .._torch.names import batched_or_wrapped, has_forward_tangent, pytree
 from .sight import Sight, seen
 
@@ -282,8 +282,4 @@ class Point:
 
 def handed_on(*trees: Any) -> bool:
     """Whether a call must go to PyTorch: inside one of its transforms, or in a trace."""
-    return (
-        being_traced()
-        or functorch_active()
-        or any(has_forward_tangent(t) for t in pytree.tree_leaves(trees))
-    )
+    return being_traced() or functorch_active() or any(has_forward_tangent(t) for t in pytree.tree_leaves(trees))
