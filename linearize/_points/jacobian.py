@@ -38,7 +38,7 @@ class Jacobian(LinearOperator):
 
     def __init__(self, jvp_fn: JvpFn, vjp_fn: VjpFn) -> None:
         self._products = jvp_fn, vjp_fn
-        self._written = Written(jvp_fn, vjp_fn, "jacobian")
+        self._written = _Written(jvp_fn, vjp_fn, "jacobian")
         ours, theirs = jvp_fn._arguments.unpacked(), jvp_fn._results
 
         def forward(parts: Parts, *, stacked: bool) -> Parts:
@@ -106,7 +106,7 @@ class _Gram(SelfAdjoint):
         jvp_fn, vjp_fn = of._products
         product = jvp_fn._then(vjp_fn, "gram")
         self._of, self._product = of, product
-        self._written = Written(jvp_fn, vjp_fn, "gram")
+        self._written = _Written(jvp_fn, vjp_fn, "gram")
         space = of.in_space
 
         def apply(parts: Parts, *, stacked: bool) -> Parts:
@@ -153,7 +153,7 @@ class _Gram(SelfAdjoint):
         return M.abs().square().sum(0).to(self.dtype)
 
 
-class Written:
+class _Written:
     """A matrix that was written out at a point, until it is closed or what it is of changes."""
 
     def __init__(self, jvp_fn: JvpFn, vjp_fn: VjpFn, what: str) -> None:
