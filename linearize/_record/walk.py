@@ -10,6 +10,7 @@ Random cotangents, because real backward formulas branch on zeros.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -342,7 +343,8 @@ class _Walk:
             if "modified by an inplace operation" in text or "modified in-place" in text:
                 raise StalenessError(
                     f"{name}: a tensor that it needs was changed in place, inside f after it "
-                    f"was used or since the linearization: {text}"
+                    f"was used or since the linearization ({_what_changed(text)}); linearize anew "
+                    "with at(...), or change a copy"
                 ) from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -679,3 +681,9 @@ def record_function(
         outputs.append(var)
     program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)
     return program.live(), arguments, results
+
+
+def _what_changed(text: str) -> str:
+    """Return what PyTorch's message says of the tensor, without its advice."""
+    found = re.search(r"\[[^\]]*\[[\d, ]*\]\].*?version \d+(; expected version \d+)?", text)
+    return found.group().replace("; ", ", ") if found else text.partition(chr(10))[0]
