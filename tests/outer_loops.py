@@ -281,7 +281,7 @@ class Case:
         ]
         self.outputs = rng.choice((1, 1, 2))
         self.pools = {n: pool(n, self.seed + n) for n in (4, 5)}
-        self.settings = self.drawn()
+        self.settings = self.now = self.drawn()
         self.options = {
             "simplify": rng.random() < 0.85,
             "maxsize": rng.choice((0, 2, None)),
@@ -316,22 +316,19 @@ class Case:
         values = [x, p]
         for name, a, b, k in self.steps:
             first, second = values[-1 - a % 2], values[b % len(values)]
-            values.append(STEPS[name](first, second, self.settings, k).to(x.dtype))
+            values.append(STEPS[name](first, second, self.now, k).to(x.dtype))
         return values[-1] if self.outputs == 1 else (values[-1], values[len(values) // 2])
 
-    def matrix(self, x: Value, p: Value, settings: Settings) -> Value:
-        """Return the Jacobian by autograd, row by row."""
-        mine, self.settings = self.settings, settings
+    def matrix(self, x: Value, p: Value) -> Value:
+        """Return the Jacobian by autograd in double precision, row by row."""
+        self.now = self.settings
         x, p = (t.detach().clone().requires_grad_() for t in (x, p))
-        try:
-            y = self.f(x, p)
-        finally:
-            self.settings = mine
+        y = self.f(x, p)
         rows = []
         for out in y if isinstance(y, tuple) else (y,):
             for e in out.flatten():
                 if not out.requires_grad:
-                    rows.append(torch.zeros(2 * len(x), dtype=x.dtype))
+                    rows.append(torch.zeros(2 * len(x), dtype=D))
                     continue
                 got = torch.autograd.grad(e, (x, p), retain_graph=True, materialize_grads=True)
                 rows.append(torch.cat(got))
@@ -350,15 +347,13 @@ class Case:
             n = len(self.settings.constants["mask"][0])
             g = torch.Generator().manual_seed(self.seed * 100 + point)
             x, p = torch.randn(2, n, dtype=D, generator=g).unbind()
-            double = self.settings
-            jacobian = self.matrix(x, p, double)
-            if self.dtype == S:
-                self.settings = dataclasses.replace(double, constants=single(double.constants))
-                x, p = x.float(), p.float()
+            jacobian = self.matrix(x, p)
             if not bool(jacobian.isfinite().all()):
                 self.found["not finite"] += 1
                 continue
-            here = self.rng.choice(linearizers).at(x, p)
+            if self.dtype == S:
+                self.now = dataclasses.replace(self.now, constants=single(self.now.constants))
+            here = self.rng.choice(linearizers).at(x.to(self.dtype), p.to(self.dtype))
             self.products(here, jacobian, self.many)
             held.append((here, jacobian))
             if self.rng.random() < 0.3:
