@@ -27,6 +27,15 @@ def test_some_outer_loops() -> None:
     assert found["points"] >= 36
 
 
+#: Cases that found something: a Jacobian that is zero but for rounding.
+FOUND = [1000038]
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_cases_that_found_something(seed: int) -> None:
+    outer_loops.Case(seed).run()
+
+
 @pytest.mark.slow
 def test_many_outer_loops() -> None:
     """Others each time."""

@@ -225,9 +225,12 @@ class PointPrograms:
         assert self._comparison is not None
         assert self._structure is not None
         fresh = record_pullback(self._graph, *self._specs, remembered=True)
-        whole = (True,) * len(self._specs[0])
-        if not self._comparison.pullback(Executor(fresh), Binding.of(fresh), whole):
-            return  # what is recorded here is no nearer to the graph
+        right = fresh if direction == PULLBACK else transpose(fresh)
+        compare = getattr(self._comparison, direction)
+        for nearer, given in ((fresh, self._comparison.pullback), (right, compare)):
+            whole = (True,) * len(nearer.inputs)
+            if not given(Executor(nearer), Binding.of(nearer), whole):
+                return  # what is recorded here is no nearer to the graph: both are rounding
         where = ""
         for other in self._structure.templates((direction, present)):
             binding = None
@@ -235,11 +238,9 @@ class PointPrograms:
                 binding = other.bind(self._saved, self._custom, self._known)
             if binding is None:
                 continue
-            compare = getattr(self._comparison, direction)
             if other is not template and compare(other.executor, binding, present):
                 return  # the simplified program is less precise
             if all(present):
-                right = fresh if direction == PULLBACK else transpose(fresh)
                 where = first_parting(right, filled(other.program, binding))
         self._structures.drop(self._structure)
         self._structure = None
