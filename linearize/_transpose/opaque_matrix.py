@@ -9,6 +9,7 @@ import torch
 
 from .._programs.around_matrix import flat_real, matrix_program, reals, times
 from .._programs.program import Program
+from .._spaces.compare import close, tolerance
 from .._spaces.space import TensorSpec
 from .._text.progress import progress
 from ..errors import MissingDerivativeError
@@ -74,8 +75,46 @@ def dense_transpose(
                 if here
             ]
             matrix[row] = torch.cat(parts)
+    _check_linear(matrix, fn, ins, outs, present, wanted, name)
     spec = TensorSpec.of(matrix)
     return matrix_program(spec, times(matrix), columns, list(ins), wanted, name)
+
+
+def _check_linear(
+    matrix: torch.Tensor,
+    fn: Callable[..., Sequence[torch.Tensor | None]],
+    ins: Sequence[TensorSpec],
+    outs: Sequence[TensorSpec],
+    present: Sequence[bool],
+    wanted: Sequence[bool],
+    name: str,
+) -> None:
+    """Raise if the function is not what its values at unit vectors make of it."""
+    generator = torch.Generator().manual_seed(5)
+    numbers = [
+        spec.random(generator) if want else spec.zeros()
+        for spec, want in zip(ins, wanted, strict=True)
+    ]
+    given = [flat_real(t).to(matrix) for t, want in zip(numbers, wanted, strict=True) if want]
+    with torch.inference_mode(False), torch.no_grad():
+        results = fn(*numbers)
+        got = torch.cat(
+            [
+                flat_real(spec.zeros() if t is None else t).to(matrix)
+                for t, spec, here in zip(results, outs, present, strict=True)
+                if here
+            ]
+        )
+        if not close(got, torch.cat(given) @ matrix, _roughly):
+            raise MissingDerivativeError(
+                f"{name}: its matrix cannot be built from unit vectors, because what it gives for "
+                "a random vector is not the sum of what it gives for these"
+            )
+
+
+def _roughly(dtype: torch.dtype) -> float:
+    """Return a tolerance for code that may compute in less precision than its results have."""
+    return max(tolerance(dtype), 1e-3)
 
 
 def _units(ins: Sequence[TensorSpec], wanted: Sequence[bool]) -> Any:
