@@ -297,7 +297,9 @@ def _check_strict(point: Point, what: str, *, each: bool, varying: bool) -> None
     if not each:
         lonely = [i for i, row in enumerate(table) if not any(row)]
         if lonely:
-            raise StructureError(f"{what}: strict=True, and output {lonely[0]} depends on no input")
+            raise StructureError(
+                f"{what}: strict=True, and output {lonely[0]} depends on no input"
+            )
         table = [[any(row[j] for row in table) for j in range(len(table[0]))]]
     for i, row in enumerate(table):
         for j, depends in enumerate(row):

@@ -1,6 +1,6 @@
 """Try the Functions of published packages, and write the table into the page.
 
-    python tools/try_packages.py --docs docs/packages.md
+python tools/try_packages.py --docs docs/packages.md
 """
 
 from __future__ import annotations

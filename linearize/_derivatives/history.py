@@ -282,4 +282,8 @@ class Point:
 
 def handed_on(*trees: Any) -> bool:
     """Whether a call must go to PyTorch: inside one of its transforms, or in a trace."""
-    return being_traced() or functorch_active() or any(has_forward_tangent(t) for t in pytree.tree_leaves(trees))
+    return (
+        being_traced()
+        or functorch_active()
+        or any(has_forward_tangent(t) for t in pytree.tree_leaves(trees))
+    )

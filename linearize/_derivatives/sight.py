@@ -137,7 +137,9 @@ class Sight:
         with watch:
             result = backward(*cotangents)
         with functions_as_they_are():
-            reason = watch.left or self._hidden(ctx) or self._missing(ctx, result, cotangents, watch)
+            reason = (
+                watch.left or self._hidden(ctx) or self._missing(ctx, result, cotangents, watch)
+            )
         if reason:
             name = function_name(forward_class(ctx))
             raise UnsupportedError(

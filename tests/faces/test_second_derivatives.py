@@ -247,6 +247,7 @@ cube_op.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
+
 @torch.library.custom_op("second_derivatives::opaque", mutates_args=())
 def opaque_op(x: torch.Tensor) -> torch.Tensor:
     return x**3

@@ -12,7 +12,8 @@ import torch
 import linearize as lz
 from linearize.errors import LinearizeError
 
-from ..comparing import CALLS, Plain, like, tensors
+from tests.support.comparing import CALLS
+from tests.support.references import Plain, like, tensors
 
 BOTH, MATRIX, ONE, REFUSED = "both", "with a matrix", "one", "refused"
 #: In the words of the table.

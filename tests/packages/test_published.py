@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from .outcomes import BOTH, MATRIX, ONE, REFUSED, outcome
-from .published import CASES
+from tests.packages.outcomes import BOTH, MATRIX, ONE, REFUSED, outcome
+from tests.packages.published import CASES
 
 #: The others are right in both directions.
 EXPECTED = {

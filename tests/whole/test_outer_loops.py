@@ -1,6 +1,6 @@
 """Outer loops at random, a few each time and as many as are asked for.
 
-`LINEARIZE_FUZZ_CASES=20000 LINEARIZE_FUZZ_SEED=7 pytest -m slow -s tests/test_outer_loops.py`
+`LINEARIZE_FUZZ_CASES=20000 LINEARIZE_FUZZ_SEED=7 pytest -m slow -s tests/whole/test_outer_loops.py`
 goes on for about an hour; the seed is printed.
 """
 
@@ -11,7 +11,7 @@ import random
 
 import pytest
 
-from . import outer_loops
+from tests.support import outer_loops
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
