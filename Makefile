@@ -86,6 +86,8 @@ test-packages: $(READY) ## try the custom Functions and models of other packages
 	  --constraint constraints-dev.txt --editable '.[packages]'
 	$(call say,Running the tests of other packages)
 	$(PY) -m pytest tests/packages
+	$(call say,Writing the table)
+	$(PY) -W ignore tools/try_packages.py --docs docs/packages.md
 
 soak: $(READY) ## make 10^5 points and 10^6 products, see that memory is flat (minutes)
 	$(call say,Soaking)

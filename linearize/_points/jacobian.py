@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from .._programs.program import Operation, Program
+from .._execute.binding import BoundProgram
+from .._programs.program import Operation
 from .._programs.reach import is_diagonal
 from .._spaces.flat import Parts, join, split, zeros
 from .._spaces.maps import ChunkSize, Direction
@@ -92,7 +93,7 @@ class Jacobian(LinearOperator):
         if matrix is not None:
             return matrix.diagonal().clone()
         _, vjp_fn = self._products
-        if not is_diagonal(vjp_fn.program):
+        if not is_diagonal(vjp_fn.program.program):
             return None
         self.check_complex_linear("diagonal")
         ones = [torch.ones_like(t) for t in zeros(self.out_space)]
@@ -208,9 +209,9 @@ class _Written:
         return known.clone()
 
 
-def _read(program: Program) -> int:
+def _read(program: BoundProgram) -> int:
     """Return the bytes that a program reads and writes."""
-    kept = sum(t.nbytes for t in program.kept_tensors())
+    kept = sum(r.tensor.nbytes for r in program.binding.residuals)
     passed = (v for eq in program.equations for v in (*eq.inputs(), *eq.outputs))
     return kept + sum(v.spec.nbytes for v in passed if v is not None)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .._torch.names import OpOverload
 from .aten import UNTAGGED_POINTWISE, schema_of
-from .program import Equation, Program, Var
+from .program import Equation, Program
+from .values import Var
 
 
 def is_diagonal(program: Program) -> bool:

@@ -41,7 +41,7 @@ from .._torch.names import aten
 from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
 from .node_formulas import formula_of, mended, refuse_repeated
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
-from .recorder import OpaqueError, Recorder
+from .recorder import OpaqueError, Recorder, SparseError
 from .stretch import (
     Cut,
     NodeBackward,
@@ -238,6 +238,8 @@ class _Walk:
             reason = "its result does not descend from the cotangent" if opaque else ""
             if not reason and self.graph.hidden and node.name().endswith("CopySlices"):
                 reason = self.second_opinion(node, numbers, result, mark)
+        except SparseError as error:
+            reason = self.as_it_is(node, numbers, NotRecordedError(f"{node.name()}: {error}"))
         except OpaqueError as error:
             reason = str(error)
         except NotRecordedError as error:
