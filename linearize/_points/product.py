@@ -60,7 +60,7 @@ class Product:
         self._make: Callable[[], BoundProgram] | None = make
         self._source = source
         #: What is known of the numbers of the point.
-        self._pool = pool or (Pool() if source is None else source.pool)
+        self._pool = pool if pool is not None else Pool() if source is None else source.pool
         #: What it is called among the programs that points of one structure share.
         self._direction = joined or self._direction
         self._arguments = arguments
