@@ -13,6 +13,8 @@ import torch
 from cachetools.keys import hashkey
 
 from .._capture.capture import capture
+from .._capture.reach import Reach
+from .._capture.state import State
 from .._forms.compiled import Options
 from .._reuse.shared import Structures
 from .._spaces.trees import flatten
@@ -125,6 +127,7 @@ class Linearizer:
             opaque == "materialize", opaque_limit, simplify, check, dense_limit or 0, compile
         )
         self._keeps = maxsize != 0
+        self._reach = Reach(f)
         self._memo: Memo[Linearization] = Memo(
             maxsize, max_bytes, Linearization._size, Linearization._fresh
         )
@@ -157,34 +160,43 @@ class Linearizer:
             Whatever f raises; nothing is kept then.
         """
         argnums = self._positions(len(args))
-        found = self._key(args, kwargs) if self._keeps else None
-        if found is None:
+        asked = self._asked(args, kwargs) if self._keeps else None
+        if asked is None:
             self._memo.missed()
             return self._run(args, kwargs, argnums, None)
-        key, structure, _, stamps = found
+        run = _Run()
+        # Twice: an interrupt may come before the first has begun.
+        try:
+            try:
+                return self._found(asked, run) or self._run(args, kwargs, argnums, asked)
+            finally:
+                self._end(asked.key, run)
+        finally:
+            self._end(asked.key, run)
+
+    def _found(self, asked: _Asked, mine: _Run) -> Linearization | None:
+        """Return a point that is remembered, or made by another thread meanwhile."""
         while True:
-            point = self._memo.get(key, (structure, [v for _, v in stamps]))
+            point = self._memo.get(asked.key, asked.structure, asked.state)
             if point is not None:
                 return point
             with self._lock:
-                run = self._running.get(key)
-                mine = run is None
-                if run is None:
-                    run = self._running[key] = _Run()
-                me = threading.get_ident()
-                inside = any(r.thread == me and r is not run for r in self._running.values())
+                run = self._running.setdefault(asked.key, mine)
+                inside = any(
+                    r.thread == mine.thread and r is not run for r in self._running.values()
+                )
             # A call of `at` from inside f waits for nobody: two could wait for each other.
-            if mine or inside or run.thread == me:
-                break
+            if run is mine or inside or run.thread == mine.thread:
+                self._memo.missed()
+                return None
             run.done.wait()
-        try:
-            self._memo.missed()
-            return self._run(args, kwargs, argnums, found)
-        finally:
-            if mine:
-                with self._lock:
-                    del self._running[key]
-                run.done.set()
+            asked.state = self._reach.now(asked.others)
+
+    def _end(self, key: Hashable, run: _Run) -> None:
+        """Let those who wait for a run go on; may be called again."""
+        if self._running.get(key) is run:
+            del self._running[key]
+        run.done.set()
 
     def stats(self) -> Stats:
         """Return the memo's counters, and how many points shared their structure."""
@@ -226,16 +238,20 @@ class Linearizer:
     # -- one point ----------------------------------------------------------------------
 
     def _run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int], found: Any
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        argnums: Sequence[int],
+        asked: _Asked | None,
     ) -> Linearization:
-        point, reads = self._linearize(args, kwargs, argnums, watch=found is not None)
+        point, reads = self._linearize(args, kwargs, argnums, watch=asked is not None)
         with self._lock:
             for group in (self._open, *self._scopes):
                 group.add(point._lifetime)
-        if found is not None:
-            key, structure, owners, stamps = found
+        if asked is not None:
+            stamps = [*asked.stamps, *reads, *asked.state.stamps()]
             self._memo.put(
-                key, (structure, [v for _, v in stamps]), point, owners, [*stamps, *reads]
+                asked.key, asked.structure, asked.state, point, asked.owners, stamps
             )
         return point
 
@@ -296,15 +312,13 @@ class Linearizer:
             raise StructureError(f"argnums={given!r}: a position stands twice")
         return resolved
 
-    def _key(self, args: Any, kwargs: Any) -> Any:
-        """Return the memo's key, the structure, the owners of the key and their versions.
-
-        None if the arguments cannot be recognised again.
-        """
+    def _asked(self, args: Any, kwargs: Any) -> _Asked | None:
+        """Return what a point is recognised by, None if it cannot be."""
         leaves, structure = flatten((args, kwargs))
         parts: list[Hashable] = [_ambient()]
         owners: list[Any] = []
         stamps: list[Any] = []
+        others: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
                 if leaf.layout != torch.strided or leaf.is_nested or leaf.device.type == "meta":
@@ -325,7 +339,44 @@ class Linearizer:
             else:
                 parts.append((type(leaf), id(leaf)))
                 owners.append(leaf)
-        return hashkey(structure, *parts), structure, owners, stamps
+                others.append(leaf)
+        versions = [version for _, version in stamps]
+        return _Asked(
+            key=hashkey(structure, *parts),
+            structure=(structure, versions),
+            state=self._reach.now(others),
+            owners=owners,
+            others=others,
+            stamps=stamps,
+        )
+
+
+@dataclasses.dataclass(slots=True)
+class _Asked:
+    """What a point is recognised by.
+
+    Attributes
+    ----------
+    key
+        Equal for the same primals.
+    structure
+        Of the arguments, with the versions of the tensors among them.
+    state
+        What f can reach beside them.
+    owners
+        Objects that the key tells by their ids.
+    others
+        Those that are no tensors.
+    stamps
+        The tensors among them, with their versions.
+    """
+
+    key: Hashable
+    structure: Any
+    state: State
+    owners: list[Any]
+    others: list[Any]
+    stamps: list[Any]
 
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)

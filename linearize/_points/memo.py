@@ -19,10 +19,13 @@ from typing import Any, Generic, TypeVar
 import cachetools
 import torch
 
+from .._capture.state import State
+
 P = TypeVar("P")
 #: How many points are looked at when one is added.
 _FEW = 2
 Stamp = tuple["weakref.ref[torch.Tensor]", int]
+_REF = weakref.ref
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +74,17 @@ class Stats:
 class _Entry(Generic[P]):
     point: P
     structure: Any
+    state: State
     #: Keep weak references, and so their callbacks, alive.
     refs: list[Any]
     stamps: list[Stamp]
+
+    def orphaned(self) -> bool:
+        """Whether an owner is dead, and so perhaps its id taken by another object.
+
+        Its entry is buried as soon as the memo's lock is free, which may be too late.
+        """
+        return any(type(ref) is _REF and ref() is None for ref in self.refs)
 
 
 class Memo(Generic[P]):
@@ -109,14 +120,24 @@ class Memo(Generic[P]):
         self._turns: deque[Hashable] = deque()
         self._hits = self._misses = self._evictions = 0
 
-    def get(self, key: Hashable, structure: Any) -> P | None:
-        """Return the point for a key if nothing that it was made from has changed."""
+    def get(self, key: Hashable, structure: Any, state: State) -> P | None:
+        """Return the point for a key if nothing that it was made from has changed.
+
+        Parameters
+        ----------
+        key, structure
+            Of the arguments.
+        state
+            What else f can reach.
+        """
         gone = None
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None and not (
                 entry.structure == structure
+                and not entry.orphaned()
                 and not _changed(entry.stamps)
+                and entry.state.same(state)
                 and self._fresh(entry.point)
             ):
                 gone = self._entries.pop(key)
@@ -132,12 +153,13 @@ class Memo(Generic[P]):
         self,
         key: Hashable,
         structure: Any,
+        state: State,
         point: P,
         owners: Iterable[Any],
         stamps: Sequence[Stamp],
     ) -> None:
         """Keep a point until one of `owners` dies or the budget needs its place."""
-        entry = _Entry(point, structure, [], list(stamps))
+        entry = _Entry(point, structure, state, [], list(stamps))
         this = weakref.ref(self)
         bound = weakref.ref(entry)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch._ops import OpOverload as OpOverload
+from torch._library.custom_ops import CustomOpDef as CustomOpDef
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
@@ -22,6 +23,12 @@ KeyPath: TypeAlias = tuple[Any, ...]
 def bare(op: Any) -> Any:
     """Return an operation without its Python part, which does nothing but call it."""
     return getattr(op, "_op", op)
+
+
+def operator_functions(op: CustomOpDef) -> list[Any]:
+    """Return the Python functions that a custom operator was made of."""
+    names = ("_init_fn", "_backend_fns", "_setup_context_fn", "_backward_fn", "_vmap_fn")
+    return [getattr(op, name, None) for name in names]
 
 
 def key_string(path: KeyPath) -> str:
