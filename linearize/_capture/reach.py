@@ -31,6 +31,7 @@ import torch
 
 from .._torch.names import CustomOpDef, operator_functions
 from .code import is_installed, read_by
+from .module_tree import tree_of
 from .state import PLAIN, State
 
 #: A name, and in what it stands: `(("f", "net"), "scale")`.
@@ -59,19 +60,8 @@ _BORING = frozenset(
     "__orig_bases__ __parameters__ __abstractmethods__ _abc_impl __repr__ __str__ __slots__ "
     "__match_args__ __dataclass_fields__ __dataclass_params__ __hash__ __reduce__".split()
 )
-#: Of a module's attributes: those that its forward run does not depend on, ...
-_NOT_READ = frozenset(
-    "_non_persistent_buffers_set _backward_pre_hooks _backward_hooks _is_full_backward_hook "
-    "_state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks "
-    "_load_state_dict_post_hooks _compiled_call_impl".split()
-)
-#: ... and those that it depends on, whoever wrote its class.
-_ALWAYS_READ = frozenset(
-    "training _parameters _buffers _modules _forward_hooks _forward_pre_hooks "
-    "_forward_hooks_with_kwargs _forward_pre_hooks_with_kwargs "
-    "_forward_hooks_always_called".split()
-)
-
+#: What of it is read when an object is made.
+_MAKING = frozenset("__init__ __new__ __post_init__ __init_subclass__ __set_name__".split())
 
 class Reach:
     """What the code of a function can reach.
@@ -113,7 +103,7 @@ class _Walk:
         self._stack: list[tuple[Any, Where]] = []
         #: What was seen, in order: kept alive, so that no other thing gets its id.
         self._seen: dict[int, tuple[int, Any]] = {}
-        self._classes: dict[int, type] = {}
+        self._classes: dict[tuple[int, bool], type] = {}
 
     def run(self, roots: Iterable[tuple[Any, Where]]) -> None:
         """Look at everything that can be reached from some roots."""
@@ -174,7 +164,7 @@ class _Walk:
         if kind.__module__ == "builtins":
             self.tokens.append(kind)
             return
-        self._class(kind, (None, kind.__qualname__))
+        self._code_of(kind, (None, kind.__qualname__))
         if getattr(x, "__dict__", None):
             self._attributes(x, vars(x), (None, kind.__qualname__))
 
@@ -270,15 +260,22 @@ class _Walk:
             self._named(vars(m), where)
 
     def _class(self, cls: type, where: Where) -> None:
-        """Look at a class: what code can read of it, if it is not an installed one."""
+        """Look at a class that code can make objects of."""
+        self._code_of(cls, where, makes=True)
+
+    def _code_of(self, cls: type, where: Where, *, makes: bool = False) -> None:
+        """Look at what code can read of a class, if it is not an installed one."""
         names, stack, tokens = self._names, self._stack, self.tokens
         tokens.append(weakref.ref(cls))
-        if id(cls) in self._classes:
+        if (id(cls), makes) in self._classes or not _has_code(cls):
             return
-        self._classes[id(cls)] = cls
-        for base in _own_classes(cls):
-            for name, value in vars(base).items():
-                if name in names or (name[:2] == "__" and name not in _BORING):
+        self._classes[id(cls), makes] = cls
+        for base in cls.__mro__:
+            if _installed_class(base):
+                continue
+            for name, value in list(vars(base).items()):
+                special = name[:2] == "__" and name not in _BORING
+                if (name in names or special) and (makes or name not in _MAKING):
                     tokens.append(name)
                     stack.append((value, (where, name)))
         tokens.append(_END)
@@ -286,7 +283,7 @@ class _Walk:
     def _object(self, x: Any, where: Where) -> None:
         """Look at an object: its class, and its attributes."""
         kind = type(x)
-        self._class(kind, (where, "__class__"))
+        self._code_of(kind, (where, "__class__"))
         found = False
         for name in _slots(kind):
             if hasattr(x, name):
@@ -325,27 +322,17 @@ class _Walk:
         if inner is not None:  # the rest is what the compiler keeps
             self._stack.append((inner, where))
             return
-        self._class(type(m), (where, "__class__"))
-        any_name = self._reach.any_name or not _is_own(type(m))
-        names, tokens, stack = self._names, self.tokens, self._stack
-        for name, value in m.__dict__.items():
-            if name in _NOT_READ:
-                continue
-            if name in _ALWAYS_READ:
-                if name == "training":
-                    tokens.append(value)
-                elif value:
-                    tokens.append(name)
-                    self._children(value, where)
-            elif any_name or name in names:
-                tokens.append(name)
-                stack.append((value, (where, name)))
-
-    def _children(self, children: dict[Any, Any], where: Where) -> None:
-        """Look at parameters, buffers, modules or hooks of a module."""
-        for name, value in children.items():
+        tree = tree_of(m, _is_own, _has_code)
+        self.tokens.append(tree.tokens)
+        self.tensors += tree.tensors
+        for ref in tree.classes:
+            cls = ref()
+            if cls is not None:
+                self._code_of(cls, (where, cls.__qualname__))
+        for name, value in tree.others(self._names, any_name=self._reach.any_name):
             self.tokens.append(name)
-            self._stack.append((value, (where, str(name))))
+            self._stack.append((value, (where, name)))
+        self.tokens.append(_END)
 
     def _operator(self, op: Any, where: Where) -> None:
         self._fixed(op, where)
@@ -396,6 +383,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     ((bytearray, memoryview, array.array), _Walk._buffer),
 )
 _LOOKS: weakref.WeakKeyDictionary[type, _Look] = weakref.WeakKeyDictionary()
+_CODE: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 _INSTALLED: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 #: Bases that read no attributes of their own accord, but those that are always looked at.
 _HARMLESS = (object, torch.nn.Module, torch.autograd.Function, abc.ABC, Generic, Protocol)
@@ -437,8 +425,12 @@ def _installed_class(cls: type) -> bool:
     return known
 
 
-def _own_classes(cls: type) -> list[type]:
-    return [base for base in cls.__mro__ if not _installed_class(base)]
+def _has_code(cls: type) -> bool:
+    """Whether some code of a class can be seen."""
+    known = _CODE.get(cls)
+    if known is None:
+        known = _CODE[cls] = not all(map(_installed_class, cls.__mro__))
+    return known
 
 
 def _is_own(cls: type) -> bool:

@@ -164,39 +164,45 @@ class Linearizer:
         if asked is None:
             self._memo.missed()
             return self._run(args, kwargs, argnums, None)
+        point = self._memo.get(asked.key, asked.structure, asked.state)
+        if point is not None:
+            return point
         run = _Run()
         # Twice: an interrupt may come before the first has begun.
         try:
             try:
-                return self._found(asked, run) or self._run(args, kwargs, argnums, asked)
+                return self._awaited(asked, run) or self._run(args, kwargs, argnums, asked)
             finally:
                 self._end(asked.key, run)
         finally:
             self._end(asked.key, run)
 
-    def _found(self, asked: _Asked, mine: _Run) -> Linearization | None:
-        """Return a point that is remembered, or made by another thread meanwhile."""
+    def _awaited(self, asked: _Asked, mine: _Run) -> Linearization | None:
+        """Return the point if another thread is about to make it; else it is ours to make."""
         while True:
-            point = self._memo.get(asked.key, asked.structure, asked.state)
-            if point is not None:
-                return point
             with self._lock:
                 run = self._running.setdefault(asked.key, mine)
                 inside = any(
                     r.thread == mine.thread and r is not run for r in self._running.values()
                 )
             # A call of `at` from inside f waits for nobody: two could wait for each other.
-            if run is mine or inside or run.thread == mine.thread:
+            waits = not (run is mine or inside or run.thread == mine.thread)
+            if waits:
+                run.done.wait()
+                asked.state = self._reach.now(asked.others)
+            point = self._memo.get(asked.key, asked.structure, asked.state)
+            if point is not None:
+                return point
+            if not waits:
                 self._memo.missed()
                 return None
-            run.done.wait()
-            asked.state = self._reach.now(asked.others)
 
     def _end(self, key: Hashable, run: _Run) -> None:
         """Let those who wait for a run go on; may be called again."""
         if self._running.get(key) is run:
             del self._running[key]
-        run.done.set()
+        if not run.done.is_set():
+            run.done.set()
 
     def stats(self) -> Stats:
         """Return the memo's counters, and how many points shared their structure."""
