@@ -270,12 +270,16 @@ class _Walk:
         if (id(cls), makes) in self._classes or not _has_code(cls):
             return
         self._classes[id(cls), makes] = cls
+        installed = [base for base in cls.__mro__ if _installed_class(base)]
         for base in cls.__mro__:
-            if _installed_class(base):
+            if base in installed:
                 continue
             for name, value in list(vars(base).items()):
-                special = name[:2] == "__" and name not in _BORING
-                if (name in names or special) and (makes or name not in _MAKING):
+                if name in _BORING or (name in _MAKING and not makes):
+                    continue
+                # Methods of a known name may be called from code that is not looked at.
+                special = name[:2] == "__" or any(name in vars(b) for b in installed)
+                if name in names or special:
                     tokens.append(name)
                     stack.append((value, (where, name)))
         tokens.append(_END)

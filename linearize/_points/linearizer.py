@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
@@ -18,9 +19,9 @@ from .._capture.state import State
 from .._forms.compiled import Options
 from .._reuse.shared import Structures
 from .._spaces.trees import flatten
-from ..errors import CopyError, OptionError, StructureError
+from ..errors import CopyError, MemoWarning, OptionError, StructureError
 from .linearization import Linearization
-from .memo import Memo, Stats, content_key
+from .memo import Memo, Repeats, Stats, content_key
 from .policy import Policy
 
 __all__ = ["Linearizer"]
@@ -79,12 +80,18 @@ class Linearizer:
         Whether to note which line of f keeps what, for `residuals()`, `summary()` and
         `report()` of a `Linearization`, and for messages. It makes each operation of f some
         microseconds slower.
+    unseen
+        What the memo takes things for that f can reach and that cannot be looked into: functions
+        in C of packages that it does not know, objects that hide their state, iterators. With
+        "changes" no point is remembered then, and a `MemoWarning` says so when f runs again at
+        the same primals; with "constant" the caller vouches that they stay as they are.
 
     Notes
     -----
-    The memo sees in-place changes of primals, module parameters and buffers, and of other
-    tensors that f read. It cannot see a Python variable rebound, a module switched to `eval`,
-    a file, a random draw, or a write that PyTorch does not see (through NumPy or `.data`).
+    The memo sees in-place changes of primals and of whatever tensors f read, and every change of
+    what f's code can reach: variables of enclosing functions, global variables, attributes of
+    objects and modules, lists, dicts, sets, NumPy arrays. It cannot see a file, a clock, a random
+    draw, the inside of installed packages, or a write that PyTorch does not see (`.data`).
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class Linearizer:
         dense_limit: int | None = 1 << 24,
         compile: bool | dict[str, Any] = False,
         trace: bool = False,
+        unseen: Literal["changes", "constant"] = "changes",
     ) -> None:
         if not callable(f):
             raise StructureError(f"Linearizer: f must be callable, got {type(f).__name__}")
@@ -111,6 +119,8 @@ class Linearizer:
             raise OptionError(f'match must be "identity" or "value", got {match!r}')
         if opaque not in ("error", "materialize"):
             raise OptionError(f'opaque must be "error" or "materialize", got {opaque!r}')
+        if unseen not in ("changes", "constant"):
+            raise OptionError(f'unseen must be "changes" or "constant", got {unseen!r}')
         if check not in ("structure", "always", "never"):
             raise OptionError(f'check must be "structure", "always" or "never", got {check!r}')
         limits = {"maxsize": maxsize, "max_bytes": max_bytes, "dense_limit": dense_limit}
@@ -128,6 +138,8 @@ class Linearizer:
         )
         self._keeps = maxsize != 0
         self._reach = Reach(f)
+        self._vouched = unseen == "constant"
+        self._repeats = Repeats()
         self._memo: Memo[Linearization] = Memo(
             maxsize, max_bytes, Linearization._size, Linearization._fresh
         )
@@ -164,6 +176,10 @@ class Linearizer:
         if asked is None:
             self._memo.missed()
             return self._run(args, kwargs, argnums, None)
+        if asked.state.unseen and not self._vouched:
+            self._memo.missed()
+            self._warn_of_repeats(asked)
+            return self._run(args, kwargs, argnums, None)
         point = self._memo.get(asked.key, asked.structure, asked.state)
         if point is not None:
             return point
@@ -196,6 +212,16 @@ class Linearizer:
             if not waits:
                 self._memo.missed()
                 return None
+
+    def _warn_of_repeats(self, asked: _Asked) -> None:
+        if self._repeats.noted(asked.key, asked.structure, asked.owners):
+            warnings.warn(
+                f"f ran again at a point where it ran before: {asked.state.unseen} cannot be "
+                'looked into, so that no point is remembered. Pass unseen="constant" to '
+                "Linearizer if it stays as it is",
+                MemoWarning,
+                stacklevel=3,
+            )
 
     def _end(self, key: Hashable, run: _Run) -> None:
         """Let those who wait for a run go on; may be called again."""

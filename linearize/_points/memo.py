@@ -84,7 +84,7 @@ class _Entry(Generic[P]):
 
         Its entry is buried as soon as the memo's lock is free, which may be too late.
         """
-        return any(type(ref) is _REF and ref() is None for ref in self.refs)
+        return not all(map(_alive, self.refs))
 
 
 class Memo(Generic[P]):
@@ -275,6 +275,30 @@ class Memo(Generic[P]):
             finally:
                 self._lock.release()
             gone.clear()
+
+
+class Repeats:
+    """Knows whether the arguments of one call are those of the call before; tells it once."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Hashable, Any, list[Any]] | None = None
+        self._told = False
+
+    def noted(self, key: Hashable, structure: Any, owners: Iterable[Any]) -> bool:
+        """Take note of a call; return whether it is the first that repeats another one."""
+        if self._told:
+            return False
+        last = self._last
+        refs = [_reference(owner, lambda _: None) for owner in owners]
+        self._last = (key, structure, refs)
+        if last is None or last[:2] != (key, structure):
+            return False
+        self._told = all(_alive(ref) for ref in last[2])
+        return self._told
+
+
+def _alive(ref: Any) -> bool:
+    return type(ref) is not _REF or ref() is not None
 
 
 def _reference(owner: Any, callback: Callable[[Any], None]) -> Any:
