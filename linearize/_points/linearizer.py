@@ -23,6 +23,7 @@ from ..errors import CopyError, MemoWarning, OptionError, StructureError
 from .linearization import Linearization
 from .memo import Memo, Repeats, Stats, content_key
 from .policy import Policy
+from .programs import tidy
 
 __all__ = ["Linearizer"]
 
@@ -172,6 +173,7 @@ class Linearizer:
             Whatever f raises; nothing is kept then.
         """
         argnums = self._positions(len(args))
+        tidy()
         asked = self._asked(args, kwargs) if self._keeps else None
         if asked is None:
             self._memo.missed()

@@ -6,9 +6,9 @@ before: then its numbers are bound into the known programs.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +37,21 @@ from ..errors import ReuseError, StalenessError
 
 #: The names of the two directions.
 PULLBACK, PUSHFORWARD = "pullback", "pushforward"
+
+
+#: Points one of whose products has died since somebody tidied up.
+_DUE: deque[weakref.ref[Any]] = deque()
+
+
+def tidy() -> None:
+    """Let go of what points keep for products that have died."""
+    while _DUE:
+        try:
+            point = _DUE.popleft()()
+        except IndexError:  # another thread was quicker
+            return
+        if point is not None:
+            point.tidy()
 
 
 class PointPrograms:
@@ -90,14 +105,9 @@ class PointPrograms:
         me = weakref.ref(self)
 
         def died(_: Any) -> None:
-            source = None if sys.is_finalizing() else me()
-            # Called by the garbage collector, which must not wait for anybody. While the
-            # interpreter ends no tensor can be made.
-            if source is not None and source.lock.acquire(blocking=False):
-                try:
-                    source.served(direction)
-                finally:
-                    source.lock.release()
+            # Called wherever the collector runs, perhaps under a lock or inside a transform of
+            # somebody else's: tensors are left alone, and nobody is waited for.
+            _DUE.append(me)
 
         self._waiting[direction] = weakref.ref(user, died)
 
@@ -105,6 +115,14 @@ class PointPrograms:
         """Take note that a direction is not asked for any more."""
         with self.lock:
             self._waiting.pop(direction, None)
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Let go of what nobody will ask for."""
+        with self.lock:
+            for direction, user in list(self._waiting.items()):
+                if user() is None:
+                    del self._waiting[direction]
             if not self._waiting:
                 self._let_go_of_graph()
                 self._pullback = None
