@@ -49,7 +49,7 @@ class Graph:
     ) -> None:
         self._trace = trace
         self.leaves = tuple(leaves)
-        self.order = _between([edge[0] for edge in roots if edge is not None], self.leaves)
+        self.order = between([edge[0] for edge in roots if edge is not None], self.leaves)
         self.keys: dict[Node, tuple[Any, ...]] = {}
         self.places = {node: i for i, node in enumerate(self.order)}
         self.roots = tuple(e if e is not None and e[0] in self.places else None for e in roots)
@@ -79,7 +79,7 @@ class Graph:
         yield from saved_tensors(node) if custom is None else custom.kept()
 
 
-def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
+def between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
     """Return the nodes on paths from `roots` to `leaves`, in topological order.
 
     Iterative, because graphs are deeper than Python's recursion limit.
@@ -120,6 +120,17 @@ def _between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
     return post_order[::-1]
 
 
+#: Marks the cotangents that are no tensors of the user's.
+_SEED = "_linearize_seed"
+
+
+def as_seed(cotangent: torch.Tensor) -> torch.Tensor:
+    """Return a cotangent as a leaf with a history of its own, which counts for nobody's."""
+    seed = cotangent.detach().requires_grad_()
+    setattr(seed, _SEED, True)
+    return seed
+
+
 def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[torch.Tensor]:
     """Return the leaf tensors that a graph leads to besides `leaves`."""
     seen: set[Node] = set(leaves)
@@ -131,7 +142,7 @@ def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[t
             continue
         seen.add(node)
         variable = leaf_variable(node)
-        if variable is not None:
+        if variable is not None and not hasattr(variable, _SEED):
             found.append(variable)
         stack.extend(child for child, _ in node.next_functions if child is not None)
     return found
