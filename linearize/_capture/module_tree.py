@@ -185,19 +185,3 @@ def _modules(root: Module) -> Iterator[Module]:
             ):
                 seen.add(id(child))
                 stack.append(child)
-
-
-_TREES: weakref.WeakKeyDictionary[Module, Tree] = weakref.WeakKeyDictionary()
-
-
-def tree_of(
-    root: Module, is_own: Callable[[type], bool], has_code: Callable[[type], bool]
-) -> Tree:
-    """Return a module's tree as it is now."""
-    try:
-        known = _TREES.get(root)
-        if known is None or not known.unchanged():
-            known = _TREES[root] = Tree(root, is_own, has_code)
-        return known
-    except TypeError:  # has no hash
-        return Tree(root, is_own, has_code)

@@ -31,7 +31,7 @@ import torch
 
 from .._torch.names import CustomOpDef, operator_functions
 from .code import is_installed, read_by
-from .module_tree import tree_of
+from .module_tree import Tree
 from .state import PLAIN, State
 
 #: A name, and in what it stands: `(("f", "net"), "scale")`.
@@ -77,6 +77,22 @@ class Reach:
         #: Attributes that any code in reach reads. They grow until no code is new.
         self.names: set[str] = set()
         self.any_name = False
+        self._trees: weakref.WeakKeyDictionary[torch.nn.Module, Tree]
+        self._trees = weakref.WeakKeyDictionary()
+
+    def tree(self, root: torch.nn.Module) -> Tree:
+        """Return what a module and those inside it hold now."""
+        try:
+            known = self._trees.get(root)
+            if known is None or not known.unchanged():
+                known = self._trees[root] = Tree(root, _is_own, _has_code)
+        except TypeError:  # it has no hash
+            known = Tree(root, _is_own, _has_code)
+        return known
+
+    def forget(self) -> None:
+        """Let go of what was noted of modules, weak references to tensors among it."""
+        self._trees.clear()
 
     def now(self, others: Iterable[Any] = ()) -> State:
         """Return what can be reached now, from f or from one of `others`."""
@@ -326,7 +342,7 @@ class _Walk:
         if inner is not None:  # the rest is what the compiler keeps
             self._stack.append((inner, where))
             return
-        tree = tree_of(m, _is_own, _has_code)
+        tree = self._reach.tree(m)
         self.tokens.append(tree.tokens)
         self.tensors += tree.tensors
         for ref in tree.classes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -61,6 +61,18 @@ class Binding:
         """Return the residuals that must not have changed."""
         return self._all
 
+    def check_unread(self, places: Iterable[int]) -> None:
+        """Raise `StalenessError` if user code spoiled what is still to be read.
+
+        Parameters
+        ----------
+        places
+            Of those residuals. Others may have been a workspace of its own.
+        """
+        self.check_memory()
+        for place in places:
+            self.residuals[place].check()
+
     def check_memory(self) -> None:
         """Raise `StalenessError` if the memory of a residual was freed."""
         freed = first_freed(self._all)
@@ -85,3 +97,17 @@ def filled(program: Program, binding: Binding) -> Program:
         op = next(ops) if isinstance(eq.op, Operation) else eq.op
         equations.append(eq.renamed(lambda x: numbers.get(x, x), op=op))
     return program.with_equations(equations)
+
+
+def unread_after(program: Program) -> list[tuple[int, ...]]:
+    """Return for each opaque operation the places of residuals that are read after it.
+
+    For other operations nothing: they write to no residual.
+    """
+    places = {r: i for i, r in enumerate(program.residuals())}
+    later: set[int] = set()
+    found: list[tuple[int, ...]] = []
+    for eq in reversed(program.equations):
+        found.append(tuple(sorted(later)) if isinstance(eq.op, Operation) else ())
+        later.update(places[r] for r in eq.residuals())
+    return found[::-1]

@@ -248,10 +248,11 @@ class Linearizer:
     def clear(self) -> None:
         """Forget all points. Those still held elsewhere go on working."""
         self._memo.clear()
+        self._reach.forget()
 
     def close(self) -> None:
         """Close every point made so far, wherever it is held, and forget it."""
-        self._memo.clear()
+        self.clear()
         for lifetime in list(self._open):
             lifetime.close()
 
@@ -306,7 +307,9 @@ class Linearizer:
                 trace=self._trace,
             )
             point = Linearization(captured, self._policy, self._notifier(), self._structures)
-            return point, captured.reads
+            # Buffers that move without a count of changes are told by their numbers.
+            numbers = [(weakref.ref(t), content_key(t)) for t in captured.moving]
+            return point, [*captured.reads, *numbers]
 
         try:
             return once()

@@ -24,7 +24,8 @@ from .._capture.state import State
 P = TypeVar("P")
 #: How many points are looked at when one is added.
 _FEW = 2
-Stamp = tuple["weakref.ref[torch.Tensor]", int]
+#: A tensor with its version, or with the key of its content where a version would not tell.
+Stamp = tuple["weakref.ref[torch.Tensor]", int | tuple[Any, ...]]
 _REF = weakref.ref
 
 
@@ -309,9 +310,9 @@ def _reference(owner: Any, callback: Callable[[Any], None]) -> Any:
 
 
 def _changed(stamps: Iterable[Stamp]) -> bool:
-    for ref, version in stamps:
+    for ref, stamp in stamps:
         t = ref()
-        if t is not None and t._version != version:
+        if t is not None and (t._version if type(stamp) is int else content_key(t)) != stamp:
             return True
     return False
 

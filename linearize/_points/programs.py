@@ -6,6 +6,7 @@ before: then its numbers are bound into the known programs.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import deque
@@ -32,6 +33,7 @@ from .._reuse.structure import Structure
 from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
 from .._torch.graphs import outside_backward
+from .._torch.modes import undisturbed
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
 
@@ -44,14 +46,17 @@ _DUE: deque[weakref.ref[Any]] = deque()
 
 
 def tidy() -> None:
-    """Let go of what points keep for products that have died."""
-    while _DUE:
+    """Let go of what points keep for products that have died, unless somebody would notice."""
+    for _ in range(len(_DUE)):
+        if not undisturbed():
+            return
         try:
-            point = _DUE.popleft()()
+            due = _DUE.popleft()
         except IndexError:  # another thread was quicker
             return
-        if point is not None:
-            point.tidy()
+        point = due()
+        if point is not None and not point.tidy():
+            _DUE.append(due)
 
 
 class PointPrograms:
@@ -105,9 +110,11 @@ class PointPrograms:
         me = weakref.ref(self)
 
         def died(_: Any) -> None:
-            # Called wherever the collector runs, perhaps under a lock or inside a transform of
-            # somebody else's: tensors are left alone, and nobody is waited for.
-            _DUE.append(me)
+            # Called wherever the collector runs, perhaps inside a transform of somebody else's
+            # or in the midst of this point's own work: then the next call tidies up.
+            if not sys.is_finalizing():
+                _DUE.append(me)
+                tidy()
 
         self._waiting[direction] = weakref.ref(user, died)
 
@@ -115,17 +122,26 @@ class PointPrograms:
         """Take note that a direction is not asked for any more."""
         with self.lock:
             self._waiting.pop(direction, None)
-            self.tidy()
+            self._let_go()
 
-    def tidy(self) -> None:
-        """Let go of what nobody will ask for."""
-        with self.lock:
+    def tidy(self) -> bool:
+        """Let go of what nobody will ask for; False if that must wait."""
+        owned: bool = self.lock._is_owned()  # type: ignore[attr-defined]
+        if owned or not self.lock.acquire(blocking=False):
+            return False
+        try:
             for direction, user in list(self._waiting.items()):
                 if user() is None:
                     del self._waiting[direction]
-            if not self._waiting:
-                self._let_go_of_graph()
-                self._pullback = None
+            self._let_go()
+        finally:
+            self.lock.release()
+        return True
+
+    def _let_go(self) -> None:
+        if not self._waiting:
+            self._let_go_of_graph()
+            self._pullback = None
 
     # -- recorded ---------------------------------------------------------------------------
 
