@@ -51,6 +51,8 @@ class Capture:
         What was seen of custom Functions' contexts.
     reads
         The tensors that f read, with their versions after the run.
+    watched
+        Whether these were noted.
     moving
         Those of them that PyTorch writes to without raising their version.
     hooked
@@ -74,6 +76,7 @@ class Capture:
     leaves: list[tuple[torch.Tensor, Node]]
     records: ContextRecords
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
+    watched: bool
     moving: list[torch.Tensor]
     hooked: list[Node]
     outputs: list[torch.Tensor]
@@ -218,6 +221,7 @@ def capture(
         leaves=list(zip(leaves, nodes, strict=True)),
         records=records,
         reads=[] if reads is None else reads.stamps(),
+        watched=reads is not None,
         moving=[] if reads is None else reads.moving(),
         hooked=[] if reads is None else reads.hooked(),
         outputs=[x for x in outputs if differentiable(x)],

@@ -56,7 +56,7 @@ class Reads(TorchFunctionMode):
         if self._records.pending:
             self._records.settle()
         if func in _MOVING:
-            args, kwargs = self._held_still(args, kwargs or {})
+            args, kwargs = self._held_still(func, args, kwargs or {})
         elif func is _REGISTER_HOOK:
             self._hooked.append(args[0])
         if self._thaw and not getattr(func, "__name__", "").endswith("_"):
@@ -75,12 +75,13 @@ class Reads(TorchFunctionMode):
                 self.note(a)
 
     def _held_still(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Take note of running statistics; hand copies on where they do not move now."""
+        first, flag, moves = _MOVING[func]
         given = dict(enumerate(args)) | kwargs
-        moves = given.get(5) or given.get("training") or given.get("use_input_stats")
-        for place in (3, 4, "running_mean", "running_var"):
+        moves = given.get(5, given.get(flag, moves))
+        for place in (first, first + 1, "running_mean", "running_var"):
             t = given.get(place)
             if isinstance(t, torch.Tensor):
                 self._moving[id(t)] = t
@@ -106,13 +107,16 @@ class Reads(TorchFunctionMode):
 
 
 _REGISTER_HOOK = torch.Tensor.register_hook
-#: Functions of input, weight, bias, running mean, running variance, and whether these move.
-_MOVING = {
-    torch.batch_norm,
-    torch.instance_norm,
-    torch.native_batch_norm,
-    torch.cudnn_batch_norm,
-    torch.miopen_batch_norm,
+#: Functions with running statistics: the place of the first of both, and the name of the flag, the
+#: sixth argument, by which they move, with its default.
+_MOVING: dict[Any, tuple[int, str, bool]] = {
+    torch.nn.functional.batch_norm: (1, "training", False),
+    torch.nn.functional.instance_norm: (1, "use_input_stats", True),
+    torch.batch_norm: (3, "training", False),
+    torch.instance_norm: (3, "use_input_stats", True),
+    torch.native_batch_norm: (3, "training", False),
+    torch.cudnn_batch_norm: (3, "training", False),
+    torch.miopen_batch_norm: (3, "training", False),
 }
 _RUNS_BACKWARD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
 #: Looked up once: this runs at each operation of f.

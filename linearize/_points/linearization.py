@@ -24,7 +24,7 @@ from .._text.tables import code, framed
 from .._torch.names import pytree
 from ..errors import ClosedError, CopyError
 from .closures import JvpFn, VjpFn
-from .first_use import check_adjoint, check_before_use
+from .first_use import check_adjoint, check_before_use, check_statistics
 from .jacobian import Jacobian
 from .lifetime import Lifetime
 from .policy import Policy
@@ -146,6 +146,7 @@ class Linearization:
         self.vjp_fn = VjpFn(source.pullback, self.out_space, self.in_space, *common)
         if policy.check == "always":
             check_before_use(self.jvp_fn, self.vjp_fn)
+        check_statistics((self.jvp_fn, self.vjp_fn), source.moving)
 
     @property
     def value(self) -> Any:

@@ -148,7 +148,6 @@ class Linearizer:
         self._structures = Structures(self._policy.shared)
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scopes: list[weakref.WeakSet[Any]] = []
-        self._lock = threading.Lock()
         self._running: dict[Hashable, _Run] = {}
 
     @eagerly
@@ -200,11 +199,10 @@ class Linearizer:
     def _awaited(self, asked: _Asked, mine: _Run) -> Linearization | None:
         """Return the point if another thread is about to make it; else it is ours to make."""
         while True:
-            with self._lock:
-                run = self._running.setdefault(asked.key, mine)
-                inside = any(
-                    r.thread == mine.thread and r is not run for r in self._running.values()
-                )
+            # Without a lock: an interrupt could leave it locked.
+            run = self._running.setdefault(asked.key, mine)
+            others = [r for r in list(self._running.values()) if r is not run]
+            inside = any(r.thread == mine.thread for r in others)
             # A call of `at` from inside f waits for nobody: two could wait for each other.
             waits = not (run is mine or inside or run.thread == mine.thread)
             if waits:
@@ -282,9 +280,8 @@ class Linearizer:
         asked: _Asked | None,
     ) -> Linearization:
         point, reads = self._linearize(args, kwargs, argnums, watch=asked is not None)
-        with self._lock:
-            for group in (self._open, *self._scopes):
-                group.add(point._lifetime)
+        for group in (self._open, *self._scopes):
+            group.add(point._lifetime)
         if asked is not None:
             stamps = [*asked.stamps, *reads, *asked.state.stamps()]
             self._memo.put(

@@ -83,7 +83,11 @@ class PointPrograms:
     ) -> None:
         self.lock = threading.RLock()
         # The graph is made now: it stamps what contexts keep, before anybody changes it.
-        self._graph: Graph | None = captured.graph()
+        graph = captured.graph()
+        self._graph: Graph | None = graph
+        #: Running statistics that it keeps, with the names of their nodes. Those of a run that
+        #: was watched are copies.
+        self.moving = [] if captured.watched else list(graph.moving())
         self._leaves: list[torch.Tensor] = [t for t, _ in captured.leaves]
         self._specs = (captured.out_space.tensors, captured.in_space.tensors)
         self._pullback: Program | None = None
