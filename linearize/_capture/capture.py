@@ -90,7 +90,6 @@ class Capture:
         graph = Graph(self.edges, leaves, self.records, self.trace, self.owners)
         warn_of_hooks(graph, self.hooked)
         self.hooked = []
-        return graph
         if not graph.order and self.edges and not self.derivative:
             warn_independent(f"the value of {self.name}")
         return graph

@@ -29,7 +29,8 @@ _COPIES = frozenset(("COPY", "SWAP"))
 _NOTING = frozenset(("append", "add", "extend", "update"))
 #: Who names one of these may read any attribute.
 _ANY = frozenset(
-    ("getattr", "vars", "__dict__", "attrgetter", "eval", "exec", "globals", "asdict", "fields")
+    "getattr vars __dict__ attrgetter methodcaller eval exec globals asdict astuple fields "
+    "replace copy deepcopy tree_map tree_flatten tree_leaves".split()
 )
 
 
@@ -44,7 +45,7 @@ class Code:
     free
         Names of variables of enclosing functions.
     attributes
-        Names of attributes, and strings that could be some.
+        Names of attributes.
     modules
         Names of modules that it imports when it runs.
     any_attribute
@@ -94,7 +95,6 @@ def read_by(code: types.CodeType) -> Code:
 
 def _look(code: types.CodeType) -> Code:
     loads: dict[str, set[str]] = {"global": set(), "free": set(), "attribute": set()}
-    strings: set[str] = set()
     modules: set[str] = set()
     for one in _with_nested(code):
         found = list(dis.get_instructions(one))
@@ -102,17 +102,14 @@ def _look(code: types.CodeType) -> Code:
             name = instruction.opname
             if name == "IMPORT_NAME":
                 modules.add(instruction.argval)
-            elif name in _CONSTANTS and isinstance(instruction.argval, str):
-                strings.add(instruction.argval)
             elif name in _LOADS and not _only_writes(found, i):
                 kind = "global" if name in _GLOBAL else "free" if name in _FREE else "attribute"
                 loads[kind].add(instruction.argval)
-    strings = {s for s in strings if s.isidentifier()}
     named = loads["global"] | loads["attribute"]
     return Code(
         globals=tuple(sorted(loads["global"])),
         free=frozenset(loads["free"]),
-        attributes=frozenset(loads["attribute"] | strings),
+        attributes=frozenset(loads["attribute"]),
         modules=tuple(sorted(modules)),
         any_attribute=not _ANY.isdisjoint(named),
         installed=is_installed(code.co_filename),

@@ -74,7 +74,9 @@ class Tree:
         self._modules = [weakref.ref(m) for m in modules]
         #: Gets an entry when a tensor dies: another object may have its id then.
         self._dead: list[Any] = []
-        self._watched = [weakref.ref(t, self._dead.append) for t in map(operator.call, self.tensors)]
+        self._watched = [
+            weakref.ref(t, self._dead.append) for t in map(operator.call, self.tensors)
+        ]
         self._ids = self._look()
         #: For each module, what gets its plain attributes and how many there are, and what it got.
         self._getters = [_getter(m) for m in modules]
@@ -104,20 +106,22 @@ class Tree:
         for ref, where, key in self._others:
             module = ref()
             if module is not None:
-                yield str(key), _in(module, where)[key]
+                yield str(key), _in(module, where).get(key)
         for name, ref, value in self._named:
             if any_name or name in names:
                 module = ref()
                 if value is not _LATER:
                     yield name, value
                 elif module is not None:
-                    yield name, module.__dict__[name]
+                    yield name, module.__dict__.get(name)
 
-    def _look(self) -> list[int]:
-        """Return the ids of parameters, buffers, modules and hooks."""
+    def _look(self) -> list[Any]:
+        """Return names and ids of parameters, buffers, modules and hooks."""
         dicts = list(chain.from_iterable(map(_dicts_of, map(operator.call, self._modules))))
-        found = list(map(len, dicts))
-        found += map(id, chain.from_iterable(map(dict.values, filter(None, dicts))))
+        found: list[Any] = list(map(len, dicts))
+        filled = list(filter(None, dicts))
+        found += chain.from_iterable(filled)
+        found += map(id, chain.from_iterable(map(dict.values, filled)))
         return found
 
     def _attributes(self) -> Iterator[Any]:
@@ -138,9 +142,7 @@ class Tree:
                     tensor = weakref.ref(value)
                     tokens.append(tensor)
                     self.tensors.append(tensor)
-                elif not isinstance(value, Module) or where != "_modules":
-                    self._others.append((ref, where, key))
-                elif isinstance(value, torch.jit.ScriptModule):
+                elif where != "_modules" or isinstance(value, torch.jit.ScriptModule):
                     self._others.append((ref, where, key))
         for name, value in module.__dict__.items():
             if name in _NOT_READ or name in _DICTS:

@@ -16,6 +16,7 @@ import enum
 import functools
 import io
 import logging
+import operator
 import random
 import re
 import sys
@@ -49,7 +50,10 @@ _LEFT_ALONE: tuple[type, ...] = (
     *(types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
 )
 #: Packages whose C code is taken to hide nothing.
-_TRUSTED = (frozenset(("torch", "numpy", "scipy")) | sys.stdlib_module_names) - {"ctypes", "_ctypes"}
+_TRUSTED = (frozenset(("torch", "numpy", "scipy")) | sys.stdlib_module_names) - {
+    "ctypes",
+    "_ctypes",
+}
 _LEFT_ALONE_PACKAGES = frozenset(
     "asyncio concurrent contextlib contextvars multiprocessing queue threading".split()
 )
@@ -62,6 +66,7 @@ _BORING = frozenset(
 )
 #: What of it is read when an object is made.
 _MAKING = frozenset("__init__ __new__ __post_init__ __init_subclass__ __set_name__".split())
+
 
 class Reach:
     """What the code of a function can reach.
@@ -270,9 +275,8 @@ class _Walk:
     def _python_module(self, m: types.ModuleType, where: Where) -> None:
         self.tokens.append(m.__name__)
         file = getattr(m, "__file__", None)
-        if file is not None and not is_installed(file):
-            self._named(vars(m), where)
-        elif file is None and m.__name__ not in sys.builtin_module_names:
+        builtin = m.__name__ in sys.builtin_module_names
+        if not (builtin if file is None else is_installed(file)):
             self._named(vars(m), where)
 
     def _class(self, cls: type, where: Where) -> None:
@@ -354,6 +358,11 @@ class _Walk:
             self._stack.append((value, (where, name)))
         self.tokens.append(_END)
 
+    def _getter(self, x: Any, where: Where) -> None:
+        """Look at what reads attributes by names that no code shows."""
+        self._fixed(x, where)
+        self._reach.any_name = True
+
     def _operator(self, op: Any, where: Where) -> None:
         self._fixed(op, where)
         self._stack.append((operator_functions(op), where))
@@ -395,6 +404,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     (type(functools.lru_cache(len)), _Walk._wrapper),
     (weakref.ref, _Walk._reference),
     (CustomOpDef, _Walk._operator),
+    ((operator.attrgetter, operator.methodcaller), _Walk._getter),
     (_LEFT_ALONE, _Walk._fixed),
     (type, _Walk._class),
     (types.ModuleType, _Walk._python_module),

@@ -104,7 +104,9 @@ class _HeldStill:
             self._then()
 
 
-def check_statistics(products: Sequence[Product], kept: Sequence[tuple[str, torch.Tensor]]) -> None:
+def check_statistics(
+    products: Sequence[Product], kept: Sequence[tuple[str, torch.Tensor]]
+) -> None:
     """Have products check at each use that running statistics have not moved."""
     for product in products if kept else ():
         product._first = _HeldStill(kept, product._first)

@@ -327,7 +327,12 @@ class Linearization:
         """Whether nothing that the point gives was changed in place, and it is open."""
         return not self.closed and not any(
             r.changed()
-            for r in (*self._value.stamps, *self._aux.stamps, *self.jvp_fn._residuals(), *self.vjp_fn._residuals())
+            for r in (
+                *self._value.stamps,
+                *self._aux.stamps,
+                *self.jvp_fn._residuals(),
+                *self.vjp_fn._residuals(),
+            )
         )
 
     def _size(self) -> int:

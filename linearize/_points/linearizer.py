@@ -284,9 +284,7 @@ class Linearizer:
             group.add(point._lifetime)
         if asked is not None:
             stamps = [*asked.stamps, *reads, *asked.state.stamps()]
-            self._memo.put(
-                asked.key, asked.structure, asked.state, point, asked.owners, stamps
-            )
+            self._memo.put(asked.key, asked.structure, asked.state, point, asked.owners, stamps)
         return point
 
     def _linearize(

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch._ops import OpOverload as OpOverload
 from torch._library.custom_ops import CustomOpDef as CustomOpDef
+from torch._ops import OpOverload as OpOverload
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 

@@ -8,6 +8,7 @@ import enum
 import functools
 import gc
 import itertools
+import operator
 import random
 import threading
 import types
@@ -201,6 +202,11 @@ def bound_method() -> Case:
 def named_by_a_string() -> Case:
     model = Model()
     return lambda x: x * getattr(model, "sca" + "le"), lambda v: setattr(model, "scale", v)
+
+
+def named_by_a_getter() -> Case:
+    model, get = Model(), operator.attrgetter("scale")
+    return lambda x: x * get(model), lambda v: setattr(model, "scale", v)
 
 
 def a_method_bound_anew() -> Case:
@@ -594,7 +600,7 @@ class Color(enum.Enum):
         (Settings, lambda s: setattr(s, "scale", 3.0)),
         (Model, lambda s: setattr(s, "scale", 3.0)),
         (lambda: bytearray(b"\x01"), lambda s: s.__setitem__(0, 3)),
-        (lambda: (lambda held=[1.0]: held), lambda s: s().__setitem__(0, 3.0)),
+        (lambda: lambda held=[1.0]: held, lambda s: s().__setitem__(0, 3.0)),
     ],
     ids=["set", "dataclass", "object", "buffer", "function"],
 )
