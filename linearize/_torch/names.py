@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch._library.custom_ops import CustomOpDef as CustomOpDef
@@ -29,6 +29,16 @@ def operator_functions(op: CustomOpDef) -> list[Any]:
     """Return the Python functions that a custom operator was made of."""
     names = ("_init_fn", "_backend_fns", "_setup_context_fn", "_backward_fn", "_vmap_fn")
     return [getattr(op, name, None) for name in names]
+
+
+def native_function(name: str) -> Callable[..., Any]:
+    """Return the C function that `torch` offers by this name, whatever stands there now."""
+    return cast(Callable[..., Any], getattr(torch._C._VariableFunctions, name))
+
+
+def native_method(name: str) -> Callable[..., Any]:
+    """Return the C method that tensors have by this name, whatever stands there now."""
+    return cast(Callable[..., Any], getattr(torch._C.TensorBase, name))
 
 
 def key_string(path: KeyPath) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-import linearize as lz
 import linearize.func as lf
-from linearize import curvature, functional, implicit
+from linearize import curvature, functional
 from linearize.errors import UnsupportedError
 
 D = torch.float64

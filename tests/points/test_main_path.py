@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import linearize as lz
+from linearize.errors import IgnoredHookWarning
 
 # `torch.func.jvp`, the reference here, compiles something when it is first called.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
