@@ -19,7 +19,7 @@ from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
-from .._torch.modes import functorch_active, being_traced
+from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, pytree
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords

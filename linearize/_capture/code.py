@@ -27,11 +27,12 @@ _CONSTANTS = frozenset(("LOAD_CONST", "LOAD_SMALL_INT"))
 _COPIES = frozenset(("COPY", "SWAP"))
 #: Methods that tell nothing of what they are called on, if nobody looks at what they return.
 _NOTING = frozenset(("append", "add", "extend", "update"))
-#: Who names one of these may read any attribute.
+#: Who names one of these may read any attribute; one of the second, as a global variable.
 _ANY = frozenset(
-    "getattr vars __dict__ attrgetter methodcaller eval exec globals asdict astuple fields "
-    "replace copy deepcopy tree_map tree_flatten tree_leaves".split()
+    "getattr vars __dict__ attrgetter methodcaller eval exec globals asdict astuple "
+    "deepcopy tree_map tree_flatten tree_leaves".split()
 )
+_ANY_GLOBAL = frozenset(("copy", "fields", "replace"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,13 +106,13 @@ def _look(code: types.CodeType) -> Code:
             elif name in _LOADS and not _only_writes(found, i):
                 kind = "global" if name in _GLOBAL else "free" if name in _FREE else "attribute"
                 loads[kind].add(instruction.argval)
-    named = loads["global"] | loads["attribute"]
+    named = (loads["global"] & _ANY_GLOBAL) | ((loads["global"] | loads["attribute"]) & _ANY)
     return Code(
         globals=tuple(sorted(loads["global"])),
         free=frozenset(loads["free"]),
         attributes=frozenset(loads["attribute"]),
         modules=tuple(sorted(modules)),
-        any_attribute=not _ANY.isdisjoint(named),
+        any_attribute=bool(named),
         installed=is_installed(code.co_filename),
     )
 

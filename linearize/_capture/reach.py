@@ -30,7 +30,7 @@ from typing import Any, Generic, Protocol, TypeAlias
 
 import torch
 
-from .._torch.names import CustomOpDef, operator_functions
+from .._torch.names import CustomOpDef, holds_tensors, operator_functions
 from .code import is_installed, read_by
 from .module_tree import Tree
 from .state import PLAIN, State
@@ -107,7 +107,10 @@ class Reach:
         while True:
             before = len(self.names), self.any_name
             walk = _Walk(self)
-            walk.run(roots)
+            try:
+                walk.run(roots)
+            except Exception as error:  # an object of the user's does as it likes
+                walk.unseen = f"what f can reach ({type(error).__name__}: {error})"
             if (len(self.names), self.any_name) == before:
                 return State(walk.tokens, walk.tensors, walk.unseen)
 
@@ -367,6 +370,9 @@ class _Walk:
         self._fixed(op, where)
         self._stack.append((operator_functions(op), where))
 
+    def _script_function(self, f: Any, where: Where) -> None:
+        (self._hidden if holds_tensors(f) else self._fixed)(f, where)
+
     def _scripted(self, m: Any, where: Where) -> None:
         """Look at a TorchScript module, as far as Python sees it."""
         self._fixed(m, where)
@@ -397,6 +403,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     (torch.Tensor, _Walk._tensor),
     (torch.jit.ScriptModule, _Walk._scripted),
     (torch.nn.Module, _Walk._torch_module),
+    (torch.jit.ScriptFunction, _Walk._script_function),
     (functools.partial, _Walk._partial),
     (functools.cached_property, _Walk._cached_property),
     (property, _Walk._property),

@@ -25,6 +25,13 @@ def bare(op: Any) -> Any:
     return getattr(op, "_op", op)
 
 
+def holds_tensors(script: torch.jit.ScriptFunction[..., Any]) -> bool:
+    """Whether a TorchScript function has tensors in it, as a trace of one that read some."""
+    graph = script.inlined_graph  # held: its nodes do not hold it
+    constants = graph.findAllNodes("prim::Constant")
+    return any(n.hasAttribute("value") and n.kindOf("value") == "t" for n in constants)
+
+
 def operator_functions(op: CustomOpDef) -> list[Any]:
     """Return the Python functions that a custom operator was made of."""
     names = ("_init_fn", "_backend_fns", "_setup_context_fn", "_backward_fn", "_vmap_fn")

@@ -512,7 +512,7 @@ def test_what_f_only_counts_or_notes_is_no_change() -> None:
             table["runs"] += 1
             table["last"] = x
             self.runs += 1
-            self.log.append((x.shape, [x for _ in range(1)]))
+            self.log.append((x.shape, str(x.dtype)))
             self.last = x
             return x.sin()
 
@@ -648,6 +648,41 @@ def test_a_point_is_not_remembered_where_something_hides_its_state(name: str) ->
         warnings.simplefilter("error")
         lin = lz.Linearizer(lambda x: x)
     assert lin.stats().points == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_trace_that_holds_a_tensor_is_not_trusted() -> None:
+    scale = torch.ones(2, dtype=torch.float64)
+    traced = torch.jit.trace(lambda x: x * scale, X)
+    lin = lz.Linearizer(lambda x: traced(x))
+    x = X.clone()
+    torch.testing.assert_close(lin.at(x).value, x)
+    scale.fill_(3.0)
+    with pytest.warns(MemoWarning, match="traced"):
+        torch.testing.assert_close(lin.at(x).value, traced(x))
+    plain = torch.jit.trace(lambda x: x * 2, X)
+    lin = lz.Linearizer(lambda x: plain(x))
+    assert lin.at(x) is lin.at(x)
+
+
+class Contrary:
+    """An object that raises whatever it is asked."""
+
+    __slots__ = ("one",)
+
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise ValueError("no")
+
+
+def test_an_object_that_raises_when_looked_at_costs_the_memo_only() -> None:
+    held = Contrary()
+    lin = lz.Linearizer(lambda x: x * (2 if held else 3))
+    x = X.clone()
+    torch.testing.assert_close(lin.at(x).value, 2 * x)
+    with pytest.warns(MemoWarning, match="ValueError: no"):
+        torch.testing.assert_close(lin.at(x).value, 2 * x)
 
 
 def test_the_caller_can_vouch_for_it() -> None:
