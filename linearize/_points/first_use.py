@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from .._check.adjoint import check_maps
-from .._programs.program import Program
+from .._execute.binding import BoundProgram
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
 from .._transpose.transpose import transpose
@@ -26,9 +26,8 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
         Naming the first operation or custom Function at which they part.
     """
 
-    def resolved() -> tuple[Program, Program]:
-        opaque = pushforward._policy.opaque
-        return resolve(pullback.program, **opaque), resolve(pushforward.program, **opaque)
+    def resolved(program: BoundProgram) -> BoundProgram:
+        return program.made(resolve, **pushforward._policy.opaque)
 
     with outside_transforms(), torch.inference_mode(False), torch.no_grad():
         # Both programs are made first: what is derived of one is then at hand for both.
@@ -37,7 +36,7 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
             pullback._apply,
             pushforward._apply,
             *programs,
-            resolved,
+            lambda: (resolved(programs[0]), resolved(programs[1])),
             transpose,
         )
 

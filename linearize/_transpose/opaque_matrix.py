@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .._programs.around_matrix import flat_real, matrix_program, reals, times
+from .._programs.numbers import Numbers
 from .._programs.program import Program
 from .._spaces.space import TensorSpec
 from .._text.progress import progress
@@ -22,6 +23,7 @@ def dense_transpose(
     wanted: Sequence[bool],
     name: str,
     limit: int,
+    numbers: Numbers,
 ) -> Program:
     """Return the transpose of the linear function `fn` as a program around its matrix.
 
@@ -42,6 +44,8 @@ def dense_transpose(
         Whose matrix it is, for the progress bar and errors.
     limit
         The most bytes that the matrix may take.
+    numbers
+        Receive the matrix.
 
     Raises
     ------
@@ -75,7 +79,7 @@ def dense_transpose(
             ]
             matrix[row] = torch.cat(parts)
     spec = TensorSpec.of(matrix)
-    return matrix_program(spec, times(matrix), columns, list(ins), wanted, name)
+    return matrix_program(spec, times(matrix), columns, list(ins), wanted, name, numbers)
 
 
 def _units(ins: Sequence[TensorSpec], wanted: Sequence[bool]) -> Any:
