@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from .._programs.aten import may_alias, returns_several
-from .._programs.program import Equation, Operation, Program, Var
-from .._programs.residuals import Residual
+from .._programs.program import Equation, Operation, Program
+from .._programs.values import Constant, Var
 from .._torch.names import aten
 from .quickest import quickest
 from .writer import Writer
@@ -49,7 +49,7 @@ def generate(program: Program, copies: Sequence[bool]) -> Function | None:
     Parameters
     ----------
     program
-        Whose residuals need not have tensors.
+        The program.
     copies
         Which results must be copied, because they may share memory with something else.
 
@@ -98,11 +98,11 @@ def generate_bound(program: Program, copies: Sequence[bool]) -> Bound | None:
 
 class _Writer(Writer):
     def __init__(self, program: Program, copies: Sequence[bool]) -> None:
-        super().__init__((Var, Residual))
+        super().__init__((Var, Constant))
         self.program = program
         self.copies = copies
-        for i, r in enumerate(program.residuals()):
-            self.names[r] = f"r{i}"
+        for i, c in enumerate(program.constants):
+            self.names[c] = f"r{i}"
         self.residuals = list(self.names.values())
         for v in (*program.inputs, *(v for eq in program.equations for v in eq.outputs if v)):
             self.names[v] = f"v{len(self.names)}"
@@ -193,7 +193,7 @@ class _BoundWriter(_Writer):
             place = i + 1
             if may_alias(eq.op):
                 places = {group[v] for v in eq.inputs()}
-                foreign = len(places) != 1 or bool(eq.residuals())
+                foreign = len(places) != 1 or bool(eq.constants())
                 place = 0 if foreign else places.pop()
             group.update((v, place) for v in eq.outputs if v is not None)
         end: dict[int, int] = {}

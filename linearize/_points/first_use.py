@@ -8,7 +8,7 @@ import weakref
 import torch
 
 from .._check.adjoint import check_maps
-from .._programs.program import Program
+from .._execute.binding import BoundProgram
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
 from .._transpose.transpose import transpose
@@ -16,8 +16,15 @@ from ..errors import AdjointError, LinearizeError, MissingDerivativeError
 from .product import Product
 
 
-def check_adjoint(pushforward: Product, pullback: Product) -> None:
+def check_adjoint(pushforward: Product, pullback: Product, *, thorough: bool = True) -> None:
     """Check that two products are adjoint, and name what is at fault if they are not.
+
+    Parameters
+    ----------
+    pushforward, pullback
+        The products.
+    thorough
+        As of `check_maps`.
 
     Raises
     ------
@@ -25,9 +32,8 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
         Naming the first operation or custom Function at which they part.
     """
 
-    def resolved() -> tuple[Program, Program]:
-        opaque = pushforward._policy.opaque
-        return resolve(pullback.program, **opaque), resolve(pushforward.program, **opaque)
+    def resolved(program: BoundProgram) -> BoundProgram:
+        return program.made(resolve, **pushforward._policy.opaque)
 
     with outside_transforms(), torch.inference_mode(False), torch.no_grad():
         # Both programs are made first: what is derived of one is then at hand for both.
@@ -36,8 +42,9 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
             pullback._apply,
             pushforward._apply,
             *programs,
-            resolved,
+            lambda: (resolved(programs[0]), resolved(programs[1])),
             transpose,
+            thorough=thorough,
         )
 
 
@@ -61,7 +68,7 @@ class _FirstUse:
             if len(products) == 2:
                 self.busy = True
                 try:
-                    check_adjoint(*products)
+                    check_adjoint(*products, thorough=False)
                 except MissingDerivativeError:
                     pass  # there is nothing to compare with
                 except AdjointError as error:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from .._capture.capture import Capture
+from .._execute.binding import BoundProgram
 from .._forms.compiled import Options
 from .._inspect import kept
 from .._inspect.drawing import Drawing, draw
 from .._inspect.page import page
 from .._inspect.summary import Summary, costs
-from .._programs.program import Program, total_bytes
+from .._programs.program import total_bytes
 from .._programs.residuals import Residual
 from .._reuse.shared import Structures
 from .._simplify.passes import explain, simplify
@@ -38,21 +39,21 @@ class ProgramPair:
 
     Attributes
     ----------
-    pushforward : Program
+    pushforward : BoundProgram
         The program of `jvp_fn`. Readable by `print`, as the other one.
-    pullback : Program
+    pullback : BoundProgram
         The program of `vjp_fn`.
     """
 
     __slots__ = ("pullback", "pushforward")
 
-    def __init__(self, pushforward: Program, pullback: Program) -> None:
+    def __init__(self, pushforward: BoundProgram, pullback: BoundProgram) -> None:
         self.pushforward = pushforward
         self.pullback = pullback
 
     def simplified(self) -> ProgramPair:
         """Return the programs as they are run when they are run often."""
-        return ProgramPair(simplify(self.pushforward), simplify(self.pullback))
+        return ProgramPair(self.pushforward.made(simplify), self.pullback.made(simplify))
 
     def explain(self) -> str:
         """Tell what each simplification does to each program."""
@@ -286,7 +287,7 @@ class Linearization:
             If the linearization was closed.
         """
         summary = self.summary()
-        programs: dict[str, Program] = {}
+        programs: dict[str, BoundProgram] = {}
         for product in (self.jvp_fn, self.vjp_fn):
             if not isinstance(summary.costs[product._direction], str):
                 programs[product._direction] = product.program

@@ -19,10 +19,11 @@ from .._capture.custom import CustomNode
 from .._capture.graph import Graph
 from .._capture.signature import signature
 from .._check.proof import Proof
-from .._execute.binding import Binding, filled
+from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
 from .._forms.dense import Dense
 from .._programs.guards import watched
+from .._programs.numbers import Numbers, Pool
 from .._programs.origins import Origin, Saved
 from .._programs.program import Program
 from .._programs.residuals import Residual
@@ -56,6 +57,8 @@ class PointPrograms:
     ----------
     proof
         That check, as long as it has not been made.
+    pool
+        What is known of the point's numbers, for as long as programs are made of each other.
     """
 
     def __init__(
@@ -66,9 +69,10 @@ class PointPrograms:
         self._graph: Graph | None = captured.graph()
         self._leaves: list[torch.Tensor] = [t for t, _ in captured.leaves]
         self._specs = (captured.out_space.tensors, captured.in_space.tensors)
-        self._pullback: Program | None = None
+        self._pullback: BoundProgram | None = None
         self._structures = structures
         self._check = check
+        self.pool = Pool()
         #: What the pushforward owes before its first product is handed out.
         self.proof: Proof | None = None
         self._dense: Dense | None = None
@@ -111,23 +115,23 @@ class PointPrograms:
 
     # -- recorded ---------------------------------------------------------------------------
 
-    def pullback(self) -> Program:
+    def pullback(self) -> BoundProgram:
         """Return the recorded pullback."""
         with self.lock:
             if self._pullback is None:
                 present = (True,) * len(self._specs[0])
                 known = self.known(PULLBACK, present, simplified=False)
                 self._pullback = (
-                    self._record() if known is None else filled(known[0].program, known[1])
+                    self._record() if known is None else bound(known[0].program, known[1])
                 )
                 self._let_go_of_graph()
             return self._pullback
 
-    def pushforward(self) -> Program:
+    def pushforward(self) -> BoundProgram:
         """Return the transpose of the pullback."""
         with self.lock:
             pullback = self.pullback()
-            pushforward = transpose(pullback, PUSHFORWARD)
+            pushforward = pullback.made(transpose, PUSHFORWARD, pool=self.pool)
             if self._owes_proof():
                 self.proof = Proof(pullback, pushforward, transpose, self._proved)
             return pushforward
@@ -141,17 +145,18 @@ class PointPrograms:
         if self._structure is not None:
             self._structure.proved = True
 
-    def _record(self) -> Program:
+    def _record(self) -> BoundProgram:
         graph = self._graph
         assert graph is not None
         self._search()
-        program = record_pullback(graph, *self._specs, remembered=True)
+        numbers = Numbers(self.pool)
+        program = record_pullback(graph, *self._specs, numbers, remembered=True)
         self._places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
         self._count(reused=False)
         if self._signature is not None and self._structure is None and not program.fixed:
             self._structure = Structure(self._signature)
             self._structures.add(self._structure, shared=not graph.custom)
-        return program
+        return BoundProgram.of(program, numbers)
 
     # -- taken over -------------------------------------------------------------------------
 
@@ -225,9 +230,11 @@ class PointPrograms:
         assert self._graph is not None
         assert self._comparison is not None
         assert self._structure is not None
-        fresh = record_pullback(self._graph, *self._specs, remembered=True)
+        numbers = Numbers()
+        program = record_pullback(self._graph, *self._specs, numbers, remembered=True)
+        fresh = BoundProgram.of(program, numbers)
         whole = (True,) * len(self._specs[0])
-        if not self._comparison.pullback(Executor(fresh), Binding.of(fresh), whole):
+        if not self._comparison.pullback(Executor(program), fresh.binding, whole):
             return  # what is recorded here is no nearer to the graph
         where = ""
         for other in self._structure.templates((direction, present)):
@@ -240,8 +247,8 @@ class PointPrograms:
             if other is not template and compare(other.executor, binding, present):
                 return  # the simplified program is less precise
             if all(present):
-                right = fresh if direction == PULLBACK else transpose(fresh)
-                where = first_parting(right, filled(other.program, binding))
+                right = fresh if direction == PULLBACK else fresh.made(transpose)
+                where = first_parting(right, bound(other.program, binding))
         self._structures.drop(self._structure)
         self._structure = None
         raise ReuseError(
@@ -261,7 +268,7 @@ class PointPrograms:
     def offer(
         self, direction: str, present: tuple[bool, ...], program: Program, *, simplified: bool
     ) -> Template | None:
-        """Let other points take over a program; return it without numbers if they can."""
+        """Let other points take over a program; return what they run if they can."""
         if self._structure is None:
             return None
         template = Template.of(program, self._places, simplified=simplified)
@@ -289,7 +296,7 @@ class PointPrograms:
         elif pullback is not None:
             yield from pullback.kept_tensors()
 
-    def waiting(self) -> tuple[Graph | None, Program | None]:
+    def waiting(self) -> tuple[Graph | None, BoundProgram | None]:
         """Return what programs are still to be made of: the graph, or the pullback."""
         graph = self._graph
         return graph, self._pullback if graph is None else None
@@ -327,7 +334,7 @@ class PointPrograms:
                 ) from error
             t = value if origin.position is None else value[origin.position]
             with torch.inference_mode(False):
-                known = Residual(t.detach(), self._graph.label(node), origin)
+                known = Residual(t, self._graph.label(node)).settle()
             self._read[origin.place] = known
         return known
 

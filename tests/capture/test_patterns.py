@@ -377,6 +377,26 @@ def test_plain_subclasses(kind: Any) -> None:
             torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("kind", [Tagged, Logging, nn.Parameter, nn.Buffer])
+def test_plain_subclasses_at_points_that_take_programs_over(kind: Any) -> None:
+    lin = lz.Linearizer(mixing)
+    for point in range(4):
+        x = rand(3, 4, seed=point)
+        given = x.as_subclass(kind) if issubclass(kind, (Tagged, Logging)) else kind(x)
+        here, plain = lin.at(given), lz.Linearizer(mixing, simplify=False).at(x)
+        for call in range(CALLS):
+            v = rand(3, 4, seed=call)
+            for mine, theirs in (
+                (here.jvp_fn(v), plain.jvp_fn(v)),
+                (here.vjp_fn(v)[0], plain.vjp_fn(v)[0]),
+            ):
+                assert type(mine) is torch.Tensor
+                torch.testing.assert_close(mine, theirs)
+        kept = [r.tensor for p in (here.jvp_fn, here.vjp_fn) for r in p.program.residuals()]
+        assert {type(t) for t in kept} == {torch.Tensor}
+    assert lin.stats().reused == 3
+
+
 def test_subclasses_as_directions() -> None:
     here = compare(mixing, rand(3, 4))
     v = rand(3, 4, seed=4)
