@@ -8,6 +8,7 @@ never calls `forward`.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -288,6 +289,13 @@ class CustomNode:
             if fn is None:
                 return self.cls.jvp(self.ctx, *arguments)
             return fn(self.ctx, *self._operator_arguments(arguments))
+        except TypeError as error:
+            if fn is None and not _takes(self.cls.jvp, 1 + len(arguments)):
+                raise FunctionContractError(
+                    f"{self.name}.jvp must take ctx and a tangent for each of the "
+                    f"{len(arguments)} arguments of forward, None for what is no tensor: {error}"
+                ) from error
+            raise
         finally:
             if saved is not None:
                 self.ctx.saved_for_forward = None
@@ -565,3 +573,12 @@ class CustomJvp(Operation):
     def bytes_kept(self) -> Iterable[torch.Tensor]:
         """Return the tensors that the context keeps."""
         return self.node.kept()
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except (TypeError, ValueError):
+        return False
+    return True

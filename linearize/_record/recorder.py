@@ -46,6 +46,14 @@ class OpaqueError(LinearizeError):
     """Raised inside a recording that meets code which it cannot follow."""
 
 
+class SparseError(OpaqueError):
+    """Raised if that is a sparse tensor made of what is recorded."""
+
+
+def _is_sparse(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.layout != torch.strided
+
+
 class _Entry:
     """A tensor met while recording: its variable (None for a constant)."""
 
@@ -170,11 +178,21 @@ class Recorder(DispatchMode):
             return out
         if func in READS_NUMBERS:
             raise OpaqueError(f"reads the numbers in its argument ({schema.name})")
-        if schema.writes:
-            return self._mutation(func, args, kwargs)
-        linear = self._linear_outputs(func, args, kwargs)
-        out = func(*args, **kwargs)
-        self._write_down(func, args, kwargs, out, linear)
+        out = None
+        try:
+            if schema.writes:
+                return self._mutation(func, args, kwargs)
+            linear = self._linear_outputs(func, args, kwargs)
+            out = func(*args, **kwargs)
+            self._write_down(func, args, kwargs, out, linear)
+        except RuntimeError as error:
+            if isinstance(error, (LinearizeError, torch.OutOfMemoryError)):
+                raise
+            if out is None and not schema.writes:
+                out = func(*args, **kwargs)
+            if not any(map(_is_sparse, leaves((args, kwargs, out)))):
+                raise
+            raise SparseError(f"makes a sparse tensor of its argument ({schema.name})") from error
         return out
 
     # -- one operation ------------------------------------------------------------------

@@ -10,6 +10,7 @@ Random cotangents, because real backward formulas branch on zeros.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ from .._torch.names import aten
 from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
 from .node_formulas import formula_of, mended, refuse_repeated
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
-from .recorder import OpaqueError, Recorder
+from .recorder import OpaqueError, Recorder, SparseError
 from .stretch import (
     Cut,
     NodeBackward,
@@ -237,6 +238,8 @@ class _Walk:
             reason = "its result does not descend from the cotangent" if opaque else ""
             if not reason and self.graph.hidden and node.name().endswith("CopySlices"):
                 reason = self.second_opinion(node, numbers, result, mark)
+        except SparseError as error:
+            reason = self.as_it_is(node, numbers, NotRecordedError(f"{node.name()}: {error}"))
         except OpaqueError as error:
             reason = str(error)
         except NotRecordedError as error:
@@ -342,7 +345,8 @@ class _Walk:
             if "modified by an inplace operation" in text or "modified in-place" in text:
                 raise StalenessError(
                     f"{name}: a tensor that it needs was changed in place, inside f after it "
-                    f"was used or since the linearization: {text}"
+                    f"was used or since the linearization ({_what_changed(text)}); linearize anew "
+                    "with at(...), or change a copy"
                 ) from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -679,3 +683,9 @@ def record_function(
         outputs.append(var)
     program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)
     return program.live(), arguments, results
+
+
+def _what_changed(text: str) -> str:
+    """Return what PyTorch's message says of the tensor, without its advice."""
+    found = re.search(r"\[[^\]]*\[[\d, ]*\]\].*?version \d+(; expected version \d+)?", text)
+    return found.group().replace("; ", ", ") if found else text.partition(chr(10))[0]
