@@ -11,7 +11,6 @@ import torch
 
 import linearize as lz
 from linearize.errors import LinearizeError
-
 from tests.support.comparing import CALLS
 from tests.support.references import Plain, like, tensors
 

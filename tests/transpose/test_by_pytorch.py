@@ -14,7 +14,6 @@ from torch.autograd import Function
 
 import linearize as lz
 from linearize.errors import MissingDerivativeError, StalenessError, UnsupportedError
-
 from tests.support.comparing import CALLS, Counted, close
 from tests.support.references import like
 
