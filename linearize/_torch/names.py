@@ -25,7 +25,7 @@ def bare(op: Any) -> Any:
     return getattr(op, "_op", op)
 
 
-def holds_tensors(script: torch.jit.ScriptFunction[..., Any]) -> bool:
+def holds_tensors(script: Any) -> bool:
     """Whether a TorchScript function has tensors in it, as a trace of one that read some."""
     graph = script.inlined_graph  # held: its nodes do not hold it
     constants = graph.findAllNodes("prim::Constant")
