@@ -13,6 +13,7 @@ __all__ = [
     "DistributedError",
     "FunctionContractError",
     "IgnoredHookWarning",
+    "IndependenceWarning",
     "LinearizeError",
     "MemoWarning",
     "MissingDerivativeError",
@@ -43,7 +44,7 @@ class StructureError(LinearizeError, TypeError, RuntimeError):
     """
 
 
-class OptionError(LinearizeError, ValueError):
+class OptionError(LinearizeError, ValueError, RuntimeError):
     """An option has a value that it cannot have.
 
     The message names the option and what it can be.

@@ -31,6 +31,9 @@ class ContextRecord:
     #: Tensors among the attributes, with their versions when `apply` had returned.
     attributes: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
     saved_for_forward: tuple[Residual | None, ...] | None = None
+    #: What was given to `save_for_forward`, and to `mark_dirty`.
+    given: tuple[weakref.ref[torch.Tensor] | None, ...] = ()
+    dirty: tuple[weakref.ref[torch.Tensor], ...] = ()
     materialize: bool = True
     line: Line | None = None
 
@@ -54,7 +57,7 @@ class ContextRecords:
 
     def watching(self) -> ContextWatcher:
         """Return the context manager inside which contexts are recorded."""
-        return ContextWatcher(self._created, self._saved, self._materialize)
+        return ContextWatcher(self._created, self._saved, self._materialize, self._dirtied)
 
     def get(self, ctx: Any) -> ContextRecord:
         """Return the record of `ctx`, an empty one if none was made."""
@@ -98,12 +101,29 @@ class ContextRecords:
     def _saved(self, ctx: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
         # Aliases without history: a saved output would otherwise hold its own node alive.
         source = f"{function_name(forward_class(ctx))} (save_for_forward)"
-        self._records.setdefault(ctx, ContextRecord()).saved_for_forward = tuple(
+        record = self._records.setdefault(ctx, ContextRecord())
+        record.saved_for_forward = tuple(
             None if t is None else Residual(t.detach(), source) for t in tensors
         )
+        record.given = tuple(None if t is None else weakref.ref(t) for t in tensors)
+        _expect_steps(record, record.dirty)
+
+    def _dirtied(self, ctx: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+        record = self._records.setdefault(ctx, ContextRecord())
+        record.dirty = tuple(map(weakref.ref, tensors))
+        _expect_steps(record, record.dirty)
 
     def _materialize(self, ctx: Any, value: bool) -> None:
         self._records.setdefault(ctx, ContextRecord()).materialize = value
+
+
+def _expect_steps(record: ContextRecord, dirty: tuple[weakref.ref[torch.Tensor], ...]) -> None:
+    """Let for the step that PyTorch adds to the version of what `forward` marked as changed."""
+    marked = [t for t in (ref() for ref in dirty) if t is not None]
+    for r, ref in zip(record.saved_for_forward or (), record.given, strict=True):
+        t = None if ref is None else ref()
+        if r is not None and r.version is not None and any(t is m for m in marked):
+            r.version += 1
 
 
 def attributes(ctx: Any) -> list[torch.Tensor]:

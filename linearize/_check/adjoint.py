@@ -14,7 +14,8 @@ operations, and what goes in and comes out there counts as more arguments and re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -25,13 +26,13 @@ from .._programs.numbers import Numbers
 from .._programs.program import Equation, Operation, Program, op_name
 from .._programs.residuals import Residual
 from .._programs.values import Var
-from .._spaces.compare import tolerance
+from .._spaces.compare import close, roughly, tolerance
 from .._spaces.space import TensorSpec
-from ..errors import AdjointError
+from ..errors import AdjointError, NotLinearError
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
 #: A linear map on flat lists of tensors; None is zero.
-Map: TypeAlias = Callable[[Sequence[torch.Tensor]], Tensors]
+Map: TypeAlias = Callable[[Sequence[Any]], Tensors]
 #: What makes a program's transpose.
 Transposed: TypeAlias = Callable[[Program, Numbers], Program]
 
@@ -221,6 +222,8 @@ def check_maps(
     tangents: BoundProgram,
     programs: Callable[[], tuple[BoundProgram, BoundProgram]],
     transposed: Transposed,
+    *,
+    thorough: bool,
 ) -> None:
     """Check that two products are adjoint, with the user code in them.
 
@@ -234,17 +237,69 @@ def check_maps(
         Gives the two programs with nothing missing, to find what is at fault.
     transposed
         As of `check_built_in`.
+    thorough
+        Whether to spend more calls of user code: on a pair in which small columns count as much
+        as large ones, and on arguments of other magnitudes.
 
     Raises
     ------
     AdjointError
         If they are not.
+    NotLinearError
+        If one of them is not linear.
     """
     generator = torch.Generator().manual_seed(4)
-    off = parting(pullback, pushforward, generator, programs, cotangents, tangents)
+    maps = pullback, pushforward
+    off = parting(*maps, generator, programs, cotangents, tangents, columns=thorough)
+    for product, program, name in zip(maps, (cotangents, tangents), _NAMES, strict=True):
+        if thorough and any(node_of(eq.op) is not None for eq in program.equations):
+            _check_linear(product, program, name, generator)
     if off is not None:
         fault = _name_fault(*programs(), transposed)
         raise AdjointError(f"jvp_fn and vjp_fn are not adjoint ({_by(off)}): {fault}")
+
+
+_NAMES = "vjp_fn", "jvp_fn"
+
+
+def _check_linear(
+    product: Map, program: BoundProgram, name: str, generator: torch.Generator
+) -> None:
+    """Raise if a product with user code in it is not linear, as where gradients are clipped."""
+    arguments = [v.spec.random(generator) for v in program.inputs]
+    culprit = _not_linear(product, arguments)
+    if culprit is None:
+        return
+    for eq in program.equations:
+        if node_of(eq.op) is None:
+            continue
+        given = [a.spec.random(generator) if isinstance(a, Var) else None for a in eq.args]
+        if _not_linear(partial(_called, eq.op), given) is not None:
+            name = op_name(eq.op)
+            break
+    raise NotLinearError(
+        f"{name} is not linear: for arguments {culprit:.0e} times as large its result is not as "
+        "much larger, as where gradients are clipped or rounded"
+    )
+
+
+def _not_linear(product: Map, arguments: Tensors) -> float | None:
+    """Return a factor that a map does not let through, None if there is none.
+
+    User code may solve equations to a tolerance: only what is far from linear is told.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        first = product([None if t is None else t.clone() for t in arguments])
+        for factor in (2.0**10, -(2.0**20)):
+            scaled = product([None if t is None else t * factor for t in arguments])
+            for a, b in zip(scaled, first, strict=True):
+                zero = torch.zeros((), dtype=torch.float64)
+                a, b = (zero if t is None else t for t in (a, b))
+                a, b = torch.broadcast_tensors(a, b * factor)
+                finite = bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
+                if finite and not close(a, b, roughly):
+                    return factor
+    return None
 
 
 def parting(
@@ -254,37 +309,133 @@ def parting(
     programs: Callable[[], tuple[BoundProgram, BoundProgram]],
     of_pullback: BoundProgram,
     of_pushforward: BoundProgram,
+    *,
+    columns: bool = False,
 ) -> float | None:
     """Return by how much two maps miss being adjoint, None if rounding explains it.
 
     Where numbers are not finite nothing can be said.
+
+    Parameters
+    ----------
+    pullback, pushforward
+        The maps.
+    generator
+        Of the random pair.
+    programs
+        Gives the programs of both with nothing missing, to see how much rounding amounts to.
+    of_pullback, of_pushforward
+        Programs that say what they take.
+    columns
+        Whether to try another pair too, in which small columns count as much as large ones, as
+        small rows do anyhow.
     """
     u = [v.spec.random(generator) for v in of_pullback.inputs]
     v = [v.spec.random(generator) for v in of_pushforward.inputs]
+    limit = rounding_limit(of_pullback, of_pushforward)
     with torch.inference_mode(False), torch.no_grad():
-        jv, jtu = pushforward(v), pullback(u)
+        for balance, arguments, results in balances(pullback, pushforward, u, v, columns=columns):
+            if balance.holds(limit):
+                continue
+            noise = _noise(programs(), generator, arguments, results)
+            factor = min(100.0, 0.05 / max(_coarsest(*programs()), 1e-300))
+            if math.isfinite(noise) and abs(balance.total) > factor * noise:
+                return balance.off
+    return None
+
+
+#: A cotangent and a tangent, or what the two maps make of them.
+_Pair: TypeAlias = tuple[Tensors, Tensors]
+
+
+def balances(
+    pullback: Map, pushforward: Map, u: Tensors, v: Tensors, *, columns: bool
+) -> Iterator[tuple[Balance, _Pair, _Pair]]:
+    """Yield Re⟨u, J·v⟩ - Re⟨Jᴴ·u, v⟩ for u and v scaled so that entries of all sizes count alike.
+
+    Parameters
+    ----------
+    pullback, pushforward
+        The maps.
+    u, v
+        Random vectors; None for zero.
+    columns
+        Whether there is a second pair in which v is scaled too, not u alone.
+
+    Yields
+    ------
+    balance, arguments, results
+        What was balanced.
+    """
+    tangent, sizes = v, [None if t is None else torch.ones_like(t) for t in v]
+    for again in (True, False) if columns else (False,):
+        jv = pushforward(tangent)
+        weights = weights_of(jv, u)
+        cotangent = over(u, weights)
+        jtu = pullback(cotangent)
         balance = Balance()
-        balance.add(1, u, jv)
-        balance.add(-1, jtu, v)
-        if balance.holds(rounding_limit(of_pullback, of_pushforward)):
-            return None
-        # Where large terms cancel, or a matrix is close to singular, rounding alone may be as
-        # large: with all numbers different in their last digits it is seen how large.
-        back, forth = programs()
-        noise = _lost(back, u) * math.sqrt(_inner(v, v)) + _lost(forth, v) * math.sqrt(
-            _inner(u, u)
-        )
-        for _ in range(2):
-            jv_near = runner(_nudged_residuals(forth, generator))(_nudged(v, generator))
-            jtu_near = runner(_nudged_residuals(back, generator))(_nudged(u, generator))
-            noise += abs(_inner(u, jv) - _inner(u, jv_near))
-            noise += abs(_inner(jtu, v) - _inner(jtu_near, v))
-    factor = min(100.0, 0.05 / max(_coarsest(back, forth), 1e-300))
-    explained = not math.isfinite(noise) or abs(balance.total) <= factor * noise
-    return None if explained else balance.off
+        balance.add(1, u, over(jv, weights))
+        balance.add(-1, over(jtu, sizes), v)
+        yield balance, (cotangent, tangent), (jtu, jv)
+        if again:
+            sizes = weights_of(jtu, v)
+            tangent = over(v, sizes)
 
 
-def _lost(program: BoundProgram, arguments: Sequence[torch.Tensor]) -> float:
+def weights_of(tensors: Tensors, others: Tensors) -> list[torch.Tensor | None]:
+    """Return the sizes of numbers relative to the largest, but not below what rounding may be.
+
+    Parameters
+    ----------
+    tensors
+        The numbers; None for zeros.
+    others
+        Tensors of the same shapes; None where no sizes are wanted.
+    """
+    most = max((float(t.abs().max()) for t in tensors if t is not None and t.numel()), default=0.0)
+    found: list[torch.Tensor | None] = []
+    for t, other in zip(tensors, others, strict=True):
+        if other is None:
+            found.append(None)
+            continue
+        least = math.sqrt(_eps(other.dtype))
+        if not 0 < most < math.inf:
+            sizes = torch.ones_like(other.real)
+        else:
+            sizes = torch.zeros_like(other.real) if t is None else t.abs() / most
+        found.append(sizes.clamp(min=least))
+    return found
+
+
+def over(tensors: Tensors, weights: Tensors) -> list[torch.Tensor | None]:
+    """Return tensors divided by weights; None for what is None."""
+    return [
+        None if t is None or w is None else t / w for t, w in zip(tensors, weights, strict=True)
+    ]
+
+
+def _noise(
+    programs: tuple[BoundProgram, BoundProgram],
+    generator: torch.Generator,
+    arguments: _Pair,
+    results: _Pair,
+) -> float:
+    """Return how much rounding may amount to in the two inner products.
+
+    Where large terms cancel, or a matrix is close to singular, that may be much: with all numbers
+    different in their last digits it is seen how much.
+    """
+    (back, forth), (u, v), (jtu, jv) = programs, arguments, results
+    noise = _lost(back, u) * math.sqrt(_inner(v, v)) + _lost(forth, v) * math.sqrt(_inner(u, u))
+    for _ in range(2):
+        jv_near = runner(_nudged_residuals(forth, generator))(_nudged(v, generator))
+        jtu_near = runner(_nudged_residuals(back, generator))(_nudged(u, generator))
+        noise += abs(_inner(u, jv) - _inner(u, jv_near))
+        noise += abs(_inner(jtu, v) - _inner(jtu_near, v))
+    return noise
+
+
+def _lost(program: BoundProgram, arguments: Sequence[Any]) -> float:
     """Return the last digit of the largest number that a program computes on its way."""
     values = [v for eq in program.equations for v in eq.outputs if v is not None]
     specs = [v.spec for v in values]
@@ -296,7 +447,7 @@ def _lost(program: BoundProgram, arguments: Sequence[torch.Tensor]) -> float:
     )
 
 
-def _nudged(tensors: Iterable[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+def _nudged(tensors: Iterable[Any], generator: torch.Generator) -> list[torch.Tensor]:
     return [_near(t, generator) for t in tensors]
 
 
@@ -341,15 +492,18 @@ def _name_fault(pullback: BoundProgram, pushforward: BoundProgram, transposed: T
         if other is None:
             continue
         v, u = numbers(eq.args, other.outputs), numbers(other.args, eq.outputs)
-        balance = Balance()
-        balance.add(1, u, eq.op(*v))
-        balance.add(-1, other.op(*u), v)
-        if not balance.holds(max(rounding_limit(_alone(eq)), rounding_limit(_alone(other)))):
+        limit = max(rounding_limit(_alone(eq)), rounding_limit(_alone(other)))
+        maps = partial(_called, other.op), partial(_called, eq.op)
+        if not all(b.holds(limit) for b, *_ in balances(*maps, u, v, columns=True)):
             return (
                 f"the first to part is {op_name(eq.op)}, which is not the adjoint of "
                 f"{op_name(other.op)}"
             )
     return _first_at_fault(pullback, transposed)
+
+
+def _called(op: Callable[..., Tensors], arguments: Sequence[Any]) -> Tensors:
+    return op(*arguments)
 
 
 def _first_at_fault(pullback: BoundProgram, transposed: Transposed) -> str:

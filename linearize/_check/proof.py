@@ -13,7 +13,16 @@ from .._execute.executor import Executor, runner
 from .._programs.program import Equation, Operation
 from .._torch.modes import being_traced, functorch_active, outside_transforms, unobserved
 from ..errors import AdjointError
-from .adjoint import Balance, Tensors, Transposed, check_built_in, node_of, rounding_limit
+from .adjoint import (
+    Balance,
+    Tensors,
+    Transposed,
+    check_built_in,
+    node_of,
+    over,
+    rounding_limit,
+    weights_of,
+)
 
 
 class Proof:
@@ -116,8 +125,8 @@ class Proof:
         if not _opaque(pullback):
             # One after the other, which takes less memory.
             results = executor(arguments, binding)
-            trial = _Trial(pullback)
-            balance.add(1, trial.cotangents, results)
+            trial = _Trial(pullback, results)
+            balance.add(1, trial.drawn, over(results, trial.weights))
             balance.add(-1, trial.results, arguments)
             return results, balance
         trial = _Trial(pullback)
@@ -163,9 +172,12 @@ class _Cut(Operation):
 
 
 class _Trial:
-    """A pullback run with random cotangents, cut at opaque operations."""
+    """A pullback run with random cotangents, cut at opaque operations.
 
-    def __init__(self, pullback: BoundProgram) -> None:
+    Where the tangents that they meet are known, small entries of these count like large ones.
+    """
+
+    def __init__(self, pullback: BoundProgram, met: Tensors | None = None) -> None:
         generator = torch.Generator().manual_seed(3)
         self.cuts: dict[int, _Cut] = {}
 
@@ -179,7 +191,12 @@ class _Trial:
         program = pullback.with_opaque(cut)
         # Modes of the caller's, which count operations perhaps, see the product only.
         with unobserved(), torch.inference_mode(False), torch.no_grad():
-            self.cotangents = [v.spec.random(generator) for v in program.inputs]
+            self.drawn = [v.spec.random(generator) for v in program.inputs]
+            self.cotangents: Any = self.drawn
+            self.weights: Tensors = ()
+            if met is not None:
+                self.weights = weights_of(met, self.drawn)
+                self.cotangents = over(self.drawn, self.weights)
             self.results = runner(program)(self.cotangents)
 
 

@@ -78,6 +78,8 @@ class Product:
         #: Runs a settled product of one tensor; whether there was a look for it.
         self._short: Callable[[Any], Any] | None = None
         self._shortened = False
+        #: Matrices that were written out at this point, by what they are of.
+        self._matrices: dict[str, torch.Tensor] = {}
         #: Checks the product before its first use.
         self._first: Callable[[], None] | None = None
         lifetime.register(self)
@@ -120,7 +122,7 @@ class Product:
         with self._lock:
             self._make = self._program = self._turned = self._source = self._first = None
             self._short = None
-            self._plans = {}
+            self._plans, self._matrices = {}, {}
 
     def _plan(self, present: tuple[bool, ...]) -> Plan:
         """Return what runs the program for arguments of which some are zero."""
@@ -279,7 +281,8 @@ class Product:
         if len(given) < len(tensors):
             present = tuple([t is not None for t in tensors])
         if transformed or not len(given[0]):
-            return list(torch.vmap(self._one(present), chunk_size=chunk_size)(*given))
+            pieces_of = chunk_size if len(given[0]) else None
+            return list(torch.vmap(self._one(present), chunk_size=pieces_of)(*given))
         if self._lifetime.closed:
             self._check_open()
         if self._first is not None:
@@ -435,6 +438,7 @@ class Product:
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
         program, plans = self._program, list(self._plans.values())
+        yield from list(self._matrices.values())
         if program is not None:
             yield from program.kept_tensors()
         for plan in plans:

@@ -271,9 +271,12 @@ class PointPrograms:
         numbers = Numbers()
         program = record_pullback(self._graph, *self._specs, numbers, remembered=True)
         fresh = BoundProgram.of(program, numbers)
-        whole = (True,) * len(self._specs[0])
-        if not self._comparison.pullback(Executor(program), fresh.binding, whole):
-            return  # what is recorded here is no nearer to the graph
+        right = fresh if direction == PULLBACK else fresh.made(transpose)
+        compare = getattr(self._comparison, direction)
+        for nearer, given in ((fresh, self._comparison.pullback), (right, compare)):
+            whole = (True,) * len(nearer.inputs)
+            if not given(Executor(nearer.program), nearer.binding, whole):
+                return  # what is recorded here is no nearer to the graph: both are rounding
         where = ""
         for other in self._structure.templates((direction, present)):
             binding = None
@@ -281,11 +284,9 @@ class PointPrograms:
                 binding = other.bind(self._saved, self._custom, self._known)
             if binding is None:
                 continue
-            compare = getattr(self._comparison, direction)
             if other is not template and compare(other.executor, binding, present):
                 return  # the simplified program is less precise
             if all(present):
-                right = fresh if direction == PULLBACK else fresh.made(transpose)
                 where = first_parting(right, bound(other.program, binding))
         self._structures.drop(self._structure)
         self._structure = None

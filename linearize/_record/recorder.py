@@ -32,7 +32,7 @@ from .._torch.names import OpOverload, aten
 from ..errors import LinearizeError
 from .constants import Constants
 from .linearity import known_linear, linear_by_meaning, tested_linear
-from .storage import common_dtype, covered, flat_spec, flattened, scattered, shown
+from .storage import common_dtype, covered, flat_spec, flattened, memory_order, scattered, shown
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
 _STRIDED = (
@@ -44,6 +44,14 @@ _STRIDED = (
 
 class OpaqueError(LinearizeError):
     """Raised inside a recording that meets code which it cannot follow."""
+
+
+class SparseError(OpaqueError):
+    """Raised if that is a sparse tensor made of what is recorded."""
+
+
+def _is_sparse(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.layout != torch.strided
 
 
 class _Entry:
@@ -170,11 +178,21 @@ class Recorder(DispatchMode):
             return out
         if func in READS_NUMBERS:
             raise OpaqueError(f"reads the numbers in its argument ({schema.name})")
-        if schema.writes:
-            return self._mutation(func, args, kwargs)
-        linear = self._linear_outputs(func, args, kwargs)
-        out = func(*args, **kwargs)
-        self._write_down(func, args, kwargs, out, linear)
+        out = None
+        try:
+            if schema.writes:
+                return self._mutation(func, args, kwargs)
+            linear = self._linear_outputs(func, args, kwargs)
+            out = func(*args, **kwargs)
+            self._write_down(func, args, kwargs, out, linear)
+        except RuntimeError as error:
+            if isinstance(error, (LinearizeError, torch.OutOfMemoryError)):
+                raise
+            if out is None and not schema.writes:
+                out = func(*args, **kwargs)
+            if not any(map(_is_sparse, leaves((args, kwargs, out)))):
+                raise
+            raise SparseError(f"makes a sparse tensor of its argument ({schema.name})") from error
         return out
 
     # -- one operation ------------------------------------------------------------------
@@ -317,6 +335,8 @@ class Recorder(DispatchMode):
         arguments = map_leaves(self._argument, list(args))
         if func in _VIEWS:
             return aten.reshape.default, arguments[:2]
+        if func is aten._neg_view.default:
+            return aten.neg.default, arguments  # a view is of no use, and cannot be batched
         if func is aten.view_as_real.default and isinstance(arguments[0], Var):
             # It refuses numbers that are stored conjugated, as a cotangent may be.
             (v,) = arguments
@@ -328,11 +348,17 @@ class Recorder(DispatchMode):
             return func, arguments
         x = args[0]
         strided = func is not aten.view_as_complex.default
-        if strided and not (x.is_contiguous() and isinstance(args[-1], int)):
+        order = memory_order(x) if func is aten.as_strided.default else None
+        known = x.is_contiguous() or order is not None
+        if strided and not (known and isinstance(args[-1], int)):
             raise OpaqueError("as_strided of something that is not contiguous")
         if strided and len(args) != 4 + (func is aten.as_strided_scatter.default):
             raise OpaqueError("as_strided without an offset")
         if isinstance(arguments[0], Var):
+            if order and not x.is_contiguous():
+                shape = tuple(x.shape[d] for d in order)
+                spec = TensorSpec(shape, x.dtype, x.device)
+                arguments[0] = self.emitter.emit(aten.permute.default, (arguments[0], order), spec)
             arguments[0] = self.emitter.emit(
                 aten.clone.default,
                 (arguments[0],),

@@ -51,6 +51,13 @@ def covered(t: torch.Tensor, others: Sequence[torch.Tensor]) -> list[torch.Tenso
     return [touched.as_strided(*geometry(x, item)) for x in others]
 
 
+def memory_order(t: torch.Tensor) -> list[int] | None:
+    """Return the order of dimensions in which a tensor would be contiguous, None if in none."""
+    strides = t.stride()
+    order = sorted(range(t.dim()), key=strides.__getitem__, reverse=True)
+    return order if t.permute(order).is_contiguous() else None
+
+
 def flat_spec(t: torch.Tensor, dtype: torch.dtype) -> TensorSpec:
     """Return the specification of the whole storage under `t` as a flat value."""
     return TensorSpec((t.untyped_storage().nbytes() // dtype.itemsize,), dtype, t.device)

@@ -10,6 +10,7 @@ Random cotangents, because real backward formulas branch on zeros.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from .._programs.numbers import Numbers
 from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.values import Constant, Var
-from .._spaces.compare import close
+from .._spaces.compare import close, close_at, magnitudes
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     Node,
@@ -38,9 +39,9 @@ from .._torch.graphs import (
 from .._torch.modes import subclasses_ignored, unobserved
 from .._torch.names import aten
 from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
-from .node_formulas import formula_of, mended
+from .node_formulas import formula_of, mended, refuse_repeated
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
-from .recorder import OpaqueError, Recorder
+from .recorder import OpaqueError, Recorder, SparseError
 from .stretch import (
     Cut,
     NodeBackward,
@@ -68,6 +69,8 @@ class _Walk:
         Of the random numbers that stand for gradients.
     remembered
         Whether constants are traced back to what the graph saved.
+    factor
+        What the random numbers are multiplied by.
     lazy
         Whether what is known of single nodes is used. Then numbers that stand for a gradient
         are drawn when they are first needed, and do not go with those of others.
@@ -84,9 +87,11 @@ class _Walk:
         remembered: bool = False,
         lazy: bool = False,
         cut: Cut | None = None,
+        factor: float = 1.0,
     ) -> None:
         self.graph = graph
         self.cut = cut
+        self.factor = factor
         self.emitter = emitter
         self.generator = generator
         self.remembered = remembered
@@ -99,7 +104,7 @@ class _Walk:
 
     def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
         """Return random numbers that stand for `var`."""
-        t = spec.random(self.generator)
+        t = spec.random(self.generator) * self.factor
         self.recorder.define(t, var)
         return t
 
@@ -112,7 +117,7 @@ class _Walk:
         """Return numbers that stand for a gradient."""
         if g.tensor is None:
             self.invented |= g.var not in self.inputs
-            numbers = g.var.spec.random(self.generator)
+            numbers = g.var.spec.random(self.generator) * self.factor
             g.tensor = placeholder_like(g.layout, g.var.spec, numbers)
             self.recorder.define(g.tensor, g.var)
         return g.tensor
@@ -227,10 +232,14 @@ class _Walk:
         try:
             result = self.call(node, numbers)
             _check_dense(node, result)
+            if node.name().endswith("CopySlices"):
+                refuse_repeated(node, self.emitter.equations[mark:], self.emitter.numbers)
             opaque = self.is_opaque(result)
             reason = "its result does not descend from the cotangent" if opaque else ""
             if not reason and self.graph.hidden and node.name().endswith("CopySlices"):
                 reason = self.second_opinion(node, numbers, result, mark)
+        except SparseError as error:
+            reason = self.as_it_is(node, numbers, NotRecordedError(f"{node.name()}: {error}"))
         except OpaqueError as error:
             reason = str(error)
         except NotRecordedError as error:
@@ -336,7 +345,8 @@ class _Walk:
             if "modified by an inplace operation" in text or "modified in-place" in text:
                 raise StalenessError(
                     f"{name}: a tensor that it needs was changed in place, inside f after it "
-                    f"was used or since the linearization: {text}"
+                    f"was used or since the linearization ({_what_changed(text)}); linearize anew "
+                    "with at(...), or change a copy"
                 ) from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -607,17 +617,21 @@ def _sparse(name: str) -> UnsupportedError:
 
 def _try_elsewhere(graph: Graph, program: BoundProgram, seed: int, what: str) -> None:
     """Raise if a program is not right for other cotangents than it was recorded with."""
-    walk = _Walk(graph, Emitter(), torch.Generator().manual_seed(seed))
-    seeds = [walk.seed(v, numbers=True) for v in program.inputs]
-    expected = [None if g is None else g.tensor for g in walk.run(seeds)]
-    with torch.inference_mode(False), torch.no_grad():
-        got = runner(program)([walk.number(g) for g in seeds])
-    for a, b, spec in zip(got, expected, program.specs, strict=True):
-        if not close(spec.zeros() if a is None else a, spec.zeros() if b is None else b):
-            raise NotLinearError(
-                f"{program.name}: its result depends on a comparison with the cotangent ({what}), "
-                "so that it is not a linear map"
-            )
+    dtypes = {v.spec.dtype for v in program.inputs}
+    for factor in (1.0, *magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max))):
+        generator = torch.Generator().manual_seed(seed)
+        walk = _Walk(graph, Emitter(), generator, factor=factor)
+        seeds = [walk.seed(v, numbers=True) for v in program.inputs]
+        expected = [None if g is None else g.tensor for g in walk.run(seeds)]
+        with torch.inference_mode(False), torch.no_grad():
+            got = runner(program)([walk.number(g) for g in seeds])
+        for a, b, spec in zip(got, expected, program.specs, strict=True):
+            a, b = (spec.zeros() if t is None else t for t in (a, b))
+            if not close_at(factor, a, b):
+                raise NotLinearError(
+                    f"{program.name}: its result depends on a comparison with the cotangent "
+                    f"({what}), so that it is not a linear map"
+                )
 
 
 def record_function(
@@ -669,3 +683,9 @@ def record_function(
         outputs.append(var)
     program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)
     return program.live(), arguments, results
+
+
+def _what_changed(text: str) -> str:
+    """Return what PyTorch's message says of the tensor, without its advice."""
+    found = re.search(r"\[[^\]]*\[[\d, ]*\]\].*?version \d+(; expected version \d+)?", text)
+    return found.group().replace("; ", ", ") if found else text.partition(chr(10))[0]

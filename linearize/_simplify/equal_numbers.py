@@ -66,11 +66,15 @@ def _taken(r: Residual, other: Residual) -> bool:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether all numbers agree but for rounding, those that are small too."""
+    """Whether all numbers agree but for rounding, those that are small too, and zeros in sign."""
     if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
     near = _DIGITS * torch.finfo(a.dtype).eps
     some = (slice(0, 4),) * a.dim()  # mostly enough to tell them apart
     return all(
         bool(((x - y).abs() - y.abs() * near).amax() <= 0) for x, y in ((a[some], b[some]), (a, b))
-    )
+    ) and torch.equal(_signs(a), _signs(b))
+
+
+def _signs(t: torch.Tensor) -> torch.Tensor:
+    return torch.signbit(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t)

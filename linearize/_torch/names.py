@@ -27,7 +27,7 @@ def bare(op: Any) -> Any:
 
 def holds_tensors(script: Any) -> bool:
     """Whether a TorchScript function has tensors in it, as a trace of one that read some."""
-    graph = script.inlined_graph  # held: its nodes do not hold it
+    graph: Any = script.inlined_graph  # held: its nodes do not hold it
     constants = graph.findAllNodes("prim::Constant")
     return any(n.hasAttribute("value") and n.kindOf("value") == "t" for n in constants)
 
@@ -108,6 +108,13 @@ def has_forward_tangent(t: Any) -> bool:
 def has_memory(t: torch.Tensor) -> bool:
     """Whether a dense tensor has memory; forward mode makes zeros that have none."""
     return not t._is_zerotensor()
+
+
+def unwrapped(t: torch.Tensor) -> torch.Tensor:
+    """Return the tensor inside of one of `torch.func`'s transforms, any other as it is."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 def batched_or_wrapped(t: torch.Tensor) -> bool:

@@ -8,7 +8,6 @@ entry of the gradient by a slope of its own become plain ATen equations; the oth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -195,36 +194,6 @@ def _ctc(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
 def _rows(ct: Var) -> tuple[tuple[int, ...], ...]:
     """Return the shapes that the gradient of a CTC loss may have."""
     return ((), (1,)) if len(ct.spec.shape) == 2 else (ct.spec.shape[1:2],)
-
-
-@rule(aten._segment_reduce_backward.default)
-def _segments(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """Sum slopes times data: each entry has a share in one entry of the result: its segment's."""
-    (ct,) = cts
-    if not _linear_in_first(eq) or ct is None:
-        return None
-    grad, named = eq.args[0], _read(e, eq)
-    axis, shape = named["axis"], ct.spec.shape
-    if named["lengths"] is not None:
-        ends = named["lengths"].cumsum(-1)
-    else:
-        ends = named["offsets"][..., 1:]
-    batch, length, segments = math.prod(shape[:axis]), shape[axis], ends.shape[-1]
-    if not segments:
-        return None
-    # Entries outside of all segments have slope zero, wherever they are put.
-    places = torch.arange(length, device=ends.device, dtype=ends.dtype).expand(batch, length)
-    ends = ends.reshape(batch, segments).contiguous()
-    segment = torch.searchsorted(ends, places.contiguous(), right=True).clamp(max=segments - 1)
-    first = segments * torch.arange(batch, device=ends.device)[:, None]
-    index = e.constant((first + segment).flatten())
-    out = e.emit(aten.mul.Tensor, (ct, _slopes(e, eq)), ct.spec)
-    flat = _like(ct, (batch * length, *shape[axis + 1 :]))
-    out = e.emit(aten.reshape.default, (out, list(flat.shape)), flat)
-    total = _like(ct, (batch * segments, *shape[axis + 1 :]))
-    out = e.emit(aten.index_add.default, (zeros(total), 0, index, out), total)
-    out = e.emit(aten.reshape.default, (out, list(grad.spec.shape)), _like(ct, grad.spec.shape))
-    return [(grad, fit(e, out, grad.spec))]
 
 
 def _like(v: Var, shape: tuple[int, ...]) -> TensorSpec:

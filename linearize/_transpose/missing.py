@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .._programs.residuals import Residual
 from .._programs.values import Var
 from .._record.recorder import OpaqueError
 from .._record.walk import record_function
-from .._spaces.compare import close
+from .._spaces.compare import close_at, magnitudes
 from .._spaces.space import TensorSpec
 from .._text.labels import beside
 from .._torch.names import aten
@@ -104,13 +105,14 @@ def _replacement(eq: Equation, numbers: Numbers, limit: int | None) -> Program:
         if not op.node.has_jvp:
             raise MissingDerivativeError(_neither(beside(name, eq.source)))
     else:
-        fn, ins, outs = op, list(op.outputs), list(op.inputs)
+        fn, ins = op, list(op.outputs)
+        outs = [s if s is not None else _nothing() for s in op.inputs]
         has, lacks, name = "backward", "jvp", op.label
     # `fn` maps the equation's outputs to its arguments: it is the given direction.
     try:
         if isinstance(op, TransposedNode):
             raise OpaqueError(op.reason)
-        given = _recorded(fn, ins, outs, numbers, name, has)
+        given = _recorded(fn, ins, outs, numbers, op.node, has)
     except OpaqueError as reason:
         direction = op.node if isinstance(op, TransposedNode) else fn
         by_pytorch, fault = twice_differentiated(direction, ins, outs, present, wanted, name, has)
@@ -171,7 +173,7 @@ def _recorded(
     ins: list[TensorSpec],
     outs: list[TensorSpec],
     numbers: Numbers,
-    name: str,
+    node: CustomNode,
     method: str,
 ) -> Program:
     """Record the given direction, and test it with other numbers.
@@ -179,7 +181,7 @@ def _recorded(
     Code that leaves PyTorch half-way leaves a program that is right only for the numbers it
     was recorded with.
     """
-    source = f"{name}.{method}"
+    source = f"{node.name}.{method}"
     program, _, _ = record_function(fn, ins, outs, numbers, name=source, source=source)
     generator = torch.Generator().manual_seed(1)
     arguments = [spec.random(generator) for spec in ins]
@@ -193,10 +195,47 @@ def _recorded(
             for r in numbers.residuals(program.constants):
                 if storage_of(r) in written:
                     r.replace(r.tensor.clone())
-        from_program = runner(BoundProgram.of(program, numbers))(arguments)
-    for e, got, spec in zip(expected, from_program, outs, strict=True):
-        want = spec.zeros() if e is None else e
-        have = spec.zeros() if got is None else got
-        if not close(have, want):
+        bound = BoundProgram.of(program, numbers)
+        if not _agree(1.0, runner(bound)(arguments), expected, outs):
             raise OpaqueError("the result depends on its argument in a way not seen by PyTorch")
+        kind = method, tuple(ins), tuple(outs)
+        tried = _TRIED.setdefault(node.cls, set())
+        if program.fixed or kind not in tried:
+            _try_scaled(bound, fn, arguments, outs)
+            tried.add(kind)
     return program
+
+
+#: What was tried at several magnitudes, by the class of the custom Function: at each point would
+#: cost too much, where nothing is compared with the argument.
+_TRIED: weakref.WeakKeyDictionary[type, set[Hashable]] = weakref.WeakKeyDictionary()
+
+
+def _try_scaled(
+    program: BoundProgram,
+    fn: Callable[..., Sequence[torch.Tensor | None]],
+    arguments: Sequence[torch.Tensor],
+    outs: Sequence[TensorSpec],
+) -> None:
+    """Raise unless a method does what its program does at several magnitudes."""
+    dtypes = {t.dtype for t in arguments}
+    for factor in magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max)):
+        scaled = [factor * t for t in arguments]
+        expected = fn(*(t.clone() for t in scaled))
+        if not _agree(factor, runner(program)(scaled), expected, outs):
+            raise OpaqueError(
+                f"it is not linear: its result for arguments {factor:.0e} times as large is not "
+                "as much larger, as where gradients are clipped or rounded"
+            )
+
+
+def _agree(
+    factor: float,
+    got: Sequence[torch.Tensor | None],
+    expected: Sequence[torch.Tensor | None],
+    specs: Sequence[TensorSpec],
+) -> bool:
+    return all(
+        close_at(factor, spec.zeros() if a is None else a, spec.zeros() if b is None else b)
+        for a, b, spec in zip(got, expected, specs, strict=True)
+    )

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .._programs.program import Emitter, Equation
 from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
@@ -111,7 +113,7 @@ def _group_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     if not isinstance(grad, Var) or not _plain(x, mean, rstd, weight) or c == 0 or n == 0:
         return None
     if _mixed(x, weight):
-        return None
+        return _in_wide(e, eq, cts, weight.spec.dtype)
     shape = [c, *(1,) * (len(grad.spec.shape) - 2)]
     results = []
     if cts[0] is not None:
@@ -131,3 +133,17 @@ def _group_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
         whole = list(grad.spec.shape)
         normal = e.numbers.evaluated(aten.reshape.default, scaled, whole, source=e.source)
     return [*results, *_affine(e, eq, cts, normal, shape)]
+
+
+def _in_wide(e: Emitter, eq: Equation, cts: Cotangents, dtype: torch.dtype) -> Result:
+    """Transpose the kernel in the precision of its weight, between casts."""
+    grad, x, *rest = eq.args
+    x = e.numbers.evaluated(aten._to_copy.default, x, dtype=dtype, source=e.source)
+    wide = Var(TensorSpec(grad.spec.shape, dtype, grad.spec.device))
+    specs = [None if v is None else TensorSpec(v.spec.shape, dtype, v.spec.device) for v in cts]
+    given = [
+        None if v is None or spec is None else fit(e, v, spec)
+        for v, spec in zip(cts, specs, strict=True)
+    ]
+    pairs = _group_norm(e, Equation(eq.op, (wide, x, *rest), {}, eq.outputs, eq.source), given)
+    return [(grad, fit(e, ct, grad.spec)) for _, ct in pairs or ()]

@@ -460,7 +460,8 @@ def test_outputs_that_do_not_depend_on_the_primals() -> None:
     back = here.vjp_fn((None, torch.ones(3), rand(2), None, None))
     assert not any(t.any() for t in back)
 
-    constant = lz.Linearizer(lambda x: torch.ones(3)).at(x)
+    with pytest.warns(lz.errors.IndependenceWarning, match="depends on no primal"):
+        constant = lz.Linearizer(lambda x: torch.ones(3)).at(x)
     assert constant.jvp_fn(x).tolist() == [0, 0, 0]
     assert constant.vjp_fn(torch.ones(3))[0].tolist() == [0, 0]
 
