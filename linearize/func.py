@@ -117,6 +117,11 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
     def vjp_fn(
         cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None
     ) -> Any:
+        if not isinstance(retain_graph, bool):
+            raise StructureError(
+                "vjp_fn: expected one cotangent, structured like the output of the function (a "
+                f"tuple for a tuple), got a second argument of type {type(retain_graph).__name__}"
+            )
         with torch.set_grad_enabled(
             torch.is_grad_enabled() if create_graph is None else create_graph
         ):

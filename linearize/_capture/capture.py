@@ -19,13 +19,13 @@ from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
-from .._torch.modes import functorch_active, being_traced
+from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, pytree
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .dependence import check_not_behind, is_derivative, warn_independent
 from .graph import Edge, Graph
-from .reads import Reads, scripted_state
+from .reads import Reads, scripted_state, warn_of_hooks
 from .trace import Trace
 
 
@@ -51,6 +51,12 @@ class Capture:
         What was seen of custom Functions' contexts.
     reads
         The tensors that f read, with their versions after the run.
+    watched
+        Whether these were noted.
+    moving
+        Those of them that PyTorch writes to without raising their version.
+    hooked
+        The nodes of tensors on which f registered gradient hooks.
     outputs
         The differentiable outputs with their history.
     trace
@@ -70,6 +76,9 @@ class Capture:
     leaves: list[tuple[torch.Tensor, Node]]
     records: ContextRecords
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
+    watched: bool
+    moving: list[torch.Tensor]
+    hooked: list[Node]
     outputs: list[torch.Tensor]
     trace: Trace | None = None
     name: str = ""
@@ -79,6 +88,8 @@ class Capture:
         """Return the graph between value and primals."""
         leaves = [node for _, node in self.leaves]
         graph = Graph(self.edges, leaves, self.records, self.trace, self.owners)
+        warn_of_hooks(graph, self.hooked)
+        self.hooked = []
         if not graph.order and self.edges and not self.derivative:
             warn_independent(f"the value of {self.name}")
         return graph
@@ -145,7 +156,7 @@ def capture(
     rest, frame = flatten((others, dict(kwargs)))
     records = ContextRecords() if records is None else records
     frozen = torch.is_inference_mode_enabled()
-    reads = Reads(thaw=frozen) if watch or frozen else None
+    reads = Reads(records, thaw=frozen) if watch or frozen else None
     traced = Trace(capture.__code__, records) if trace else None
     if traced is not None:
         records.locate = traced.locate
@@ -209,6 +220,9 @@ def capture(
         leaves=list(zip(leaves, nodes, strict=True)),
         records=records,
         reads=[] if reads is None else reads.stamps(),
+        watched=reads is not None,
+        moving=[] if reads is None else reads.moving(),
+        hooked=[] if reads is None else reads.hooked(),
         outputs=[x for x in outputs if differentiable(x)],
         trace=traced,
         name=getattr(f, "__qualname__", None) or type(f).__name__,

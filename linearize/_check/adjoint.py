@@ -20,9 +20,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._execute.executor import Executor
-from .._programs.program import Equation, Operation, Program, Var, op_name
+from .._execute.binding import Binding, BoundProgram
+from .._execute.executor import Executor, runner
+from .._programs.numbers import Numbers
+from .._programs.program import Equation, Operation, Program, op_name
 from .._programs.residuals import Residual
+from .._programs.values import Var
 from .._spaces.compare import close, roughly, tolerance
 from .._spaces.space import TensorSpec
 from ..errors import AdjointError, NotLinearError
@@ -31,7 +34,7 @@ Tensors: TypeAlias = Sequence[torch.Tensor | None]
 #: A linear map on flat lists of tensors; None is zero.
 Map: TypeAlias = Callable[[Sequence[Any]], Tensors]
 #: What makes a program's transpose.
-Transposed: TypeAlias = Callable[[Program], Program]
+Transposed: TypeAlias = Callable[[Program, Numbers], Program]
 
 
 # -- sums of inner products -----------------------------------------------------------------
@@ -105,14 +108,14 @@ def _inner(a: Tensors, b: Tensors) -> float:
     return sum(_dot(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None)
 
 
-def rounding_limit(*programs: Program) -> float:
+def rounding_limit(*programs: BoundProgram | Program) -> float:
     """Return the relative error that may be rounding, in the coarsest dtype that occurs."""
     dtypes = {v.spec.dtype for p in programs for v in p.inputs}
     dtypes |= {v.spec.dtype for p in programs for eq in p.equations for v in eq.outputs if v}
     return max(map(tolerance, dtypes), default=1.0)
 
 
-def _coarsest(*programs: Program) -> float:
+def _coarsest(*programs: BoundProgram) -> float:
     values = [v for p in programs for eq in p.equations for v in (*eq.outputs, *p.inputs) if v]
     return max((_eps(v.spec.dtype) for v in values), default=0.0)
 
@@ -159,14 +162,14 @@ class _StandIns:
             self.vectors[key] = spec.random(self.generator) / size
         return self.vectors[key]
 
-    def placed(self, program: Program, *, backward: bool) -> Program:
+    def placed(self, program: BoundProgram, *, backward: bool) -> BoundProgram:
         """Return a program without user code."""
-        return program.with_equations([self._placed(eq, backward) for eq in program.equations])
+        return program.with_opaque(lambda eq: self._placed(eq, backward))
 
-    def _placed(self, eq: Equation, backward: bool) -> Equation:
+    def _placed(self, eq: Equation, backward: bool) -> Any:
         node = node_of(eq.op)
         if node is None:
-            return eq
+            return eq.op
 
         def vectors(variables: Iterable[Any], side: bool) -> list[torch.Tensor | None]:
             return [
@@ -176,11 +179,12 @@ class _StandIns:
 
         # A backward takes what belongs to the node's outputs, a jvp what belongs to its inputs.
         a, b = vectors(eq.args, not backward), vectors(eq.outputs, backward)
-        op = RankOne(a, b, f"a stand-in for {op_name(eq.op)}")
-        return Equation(op, eq.args, {}, eq.outputs, eq.source)
+        return RankOne(a, b, f"a stand-in for {op_name(eq.op)}")
 
 
-def check_built_in(pullback: Program, pushforward: Program, transposed: Transposed) -> None:
+def check_built_in(
+    pullback: BoundProgram, pushforward: BoundProgram, transposed: Transposed
+) -> None:
     """Check that two programs are adjoint, except for the opaque operations in them.
 
     Each opaque operation is replaced by a map b ⟨a, ·⟩ in one program and by its adjoint a ⟨b, ·⟩
@@ -202,7 +206,8 @@ def check_built_in(pullback: Program, pushforward: Program, transposed: Transpos
     stand_ins = _StandIns(generator)
     back = stand_ins.placed(pullback, backward=True)
     forth = stand_ins.placed(pushforward, backward=False)
-    off = parting(Executor(back), Executor(forth), generator, lambda: (back, forth), back, forth)
+    maps = runner(back), runner(forth)
+    off = parting(*maps, generator, lambda: (back, forth), back, forth)
     if off is not None:
         raise AdjointError(
             f"pushforward and pullback are not adjoint ({_by(off)}): "
@@ -213,9 +218,9 @@ def check_built_in(pullback: Program, pushforward: Program, transposed: Transpos
 def check_maps(
     pullback: Map,
     pushforward: Map,
-    cotangents: Program,
-    tangents: Program,
-    programs: Callable[[], tuple[Program, Program]],
+    cotangents: BoundProgram,
+    tangents: BoundProgram,
+    programs: Callable[[], tuple[BoundProgram, BoundProgram]],
     transposed: Transposed,
     *,
     thorough: bool,
@@ -257,7 +262,9 @@ def check_maps(
 _NAMES = "vjp_fn", "jvp_fn"
 
 
-def _check_linear(product: Map, program: Program, name: str, generator: torch.Generator) -> None:
+def _check_linear(
+    product: Map, program: BoundProgram, name: str, generator: torch.Generator
+) -> None:
     """Raise if a product with user code in it is not linear, as where gradients are clipped."""
     arguments = [v.spec.random(generator) for v in program.inputs]
     culprit = _not_linear(product, arguments)
@@ -299,9 +306,9 @@ def parting(
     pullback: Map,
     pushforward: Map,
     generator: torch.Generator,
-    programs: Callable[[], tuple[Program, Program]],
-    of_pullback: Program,
-    of_pushforward: Program,
+    programs: Callable[[], tuple[BoundProgram, BoundProgram]],
+    of_pullback: BoundProgram,
+    of_pushforward: BoundProgram,
     *,
     columns: bool = False,
 ) -> float | None:
@@ -408,7 +415,7 @@ def over(tensors: Tensors, weights: Tensors) -> list[torch.Tensor | None]:
 
 
 def _noise(
-    programs: tuple[Program, Program],
+    programs: tuple[BoundProgram, BoundProgram],
     generator: torch.Generator,
     arguments: _Pair,
     results: _Pair,
@@ -421,18 +428,19 @@ def _noise(
     (back, forth), (u, v), (jtu, jv) = programs, arguments, results
     noise = _lost(back, u) * math.sqrt(_inner(v, v)) + _lost(forth, v) * math.sqrt(_inner(u, u))
     for _ in range(2):
-        jv_near = Executor(_nudged_residuals(forth, generator))(_nudged(v, generator))
-        jtu_near = Executor(_nudged_residuals(back, generator))(_nudged(u, generator))
+        jv_near = runner(_nudged_residuals(forth, generator))(_nudged(v, generator))
+        jtu_near = runner(_nudged_residuals(back, generator))(_nudged(u, generator))
         noise += abs(_inner(u, jv) - _inner(u, jv_near))
         noise += abs(_inner(jtu, v) - _inner(jtu_near, v))
     return noise
 
 
-def _lost(program: Program, arguments: Sequence[Any]) -> float:
+def _lost(program: BoundProgram, arguments: Sequence[Any]) -> float:
     """Return the last digit of the largest number that a program computes on its way."""
     values = [v for eq in program.equations for v in eq.outputs if v is not None]
     specs = [v.spec for v in values]
-    results = Executor(Program(program.inputs, program.equations, values, specs))(arguments)
+    whole = Program(program.inputs, program.equations, values, specs)
+    results = Executor(whole)(arguments, program.binding)
     return max(
         (float(t.abs().max()) * _eps(t.dtype) for t in results if t is not None and t.numel()),
         default=0.0,
@@ -443,17 +451,12 @@ def _nudged(tensors: Iterable[Any], generator: torch.Generator) -> list[torch.Te
     return [_near(t, generator) for t in tensors]
 
 
-def _nudged_residuals(program: Program, generator: torch.Generator) -> Program:
-    near: dict[Residual, Residual] = {}
-
-    def moved(x: Any) -> Any:
-        if type(x) is Var or not _eps(x.tensor.dtype):
-            return x
-        if x not in near:
-            near[x] = Residual(_near(x.tensor, generator), x.source)
-        return near[x]
-
-    return program.with_equations([eq.renamed(moved) for eq in program.equations])
+def _nudged_residuals(program: BoundProgram, generator: torch.Generator) -> BoundProgram:
+    near = [
+        Residual(_near(r.tensor, generator), r.source) if _eps(r.tensor.dtype) else r
+        for r in program.binding.residuals
+    ]
+    return BoundProgram(program.program, Binding(near, program.binding.ops))
 
 
 def _near(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -468,7 +471,7 @@ def _by(off: float) -> str:
 # -- who is at fault --------------------------------------------------------------------------
 
 
-def _name_fault(pullback: Program, pushforward: Program, transposed: Transposed) -> str:
+def _name_fault(pullback: BoundProgram, pushforward: BoundProgram, transposed: Transposed) -> str:
     """Return which custom Function or operation makes two programs part, the first in f's order.
 
     Calls each custom Function's methods once more.
@@ -503,18 +506,20 @@ def _called(op: Callable[..., Tensors], arguments: Sequence[Any]) -> Tensors:
     return op(*arguments)
 
 
-def _first_at_fault(pullback: Program, transposed: Transposed) -> str:
+def _first_at_fault(pullback: BoundProgram, transposed: Transposed) -> str:
     generator = torch.Generator().manual_seed(6)
+    numbers = pullback.numbers()
     for eq in reversed(pullback.equations):  # the pushforward's order
         if isinstance(eq.op, Operation):
             continue
-        if _parts(_alone(eq), transposed(_alone(eq)), generator):
+        alone = BoundProgram.of(_alone(eq), numbers)
+        if _parts(alone, alone.made(transposed), generator):
             return f"the first to part is {eq.name}, from {eq.source or 'the graph'}"
     return "each of its operations by itself is right, together they are not"
 
 
-def _parts(back: Program, forth: Program, generator: torch.Generator) -> bool:
-    maps = Executor(back), Executor(forth)
+def _parts(back: BoundProgram, forth: BoundProgram, generator: torch.Generator) -> bool:
+    maps = runner(back), runner(forth)
     return parting(*maps, generator, lambda: (back, forth), back, forth) is not None
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .._execute.binding import Binding
-from .._execute.executor import Executor
-from .._programs.program import Equation, Operation, Program
-from .._torch.modes import functorch_active, outside_transforms, being_traced, unobserved
+from .._execute.binding import Binding, BoundProgram
+from .._execute.executor import Executor, runner
+from .._programs.program import Equation, Operation
+from .._torch.modes import being_traced, functorch_active, outside_transforms, unobserved
 from ..errors import AdjointError
 from .adjoint import (
     Balance,
@@ -40,12 +40,12 @@ class Proof:
 
     def __init__(
         self,
-        pullback: Program,
-        pushforward: Program,
+        pullback: BoundProgram,
+        pushforward: BoundProgram,
         transposed: Transposed,
         passed: Callable[[], None],
     ) -> None:
-        self._programs: tuple[Program, Program] | None = (pullback, pushforward)
+        self._programs: tuple[BoundProgram, BoundProgram] | None = (pullback, pushforward)
         self._transposed = transposed
         self._passed = passed
         self._lock = threading.RLock()
@@ -151,7 +151,7 @@ class Proof:
         return results, balance
 
 
-def _opaque(program: Program) -> list[Any]:
+def _opaque(program: BoundProgram) -> list[Any]:
     return [eq.op for eq in program.equations if node_of(eq.op) is not None]
 
 
@@ -177,18 +177,18 @@ class _Trial:
     Where the tangents that they meet are known, small entries of these count like large ones.
     """
 
-    def __init__(self, pullback: Program, met: Tensors | None = None) -> None:
+    def __init__(self, pullback: BoundProgram, met: Tensors | None = None) -> None:
         generator = torch.Generator().manual_seed(3)
         self.cuts: dict[int, _Cut] = {}
 
-        def cut(eq: Equation) -> Equation:
+        def cut(eq: Equation) -> Any:
             if node_of(eq.op) is None:
-                return eq
+                return eq.op
             numbers = [None if v is None else v.spec.random(generator) for v in eq.outputs]
-            op = self.cuts[id(node_of(eq.op))] = _Cut(numbers, eq.name)
-            return Equation(op, eq.args, {}, eq.outputs, eq.source)
+            made = self.cuts[id(node_of(eq.op))] = _Cut(numbers, eq.name)
+            return made
 
-        program = pullback.with_equations([cut(eq) for eq in pullback.equations])
+        program = pullback.with_opaque(cut)
         # Modes of the caller's, which count operations perhaps, see the product only.
         with unobserved(), torch.inference_mode(False), torch.no_grad():
             self.drawn = [v.spec.random(generator) for v in program.inputs]
@@ -197,7 +197,7 @@ class _Trial:
             if met is not None:
                 self.weights = weights_of(met, self.drawn)
                 self.cotangents = over(self.drawn, self.weights)
-            self.results = Executor(program)(self.cotangents)
+            self.results = runner(program)(self.cotangents)
 
 
 def _is_generic(t: torch.Tensor) -> bool:

@@ -65,7 +65,9 @@ def _look_behind(
     value: torch.Tensor, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
 ) -> None:
     """Raise or warn if a function lost its inputs; these are aliases of what it was given."""
-    others = {_place(t): t for t in other_leaves([_edge(value)], [])} if value.requires_grad else {}
+    others = (
+        {_place(t): t for t in other_leaves([_edge(value)], [])} if value.requires_grad else {}
+    )
     for i, (x, g) in enumerate(zip(inputs, grads, strict=True)):
         behind = others.get(_place(x))
         if g is None and behind is not None and behind is not x:

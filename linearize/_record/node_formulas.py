@@ -15,9 +15,9 @@ import torch
 
 from .._capture.repeated import left_to_chance, read_repeatedly, repeats
 from .._programs.aten import schema_of
-from .._programs.program import Equation, Operation, Var
-from .._programs.residuals import Residual
-from .._spaces.nested import map_leaves
+from .._programs.numbers import Numbers
+from .._programs.program import Equation, Operation
+from .._programs.values import Var
 from .._torch.graphs import Node, leaf_variable, recomputed_apart, signed
 from .._torch.names import OpOverload, aten
 from ..errors import UnsupportedError
@@ -270,7 +270,7 @@ def _written(node: Any, grads: Gradients) -> Gradients:
     return [gradients[0], given * (_LAST[node.name()](node, blank, order) == order)]
 
 
-def refuse_repeated(node: Node, equations: Sequence[Equation]) -> None:
+def refuse_repeated(node: Node, equations: Sequence[Equation], numbers: Numbers) -> None:
     """Raise if a node of which no more is seen puts several entries at one place.
 
     What it does tells: it sets the gradient of what was there before to zero, and reads that of
@@ -281,7 +281,7 @@ def refuse_repeated(node: Node, equations: Sequence[Equation]) -> None:
     if any(
         _READS.get(name) in names
         and isinstance(eq.args[0], Var)
-        and read_repeatedly(name, map_leaves(_number, eq.args[1:]), eq.args[0].spec.shape)
+        and read_repeatedly(name, numbers.filled(eq.args[1:]), eq.args[0].spec.shape)
         for name, eq in called
     ):
         raise UnsupportedError(
@@ -289,10 +289,6 @@ def refuse_repeated(node: Node, equations: Sequence[Equation]) -> None:
             "and the gradient would count those that others overwrite; write into the whole "
             "tensor, or with indices without repetition"
         )
-
-
-def _number(x: Any) -> Any:
-    return x.tensor if isinstance(x, Residual) else x
 
 
 #: What reads the entries that were put by what.

@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 import torch
 
-from .._programs.program import Emitter, Var
-from .._programs.residuals import Residual, zero_residual
+from .._programs.program import Emitter
+from .._programs.values import Constant, Var, zeros
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 
@@ -64,17 +64,17 @@ def flat_spec(t: torch.Tensor, dtype: torch.dtype) -> TensorSpec:
 
 
 def stored(
-    e: Emitter, value: Var | Residual, t: torch.Tensor, dtype: torch.dtype
-) -> Var | Residual:
+    e: Emitter, value: Var | Constant, t: torch.Tensor, dtype: torch.dtype
+) -> Var | Constant:
     """Emit what lies in memory where `t` has a value: no lazy bits, real pairs if need be.
 
-    A residual is zero.
+    A constant is zero.
     """
     spec = TensorSpec.of(t)
     paired = dtype != spec.dtype
     pairs = TensorSpec((*spec.shape, 2), dtype, spec.device) if paired else spec
-    if isinstance(value, Residual):
-        return zero_residual(pairs)
+    if isinstance(value, Constant):
+        return zeros(pairs)
     value = _lazily(e, value, t)
     if paired:
         value = e.emit(aten.resolve_conj.default, (value,), spec)
@@ -83,9 +83,9 @@ def stored(
     return value
 
 
-def shown(e: Emitter, flat: Var | Residual, t: torch.Tensor) -> Var:
+def shown(e: Emitter, flat: Var | Constant, t: torch.Tensor) -> Var:
     """Emit the value of `t` that lies in a flat value."""
-    spec, dtype = TensorSpec.of(t), _dtype(flat)
+    spec, dtype = TensorSpec.of(t), flat.spec.dtype
     where = geometry(t, dtype.itemsize)
     pairs = TensorSpec(tuple(where[0]), dtype, spec.device)
     value = e.emit(aten.as_strided.default, (flat, *where), pairs)
@@ -94,9 +94,9 @@ def shown(e: Emitter, flat: Var | Residual, t: torch.Tensor) -> Var:
     return _lazily(e, value, t)
 
 
-def scattered(e: Emitter, flat: Var | Residual, value: Var | Residual, t: torch.Tensor) -> Var:
+def scattered(e: Emitter, flat: Var | Constant, value: Var | Constant, t: torch.Tensor) -> Var:
     """Emit a flat value with the value of `t` written into it."""
-    dtype = _dtype(flat)
+    dtype = flat.spec.dtype
     piece = stored(e, value, t, dtype)
     args = (flat, piece, *geometry(t, dtype.itemsize))
     return e.emit(aten.as_strided_scatter.default, args, flat_spec(t, dtype))
@@ -113,10 +113,6 @@ def flattened(e: Emitter, value: Var, t: torch.Tensor, dtype: torch.dtype) -> Va
 
 def _dense(e: Emitter, v: Var) -> Var:
     return e.emit(aten.clone.default, (v,), v.spec, memory_format=torch.contiguous_format)
-
-
-def _dtype(flat: Var | Residual) -> torch.dtype:
-    return flat.spec.dtype if isinstance(flat, Var) else flat.tensor.dtype
 
 
 def _lazily(e: Emitter, value: Var, t: torch.Tensor) -> Var:

@@ -301,3 +301,23 @@ def calls_watched(ctx: Any, watch: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del ctx.apply
+
+
+@contextlib.contextmanager
+def contexts_told(told: Callable[[Any, tuple[Any, ...] | None], None]) -> Iterator[None]:
+    """Have somebody else told too of the contexts that the watcher of this thread is told of."""
+    watcher = ContextWatcher.current()
+    if watcher is None:
+        yield
+        return
+    before = watcher.on_create
+
+    def both(ctx: Any, arguments: tuple[Any, ...] | None) -> None:
+        before(ctx, arguments)
+        told(ctx, arguments)
+
+    watcher.on_create = both
+    try:
+        yield
+    finally:
+        watcher.on_create = before

@@ -75,6 +75,11 @@ def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
                 metadata["linearize"] = _Children(below)
 
 
+def has_outputs(node: Any) -> bool:
+    """Whether the call that made a custom node has returned."""
+    return len(node._input_metadata) > 0
+
+
 def forward_class(node: Node) -> Any:
     """Return the `torch.autograd.Function` subclass that made a custom node."""
     return node._forward_cls  # type: ignore[attr-defined]
@@ -245,6 +250,11 @@ def packed_by_hooks(node: Any) -> bool:
     return any(
         getattr(raw, "unpack_hook", None) is not None for raw in node._raw_saved_tensors or ()
     )
+
+
+def is_vmapped(node: Any) -> bool:
+    """Whether a custom node is of a Function that `torch.vmap` generated of another."""
+    return str(forward_class(node).__name__).startswith("Vmapped")
 
 
 def only_raises(cls: Any) -> bool:

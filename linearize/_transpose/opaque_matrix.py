@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .._programs.around_matrix import flat_real, matrix_program, reals, times
+from .._programs.numbers import Numbers
 from .._programs.program import Program
 from .._spaces.compare import close, roughly
 from .._spaces.space import TensorSpec
@@ -23,6 +24,7 @@ def dense_transpose(
     wanted: Sequence[bool],
     name: str,
     limit: int,
+    numbers: Numbers,
 ) -> Program:
     """Return the transpose of the linear function `fn` as a program around its matrix.
 
@@ -44,6 +46,8 @@ def dense_transpose(
         Whose matrix it is, for the progress bar and errors.
     limit
         The most bytes that the matrix may take.
+    numbers
+        Receive the matrix.
 
     Raises
     ------
@@ -80,7 +84,7 @@ def dense_transpose(
             matrix[row] = torch.cat(parts)
         _check_sum(matrix, fn, ins, outs, present, wanted, name)
     spec = TensorSpec.of(matrix)
-    return matrix_program(spec, times(matrix), columns, list(ins), wanted, name)
+    return matrix_program(spec, times(matrix), columns, list(ins), wanted, name, numbers)
 
 
 def _check_sum(

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from .._capture.graph import Graph
-from .._programs.program import Equation, Operation, Program, Var
+from .._programs.program import Equation, Operation, Program
+from .._programs.values import Var
 from .._record.stretch import served
 from .._spaces.compare import close_at, magnitudes, tolerance
 from .._spaces.space import TensorSpec
