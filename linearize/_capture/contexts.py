@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from .._programs.residuals import Residual
+from .._spaces.nested import leaves
 from .._spaces.space import TensorSpec
 from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
-from .._torch.graphs import forward_class
+from .._torch.graphs import forward_class, has_outputs
+from .._torch.names import batched_or_wrapped
 
 
 @dataclasses.dataclass(slots=True)
@@ -26,6 +28,8 @@ class ContextRecord:
 
     inputs: tuple[TensorSpec | None, ...] | None = None
     versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
+    #: Tensors among the attributes, with their versions when `apply` had returned.
+    attributes: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
     saved_for_forward: tuple[Residual | None, ...] | None = None
     #: What was given to `save_for_forward`, and to `mark_dirty`.
     given: tuple[weakref.ref[torch.Tensor] | None, ...] = ()
@@ -41,10 +45,13 @@ class ContextRecords:
     ----------
     locate
         Tells the line of f that is being executed; None if nobody wants to know.
+    pending
+        Contexts whose `apply` had not returned when they were looked at last.
     """
 
     def __init__(self) -> None:
         self.locate: Callable[[], Line | None] | None = None
+        self.pending: list[weakref.ref[Any]] = []
         self._records: weakref.WeakKeyDictionary[Any, ContextRecord]
         self._records = weakref.WeakKeyDictionary()
 
@@ -59,7 +66,25 @@ class ContextRecords:
     def __len__(self) -> int:
         return len(self._records)
 
+    def settle(self) -> None:
+        """Note the versions of what contexts refer to, once their `apply` has returned.
+
+        f may change it in place afterwards, an output or a view of one for instance.
+        """
+        contexts = [(ref, ref()) for ref in self.pending]
+        self.pending = [ref for ref, ctx in contexts if ctx is not None and not has_outputs(ctx)]
+        for _, ctx in contexts:
+            if ctx is not None and has_outputs(ctx):
+                self._records[ctx].attributes = tuple(
+                    (weakref.ref(t), t._version)
+                    for t in attributes(ctx)
+                    if not t.is_inference() and not batched_or_wrapped(t)
+                )
+
     def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
+        if self.pending:
+            self.settle()
+        self.pending.append(weakref.ref(ctx))
         record = self._records[ctx] = ContextRecord()
         if self.locate is not None:
             record.line = self.locate()
@@ -99,6 +124,17 @@ def _expect_steps(record: ContextRecord, dirty: tuple[weakref.ref[torch.Tensor],
         t = None if ref is None else ref()
         if r is not None and r.version is not None and any(t is m for m in marked):
             r.version += 1
+
+
+def attributes(ctx: Any) -> list[torch.Tensor]:
+    """Return the tensors that a context refers to by its attributes."""
+    found: list[torch.Tensor] = []
+    for x in tuple(vars(ctx).values()):
+        if isinstance(x, torch.Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple, dict)):
+            found += [t for t in leaves(x) if isinstance(t, torch.Tensor)]
+    return found
 
 
 def function_name(cls: Any) -> str:

@@ -18,7 +18,6 @@ import torch
 
 from .._programs.program import Operation
 from .._programs.residuals import Residual, first_freed
-from .._spaces.nested import leaves
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     forward_class,
@@ -30,7 +29,7 @@ from .._torch.graphs import (
 from .._torch.modes import without_inference_mode
 from .._torch.names import OpOverload, pytree
 from ..errors import FunctionContractError, StalenessError, StructureError
-from .contexts import ContextRecord, function_name
+from .contexts import ContextRecord, attributes, function_name
 from .methods import gives_backward, gives_jvp
 
 #: By operator: one that is defined anew under the same name is another one.
@@ -407,16 +406,10 @@ class CustomNode:
             self.ctx.saved_for_forward = self._pinned
 
     def _stamp(self) -> None:
-        state = vars(self.ctx)
-        if not state:
+        if not vars(self.ctx):
             self._attributes = []
             return
-        found: list[torch.Tensor] = []
-        for x in tuple(state.values()):
-            if isinstance(x, torch.Tensor):
-                found.append(x)
-            elif isinstance(x, (list, tuple, dict)):
-                found += [t for t in leaves(x) if isinstance(t, torch.Tensor)]
+        found = attributes(self.ctx)
         known = self._attributes
         if len(found) == len(known):
             for r, t in zip(known, found, strict=True):
@@ -429,17 +422,20 @@ class CustomNode:
         self._attributes = [Residual(t, source) for t in found]
 
     def _stamp_arguments(self) -> None:
-        """Let attributes that are arguments count from when `forward` was called.
+        """Let attributes count from when `forward` returned; arguments from when it was called.
 
-        f may have changed them between that call and its own end. An argument that `forward`
+        f may have changed them between that and its own end. An argument that `forward`
         itself changed (`mark_dirty`) has this context as its history.
         """
-        versions = {
-            id(ref()): version for ref, version in self._record.versions if ref() is not None
-        }
+        record = self._record
+        called = {id(ref()): version for ref, version in record.versions if ref() is not None}
+        ended = {id(ref()): version for ref, version in record.attributes if ref() is not None}
         for r in self._attributes:
-            if id(r.tensor) in versions and r.tensor.grad_fn is not self.ctx:
-                r.version = versions[id(r.tensor)]
+            key = id(r.tensor)
+            if key in called and r.tensor.grad_fn is not self.ctx:
+                r.version = called[key]
+            elif key in ended:
+                r.version = ended[key]
 
     def _fit(self, result: Any, spec: TensorSpec, i: int) -> torch.Tensor:
         """Sum and cast a gradient as the engine does."""

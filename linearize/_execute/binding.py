@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,18 @@ class Binding:
     def watched(self) -> tuple[Residual, ...]:
         """Return the residuals that must not have changed."""
         return self._all
+
+    def check_unread(self, places: Iterable[int]) -> None:
+        """Raise `StalenessError` if user code spoiled what is still to be read.
+
+        Parameters
+        ----------
+        places
+            Of those residuals. Others may have been a workspace of its own.
+        """
+        self.check_memory()
+        for place in places:
+            self.residuals[place].check()
 
     def check_memory(self) -> None:
         """Raise `StalenessError` if the memory of a residual was freed."""
@@ -197,3 +209,17 @@ class BoundProgram:
 def bound(program: Program, binding: Binding) -> BoundProgram:
     """Return a program that several points run with the numbers and operations of one."""
     return BoundProgram(program.with_opaque(binding.ops), binding)
+
+
+def unread_after(program: Program) -> list[tuple[int, ...]]:
+    """Return for each opaque operation the places of constants that are read after it.
+
+    For other operations nothing: they write to no constant.
+    """
+    places = {c: i for i, c in enumerate(program.constants)}
+    later: set[int] = set()
+    found: list[tuple[int, ...]] = []
+    for eq in reversed(program.equations):
+        found.append(tuple(sorted(later)) if isinstance(eq.op, Operation) else ())
+        later.update(places[c] for c in eq.constants())
+    return found[::-1]

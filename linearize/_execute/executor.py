@@ -22,7 +22,7 @@ from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.modes import functions_as_they_are, functions_overridden, functorch_active
 from ..errors import LinearizeError
-from .binding import Binding, BoundProgram
+from .binding import Binding, BoundProgram, unread_after
 from .mapped import call
 from .written import Bound, generate_bound
 
@@ -63,6 +63,7 @@ class _Step:
         "plain",
         "source",
         "tail",
+        "unread",
     )
 
     def __init__(self, eq: Equation, slots: dict[Any, _Slot]) -> None:
@@ -95,6 +96,8 @@ class _Step:
         self.opaque = isinstance(eq.op, Operation)
         self.many = self.opaque or len(eq.outputs) != 1 or returns_several(eq.op)
         self.free: list[int] = []
+        #: The places of residuals that later steps read, for user code.
+        self.unread: tuple[int, ...] = ()
         self.expected, self.source = eq.outputs, eq.source
 
     def verify(self, out: Any) -> None:
@@ -191,6 +194,8 @@ class Executor:
                 slots[out] = _Slot(len(slots), out.spec)
                 last[out] = step
                 root[out] = _root(eq, out, root)
+        for step, unread in zip(self._steps, unread_after(program), strict=True):
+            step.unread = unread
         self._size = len(slots)
         program.check_outputs(slots)
         self._inputs = [slots[v].index for v in program.inputs]
@@ -344,7 +349,7 @@ class Executor:
             else:
                 out = op(*args, **keywords)
             if step.opaque and not replay:
-                binding.check_memory()
+                binding.check_unread(step.unread)
             if step.opaque and tape is not None and not replay:
                 tape.append(out)
             if not self._verified:

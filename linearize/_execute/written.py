@@ -17,6 +17,7 @@ from .._programs.aten import may_alias, returns_several
 from .._programs.program import Equation, Operation, Program
 from .._programs.values import Constant, Var
 from .._torch.names import aten
+from .binding import unread_after
 from .quickest import quickest
 from .writer import Writer
 
@@ -155,6 +156,7 @@ class _BoundWriter(_Writer):
         self.ops = {
             i: f"o{i}" for i, eq in enumerate(program.equations) if isinstance(eq.op, Operation)
         }
+        self.unread = unread_after(program)
         self.group, self.group_end = self._groups()
         #: What is needed after the equation at hand, in order.
         self.live = dict.fromkeys(v for v in program.inputs if v in self.last)
@@ -173,7 +175,8 @@ class _BoundWriter(_Writer):
         return [self.called(self.constant(quickest(op)), args, eq)]
 
     def user_code(self, i: int, eq: Equation) -> list[str]:
-        lines = [self.called(self.ops[i], eq.args, eq), "binding.check_memory()"]
+        check = f"binding.check_unread({self.unread[i]!r})"
+        lines = [self.called(self.ops[i], eq.args, eq), check]
         outs = [self.names[v] for v in eq.outputs if v is not None]
         if outs:
             undefined = " or ".join(f"{name} is None" for name in outs)

@@ -27,7 +27,7 @@ from .._transpose.transpose import transpose
 from ..errors import ClosedError, CopyError
 from .lifetime import Lifetime
 from .policy import Policy
-from .programs import PULLBACK, PUSHFORWARD, PointPrograms
+from .programs import PULLBACK, PUSHFORWARD, PointPrograms, tidy
 
 
 def _nothing() -> None:
@@ -128,6 +128,7 @@ class Product:
         """Return what runs the program for arguments of which some are zero."""
         plan = self._plans.get(present)
         if plan is None:
+            tidy()
             with self._lock:
                 with outside_transforms(), torch.inference_mode(False):
                     plan = self._shared_plan(present) or self._own_plan(present)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,11 +34,30 @@ from .._reuse.structure import Structure
 from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
 from .._torch.graphs import outside_backward
+from .._torch.modes import undisturbed
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
 
 #: The names of the two directions.
 PULLBACK, PUSHFORWARD = "pullback", "pushforward"
+
+
+#: Points one of whose products has died since somebody tidied up.
+_DUE: deque[weakref.ref[Any]] = deque()
+
+
+def tidy() -> None:
+    """Let go of what points keep for products that have died, unless somebody would notice."""
+    for _ in range(len(_DUE)):
+        if not undisturbed():
+            return
+        try:
+            due = _DUE.popleft()
+        except IndexError:  # another thread was quicker
+            return
+        point = due()
+        if point is not None and not point.tidy():
+            _DUE.append(due)
 
 
 class PointPrograms:
@@ -66,7 +86,11 @@ class PointPrograms:
     ) -> None:
         self.lock = threading.RLock()
         # The graph is made now: it stamps what contexts keep, before anybody changes it.
-        self._graph: Graph | None = captured.graph()
+        graph = captured.graph()
+        self._graph: Graph | None = graph
+        #: Running statistics that it keeps, with the names of their nodes. Those of a run that
+        #: was watched are copies.
+        self.moving = [] if captured.watched else list(graph.moving())
         self._leaves: list[torch.Tensor] = [t for t, _ in captured.leaves]
         self._specs = (captured.out_space.tensors, captured.in_space.tensors)
         self._pullback: BoundProgram | None = None
@@ -94,14 +118,11 @@ class PointPrograms:
         me = weakref.ref(self)
 
         def died(_: Any) -> None:
-            source = None if sys.is_finalizing() else me()
-            # Called by the garbage collector, which must not wait for anybody. While the
-            # interpreter ends no tensor can be made.
-            if source is not None and source.lock.acquire(blocking=False):
-                try:
-                    source.served(direction)
-                finally:
-                    source.lock.release()
+            # Called wherever the collector runs, perhaps inside a transform of somebody else's
+            # or in the midst of this point's own work: then the next call tidies up.
+            if not sys.is_finalizing():
+                _DUE.append(me)
+                tidy()
 
         self._waiting[direction] = weakref.ref(user, died)
 
@@ -109,9 +130,26 @@ class PointPrograms:
         """Take note that a direction is not asked for any more."""
         with self.lock:
             self._waiting.pop(direction, None)
-            if not self._waiting:
-                self._let_go_of_graph()
-                self._pullback = None
+            self._let_go()
+
+    def tidy(self) -> bool:
+        """Let go of what nobody will ask for; False if that must wait."""
+        owned: bool = self.lock._is_owned()  # type: ignore[attr-defined]
+        if owned or not self.lock.acquire(blocking=False):
+            return False
+        try:
+            for direction, user in list(self._waiting.items()):
+                if user() is None:
+                    del self._waiting[direction]
+            self._let_go()
+        finally:
+            self.lock.release()
+        return True
+
+    def _let_go(self) -> None:
+        if not self._waiting:
+            self._let_go_of_graph()
+            self._pullback = None
 
     # -- recorded ---------------------------------------------------------------------------
 

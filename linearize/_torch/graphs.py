@@ -75,6 +75,11 @@ def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
                 metadata["linearize"] = _Children(below)
 
 
+def has_outputs(node: Any) -> bool:
+    """Whether the call that made a custom node has returned."""
+    return len(node._input_metadata) > 0
+
+
 def forward_class(node: Node) -> Any:
     """Return the `torch.autograd.Function` subclass that made a custom node."""
     return node._forward_cls  # type: ignore[attr-defined]

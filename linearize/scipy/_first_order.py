@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._capture.contexts import ContextRecords
+from .._capture.reach import Reach
 from .._capture.reads import Reads
+from .._capture.state import State
 from .._derivatives.gradient import check_scalar
 from .._spaces.space import differentiable
 from .._torch.names import pytree
@@ -21,12 +24,17 @@ class Slope(NamedTuple):
 
     value: float
     gradient: Array
+    #: What f could reach before the run.
+    state: State
     #: What f read, with the versions after the run.
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
 
-    def fresh(self) -> bool:
-        """Whether nothing that f read was changed in place since."""
-        return all((t := ref()) is None or t._version == version for ref, version in self.reads)
+    def fresh(self, now: State) -> bool:
+        """Whether all that f can reach and has read is as it was."""
+        same = not now.unseen and self.state.same(now)
+        return same and all(
+            (t := ref()) is None or t._version == version for ref, version in self.reads
+        )
 
 
 class FirstOrder:
@@ -52,6 +60,7 @@ class FirstOrder:
         self._f = f
         self._unravel, self._ravel = unravel, ravel
         self._maxsize = maxsize
+        self._reach = Reach(f)
         self._known: OrderedDict[Hashable, Slope] = OrderedDict()
 
     def at(self, x: Array) -> Slope:
@@ -63,20 +72,21 @@ class FirstOrder:
             *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
         )
         found = self._known.get(key)
-        if found is None or not found.fresh():
-            found = self._run(self._unravel(x))
+        state = self._reach.now()
+        if found is None or not found.fresh(state):
+            found = self._run(self._unravel(x), state)
             self._known[key] = found
         self._known.move_to_end(key)
         while len(self._known) > self._maxsize:
             self._known.popitem(last=False)
         return found
 
-    def _run(self, x: Any) -> Slope:
+    def _run(self, x: Any, state: State) -> Slope:
         leaves = [t for t in pytree.tree_leaves(x) if differentiable(t)]
         with torch.inference_mode(False), torch.enable_grad():
             for t in leaves:
                 t.requires_grad_()
-            with Reads() as reads:
+            with Reads(ContextRecords()) as reads:
                 value = self._f(x)
             check_scalar(value)
             gradient = (
@@ -88,7 +98,7 @@ class FirstOrder:
             torch.zeros_like(t, requires_grad=False) if g is None else g
             for t, g in zip(leaves, gradient, strict=True)
         ]
-        return Slope(value.item(), self._ravel(parts), reads.stamps())
+        return Slope(value.item(), self._ravel(parts), state, reads.stamps())
 
 
 def _ones_like(value: torch.Tensor) -> torch.Tensor:
