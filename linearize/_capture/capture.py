@@ -21,6 +21,7 @@ from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
 from .._torch.modes import functorch_active
 from .._torch.names import batched_or_wrapped, pytree
+from .._torch.ranks import collectives_waited_for
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .graph import Edge, Graph
@@ -155,7 +156,12 @@ def capture(
             mine, theirs = dict(zip(argnums, arguments, strict=True)), iter(fixed)
             arguments = [mine[i] if i in chosen else next(theirs) for i in range(len(args))]
         nodes = accumulators(leaves)
-        with records.watching(), eager_compiled_functions(), contextlib.ExitStack() as modes:
+        with (
+            records.watching(),
+            eager_compiled_functions(),
+            collectives_waited_for(),
+            contextlib.ExitStack() as modes,
+        ):
             if reads is not None:
                 reads.note(scripted_state(f, (*given, *rest)))
                 modes.enter_context(reads)

@@ -18,6 +18,7 @@ from .._spaces.space import TensorSpec
 from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
 from .._torch.graphs import forward_class
+from .._torch.ranks import collective_kind
 
 
 @dataclasses.dataclass(slots=True)
@@ -25,6 +26,8 @@ class ContextRecord:
     """What was seen of one context while `forward` ran."""
 
     inputs: tuple[TensorSpec | None, ...] | None = None
+    #: The arguments that are no tensors, of collectives only.
+    settings: tuple[Any, ...] | None = None
     versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
     saved_for_forward: tuple[Residual | None, ...] | None = None
     materialize: bool = True
@@ -38,12 +41,15 @@ class ContextRecords:
     ----------
     locate
         Tells the line of f that is being executed; None if nobody wants to know.
+    collectives
+        The contexts of collectives, in order; these are kept, as other ranks wait for them.
     """
 
     def __init__(self) -> None:
         self.locate: Callable[[], Line | None] | None = None
         self._records: weakref.WeakKeyDictionary[Any, ContextRecord]
         self._records = weakref.WeakKeyDictionary()
+        self.collectives: list[Any] = []
 
     def watching(self) -> ContextWatcher:
         """Return the context manager inside which contexts are recorded."""
@@ -60,6 +66,11 @@ class ContextRecords:
         record = self._records[ctx] = ContextRecord()
         if self.locate is not None:
             record.line = self.locate()
+        if collective_kind(forward_class(ctx)):
+            self.collectives.append(ctx)
+            record.settings = tuple(
+                None if isinstance(a, torch.Tensor) else a for a in arguments or ()
+            )
         if arguments is not None:
             record.inputs = tuple(
                 TensorSpec.of(a) if isinstance(a, torch.Tensor) else None for a in arguments

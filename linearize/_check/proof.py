@@ -102,6 +102,8 @@ class Proof:
         """Whether the first product can be held against the pullback."""
         if functorch_active() or not all(map(_is_generic, arguments)):
             return False
+        if any(op.communicates for op in binding.ops):
+            return False  # nobody may have to run it a second time, which others would not
         assert self._programs is not None
         # A method that was missing is not called: a program stands in its place.
         called = {id(node_of(op)) for op in binding.ops}

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from cachetools.keys import hashkey
 
-from .._capture.custom import CustomBackward, CustomNode
+from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
+from .._capture.custom import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
 from .._execute.executor import Executor
@@ -166,8 +167,8 @@ class _Walk:
             for node in self.graph.order:
                 if node in targets:
                     continue
-                received = self.pending.pop(node, None)
-                if received:
+                received = self.pending.pop(node, {})
+                if received or isinstance(self.graph.custom.get(node), CollectiveNode):
                     self.visit(node, received)
         arrived = (self.pending.get(leaf, {}) for leaf in self.graph.leaves)
         return [got.get(0) for got in arrived]
@@ -408,13 +409,15 @@ class _Walk:
         gives = [s for s in specs if s is not None]
         self.place(NodeBackward(node, gives, takes, reason), edges, specs, grads)
 
-    def custom(self, custom: CustomNode, node: Node, received: dict[int, Gradient]) -> None:
-        """Write down a custom Function's node as one operation."""
+    def custom(self, custom: OpaqueNode, node: Node, received: dict[int, Gradient]) -> None:
+        """Write down the node of a custom Function, or of a collective, as one operation."""
         custom.know_outputs(received.keys())
         self.guarded(node, custom.unpack)  # together with what the nodes around it saved
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         grads = [received.get(i) for i in range(len(custom.outputs))]
-        self.place(CustomBackward(custom), edges, custom.inputs, grads)
+        collective = isinstance(custom, CollectiveNode)
+        op = Collective(custom, back=True) if collective else CustomBackward(custom)
+        self.place(op, edges, custom.inputs, grads)
 
     def place(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._capture.custom import CustomNode
+from .._capture.collectives import OpaqueNode
 from .._capture.signature import HiddenError
 from .._execute.binding import Binding
 from .._execute.executor import Executor
@@ -70,7 +70,7 @@ class Template:
                 blank[x] = x.blank()
             return blank[x]
 
-        def place(node: CustomNode) -> Any:
+        def place(node: OpaqueNode) -> Any:
             return _Place(
                 places[id(node)], node.name, node.has_jvp, node.has_backward, node.takes_batches
             )
@@ -106,7 +106,7 @@ class Template:
     def bind(
         self,
         read: Callable[[Saved], Residual],
-        node: Callable[[int], CustomNode],
+        node: Callable[[int], OpaqueNode],
         known: dict[Origin, Residual],
     ) -> Binding | None:
         """Compute the residuals of another point.
@@ -150,7 +150,7 @@ class Template:
 
 
 def _mapped(
-    program: Program, leaf: Callable[[Any], Any], place: Callable[[CustomNode], Any]
+    program: Program, leaf: Callable[[Any], Any], place: Callable[[OpaqueNode], Any]
 ) -> Program:
     equations = []
     for eq in program.equations:
