@@ -21,7 +21,7 @@ from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
 from .._torch.modes import functorch_active
 from .._torch.names import batched_or_wrapped, pytree
-from .._torch.ranks import collectives_waited_for
+from .._torch.ranks import collectives_seen
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .graph import Edge, Graph
@@ -159,7 +159,7 @@ def capture(
         with (
             records.watching(),
             eager_compiled_functions(),
-            collectives_waited_for(),
+            collectives_seen(),
             contextlib.ExitStack() as modes,
         ):
             if reads is not None:

@@ -196,6 +196,10 @@ def _pair_scattered_tensor(ctx: Any, group: Any) -> Pair:
     return Pair(names, _scaled(turned.back, factor), _scaled(turned.forth, factor))
 
 
+def _pair_wait(ctx: Any, group: Any) -> Pair:
+    return Pair(("wait", "wait"), lambda ts: [ts[0].clone()], lambda ts: [ts[0].clone()])
+
+
 def _chunks(t: torch.Tensor, group: Any) -> list[torch.Tensor]:
     return [c.contiguous() for c in t.chunk(dist.get_world_size(group))]
 
@@ -259,6 +263,8 @@ _PAIRS: dict[str, Callable[[Any, Any], Pair]] = {
     "_Scatter": _pair_scatter,
     "_AllGather": _pair_all_gather,
     "_AllGatherBase": _pair_gathered_tensor,
+    "wait_tensor": _pair_wait,
+    "_wrap_tensor_autograd": _pair_wait,
     "all_reduce": _pair_all_reduce,
     "all_gather_into_tensor": _pair_gathered_tensor,
     "reduce_scatter_tensor": _pair_scattered_tensor,

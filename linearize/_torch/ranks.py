@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 import threading
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from ..errors import UnsupportedError
 
 #: Where the Functions are defined whose contexts are the nodes of collectives.
 _FUNCTIONS = "torch.distributed.nn.functional"
@@ -80,25 +83,58 @@ def order_of(node: Any) -> int:
     return int(node._sequence_nr())
 
 
-class _Waiting:
-    """Has functional collectives wait for their results while f runs, in this thread.
+#: What process groups do to tensors in place, so that autograd does not learn of it.
+_UNSEEN = (
+    "allreduce",
+    "allreduce_coalesced",
+    "broadcast",
+    "allgather",
+    "_allgather_base",
+    "all_gather_single",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "_reduce_scatter_base",
+    "reduce_scatter_single",
+    "alltoall",
+    "alltoall_base",
+    "all_to_all_single",
+    "gather",
+    "scatter",
+    "send",
+    "recv",
+)
 
-    Otherwise they return tensors of a class of their own, which wait when they are first used and
-    whose memory cannot be looked at.
+
+class _Watch:
+    """Has collectives behave, in this thread, as a graph can tell of them.
+
+    Functional ones wait for their results, where otherwise they return tensors of a class of
+    their own, which wait when they are first used and whose memory cannot be looked at. Those
+    that write in place refuse what requires grad, as autograd would not learn of it.
     """
 
     _lock = threading.Lock()
     _users = 0
     _local = threading.local()
-    _given: Any = None
+    _given: dict[str, Any] = {}
+    _wrap: Any = None
+
+    @classmethod
+    def active(cls) -> bool:
+        return bool(getattr(cls._local, "depth", 0))
 
     @classmethod
     def begin(cls) -> None:
         module: Any = importlib.import_module(_FUNCTIONAL)
         with cls._lock:
             if cls._users == 0:
-                cls._given = module._maybe_wrap_tensor
-                module._maybe_wrap_tensor = _waited
+                cls._wrap, module._maybe_wrap_tensor = module._maybe_wrap_tensor, _waited
+                own = vars(dist.ProcessGroup)
+                cls._given = {name: own[name] for name in _UNSEEN if name in own}
+                for name in cls._given:
+                    setattr(dist.ProcessGroup, name, _refusing(name))
             cls._users += 1
         cls._local.depth = getattr(cls._local, "depth", 0) + 1
 
@@ -108,25 +144,56 @@ class _Waiting:
         with cls._lock:
             cls._users -= 1
             if cls._users == 0:
-                sys.modules[_FUNCTIONAL]._maybe_wrap_tensor = cls._given  # type: ignore[attr-defined]
+                module: Any = sys.modules[_FUNCTIONAL]
+                module._maybe_wrap_tensor = cls._wrap
+                for name, method in cls._given.items():
+                    setattr(dist.ProcessGroup, name, method)
 
 
 def _waited(t: torch.Tensor) -> Any:
-    if not getattr(_Waiting._local, "depth", 0):
-        return _Waiting._given(t)
+    if not _Watch.active():
+        return _Watch._wrap(t)
+    if t.requires_grad and not collective_kind(getattr(t.grad_fn, "_forward_cls", object)):
+        raise UnsupportedError(
+            "a functional collective for which PyTorch has no derivative (broadcast, say) was "
+            "called inside f with a tensor that requires grad; use torch.distributed.nn.functional"
+        )
     with torch.no_grad():
         torch.ops._c10d_functional.wait_tensor(t.detach())
     return t
 
 
+def _refusing(name: str) -> Any:
+    method = getattr(dist.ProcessGroup, name)
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _Watch.active() and torch.is_grad_enabled() and any(map(_requires_grad, args)):
+            raise UnsupportedError(
+                f"torch.distributed ({name}) was called inside f with a tensor that depends on a "
+                "primal, or on something else that requires grad: autograd does not see it, and "
+                "the products would be wrong; use torch.distributed.nn.functional, or pass "
+                "t.detach() if nothing depends on it"
+            )
+        return method(self, *args, **kwargs)
+
+    return called
+
+
+def _requires_grad(x: Any) -> bool:
+    if isinstance(x, (list, tuple)):
+        return any(map(_requires_grad, x))
+    return isinstance(x, torch.Tensor) and x.requires_grad
+
+
 @contextlib.contextmanager
-def collectives_waited_for() -> Iterator[None]:
-    """Let functional collectives return plain tensors that are ready."""
+def collectives_seen() -> Iterator[None]:
+    """Run f such that its graph tells of the collectives in it."""
     if not distributed():
         yield
         return
-    _Waiting.begin()
+    _Watch.begin()
     try:
         yield
     finally:
-        _Waiting.end()
+        _Watch.end()
