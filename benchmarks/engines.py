@@ -43,15 +43,20 @@ class NotInstalledError(Exception):
     """An optional peer is missing."""
 
 
+def forget_programs() -> None:
+    """Let the graphs to come be such that nobody met before."""
+    SHARED.clear()
+
+
 def ours(problem: Problem) -> Made:
     """One run, then recorded and simplified programs; of graphs that nobody met before."""
-    SHARED.clear()
+    forget_programs()
     return point(lz.Linearizer(problem.f, maxsize=1), problem.primals)
 
 
 def compiled(problem: Problem) -> Made:
     """The same through `torch.compile`."""
-    SHARED.clear()
+    forget_programs()
     return point(lz.Linearizer(problem.f, maxsize=1, compile=True), problem.primals)
 
 

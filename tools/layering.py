@@ -37,13 +37,11 @@ FACES = len(ROOMS)
 
 
 def place(module: str) -> int:
-    """Return where the room of a module stands."""
+    """Return where the room of a module stands; -1 for one that is not in the table."""
     room = module.split(".")[1] if "." in module else ""
     if room in ROOMS:
         return ROOMS.index(room)
-    if room.startswith("_"):
-        raise ValueError(f"{module}: {room} has no place in the table of {Path(__file__).name}")
-    return FACES
+    return -1 if room.startswith("_") else FACES
 
 
 def named(path: Path, root: Path) -> str:
@@ -89,6 +87,8 @@ def faults(modules: dict[str, Path]) -> Iterator[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         package = module if path.stem == "__init__" else module.rpartition(".")[0]
         graph[module] = set()
+        if place(module) < 0:
+            yield f"{path}: its room has no place in the table of {Path(__file__).name}"
         for line, name in imports(tree, package):
             if name.split(".")[0] != PACKAGE:
                 continue

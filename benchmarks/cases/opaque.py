@@ -88,6 +88,41 @@ def network(n: int, dtype: torch.dtype) -> Problem:
     return Problem(lambda x: Network.apply(x, w), (x,), limit)
 
 
+class Swish(torch.autograd.Function):
+    """x sigmoid(x), of the commonest kind: old style, only a backward, in PyTorch operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, u: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return u * (s * (1 + x * (1 - s)))
+
+
+def inlined(dtype: torch.dtype) -> Problem:
+    """Return a network whose activations are such Functions, by its input."""
+    x, weights = randn(16, 64, dtype=dtype), randn(6, 64, 64, dtype=dtype, seed=3) / 8
+
+    def net(x: torch.Tensor, activation: Any) -> torch.Tensor:
+        for w in weights:
+            x = activation(x @ w)
+        return x
+
+    def limit() -> Limit:
+        raise NotImplementedError("no limit by hand")
+
+    return Problem(
+        lambda x: net(x, Swish.apply),
+        (x,),
+        limit,
+        functional=lambda x: net(x, torch.nn.functional.silu),
+    )
+
+
 def case(name: str, size: str, make: Any) -> Case:
     return Case(name, size, make, dtype=torch.float64, opaque=True, kind="opaque")
 

@@ -14,8 +14,8 @@ import torch
 
 import linearize as lz
 from linearize.errors import MissingDerivativeError
-
-from ..comparing import CALLS, Counted, Plain, close, compare, gradient, like
+from tests.support.comparing import CALLS, Counted, close, compare
+from tests.support.references import Plain, gradient, like
 
 D, C = torch.float64, torch.complex128
 pytestmark = [

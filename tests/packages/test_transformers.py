@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from ..comparing import compare, like, same_draws
+from tests.support.comparing import compare, same_draws
+from tests.support.references import like
 
 try:
     import torchvision as torchvision
