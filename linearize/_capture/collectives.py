@@ -204,9 +204,7 @@ def _chunks(t: torch.Tensor, group: Any) -> list[torch.Tensor]:
     return [c.contiguous() for c in t.chunk(dist.get_world_size(group))]
 
 
-def _pair_all_to_all(
-    takes: Sequence[TensorSpec], gives: Sequence[TensorSpec], group: Any
-) -> Pair:
+def _pair_all_to_all(takes: Sequence[TensorSpec], gives: Sequence[TensorSpec], group: Any) -> Pair:
     def sized(specs: Sequence[TensorSpec], ts: Tensors, own: Sequence[TensorSpec]) -> Any:
         more = ts[0].shape[len(own[0].shape) :]  # several elements at once stand last
         return [(*s.shape, *more) for s in specs]
@@ -241,8 +239,6 @@ def _pair_all_to_all_single(ctx: Any, group: Any, takes: TensorSpec, gives: Tens
     )
 
 
-#: Functions that hand on what they are given.
-_IDENTITIES = frozenset({"wait_tensor", "_wrap_tensor_autograd"})
 #: How many arguments stand before the tensors.
 _BEFORE = {
     "_AllReduce": 2,
@@ -273,19 +269,9 @@ _PAIRS: dict[str, Callable[[Any, Any], Pair]] = {
 _REDUCTIONS = {"_Reduce": (1, _pair_reduce), "_Reduce_Scatter": (0, _pair_reduce_scatter)}
 
 
-def is_collective(ctx: Any) -> bool:
-    """Whether a context is that of a collective, or of what stands beside one."""
-    return bool(collective_kind(forward_class(ctx)))
-
-
-def is_identity(ctx: Any) -> bool:
-    """Whether a context is that of a Function which only waits."""
-    return collective_kind(forward_class(ctx)) in _IDENTITIES
-
-
-def communicates(ctx: Any) -> bool:
-    """Whether products have to communicate because of a context."""
-    return is_collective(ctx) and not is_identity(ctx) and any(ctx.needs_input_grad)
+def group_of_context(ctx: Any) -> Any:
+    """Return the process group of a collective."""
+    return group_of(getattr(ctx, "group_name", None) or getattr(ctx, "group", None))
 
 
 # -- in graphs and programs -------------------------------------------------------------------
@@ -325,7 +311,7 @@ class CollectiveNode:
             self.takes = tuple([s for s in record.inputs[before:] if s is not None])
             needs = enumerate(ctx.needs_input_grad)
             self._where = tuple([i - before for i, need in needs if need])
-        self.group = group_of(getattr(ctx, "group_name", None) or getattr(ctx, "group", None))
+        self.group = group_of_context(ctx)
         self.pair = self._pair(kind, ctx, record)
         self.names = self.pair.names
         self.settings = tuple(

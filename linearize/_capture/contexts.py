@@ -59,6 +59,16 @@ class ContextRecords:
         """Return the record of `ctx`, an empty one if none was made."""
         return self._records.get(ctx) or ContextRecord()
 
+    def communicating(self) -> list[Any]:
+        """Return the contexts of collectives that products have to run, in order."""
+        return [
+            ctx for ctx in self.collectives if any(ctx.needs_input_grad) and not is_identity(ctx)
+        ]
+
+    def communicates(self) -> bool:
+        """Whether products have to communicate."""
+        return bool(self.communicating())
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -66,7 +76,7 @@ class ContextRecords:
         record = self._records[ctx] = ContextRecord()
         if self.locate is not None:
             record.line = self.locate()
-        if collective_kind(forward_class(ctx)):
+        if is_collective(ctx):
             self.collectives.append(ctx)
             record.settings = tuple(
                 None if isinstance(a, torch.Tensor) else a for a in arguments or ()
@@ -90,6 +100,20 @@ class ContextRecords:
 
     def _materialize(self, ctx: Any, value: bool) -> None:
         self._records.setdefault(ctx, ContextRecord()).materialize = value
+
+
+#: Functions that only wait for what another one has begun.
+_IDENTITIES = frozenset({"wait_tensor", "_wrap_tensor_autograd"})
+
+
+def is_collective(ctx: Any) -> bool:
+    """Whether a context is that of a collective, or of what stands beside one."""
+    return bool(collective_kind(forward_class(ctx)))
+
+
+def is_identity(ctx: Any) -> bool:
+    """Whether a context is that of a Function which only waits."""
+    return collective_kind(forward_class(ctx)) in _IDENTITIES
 
 
 def function_name(cls: Any) -> str:

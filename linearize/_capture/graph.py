@@ -11,8 +11,8 @@ from .._text.labels import Line
 from .._torch.graphs import Node, is_custom, leaf_variable, let_die_in_turn, saved_tensors
 from .._torch.ranks import order_of
 from ..errors import UnsupportedError
-from .collectives import CollectiveNode, OpaqueNode, communicates, is_collective
-from .contexts import ContextRecords
+from .collectives import CollectiveNode, OpaqueNode
+from .contexts import ContextRecords, is_collective
 from .custom import CustomNode
 from .trace import Trace
 
@@ -54,7 +54,7 @@ class Graph:
         self.leaves = tuple(leaves)
         records = records or ContextRecords()
         # Other ranks may wait for a collective from which nothing comes to the value here.
-        shared = [ctx for ctx in records.collectives if communicates(ctx)]
+        shared = records.communicating()
         above = [edge[0] for edge in roots if edge is not None]
         self.order = _between([*above, *shared], self.leaves, shared)
         if shared:

@@ -31,6 +31,8 @@ Tensors: TypeAlias = Sequence[torch.Tensor | None]
 Map: TypeAlias = Callable[[Sequence[torch.Tensor]], Tensors]
 #: What makes a program's transpose.
 Transposed: TypeAlias = Callable[[Program], Program]
+#: Sums numbers over the ranks that run a product together.
+Total: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
 
 
 # -- sums of inner products -----------------------------------------------------------------
@@ -71,6 +73,12 @@ class Balance:
                     self._pairs.append((a, b))
                 else:
                     self._scale += _size(a, b)
+
+    def sum_up(self, total: Total) -> None:
+        """Add what other ranks have."""
+        self._scale += sum(_size(a, b) for a, b in self._pairs)
+        self._pairs = []
+        self.total, self._sum, self._scale = total([self.total, self._sum, self._scale])
 
     def holds(self, limit: float) -> bool:
         """Whether the sum is zero within a relative error, or not finite."""
@@ -216,6 +224,8 @@ def check_maps(
     tangents: Program,
     programs: Callable[[], tuple[Program, Program]],
     transposed: Transposed,
+    total: Total | None = None,
+    seed: int = 4,
 ) -> None:
     """Check that two products are adjoint, with the user code in them.
 
@@ -229,14 +239,18 @@ def check_maps(
         Gives the two programs with nothing missing, to find what is at fault.
     transposed
         As of `check_built_in`.
+    total
+        Sums over the ranks, where the products communicate.
+    seed
+        Of the random numbers.
 
     Raises
     ------
     AdjointError
         If they are not.
     """
-    generator = torch.Generator().manual_seed(4)
-    off = parting(pullback, pushforward, generator, programs, cotangents, tangents)
+    generator = torch.Generator().manual_seed(seed)
+    off = parting(pullback, pushforward, generator, programs, cotangents, tangents, total)
     if off is not None:
         fault = _name_fault(*programs(), transposed)
         raise AdjointError(f"jvp_fn and vjp_fn are not adjoint ({_by(off)}): {fault}")
@@ -249,11 +263,14 @@ def parting(
     programs: Callable[[], tuple[Program, Program]],
     of_pullback: Program,
     of_pushforward: Program,
+    total: Total | None = None,
 ) -> float | None:
     """Return by how much two maps miss being adjoint, None if rounding explains it.
 
-    Where numbers are not finite nothing can be said.
+    Where numbers are not finite nothing can be said. All ranks over which `total` sums come to
+    the same conclusion.
     """
+    limit = rounding_limit(of_pullback, of_pushforward)
     u = [v.spec.random(generator) for v in of_pullback.inputs]
     v = [v.spec.random(generator) for v in of_pushforward.inputs]
     with torch.inference_mode(False), torch.no_grad():
@@ -261,7 +278,10 @@ def parting(
         balance = Balance()
         balance.add(1, u, jv)
         balance.add(-1, jtu, v)
-        if balance.holds(rounding_limit(of_pullback, of_pushforward)):
+        if total is not None:
+            limit = _mean(total, limit)
+            balance.sum_up(total)
+        if balance.holds(limit):
             return None
         # Where large terms cancel, or a matrix is close to singular, rounding alone may be as
         # large: with all numbers different in their last digits it is seen how large.
@@ -275,8 +295,16 @@ def parting(
             noise += abs(_inner(u, jv) - _inner(u, jv_near))
             noise += abs(_inner(jtu, v) - _inner(jtu_near, v))
     factor = min(100.0, 0.05 / max(_coarsest(back, forth), 1e-300))
+    if total is not None:
+        factor = _mean(total, factor)
+        (noise,) = total([noise])
     explained = not math.isfinite(noise) or abs(balance.total) <= factor * noise
     return None if explained else balance.off
+
+
+def _mean(total: Total, number: float) -> float:
+    whole, count = total([number, 1.0])
+    return whole / count
 
 
 def _lost(program: Program, arguments: Sequence[torch.Tensor]) -> float:
@@ -335,7 +363,7 @@ def _name_fault(pullback: Program, pushforward: Program, transposed: Transposed)
         ]
 
     for eq in pushforward.equations:
-        node = node_of(eq.op)
+        node = None if eq.communicates else node_of(eq.op)
         other = None if node is None else backwards.get(id(node))
         if other is None:
             continue

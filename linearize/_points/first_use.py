@@ -32,12 +32,15 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
     with outside_transforms(), torch.inference_mode(False), torch.no_grad():
         # Both programs are made first: what is derived of one is then at hand for both.
         programs = pullback.program, pushforward.program
+        ranks = pushforward._lifetime.ranks
         check_maps(
             pullback._apply,
             pushforward._apply,
             *programs,
             resolved,
             transpose,
+            None if ranks is None else ranks.total,
+            4 if ranks is None else ranks.seed,
         )
 
 

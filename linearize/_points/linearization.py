@@ -113,6 +113,8 @@ class Linearization:
         self._simplifies = policy.simplify
         structures = structures or Structures(policy.shared)
         source = PointPrograms(captured, structures, check=policy.check)
+        #: Whether f communicates.
+        self._communicates = False
         self._lifetime = Lifetime(notify)
         self._lifetime.register(self)
         self.in_space = captured.in_space

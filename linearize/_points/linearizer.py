@@ -13,6 +13,7 @@ import torch
 from cachetools.keys import hashkey
 
 from .._capture.capture import capture
+from .._capture.contexts import ContextRecords
 from .._forms.compiled import Options
 from .._reuse.shared import Structures
 from .._spaces.trees import flatten
@@ -20,6 +21,7 @@ from ..errors import CopyError, OptionError, StructureError
 from .linearization import Linearization
 from .memo import Memo, Stats, content_key
 from .policy import Policy
+from .ranks import run_of_f
 
 __all__ = ["Linearizer"]
 
@@ -232,7 +234,8 @@ class Linearizer:
         with self._lock:
             for group in (self._open, *self._scopes):
                 group.add(point._lifetime)
-        if found is not None:
+        # Another rank may have forgotten what this one remembers, and would run f alone.
+        if found is not None and not point._communicates:
             key, structure, owners, stamps = found
             self._memo.put(
                 key, (structure, [v for _, v in stamps]), point, owners, [*stamps, *reads]
@@ -243,6 +246,14 @@ class Linearizer:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int], watch: bool
     ) -> tuple[Linearization, Any]:
         def once() -> tuple[Linearization, Any]:
+            records = ContextRecords()
+            held = self._policy.check != "never"
+            (point, reads), ranks = run_of_f(records, lambda: run(records), held=held)
+            point._lifetime.ranks = ranks
+            point._communicates = records.communicates()
+            return point, reads
+
+        def run(records: ContextRecords) -> tuple[Linearization, Any]:
             captured = capture(
                 self.f,
                 args,
@@ -252,6 +263,7 @@ class Linearizer:
                 watch=watch,
                 copy=self._by_value,
                 trace=self._trace,
+                records=records,
             )
             point = Linearization(captured, self._policy, self._notifier(), self._structures)
             return point, captured.reads

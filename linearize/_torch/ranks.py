@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -118,7 +118,7 @@ class _Watch:
     _lock = threading.Lock()
     _users = 0
     _local = threading.local()
-    _given: dict[str, Any] = {}
+    _given: ClassVar[dict[str, Any]] = {}
     _wrap: Any = None
 
     @classmethod
