@@ -10,12 +10,12 @@ for it, and says so afterwards.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import json
 import threading
-import weakref
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from .._torch.graphs import forward_class
 from .._torch.modes import outside_transforms
 from .._torch.ranks import (
     collective_kind,
-    companion,
+    device_of,
     distributed,
     members,
     store,
@@ -38,27 +38,10 @@ from ..errors import DistributedError, LinearizeError
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(slots=True)
-class _Circle:
-    """The ranks of a group, with a group of their own for short messages."""
-
-    messages: Any
-    points: int = 0
-
-
-#: For each process group, those in it. A group of their own, because messages must not meet
-#: collectives of an f that is still running on another rank.
-_CIRCLES: weakref.WeakKeyDictionary[Any, _Circle] = weakref.WeakKeyDictionary()
-#: Messages wait for those who are in f until these give up: longer than a collective does.
+#: How many points were made of each group, by its name, so that all ranks count alike.
+_POINTS: Counter[str] = Counter()
+#: In a run of f ranks wait for those who are still in it until these give up.
 _PATIENCE = 2
-
-
-def _circle(group: Any) -> _Circle:
-    known = _CIRCLES.get(group)
-    if known is None:
-        made = companion(members(group), _PATIENCE * timeout_of(group))
-        known = _CIRCLES[group] = _Circle(made)
-    return known
 
 
 class Ranks:
@@ -71,10 +54,10 @@ class Ranks:
     """
 
     def __init__(self, groups: Iterable[Any]) -> None:
-        self._circles = [_circle(g) for g in _largest(groups)]
-        for circle in self._circles:
-            circle.points += 1
-        self._points = [circle.points for circle in self._circles]
+        self._groups = _largest(groups)
+        for group in self._groups:
+            _POINTS[group.group_name] += 1
+        self._points = [_POINTS[group.group_name] for group in self._groups]
         self._lock = threading.RLock()
         #: The thread in which a product is running.
         self._thread = 0
@@ -118,16 +101,10 @@ class Ranks:
         """
         self._count += 1
         code, failed = zlib.crc32(what.encode()), int(failure is not None)
-        with outside_transforms(), torch.no_grad():
-            numbers = torch.tensor([code, -code, failed, -failed, int(closing)])
-            for circle in self._circles:
-                _reached(
-                    what,
-                    lambda c=circle: dist.all_reduce(  # type: ignore[misc]
-                        numbers, dist.ReduceOp.MAX, group=c.messages
-                    ),
-                )
-        most, least, some, none, close = numbers.tolist()
+        numbers = [code, -code, failed, -failed, int(closing)]
+        for group in self._groups:
+            numbers = _summed(what, numbers, dist.ReduceOp.MAX, group)
+        most, least, some, none, close = numbers
         if some or most != -least:
             self._explain(what, failure, everywhere=none == -1)
         return bool(close)
@@ -136,27 +113,17 @@ class Ranks:
         """Raise on all ranks what happened on some."""
         text = None if failure is None else f"{type(failure).__name__}: {failure}"
         known = {dist.get_rank(): (what, text)}
-        for circle in self._circles:
-            found: list[Any] = [None] * dist.get_world_size(circle.messages)
-            _reached(
-                what,
-                lambda c=circle, f=found, k=known: dist.all_gather_object(f, k, group=c.messages),  # type: ignore[misc]
-            )
+        for group in self._groups:
+            found: list[Any] = [None] * dist.get_world_size(group)
+            try:
+                dist.all_gather_object(found, known, group=group)
+            except RuntimeError as error:
+                raise lost(what, error) from error
             for other in found:
                 known |= other
         if everywhere and failure is not None:
             raise failure
-        reasons = {rank: why for rank, (_, why) in sorted(known.items()) if why is not None}
-        if reasons:
-            told = "; ".join(f"rank {rank}: {why}" for rank, why in reasons.items())
-            raise DistributedError(
-                f"{what} failed on {len(reasons)} of the ranks: {told}"
-            ) from failure
-        told = "; ".join(f"rank {rank}: {other}" for rank, (other, _) in sorted(known.items()))
-        raise DistributedError(
-            "the ranks do different things at one time; every rank must ask for the same "
-            f"products, and run the same collectives in f, in the same order ({told})"
-        )
+        raise parted(what, known) from failure
 
     @property
     def seed(self) -> int:
@@ -169,13 +136,43 @@ class Ranks:
         Where there are several groups, each rank counts as often as any other, as long as they
         are the rows and columns of a grid.
         """
-        values = torch.tensor(numbers, dtype=torch.float64)
-        for circle in self._circles:
-            _reached(
-                "a sum over the ranks",
-                lambda c=circle: dist.all_reduce(values, group=c.messages),  # type: ignore[misc]
-            )
-        return [float(x) for x in values]
+        for group in self._groups:
+            numbers = _summed("a sum over the ranks", numbers, dist.ReduceOp.SUM, group)
+        return list(numbers)
+
+    def gather(self, what: str, failure: BaseException | None) -> None:
+        """Wait until f has run on all ranks, and see that it went alike.
+
+        By the store, as a rank may still be in one of f's collectives.
+
+        Parameters
+        ----------
+        what
+            The same on all ranks.
+        failure
+            What happened in f on this one.
+
+        Raises
+        ------
+        DistributedError
+            On every rank, if f has failed on a rank, or did something else there.
+        BaseException
+            This rank's failure, if f has failed on all ranks.
+        """
+        text = None if failure is None else f"{type(failure).__name__}: {failure}"
+        known: dict[int, tuple[str, str | None]] = {dist.get_rank(): (what, text)}
+        everywhere = True
+        try:
+            for group, point in zip(self._groups, self._points, strict=True):
+                place = f"linearize/{group.group_name}/{point}"
+                known, all_failed = _met(place, group, known)
+                everywhere &= all_failed
+        except RuntimeError as error:
+            raise lost("a run of f", error) from (failure or error)
+        if everywhere and failure is not None:
+            raise failure
+        if any(why for _, why in known.values()) or len({w for w, _ in known.values()}) > 1:
+            raise parted("a run of f", known) from failure
 
     # -- products -----------------------------------------------------------------------------
 
@@ -261,11 +258,15 @@ class Ranks:
 
 
 def _largest(groups: Iterable[Any]) -> list[Any]:
-    """Return groups, without those that lie within others, in an order that all agree on."""
+    """Return groups, without those that lie within others, in the order in which f comes to them.
+
+    In that order nobody waits for somebody who waits for him: else f itself would not have ended.
+    Of a grid all rows come first, say, and then all columns, so that word gets everywhere.
+    """
     by_members = {members(g): g for g in groups}
     return [
         g
-        for ranks, g in sorted(by_members.items())
+        for ranks, g in by_members.items()
         if not any(set(ranks) < set(others) for others in by_members)
     ]
 
@@ -286,11 +287,29 @@ def _answer(plan: Plan, sizes: Sequence[int | None], done: int) -> None:
         return
 
 
-def _reached(what: str, exchange: Callable[[], Any]) -> None:
-    try:
-        exchange()
-    except RuntimeError as error:
-        raise lost(what, error) from error
+def _summed(what: str, numbers: Sequence[Any], operation: Any, group: Any) -> list[Any]:
+    """Return numbers summed, or the like, over the ranks of a group."""
+    with outside_transforms(), torch.no_grad():
+        exact = torch.int64 if isinstance(numbers[0], int) else torch.float64
+        values = torch.tensor(numbers, dtype=exact, device=device_of(group))
+        try:
+            dist.all_reduce(values, operation, group=group)
+        except RuntimeError as error:
+            raise lost(what, error) from error
+        return list(values.tolist())
+
+
+def parted(what: str, known: Mapping[int, tuple[str, str | None]]) -> DistributedError:
+    """Return what to raise of what ranks were about to do, and of why they could not."""
+    reasons = {rank: why for rank, (_, why) in sorted(known.items()) if why is not None}
+    if reasons:
+        told = "; ".join(f"rank {rank}: {why}" for rank, why in reasons.items())
+        return DistributedError(f"{what} failed on {len(reasons)} of the ranks: {told}")
+    told = "; ".join(f"rank {rank}: {other}" for rank, (other, _) in sorted(known.items()))
+    return DistributedError(
+        "the ranks do different things at one time; every rank must ask for the same "
+        f"products, and run the same collectives in f, in the same order ({told})"
+    )
 
 
 def lost(what: str, error: BaseException) -> DistributedError:
@@ -299,6 +318,41 @@ def lost(what: str, error: BaseException) -> DistributedError:
         f"{what}: a rank cannot be reached; it may have died, or raised an error elsewhere "
         f"({error}){_posted()}"
     )
+
+
+Told: TypeAlias = dict[int, tuple[str, str | None]]
+
+
+def _met(place: str, group: Any, known: Told) -> tuple[Told, bool]:
+    """Meet the other ranks of a group at a place in the store.
+
+    Returns
+    -------
+    dict
+        What is known, and, if that is not the same for all, what the others know.
+    bool
+        Whether all have failed.
+    """
+    kept, ranks, me = store(), members(group), dist.get_rank()
+    what, why = known[me]
+    alike = len({w for w, _ in known.values()}) == 1 and all(y is None for _, y in known.values())
+    code = zlib.crc32(what.encode()) if alike else 0
+    kept.set(f"{place}/{me}", json.dumps(list(known.items())))
+    codes = kept.add(f"{place}/codes", code)
+    failed = kept.add(f"{place}/failed", int(why is not None))
+    if kept.add(f"{place}/came", 1) == len(ranks):
+        codes, failed = kept.add(f"{place}/codes", 0), kept.add(f"{place}/failed", 0)
+        fine = codes == len(ranks) * code and alike
+        kept.set(
+            f"{place}/all", "fine" if fine else "failed" if failed == len(ranks) else "parted"
+        )
+    kept.wait([f"{place}/all"], _PATIENCE * timeout_of(group))
+    verdict = kept.get(f"{place}/all")
+    if verdict != b"fine":
+        for rank in ranks:
+            found = json.loads(kept.get(f"{place}/{rank}"))
+            known |= {int(r): (w, y) for r, (w, y) in found}
+    return known, verdict == b"failed"
 
 
 # -- runs of f --------------------------------------------------------------------------------
@@ -348,8 +402,7 @@ def run_of_f(
     ranks = Ranks([group_of_context(ctx) for ctx in seen])
     shared = records.communicating()
     names = ", ".join(collective_kind(forward_class(ctx)).strip("_") for ctx in shared)
-    what = f"a run of f with {len(shared)} collectives that depend on the primals ({names})"
-    ranks.agree("a run of f" if failure is not None else what, failure)
+    ranks.gather(f"{len(shared)} collectives that depend on the primals: {names}", failure)
     _Word.runs += 1
     return result, ranks if shared else None  # type: ignore[return-value]
 

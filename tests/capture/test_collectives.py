@@ -5,6 +5,7 @@ would have it: the sums of inner products over all ranks.
 """
 
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
