@@ -17,7 +17,7 @@ import torch
 
 from ._points.linearization import Linearization
 from ._spaces.flat import check_flat, flat_spec
-from ._spaces.operators import LinearOperator
+from ._spaces.operators import LinearOperator, check_whole
 from .errors import SpaceError, StructureError, UnsupportedError
 
 __all__ = ["aslinearoperator"]
@@ -87,6 +87,8 @@ class Products:
     ) -> None:
         if isinstance(operator, Linearization):
             operator = operator.jacobian
+        for space in (operator.in_space, operator.out_space):
+            check_whole(space, "aslinearoperator")
         if not isinstance(operator, LinearOperator):
             raise StructureError(
                 "aslinearoperator: expected a linear operator or a linearization, got "

@@ -107,6 +107,7 @@ def root(
         [t.detach() if differentiable(t) else t for t in leaves], structure
     )
     here = Linearizer(f, maxsize=0).at(start, *fixed)
+    here._check_whole("root")
     value = [t for t in here.out_space.flatten(_differentiable(here.value)) if t is not None]
     if here.out_space.size != space.size:
         raise SpaceError(

@@ -32,6 +32,7 @@ from ._spaces.flat import flat_spec, join, split
 from ._spaces.operators import LinearOperator
 from ._spaces.space import Space, differentiable
 from ._torch.names import pytree
+from .distributed import gathered
 from .errors import OptionError, SpaceError, StructureError, UnsupportedError
 
 __all__ = ["ScalarFunction", "VectorFunction", "aslinearoperator", "newton_krylov"]
@@ -77,7 +78,9 @@ def aslinearoperator(operator: LinearOperator | Linearization) -> Any:
     Parameters
     ----------
     operator
-        Any operator of this package, or a linearization, which stands for its Jacobian.
+        Any operator of this package, or a linearization, which stands for its Jacobian. Where
+        its vectors are parts that ranks have (see `linearize.distributed`), all ranks call this,
+        and run the same solver: on each the vectors are whole, as of `distributed.gathered`.
 
     Returns
     -------
@@ -102,6 +105,8 @@ def aslinearoperator(operator: LinearOperator | Linearization) -> Any:
             "aslinearoperator: expected a linear operator or a linearization, got "
             f"{type(operator).__name__}"
         )
+    if operator.in_space.group is not None or operator.out_space.group is not None:
+        operator = gathered(operator)
     operator.check_complex_linear("aslinearoperator")
     kinds = {flat_spec(s).dtype.is_complex for s in (operator.in_space, operator.out_space)}
     if len(kinds) > 1:
@@ -203,7 +208,9 @@ class _Flattened:
         SpaceError
             If the vector has another length.
         """
-        return self.linearizer.at(self.unravel(x))
+        here = self.linearizer.at(self.unravel(x))
+        here._check_whole("functions for SciPy's optimizers")
+        return here
 
 
 class VectorFunction(_Flattened):

@@ -112,8 +112,8 @@ def _summed(op: Any, name: str, group: Any) -> float:
     if text in ("sum", "avg"):
         return 1.0 if text == "sum" else 1.0 / dist.get_world_size(group)
     raise UnsupportedError(
-        f"{name}: a reduction by {text} inside f is not supported, as PyTorch's own backward of it "
-        "is not its derivative: gather the numbers and reduce them in f, or detach the argument "
+        f"{name}: a reduction by {text} inside f is not supported, as PyTorch's own backward of "
+        "it is not its derivative: gather the numbers and reduce them in f, or detach the argument "
         "if nothing depends on it"
     )
 
@@ -305,7 +305,8 @@ class CollectiveNode:
         self.inputs = tuple([_spec(input_metadata(node)[nr]) for node, nr in edges])
         self.outputs = tuple(map(_spec, input_metadata(ctx)))
         #: All that is handed in, and where the inputs stand in it.
-        self.takes, self._where = self.inputs[:1], (0,)
+        self.takes = self.inputs[:1]
+        self._where: tuple[int, ...] = (0,)
         before = _BEFORE.get(kind)
         if before is not None and record.inputs is not None:
             self.takes = tuple([s for s in record.inputs[before:] if s is not None])
@@ -336,7 +337,7 @@ class CollectiveNode:
             raise UnsupportedError(
                 f"{kind}: this collective is not supported inside f; use all_reduce, all_gather, "
                 "reduce_scatter, all_to_all, broadcast, reduce, gather or scatter of "
-                "torch.distributed.nn.functional, or a custom Function with its own jvp and backward"
+                "torch.distributed.nn.functional, or a custom Function with a jvp and a backward"
             )
         return make_one(ctx, group)
 

@@ -21,7 +21,7 @@ from ..errors import CopyError, OptionError, StructureError
 from .linearization import Linearization
 from .memo import Memo, Stats, content_key
 from .policy import Policy
-from .ranks import run_of_f
+from .ranks import group_of_records, run_of_f
 
 __all__ = ["Linearizer"]
 
@@ -235,7 +235,7 @@ class Linearizer:
             for group in (self._open, *self._scopes):
                 group.add(point._lifetime)
         # Another rank may have forgotten what this one remembers, and would run f alone.
-        if found is not None and not point._communicates:
+        if found is not None and point.in_space.group is None:
             key, structure, owners, stamps = found
             self._memo.put(
                 key, (structure, [v for _, v in stamps]), point, owners, [*stamps, *reads]
@@ -250,7 +250,7 @@ class Linearizer:
             held = self._policy.check != "never"
             (point, reads), ranks = run_of_f(records, lambda: run(records), held=held)
             point._lifetime.ranks = ranks
-            point._communicates = records.communicates()
+            point.in_space.group = point.out_space.group = group_of_records(records)
             return point, reads
 
         def run(records: ContextRecords) -> tuple[Linearization, Any]:
@@ -265,7 +265,8 @@ class Linearizer:
                 trace=self._trace,
                 records=records,
             )
-            point = Linearization(captured, self._policy, self._notifier(), self._structures)
+            notify = self._notifier()
+            point = Linearization(captured, self._policy, notify, self._structures, alone=False)
             return point, captured.reads
 
         try:

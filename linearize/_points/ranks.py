@@ -29,6 +29,7 @@ from .._torch.ranks import (
     collective_kind,
     device_of,
     distributed,
+    group_of,
     members,
     store,
     timeout_of,
@@ -174,6 +175,13 @@ class Ranks:
         if any(why for _, why in known.values()) or len({w for w, _ in known.values()}) > 1:
             raise parted("a run of f", known) from failure
 
+    def most(self, number: float) -> float:
+        """Return the largest of a number over all ranks."""
+        numbers: list[float] = [number]
+        for group in self._groups:
+            numbers = _summed("a comparison of the ranks", numbers, dist.ReduceOp.MAX, group)
+        return numbers[0]
+
     # -- products -----------------------------------------------------------------------------
 
     def led(self, what: str, work: Callable[[], T]) -> T:
@@ -269,6 +277,14 @@ def _largest(groups: Iterable[Any]) -> list[Any]:
         for ranks, g in by_members.items()
         if not any(set(ranks) < set(others) for others in by_members)
     ]
+
+
+def group_of_records(records: ContextRecords) -> Any:
+    """Return the group whose ranks have parts of one vector, None if f does not communicate."""
+    groups = _largest([group_of_context(ctx) for ctx in records.communicating()])
+    if len(groups) > 1:
+        return group_of(None)
+    return groups[0] if groups else None
 
 
 def _only_collectives(plan: Plan) -> bool:

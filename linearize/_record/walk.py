@@ -415,8 +415,11 @@ class _Walk:
         self.guarded(node, custom.unpack)  # together with what the nodes around it saved
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         grads = [received.get(i) for i in range(len(custom.outputs))]
-        collective = isinstance(custom, CollectiveNode)
-        op = Collective(custom, back=True) if collective else CustomBackward(custom)
+        op: Operation
+        if isinstance(custom, CollectiveNode):
+            op = Collective(custom, back=True)
+        else:
+            op = CustomBackward(custom)
         self.place(op, edges, custom.inputs, grads)
 
     def place(

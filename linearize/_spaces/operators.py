@@ -322,6 +322,7 @@ class LinearOperator:
             The number of the first column, and one tensor per leaf of `out_space`, its
             first dimension counting the columns of this chunk.
         """
+        check_whole(self.in_space, "columns of the matrix")
         chunk = self._chunk(chunk_size, self.in_space.size)
         for start, parts in units(self.in_space, chunk, "columns"):
             yield start, self._several(parts, adjoint=False)
@@ -341,6 +342,7 @@ class LinearOperator:
             dimension counting the rows of this chunk. For complex numbers these are the
             conjugates of the rows.
         """
+        check_whole(self.out_space, "rows of the matrix")
         chunk = self._chunk(chunk_size, self.out_space.size)
         for start, parts in units(self.out_space, chunk, "rows"):
             yield start, self._several(parts, adjoint=True)
@@ -461,6 +463,21 @@ def check_chunk_size(chunk_size: Any) -> None:
 def _same(a: Space, b: Space, what: str) -> None:
     if a.tensors != b.tensors:
         raise SpaceError(f"{what}: the spaces differ: {a!r} and {b!r}")
+    if a.group is not b.group:
+        raise SpaceError(
+            f"{what}: in one the vectors are whole, in the other each rank has a part, or the "
+            "groups differ: the inner products are not the same"
+        )
+
+
+def check_whole(space: Space, what: str) -> None:
+    """Raise if each rank has a part of the space's vectors only."""
+    if space.group is not None:
+        raise UnsupportedError(
+            f"{what}: each rank has a part of the vectors only, and unit vectors of all ranks at "
+            "once are none of the whole; use products, or linearize.scipy.aslinearoperator, whose "
+            "vectors are whole on every rank"
+        )
 
 
 class SelfAdjoint(LinearOperator):

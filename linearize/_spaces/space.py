@@ -100,12 +100,19 @@ class Space:
         What an element is called in errors: "tangent" or "cotangent".
     of
         What the structure is that of: "primals" or "value".
+
+    Attributes
+    ----------
+    group
+        Of whose ranks each has a part of an element, None for elements that are whole: what a
+        part is of, a process group knows.
     """
 
     __slots__ = (
         "_all_differentiable",
         "_row",
         "_single",
+        "group",
         "leaves",
         "of",
         "tensors",
@@ -120,6 +127,7 @@ class Space:
         self.leaves = tuple(leaves)
         self.word = word
         self.of = of
+        self.group: Any = None
         self.tensors = tuple([leaf for leaf in self.leaves if leaf is not None])
         self._all_differentiable = len(self.tensors) == len(self.leaves)
         #: The plain cases, one tensor or a tuple of tensors, need no pytree work.
@@ -172,7 +180,17 @@ class Space:
     def unpacked(self) -> Space:
         """Return the space of the only entry of a tuple of one; any other space as it is."""
         tree = self.tree.unpacked()
-        return self if tree is self.tree else Space(tree, self.leaves, self.word, self.of)
+        if tree is self.tree:
+            return self
+        space = Space(tree, self.leaves, self.word, self.of)
+        space.group = self.group
+        return space
+
+    def parts_of(self, group: Any) -> Space:
+        """Return the same space, an element of which is one rank's part of a larger one."""
+        space = Space(self.tree, self.leaves, self.word, self.of)
+        space.group = group
+        return space
 
     def flatten(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
         """Return the tensors of `tree`, one per differentiable leaf, None for zero.

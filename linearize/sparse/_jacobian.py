@@ -144,6 +144,7 @@ def jacobian(
         If the pattern has another shape.
     """
     A = of.jacobian if isinstance(of, Linearization) else of
+    check_whole(A.in_space, "a sparse Jacobian")
     check_chunk_size(chunk_size)
     if direction not in ("auto", "forward", "reverse"):
         raise OptionError(f'direction must be "auto", "forward" or "reverse", got {direction!r}')
