@@ -87,13 +87,13 @@ class Products:
     ) -> None:
         if isinstance(operator, Linearization):
             operator = operator.jacobian
-        for space in (operator.in_space, operator.out_space):
-            check_whole(space, "aslinearoperator")
         if not isinstance(operator, LinearOperator):
             raise StructureError(
                 "aslinearoperator: expected a linear operator or a linearization, got "
                 f"{type(operator).__name__}"
             )
+        for space in (operator.in_space, operator.out_space):
+            check_whole(space, "aslinearoperator")
         sides = [flat_spec(s).dtype for s in (operator.in_space, operator.out_space)]
         for dtype in sides:
             if dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):

@@ -190,7 +190,7 @@ def dot(space: Space, a: Any, b: Any) -> torch.Tensor:
     DistributedError
         If a rank cannot be reached.
     """
-    result = torch.vdot(_flat(space, a), _flat(space, b))
+    result: torch.Tensor = torch.vdot(_flat(space, a), _flat(space, b))
     if space.group is not None:
         _reduce(result, dist.ReduceOp.SUM, space.group, "an inner product")
     return result
@@ -209,8 +209,7 @@ def norm(space: Space, a: Any) -> torch.Tensor:
     torch.Tensor
         A real number.
     """
-    squared: torch.Tensor = dot(space, a, a).abs()
-    return squared.sqrt()
+    return dot(space, a, a).abs().sqrt()
 
 
 def _flat(space: Space, a: Any) -> torch.Tensor:

@@ -134,7 +134,7 @@ def check_linearization(
                 (
                     most(_difference(jv, expected))
                     for expected in _finite_differences(
-                        lambda x: _values(f, primals, x), _flat(primals), v, step
+                        lambda x: _values(f, primals, x), _flat(primals), v, step, most
                     )
                 ),
                 rtol,
@@ -302,16 +302,19 @@ def _values(f: Callable[..., Any], primals: Any, flat: Tensors) -> Tensors:
 
 
 def _finite_differences(
-    run: Callable[[Tensors], Tensors], at: Tensors, v: Tensors, step: float
+    run: Callable[[Tensors], Tensors],
+    at: Tensors,
+    v: Tensors,
+    step: float,
+    most: Most = _as_it_is,
 ) -> Iterator[Tensors]:
     """Yield (8 (f₊ - f₋) - (f₊₊ - f₋₋)) / 12h for smaller and smaller h, Fornberg (1988), table 1.
 
     Several, because a step that suits one entry of a primal may be far too long for another.
     """
-    size = max((float(x.abs().max()) for x in at if x.numel()), default=1.0)
-    first = (
-        step * max(size, 1e-2) / max((float(t.abs().max()) for t in v if t.numel()), default=1.0)
-    )
+    size = most(max((float(x.abs().max()) for x in at if x.numel()), default=1.0))
+    length = most(max((float(t.abs().max()) for t in v if t.numel()), default=1.0))
+    first = step * max(size, 1e-2) / length
     for h in (first, first / 10, first / 100):
 
         def moved(k: int, h: float = h) -> Tensors:

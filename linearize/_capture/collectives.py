@@ -113,8 +113,8 @@ def _summed(op: Any, name: str, group: Any) -> float:
         return 1.0 if text == "sum" else 1.0 / dist.get_world_size(group)
     raise UnsupportedError(
         f"{name}: a reduction by {text} inside f is not supported, as PyTorch's own backward of "
-        "it is not its derivative: gather the numbers and reduce them in f, or detach the argument "
-        "if nothing depends on it"
+        "it is not its derivative: gather the numbers and reduce them in f, or detach the "
+        "argument if nothing depends on it"
     )
 
 

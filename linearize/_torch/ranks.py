@@ -48,7 +48,7 @@ def group_of(group: Any) -> Any:
     if group is None:
         return dist.group.WORLD
     if isinstance(group, str):
-        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined]
+        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
     return group
 
 

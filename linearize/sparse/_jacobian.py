@@ -14,7 +14,7 @@ from .._points.jacobian import Jacobian
 from .._points.linearization import Linearization
 from .._spaces.compare import close
 from .._spaces.flat import join, random, split
-from .._spaces.operators import ChunkSize, LinearOperator, check_chunk_size
+from .._spaces.operators import ChunkSize, LinearOperator, check_chunk_size, check_whole
 from .._text.progress import progress
 from ..errors import LinearizeError, OptionError, SpaceError, StructureError
 from ._dependence import TooDenseError, dependence
@@ -46,7 +46,9 @@ def pattern(of: Linearization | Jacobian) -> Any:
     StructureError
         If what is given is neither.
     """
-    return _found(of.jacobian if isinstance(of, Linearization) else of)
+    J = of.jacobian if isinstance(of, Linearization) else of
+    check_whole(J.in_space, "a sparsity pattern")
+    return _found(J)
 
 
 def _found(J: Any) -> Any:

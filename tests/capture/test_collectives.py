@@ -4,7 +4,6 @@ Each collective is held against central differences of f as it is, and against J
 would have it: the sums of inner products over all ranks.
 """
 
-import warnings
 from datetime import timedelta
 
 import pytest
@@ -111,15 +110,10 @@ def over_all(number):
     return number
 
 
-def quiet():
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*deprecated")
-
-
 # -- scenes -----------------------------------------------------------------------------------
 
 
 def each_collective(rank, world):
-    quiet()
     for names, f in functions(rank, world):
         runs = []
         lin = lz.Linearizer(lambda x, f=f, runs=runs: runs.append(1) or f(x))
@@ -153,7 +147,6 @@ def each_collective(rank, world):
 
 def one_process(rank, world):
     """Linearize all ranks' parts as one function, and take each rank's rows and columns."""
-    quiet()
     parts = [rand(3, seed=r) for r in range(world)]
     x = torch.cat(parts)
 
@@ -218,7 +211,6 @@ def send_around(t, step):
 
 def of_its_own(rank, world):
     """A Function that communicates by its own methods, beside collectives and integers."""
-    quiet()
 
     def f(x):
         count = torch.tensor([4 + rank])
@@ -237,7 +229,6 @@ def of_its_own(rank, world):
 
 def different_graphs(rank, world):
     """Ranks compute different things around their collectives, and use them or not."""
-    quiet()
 
     def f(x):
         a = dnn.all_reduce(x.sin())
@@ -265,7 +256,6 @@ def different_graphs(rank, world):
 
 def groups(rank, world):
     """Rows and columns of a grid of four ranks, and a group that not all belong to."""
-    quiet()
     rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     row, column = rows[rank // 2], columns[rank % 2]
@@ -330,7 +320,6 @@ class Fails(torch.autograd.Function):
 
 def failures(rank, world):
     """One rank fails at each stage: all get the error, and go on with the same group."""
-    quiet()
     bad = rank == world - 1
     last = f"rank {world - 1}: "
     x, v = rand(4, seed=rank), rand(4, seed=10 + rank)
@@ -397,7 +386,6 @@ def failures(rank, world):
 
 def failure_in_f(rank, world):
     """A rank fails before its first collective: the others wait for the group's timeout."""
-    quiet()
     short = dist.new_group(timeout=timedelta(seconds=3))
     bad = rank == world - 1
 
@@ -426,18 +414,19 @@ def expect(words, call):
 # -- tests ------------------------------------------------------------------------------------
 
 
+SCENES = (
+    "each_collective",
+    "one_process",
+    "of_its_own",
+    "different_graphs",
+    "failures",
+    "failure_in_f",
+)
+
+
 def test_two_ranks(tmp_path):
-    scenes = "each_collective", "one_process", "of_its_own", "different_graphs", "failures", "failure_in_f"
-    together(2, tmp_path, __name__, *scenes)
+    together(2, tmp_path, __name__, *SCENES)
 
 
 def test_four_ranks(tmp_path):
-    scenes = (
-        "each_collective",
-        "one_process",
-        "of_its_own",
-        "different_graphs",
-        "groups",
-        "failures",
-    )
-    together(4, tmp_path, __name__, *scenes)
+    together(4, tmp_path, __name__, *SCENES, "groups")

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from datetime import timedelta
 
 import torch
@@ -20,6 +21,8 @@ def rand(*shape, seed=0):
 def worker(rank, world, store, module, scenes):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is deprecated")
     try:
         dist.init_process_group(
             "gloo",
@@ -38,7 +41,7 @@ def worker(rank, world, store, module, scenes):
     os._exit(0)
 
 
-def together(world, path, module, *scenes, seconds=120):
+def together(world, path, module, *scenes, seconds=240):
     """Run scenes in as many processes; a test fails if one of them does, or does not end."""
     context = mp.get_context("spawn")
     arguments = (world, str(path / "store"), module, scenes)
