@@ -30,7 +30,7 @@ from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
 from ._spaces.space import Space
 from .errors import DistributedError, UnsupportedError
 
-__all__ = ["RowJacobian", "dot", "gathered", "jacobian", "norm", "total"]
+__all__ = ["RowJacobian", "dot", "gathered", "jacobian", "norm", "parted", "total"]
 
 
 def __dir__() -> list[str]:
@@ -218,6 +218,38 @@ def _flat(space: Space, a: Any) -> torch.Tensor:
         return a.detach()
     given = zip(space.flatten(a), space.tensors, strict=True)
     return join(space, [spec.zeros() if t is None else t.detach() for t, spec in given])
+
+
+def parted(operator: LinearOperator, group: Group = None) -> LinearOperator:
+    """Return an operator whose vectors are parts of larger ones.
+
+    That those of an f with collectives are is known. It is not where custom Functions communicate
+    by methods of their own.
+
+    Parameters
+    ----------
+    operator
+        Maps this rank's part of one vector to its part of another.
+    group
+        The process group over which the parts are spread; None for the default one.
+
+    Returns
+    -------
+    LinearOperator
+        The same map. `dot` and `norm` of its spaces are those of whole vectors.
+    """
+    group = dist.group.WORLD if group is None else group
+    space = operator.in_space.parts_of(group)
+    if isinstance(operator, SelfAdjoint):
+        return SelfAdjoint(space, operator._apply, peak=operator._peak, name=operator._name)
+    return LinearOperator(
+        space,
+        operator.out_space.parts_of(group),
+        operator._apply,
+        operator._apply_adjoint,
+        peak=operator._peak,
+        name=operator._name,
+    )
 
 
 def gathered(operator: LinearOperator) -> LinearOperator:
