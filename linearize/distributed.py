@@ -323,7 +323,8 @@ class _Whole:
             raise _lost(what, error) from error
         if any(bool(p[..., -1].any()) for p in pieces):
             _raise(failure, self.group, what)
-        return torch.cat([p[..., :n] for p, n in zip(pieces, self.sizes, strict=True)], -1)
+        kept = [p[..., :n] for p, n in zip(pieces, self.sizes, strict=True)]
+        return torch.cat(kept, -1)
 
 
 def _whole_product(

@@ -16,8 +16,6 @@ import torch.distributed as dist
 
 from ..errors import UnsupportedError
 
-#: Where the Functions are defined whose contexts are the nodes of collectives.
-_FUNCTIONS = "torch.distributed.nn.functional"
 _FUNCTIONAL = "torch.distributed._functional_collectives"
 _GENERATED = "GeneratedBackwardFor_"
 
@@ -30,10 +28,10 @@ def distributed() -> bool:
 def collective_kind(cls: Any) -> str:
     """Return which collective the context of a Function belongs to; empty if to none.
 
-    Of `torch.distributed.nn.functional` it is the name of the class, of the functional
+    Of the Functions of `torch.distributed` it is the name of the class, of the functional
     collectives that of the operator.
     """
-    if cls.__module__ == _FUNCTIONS:
+    if str(cls.__module__).startswith("torch.distributed."):  # DTensor and FSDP have their own
         return str(cls.__name__)
     name = str(cls.__name__)
     for library in ("_c10d_functional_autograd", "_c10d_functional"):
