@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from ._capture.dependence import derivative
 from ._derivatives.gradient import gradient_and_value
 from ._points.jacobian import run
 from ._points.linearization import Linearization
@@ -32,6 +33,7 @@ from ._spaces.flat import Parts, zeros
 from ._spaces.operators import SelfAdjoint
 from ._spaces.space import Space
 from ._text.progress import progress
+from ._torch.modes import eagerly
 from ._torch.names import pytree
 from .errors import LinearizeError, OptionError, StructureError
 
@@ -171,6 +173,7 @@ class Curvature(SelfAdjoint):
         return max(product.program.peak_bytes() for product in kept.products)
 
 
+@eagerly
 def hessian(
     f: Callable[..., torch.Tensor],
     params: Any,
@@ -209,6 +212,7 @@ def hessian(
         In products, if something in f has no second derivative.
     """
 
+    @derivative
     def gradient_of(p: Any, *batch: Any) -> Any:
         return gradient_and_value(lambda q: f(q, *batch))(p)
 
@@ -224,6 +228,7 @@ def hessian(
     return _over_batches(linearized, params, batches, reduction, max_bytes, "Hessian")
 
 
+@eagerly
 def gauss_newton(
     model: Callable[..., Any],
     params: Any,
@@ -272,6 +277,7 @@ def gauss_newton(
     """
     criterion = _loss(loss)
 
+    @derivative
     def loss_gradient(y: Any, *targets: Any) -> Any:
         return gradient_and_value(lambda z: criterion(z, *targets))(y)
 
@@ -297,6 +303,7 @@ def gauss_newton(
     return _over_batches(linearized, params, batches, reduction, max_bytes, "GaussNewton")
 
 
+@eagerly
 def fisher(
     model: Callable[..., Any],
     params: Any,

@@ -305,7 +305,8 @@ class _Whole:
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of a vector, or of several."""
-        return whole.split(self.sizes, -1)[self.place]
+        parts: tuple[torch.Tensor, ...] = whole.split(self.sizes, -1)  # type: ignore[no-untyped-call]
+        return parts[self.place]
 
     def joined(self, part: torch.Tensor, failure: Exception | None, what: str) -> torch.Tensor:
         """Return the whole vector; a rank that has failed says so in the same message."""

@@ -32,7 +32,7 @@ class LinearizeError(Exception):
     """Base class of every error raised by this package."""
 
 
-class StructureError(LinearizeError, TypeError):
+class StructureError(LinearizeError, TypeError, RuntimeError):
     """A pytree does not have the structure, or a leaf not the kind, that is expected.
 
     Raised for a wrong number of tangents, a container of another type or length, a leaf
@@ -55,7 +55,7 @@ class CopyError(LinearizeError, TypeError):
     """
 
 
-class SpaceError(LinearizeError, ValueError):
+class SpaceError(LinearizeError, ValueError, RuntimeError):
     """A leaf has a shape, dtype or device other than its space's.
 
     Remedy: convert the leaf that the message names; nothing is cast or broadcast silently.
@@ -101,6 +101,15 @@ class ReuseError(LinearizeError, RuntimeError):
     over it is held against the graph of the point. The message names the node at which they
     part. The programs are forgotten: the next product of the point records its own. Remedy:
     none is needed but a report, this is a mistake of the package.
+    """
+
+
+class IndependenceWarning(UserWarning):
+    """A value does not depend on any primal, so that all of its derivatives are zero.
+
+    Most often something was lost: f left PyTorch (NumPy, `.item()`), detached its argument, ran
+    under `torch.no_grad()`, or reads a tensor from elsewhere in place of its argument. If it is
+    meant so: `warnings.filterwarnings("ignore", category=IndependenceWarning)`.
     """
 
 

@@ -78,7 +78,7 @@ def jvp(
             f"jvp: primals and tangents must be tuples, got {type(primals).__name__} and "
             f"{type(tangents).__name__}"
         )
-    point = Point(func, primals, has_aux)
+    point = Point(func, primals, has_aux, forward="jvp")
     if strict and any(v is None for v in point.here.jvp_fn.program.outputs):
         raise StructureError("jvp: strict=True, and an output does not depend on the primals")
     out = point.jvp(tangents)
@@ -152,7 +152,7 @@ def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..
         # `torch.func.linearize` itself is wrong inside other transforms.
         value = func(*primals)
         return value, lambda *tangents: torch.func.jvp(func, primals, tangents)[1]
-    point = Point(func, primals, has_aux=False)
+    point = Point(func, primals, has_aux=False, forward="linearize")
 
     def jvp_fn(*tangents: Any) -> Any:
         return point.jvp(tangents)

@@ -20,10 +20,13 @@ from typing import Any, Literal
 
 import torch
 
+from ._capture.dependence import derivative
 from ._derivatives.blocks import Direction, matrix, row_gradients
 from ._derivatives.gradient import check_scalar
 from ._derivatives.history import Point, handed_on
+from ._derivatives.sight import seen
 from ._spaces.operators import ChunkSize, check_chunk_size
+from ._torch.modes import eagerly
 from ._torch.names import pytree
 from .errors import OptionError, StructureError
 
@@ -42,6 +45,7 @@ _DIRECTIONS: dict[str, Direction] = {
 }
 
 
+@eagerly
 def jacobian(
     func: Callable[..., Any],
     inputs: Any,
@@ -104,12 +108,14 @@ def jacobian(
             "reverse-mode" if strategy == "auto" else strategy,
         )
     with torch.set_grad_enabled(create_graph):
-        point = Point(func, primals, has_aux=False)
+        forward = "jacobian" if strategy == "forward-mode" else ""
+        point = Point(func, primals, has_aux=False, forward=forward)
         if strict:
-            _check_strict(point, "jacobian")
+            _check_strict(point, "jacobian", each=True, varying=create_graph)
         return matrix(point, direction, chunk, unpack=single)
 
 
+@eagerly
 def hessian(
     func: Callable[..., Any],
     inputs: Any,
@@ -159,18 +165,20 @@ def hessian(
             func, inputs, create_graph, strict, vectorize, outer
         )
 
+    @derivative
     def gradient(*args: Any) -> Any:
-        value = func(*args)
+        value, sight = seen(func, args)
         check_scalar(value)
-        return row_gradients(value.reshape(()), args[0] if single else args)
+        return row_gradients(value.reshape(()), args[0] if single else args, sight)
 
     with torch.set_grad_enabled(create_graph):
         point = Point(gradient, primals, has_aux=False)
         if strict:
-            _check_strict(point, "hessian")
+            _check_strict(point, "hessian", each=True, varying=create_graph)
         return matrix(point, direction, chunk, unpack=single)
 
 
+@eagerly
 def hvp(
     func: Callable[..., Any],
     inputs: Any,
@@ -206,16 +214,17 @@ def hvp(
     if handed_on(primals, v):
         return torch.autograd.functional.hvp(func, inputs, v, create_graph, strict)  # type: ignore[no-any-return]
 
+    @derivative
     def value_and_gradient(*args: Any) -> tuple[Any, Any]:
-        value = func(*args)
+        value, sight = seen(func, args)
         check_scalar(value)
         # Both are outputs, and no `aux`, so that both keep their history.
-        return value, row_gradients(value.reshape(()), args)
+        return value, row_gradients(value.reshape(()), args, sight)
 
     with torch.set_grad_enabled(create_graph):
         point = Point(value_and_gradient, primals, has_aux=False)
         if strict:
-            _check_strict(point, "hvp")
+            _check_strict(point, "hvp", each=False, varying=False)
         value, gradient = point.value
         if v is None:
             if sum(t.numel() for t in pytree.tree_leaves(gradient)) != 1:
@@ -227,6 +236,7 @@ def hvp(
     return value, product[0] if single else product
 
 
+@eagerly
 def vhp(
     func: Callable[..., Any],
     inputs: Any,
@@ -269,6 +279,38 @@ def _options(strategy: str, chunk_size: ChunkSize) -> Direction:
     return _DIRECTIONS[strategy]
 
 
-def _check_strict(point: Point, what: str) -> None:
-    if any(v is None for v in point.here.jvp_fn.program.outputs):
-        raise StructureError(f"{what}: strict=True, and an output does not depend on the inputs")
+def _check_strict(point: Point, what: str, *, each: bool, varying: bool) -> None:
+    """Raise as PyTorch does in strict mode.
+
+    Parameters
+    ----------
+    point
+        The function, or its gradient.
+    what
+        Who asks.
+    each
+        Whether each output must depend on each input, or each on some other.
+    varying
+        Whether the derivative must depend on something too.
+    """
+    table = point.dependence()
+    if not each:
+        lonely = [i for i, row in enumerate(table) if not any(row)]
+        if lonely:
+            raise StructureError(
+                f"{what}: strict=True, and output {lonely[0]} depends on no input"
+            )
+        table = [[any(row[j] for row in table) for j in range(len(table[0]))]]
+    for i, row in enumerate(table):
+        for j, depends in enumerate(row):
+            if not depends:
+                output = f"output {i}" if each else "the output"
+                raise StructureError(
+                    f"{what}: strict=True, and {output} does not depend on input {j}"
+                )
+    if varying:
+        for i, j in point.constant_blocks():
+            raise StructureError(
+                f"{what}: strict=True and create_graph=True, and the derivative of output {i} by "
+                f"input {j} is constant"
+            )

@@ -19,12 +19,15 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ._capture.capture import Capture, capture
+from ._capture.dependence import derivative
+from ._capture.graph import other_leaves
 from ._derivatives.gradient import gradient_and_value
 from ._points.linearization import Linearization
-from ._points.linearizer import Linearizer
 from ._spaces.flat import Parts, join, split
 from ._spaces.operators import LinearOperator
 from ._spaces.space import Space, differentiable
+from ._torch.modes import eagerly
 from ._torch.names import pytree
 from .errors import LinearizeError, SpaceError, UnsupportedError
 
@@ -58,6 +61,7 @@ def dense(A: LinearOperator, b: torch.Tensor) -> torch.Tensor:
     return x
 
 
+@eagerly
 def root(
     f: Callable[..., Any],
     x: Any,
@@ -106,8 +110,10 @@ def root(
     fixed = pytree.tree_unflatten(
         [t.detach() if differentiable(t) else t for t in leaves], structure
     )
-    here = Linearizer(f, maxsize=0).at(start, *fixed)
-    here._check_whole("root")
+    captured = capture(f, (start, *fixed), {}, range(1 + len(fixed)))
+    if torch.is_grad_enabled():
+        _check_closure(captured)
+    here = Linearization(captured)
     value = [t for t in here.out_space.flatten(_differentiable(here.value)) if t is not None]
     if here.out_space.size != space.size:
         raise SpaceError(
@@ -127,6 +133,7 @@ def root(
     return space.unflatten(list(results), others)
 
 
+@eagerly
 def minimum(
     loss: Callable[..., torch.Tensor],
     x: Any,
@@ -157,12 +164,14 @@ def minimum(
         As for `root`.
     """
 
+    @derivative
     def gradient(x: Any, *params: Any) -> Any:
         return gradient_and_value(lambda x: loss(x, *params))(x)[0]
 
     return root(gradient, x, *params, solve=solve, tol=tol)
 
 
+@eagerly
 def least_squares(
     residual: Callable[..., Any],
     x: Any,
@@ -198,6 +207,19 @@ def least_squares(
         return torch.stack([(t * t).sum() for t in leaves]).sum() / 2
 
     return minimum(half, x, *params, solve=solve, tol=tol)
+
+
+def _check_closure(captured: Capture) -> None:
+    """Raise if f depends on tensors that require grad besides its arguments."""
+    others = other_leaves(captured.edges, [node for _, node in captured.leaves])
+    if others:
+        shapes = ", ".join(str(tuple(t.shape)) for t in others[:5])
+        raise UnsupportedError(
+            f"root: f depends on {len(others)} tensor(s) that require grad and are no arguments of "
+            f"it (shapes {shapes}{', ...' if len(others) > 5 else ''}): the solution would have no "
+            "derivative by them. Pass them as params (for a module: dict(net.named_parameters()) "
+            "and torch.func.functional_call), or detach() them if they are constants"
+        )
 
 
 class _System:

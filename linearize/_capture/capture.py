@@ -19,11 +19,12 @@ from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
-from .._torch.modes import functorch_active
+from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, pytree
 from .._torch.ranks import collectives_seen
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
+from .dependence import check_not_behind, is_derivative, warn_independent
 from .graph import Edge, Graph
 from .reads import Reads, scripted_state
 from .trace import Trace
@@ -57,6 +58,8 @@ class Capture:
         Knows the lines of f; None if it was not traced.
     name
         Of f.
+    derivative
+        Whether f is the derivative of another function, and so may well be constant.
     """
 
     value: Any
@@ -71,11 +74,15 @@ class Capture:
     outputs: list[torch.Tensor]
     trace: Trace | None = None
     name: str = ""
+    derivative: bool = False
 
     def graph(self) -> Graph:
         """Return the graph between value and primals."""
         leaves = [node for _, node in self.leaves]
-        return Graph(self.edges, leaves, self.records, self.trace, self.owners)
+        graph = Graph(self.edges, leaves, self.records, self.trace, self.owners)
+        if not graph.order and self.edges and not self.derivative:
+            warn_independent(f"the value of {self.name}")
+        return graph
 
 
 def capture(
@@ -122,6 +129,12 @@ def capture(
         raise UnsupportedError(
             "a Linearizer cannot run inside torch.func transforms (vmap, grad, jvp, ...); "
             "linearize the transformed function instead, or use linearize.func"
+        )
+    if being_traced():
+        raise UnsupportedError(
+            "a Linearizer cannot be traced (make_fx, torch.export): the trace would hold the "
+            "numbers of this one point; trace functions of linearize.func, which go to torch.func "
+            "there, or linearize before the trace"
         )
     given, tree = flatten(tuple([args[i] for i in argnums]))
     _check_layouts(given, tree)
@@ -187,6 +200,9 @@ def capture(
         edges = [
             _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
         ]
+        chosen_leaves = [x for x in given if differentiable(x)]
+        names = [f"primal{p}" for x, p in zip(given, tree.paths, strict=True) if differentiable(x)]
+        check_not_behind(edges, chosen_leaves, nodes, names)
         made = (owner_of(x) for x in outputs if isinstance(x, torch.Tensor))
         owners = [node for node in made if node is not None]
     return Capture(
@@ -202,6 +218,7 @@ def capture(
         outputs=[x for x in outputs if differentiable(x)],
         trace=traced,
         name=getattr(f, "__qualname__", None) or type(f).__name__,
+        derivative=is_derivative(f),
     )
 
 

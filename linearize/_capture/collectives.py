@@ -336,8 +336,8 @@ class CollectiveNode:
         if make_one is None:
             raise UnsupportedError(
                 f"{kind}: this is not supported inside f (if it is of a DTensor, or of a module "
-                "that fully_shard was applied to, compute with to_local()); use all_reduce, all_gather, "
-                "reduce_scatter, all_to_all, broadcast, reduce, gather or scatter of "
+                "that fully_shard was applied to, compute with to_local()); use all_reduce, "
+                "all_gather, reduce_scatter, all_to_all, broadcast, reduce, gather or scatter of "
                 "torch.distributed.nn.functional, or a custom Function with a jvp and a backward"
             )
         return make_one(ctx, group)

@@ -428,13 +428,14 @@ class CustomNode:
 
     def _fit(self, result: Any, spec: TensorSpec, i: int) -> torch.Tensor:
         """Sum and cast a gradient as the engine does."""
-        if not isinstance(result, torch.Tensor) or result.layout is not torch.strided:
+        if not isinstance(result, torch.Tensor):
             raise FunctionContractError(
                 f"{self.name}.backward returned {_kind(result)} as gradient {i}, expected a "
                 f"tensor {spec} or None"
             )
         # A copy, because user code may write to the same buffer at the next call.
-        t: torch.Tensor = result.clone()
+        sparse = result.layout is not torch.strided
+        t: torch.Tensor = result.to_dense() if sparse else result.clone()
         if spec.matches(t):
             return t
         if t.device != spec.device and t.dim() > 0:

@@ -56,7 +56,7 @@ class Graph:
         # Other ranks may wait for a collective from which nothing comes to the value here.
         shared = records.communicating()
         above = [edge[0] for edge in roots if edge is not None]
-        self.order = _between([*above, *shared], self.leaves, shared)
+        self.order = between([*above, *shared], self.leaves, shared)
         if shared:
             self.order = _latest_first(self.order, self.leaves)
         self.keys: dict[Node, tuple[Any, ...]] = {}
@@ -71,6 +71,11 @@ class Graph:
         }
         #: Whether contexts were made that are no nodes here: they may be inside others.
         self.hidden = len(records) > len(self.custom)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether there are collectives among the nodes."""
+        return any(isinstance(node, CollectiveNode) for node in self.custom.values())
 
     def label(self, node: Node) -> str:
         """Return a node's name; it knows the line of f that made it, if f was traced."""
@@ -109,7 +114,7 @@ def _latest_first(order: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
     return found
 
 
-def _between(
+def between(
     roots: Sequence[Node], leaves: Sequence[Node], always: Sequence[Node] = ()
 ) -> list[Node]:
     """Return the nodes on paths from `roots` to `leaves`, in topological order.
@@ -155,6 +160,17 @@ def _between(
     return post_order[::-1]
 
 
+#: Marks the cotangents that are no tensors of the user's.
+_SEED = "_linearize_seed"
+
+
+def as_seed(cotangent: torch.Tensor) -> torch.Tensor:
+    """Return a cotangent as a leaf with a history of its own, which counts for nobody's."""
+    seed = cotangent.detach().requires_grad_()
+    setattr(seed, _SEED, True)
+    return seed
+
+
 def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[torch.Tensor]:
     """Return the leaf tensors that a graph leads to besides `leaves`."""
     seen: set[Node] = set(leaves)
@@ -166,7 +182,7 @@ def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[t
             continue
         seen.add(node)
         variable = leaf_variable(node)
-        if variable is not None:
+        if variable is not None and not hasattr(variable, _SEED):
             found.append(variable)
         stack.extend(child for child, _ in node.next_functions if child is not None)
     return found

@@ -11,7 +11,7 @@ import torch
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._programs.program import Equation, Operation, Program
-from .._torch.modes import functorch_active, outside_transforms, unobserved
+from .._torch.modes import being_traced, functorch_active, outside_transforms, unobserved
 from ..errors import AdjointError
 from .adjoint import Balance, Tensors, Transposed, check_built_in, node_of, rounding_limit
 
@@ -100,7 +100,7 @@ class Proof:
 
     def _serves(self, binding: Binding, arguments: Sequence[torch.Tensor]) -> bool:
         """Whether the first product can be held against the pullback."""
-        if functorch_active() or not all(map(_is_generic, arguments)):
+        if functorch_active() or being_traced() or not all(map(_is_generic, arguments)):
             return False
         if any(op.communicates for op in binding.ops):
             return False  # nobody may have to run it a second time, which others would not

@@ -7,13 +7,15 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from .._capture.dependence import derivative
 from .._spaces.flat import units
 from .._spaces.operators import ChunkSize, check_chunk_size
 from .._spaces.space import Space, TensorSpec, differentiable
 from .._torch.names import pytree
 from ..errors import MissingDerivativeError, OptionError, StructureError, UnsupportedError
 from .gradient import gradients
-from .history import History, Live, Point, handed_on
+from .history import Live, Point, handed_on
+from .sight import Sight, seen
 
 Direction: TypeAlias = Literal["auto", "forward", "reverse"]
 ArgNums: TypeAlias = int | tuple[int, ...]
@@ -112,10 +114,13 @@ def hessian(
         g, chosen = _in_chosen(func, argnums, args, kwargs)
         single = isinstance(argnums, int)
 
-        def derivative(*primals: Any) -> Any:
-            return row_gradients(g(*primals), primals[0] if single else primals)
+        @derivative
+        def rows(*primals: Any) -> Any:
+            value, sight = seen(g, primals)
+            sight.check_regions(value, "hessian")
+            return row_gradients(value, primals[0] if single else primals, sight)
 
-        point = Point(derivative, chosen, has_aux=False)
+        point = Point(rows, chosen, has_aux=False)
         return matrix(point, "auto", chunk_size, unpack=single)
 
     return hessian_of
@@ -136,7 +141,8 @@ def _transform(
         if handed_on(args):
             return torchs(func, argnums, has_aux=has_aux, **options)(*args, **kwargs)
         g, chosen = _in_chosen(func, argnums, args, kwargs)
-        point = Point(g, chosen, has_aux)
+        forward = "jacfwd" if direction == "forward" else ""
+        point = Point(g, chosen, has_aux, forward=forward)
         blocks = matrix(point, direction, chunk_size, unpack=isinstance(argnums, int))
         return (blocks, point.aux) if has_aux else blocks
 
@@ -221,7 +227,7 @@ def _blocks(point: Point, direction: Direction, chunk_size: ChunkSize) -> list[t
         images = [torch.stack(list(row)) for row in rows]
         return _cut(images if forward else [t.conj() for t in images], ours, theirs, forward)
 
-    return History(again, live.leaves, live.originals).attach(numbers)
+    return live.history(again).attach(numbers)
 
 
 def _images(live: Live, space: Space, forward: bool) -> list[Sequence[torch.Tensor]]:
@@ -250,7 +256,7 @@ def _cut(
     ]
 
 
-def row_gradients(output: Any, primals: Any) -> Any:
+def row_gradients(output: Any, primals: Any, sight: Sight) -> Any:
     """Return the Jacobian of an output by one backward for each of its numbers, with history."""
     leaves, spec = pytree.tree_flatten(primals)
     inputs = [t for t in leaves if differentiable(t)]
@@ -260,7 +266,7 @@ def row_gradients(output: Any, primals: Any) -> Any:
             raise StructureError(
                 f"hessian: expected floating point tensors as output, got {type(y).__name__}"
             )
-        each = [gradients(number, inputs) for number in y.reshape(-1)]
+        each = [gradients(number, inputs, sight) for number in y.reshape(-1)]
         stacked = iter(
             [
                 torch.stack(list(column)).reshape(y.shape + x.shape)
@@ -271,4 +277,6 @@ def row_gradients(output: Any, primals: Any) -> Any:
             [next(stacked) if differentiable(t) else None for t in leaves], spec
         )
 
-    return pytree.tree_map(rows, output)
+    result = pytree.tree_map(rows, output)
+    sight.warn_if_independent()
+    return result

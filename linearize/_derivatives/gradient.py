@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from .._capture.dependence import derivative, read_behind
+from .._capture.graph import Edge, other_leaves
 from .._spaces.space import differentiable
+from .._torch.graphs import gradient_edge
 from .._torch.names import pytree
 from ..errors import StructureError
+from .sight import Sight
 
 
 def gradient_and_value(f: Callable[..., Any]) -> Callable[..., tuple[Any, torch.Tensor]]:
@@ -24,11 +28,16 @@ def gradient_and_value(f: Callable[..., Any]) -> Callable[..., tuple[Any, torch.
         A function of one pytree that returns one real number as a tensor.
     """
 
+    @derivative
     def gradient(x: Any) -> tuple[Any, torch.Tensor]:
-        value = f(x)
-        check_scalar(value)
         leaves, spec = pytree.tree_flatten(x)
-        grads = iter(gradients(value, [t for t in leaves if differentiable(t)]))
+        inputs = [t for t in leaves if differentiable(t)]
+        sight = Sight(inputs)
+        with sight.running():
+            value = f(x)
+        check_scalar(value)
+        grads = iter(gradients(value, inputs, sight))
+        sight.warn_if_independent()
         tree = pytree.tree_unflatten(
             [next(grads) if differentiable(t) else None for t in leaves], spec
         )
@@ -37,13 +46,42 @@ def gradient_and_value(f: Callable[..., Any]) -> Callable[..., tuple[Any, torch.
     return gradient
 
 
-def gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def gradients(
+    value: torch.Tensor, inputs: list[torch.Tensor], sight: Sight
+) -> tuple[torch.Tensor, ...]:
     """Return the gradient of one number, differentiable again; zeros where it does not depend."""
-    if not value.requires_grad:
-        return tuple(torch.zeros_like(t) for t in inputs)
-    return torch.autograd.grad(
-        value.reshape(()), inputs, create_graph=True, allow_unused=True, materialize_grads=True
+    grads: Sequence[torch.Tensor | None] = [None] * len(inputs)
+    if value.requires_grad:
+        number = value.reshape(())
+        grads = sight.gradients([number], inputs, [torch.ones_like(number)])
+    if any(g is None for g in grads):
+        _look_behind(value, inputs, grads)
+    return tuple(
+        torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)
     )
+
+
+def _look_behind(
+    value: torch.Tensor, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+) -> None:
+    """Raise or warn if a function lost its inputs; these are aliases of what it was given."""
+    others = (
+        {_place(t): t for t in other_leaves([_edge(value)], [])} if value.requires_grad else {}
+    )
+    for i, (x, g) in enumerate(zip(inputs, grads, strict=True)):
+        behind = others.get(_place(x))
+        if g is None and behind is not None and behind is not x:
+            raise read_behind(f"primal leaf {i}", x)
+
+
+def _place(t: torch.Tensor) -> tuple[object, ...]:
+    """Return where the numbers of a tensor are."""
+    return t.data_ptr(), t.shape, t.dtype, t.device
+
+
+def _edge(t: torch.Tensor) -> Edge:
+    edge = gradient_edge(t)
+    return edge.node, edge.output_nr
 
 
 def check_scalar(value: Any) -> None:

@@ -7,18 +7,21 @@ history of the one run to these numbers; it is used only if somebody differentia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from .._capture.capture import Capture, capture
-from .._capture.graph import other_leaves
+from .._capture.dependence import derivative, is_derivative
+from .._capture.graph import between, other_leaves
 from .._points.linearization import Linearization
 from .._points.product import Product
 from .._spaces.space import differentiable
-from .._torch.modes import functorch_active
+from .._torch.graphs import gradient_edge
+from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, has_forward_tangent, pytree
+from .sight import Sight, seen
 
 
 class History:
@@ -32,6 +35,8 @@ class History:
         What they depend on in the private graph.
     originals
         The tensors outside that the leaves stand for.
+    sight
+        What was seen of the run of f.
     """
 
     def __init__(
@@ -39,8 +44,10 @@ class History:
         make: Callable[[], Sequence[torch.Tensor]],
         leaves: Sequence[torch.Tensor],
         originals: Sequence[torch.Tensor],
+        sight: Sight,
     ) -> None:
         self.make = make
+        self.sight = sight
         self.leaves = list(leaves)
         self.originals = list(originals)
 
@@ -70,41 +77,45 @@ class _Attached(torch.autograd.Function):
             used = [(y, u) for y, u in zip(results, us, strict=True) if y.requires_grad]
             if not used:
                 return (None, None, *(None for _ in history.leaves))
-            grads = torch.autograd.grad(
-                [y for y, _ in used],
-                history.leaves,
-                [u for _, u in used],
-                create_graph=higher,
-                retain_graph=True,
-                allow_unused=True,
-            )
+            arguments = [y for y, _ in used], history.leaves, [u for _, u in used]
             if higher:
+                grads = history.sight.gradients(*arguments)
                 present = [g for g in grads if g is not None]
                 behind = History(
-                    lambda: present, [*history.leaves, *us], [*ctx.saved_tensors, *cotangents]
+                    lambda: present,
+                    [*history.leaves, *us],
+                    [*ctx.saved_tensors, *cotangents],
+                    history.sight,
                 )
                 attached = iter(behind.attach(present))
                 grads = tuple(None if g is None else next(attached) for g in grads)
+            else:
+                grads = torch.autograd.grad(*arguments, retain_graph=True, allow_unused=True)
         return (None, None, *grads)
 
 
 class Live:
     """The autograd graph of one run, for derivatives of products at the point itself."""
 
-    def __init__(self, captured: Capture, primals: Any) -> None:
+    def __init__(
+        self, captured: Capture, primals: Any, sight: Sight, aux: Sequence[torch.Tensor] = ()
+    ) -> None:
         self.outputs = captured.outputs
+        self.sight = sight
         self.aliases = [t for t, _ in captured.leaves]
-        outer = other_leaves(captured.edges, [node for _, node in captured.leaves])
+        beside = [gradient_edge(t) for t in aux]
+        edges = [*captured.edges, *((e.node, e.output_nr) for e in beside)]
+        outer = other_leaves(edges, [node for _, node in captured.leaves])
         given = [t for t in pytree.tree_leaves(primals) if differentiable(t)]
         #: What value and products depend on: primals that require grad, and closed-over tensors.
         pairs = [(a, x) for a, x in zip(self.aliases, given, strict=True) if x.requires_grad]
         self.leaves = [*(a for a, _ in pairs), *outer]
         self.originals = [*(x for _, x in pairs), *outer]
 
-    def value(self) -> list[torch.Tensor]:
-        """Return the outputs with their history."""
-        numbers = [y.detach() for y in self.outputs]
-        return History(lambda: self.outputs, self.leaves, self.originals).attach(numbers)
+    def attached(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return results of the run with their history on the originals."""
+        numbers = [y.detach() for y in results]
+        return self.history(lambda: results).attach(numbers)
 
     def product(
         self,
@@ -118,51 +129,122 @@ class Live:
         the product formed anew in the graph of the run.
         """
         own = [t.detach().requires_grad_() for t in arguments]
-        history = History(lambda: graph(own), [*self.leaves, *own], [*self.originals, *arguments])
-        return history.attach(numbers)
+        return self.history(lambda: graph(own), own, arguments).attach(numbers)
+
+    def history(
+        self,
+        make: Callable[[], Sequence[torch.Tensor]],
+        own: Sequence[torch.Tensor] = (),
+        arguments: Sequence[torch.Tensor] = (),
+    ) -> History:
+        """Return the history of results that `make` forms in the graph of the run.
+
+        They depend on `own` too, leaves that stand for `arguments`.
+        """
+        return History(make, [*self.leaves, *own], [*self.originals, *arguments], self.sight)
 
     def pullback(self, cotangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return Jᵀ·u with its history."""
-        return _gradients(self.outputs, self.aliases, cotangents)
+        return self._gradients(self.outputs, self.aliases, cotangents)
 
     def pushforward(self, tangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return J·v with its history: the derivative of Jᵀ·u with respect to u."""
         at = [torch.zeros_like(y, requires_grad=True) for y in self.outputs]
-        return _gradients(self.pullback(at), at, tangents)
+        return self._gradients(self.pullback(at), at, tangents)
 
-
-def _gradients(
-    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], cotangents: Any
-) -> Sequence[torch.Tensor]:
-    used = [(y, u) for y, u in zip(outputs, cotangents, strict=True) if y.requires_grad]
-    if not used:
-        return [torch.zeros_like(x) for x in inputs]
-    return torch.autograd.grad(
-        [y for y, _ in used],
-        inputs,
-        [u for _, u in used],
-        create_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    def _gradients(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        cotangents: Sequence[torch.Tensor],
+    ) -> Sequence[torch.Tensor]:
+        used = [(y, u) for y, u in zip(outputs, cotangents, strict=True) if y.requires_grad]
+        if not used:
+            return [torch.zeros_like(x) for x in inputs]
+        return self.sight.gradients(
+            [y for y, _ in used], inputs, [u for _, u in used], materialize_grads=True
+        )
 
 
 class Point:
-    """A linearization whose value and products keep their history where there is one."""
+    """A linearization whose value and products keep their history where there is one.
 
-    def __init__(self, f: Callable[..., Any], primals: Any, has_aux: bool) -> None:
-        captured = capture(f, primals, {}, range(len(primals)), has_aux=has_aux)
+    Parameters
+    ----------
+    f
+        The function.
+    primals
+        The tuple of its arguments.
+    has_aux
+        Whether it returns `(value, aux)`.
+    forward
+        The name of a function whose counterpart in PyTorch differentiates through `no_grad`.
+    """
+
+    def __init__(
+        self, f: Callable[..., Any], primals: Any, has_aux: bool, *, forward: str = ""
+    ) -> None:
+        results: list[Any] = []
+        sights: list[Sight] = []
+
+        def watched(*args: Any) -> Any:
+            result, sight = seen(f, args)
+            if forward:
+                sight.check_regions(result[0] if has_aux else result, forward)
+            results.append(result)
+            sights.append(sight)
+            return result
+
+        if is_derivative(f):
+            derivative(watched)
+        captured = capture(watched, primals, {}, range(len(primals)), has_aux=has_aux)
+        captured.name = getattr(f, "__qualname__", None) or type(f).__name__
+        self._captured = captured
         self.here = Linearization(captured)
         self.aux = captured.aux
         self.value = self.here.value
-        self.live = Live(captured, primals) if torch.is_grad_enabled() else None
-        if self.live is not None and not self.live.leaves:
-            self.live = None
-        if self.live is not None:
-            outputs = iter(self.live.value())
-            self.value = pytree.tree_map(
-                lambda t: next(outputs) if differentiable(t) else t, self.here.value
+        self.live: Live | None = None
+        if torch.is_grad_enabled():
+            self._attach(captured, primals, results.pop()[1] if has_aux else None, sights.pop())
+
+    def _attach(self, captured: Capture, primals: Any, aux: Any, sight: Sight) -> None:
+        """Give value and aux the history that they have on tensors outside."""
+        beside = [t for t in pytree.tree_leaves(aux) if differentiable(t) and t.requires_grad]
+        live = Live(captured, primals, sight, beside)
+        if not live.leaves:
+            return
+        self.live = live
+        outputs = iter(live.attached(live.outputs))
+        self.value = pytree.tree_map(
+            lambda t: next(outputs) if differentiable(t) else t, self.here.value
+        )
+        if beside:
+            known = dict(zip(map(id, beside), live.attached(beside), strict=True))
+            detached = iter(pytree.tree_leaves(self.aux))
+            leaves, spec = pytree.tree_flatten(aux)
+            self.aux = pytree.tree_unflatten(
+                [known.get(id(t), own) for t, own in zip(leaves, detached, strict=True)], spec
             )
+
+    def dependence(self) -> list[list[bool]]:
+        """Return for each output whether it depends on each primal, as far as the graph tells."""
+        nodes = [node for _, node in self._captured.leaves]
+        rows = []
+        for edge in self._captured.edges:
+            reached = set(between([] if edge is None else [edge[0]], nodes))
+            rows.append([node in reached for node in nodes])
+        return rows
+
+    def constant_blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the numbers of outputs and primals whose derivative depends on nothing."""
+        aliases = [t for t, _ in self._captured.leaves]
+        for i, y in enumerate(self._captured.outputs):
+            grads = torch.autograd.grad(
+                y, aliases, torch.ones_like(y), create_graph=True, allow_unused=True
+            )
+            for j, g in enumerate(grads):
+                if g is None or not g.requires_grad:
+                    yield i, j
 
     def jvp(self, tangents: Any) -> Any:
         """Return J·v; integer outputs have a zero of their own dtype, as in `torch.func`."""
@@ -199,5 +281,9 @@ class Point:
 
 
 def handed_on(*trees: Any) -> bool:
-    """Whether a call must go to `torch.func`, because it runs inside one of its transforms."""
-    return functorch_active() or any(has_forward_tangent(t) for t in pytree.tree_leaves(trees))
+    """Whether a call must go to PyTorch: inside one of its transforms, or in a trace."""
+    return (
+        being_traced()
+        or functorch_active()
+        or any(has_forward_tangent(t) for t in pytree.tree_leaves(trees))
+    )

@@ -126,7 +126,9 @@ _known: dict[Any, bool] = {}
 
 
 def _key(op: OpOverload, template: Any, given: Sequence[torch.Tensor]) -> Any:
-    kinds = tuple((tuple(t.shape), t.dtype, t.device.type, batched_or_wrapped(t)) for t in given)
+    kinds = tuple(
+        (tuple(t.shape), t.dtype, t.device.type, t.layout, batched_or_wrapped(t)) for t in given
+    )
     return op, repr(template), kinds
 
 

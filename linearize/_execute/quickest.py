@@ -10,66 +10,67 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from .._torch.names import aten, bare, native_function, native_method
 
-from .._torch.names import aten, bare
-
-_FUNCTIONS: dict[Any, str] = {
-    torch.add: "Tensor",
-    torch.addcmul: "default",
-    torch.addmm: "default",
-    torch.baddbmm: "default",
-    torch.bmm: "default",
-    torch.cat: "default",
-    torch.clone: "default",
-    torch.conj_physical: "default",
-    torch.convolution: "default",
-    torch.cos: "default",
-    torch.div: "Tensor Scalar",
-    torch.dot: "default",
-    torch.exp: "default",
-    torch.flip: "default",
-    torch.gather: "default",
-    torch.index_add: "default",
-    torch.index_select: "default",
-    torch.matmul: "default",
-    torch.mean: "dim",
-    torch.mm: "default",
-    torch.mul: "Tensor Scalar",
-    torch.mv: "default",
-    torch.neg: "default",
-    torch.permute: "default",
-    torch.reciprocal: "default",
-    torch.reshape: "default",
-    torch.roll: "default",
-    torch.scatter_add: "default",
-    torch.select: "int",
-    torch.sin: "default",
-    torch.squeeze: "dim dims",
-    torch.stack: "default",
-    torch.sub: "Tensor",
-    torch.sum: "default dim_IntList",
-    torch.t: "default",
-    torch.transpose: "int",
-    torch.unbind: "int",
-    torch.unsqueeze: "default",
-    torch.where: "self",
+#: By name, and fetched from where PyTorch keeps them: what stands in `torch` itself other packages
+#: replace by functions of their own.
+_FUNCTIONS = {
+    "add": "Tensor",
+    "addcmul": "default",
+    "addmm": "default",
+    "baddbmm": "default",
+    "bmm": "default",
+    "cat": "default",
+    "clone": "default",
+    "conj_physical": "default",
+    "convolution": "default",
+    "cos": "default",
+    "div": "Tensor Scalar",
+    "dot": "default",
+    "exp": "default",
+    "flip": "default",
+    "gather": "default",
+    "index_add": "default",
+    "index_select": "default",
+    "matmul": "default",
+    "mean": "dim",
+    "mm": "default",
+    "mul": "Tensor Scalar",
+    "mv": "default",
+    "neg": "default",
+    "permute": "default",
+    "reciprocal": "default",
+    "reshape": "default",
+    "roll": "default",
+    "scatter_add": "default",
+    "select": "int",
+    "sin": "default",
+    "squeeze": "dim dims",
+    "stack": "default",
+    "sub": "Tensor",
+    "sum": "default dim_IntList",
+    "t": "default",
+    "transpose": "int",
+    "unbind": "int",
+    "unsqueeze": "default",
+    "where": "self",
 }
-_METHODS: dict[Any, str] = {
-    torch.Tensor.add_: "Tensor",
-    torch.Tensor.addcmul_: "default",
-    torch.Tensor.addmm_: "default",
-    torch.Tensor.baddbmm_: "default",
-    torch.Tensor.div_: "Tensor Scalar",
-    torch.Tensor.expand: "default",
-    torch.Tensor.mul_: "Tensor Scalar",
-    torch.Tensor.neg_: "default",
-    torch.Tensor.sub_: "Tensor",
-    torch.Tensor.view: "default",
+_METHODS = {
+    "add_": "Tensor",
+    "addcmul_": "default",
+    "addmm_": "default",
+    "baddbmm_": "default",
+    "div_": "Tensor Scalar",
+    "expand": "default",
+    "mul_": "Tensor Scalar",
+    "neg_": "default",
+    "sub_": "Tensor",
+    "view": "default",
 }
 _QUICK: dict[Any, Callable[..., Any]] = {
-    getattr(getattr(aten, function.__name__), overload): function
-    for function, overloads in (_FUNCTIONS | _METHODS).items()
+    getattr(getattr(aten, name), overload): fetch(name)
+    for fetch, table in ((native_function, _FUNCTIONS), (native_method, _METHODS))
+    for name, overloads in table.items()
     for overload in overloads.split()
 }
 

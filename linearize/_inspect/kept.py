@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, overload
 import torch
 
 from .._capture.graph import Graph
-from .._programs.program import Operation, Program
+from .._programs.program import Operation, Program, dense_parts
 from .._programs.residuals import Residual
 from .._text.labels import Line, lines_of, name_of, named
 from .._text.tables import as_html, as_text, clipped, code, framed, size
@@ -196,8 +196,8 @@ class _Entry:
     def listed(self, primals: set[int], seen: set[int]) -> KeptTensor:
         t = self.tensor
         count, note = 0, "watched" if self.watched else ""
-        if t.layout == torch.strided:
-            storage = t.untyped_storage()
+        for part in dense_parts(t):
+            storage = part.untyped_storage()
             pointer = storage.data_ptr()
             if not pointer:
                 pass  # its numbers are not kept
@@ -206,7 +206,7 @@ class _Entry:
             elif pointer in seen:
                 note = "shared"
             else:
-                count = storage.nbytes()
+                count += storage.nbytes()
             seen.add(pointer)
         what = (tuple(t.shape), t.dtype, t.device, count, self.operations, self.lines)
         return KeptTensor(*what, self.keepers, note)

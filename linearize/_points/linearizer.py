@@ -17,6 +17,7 @@ from .._capture.contexts import ContextRecords
 from .._forms.compiled import Options
 from .._reuse.shared import Structures
 from .._spaces.trees import flatten
+from .._torch.modes import eagerly
 from ..errors import CopyError, OptionError, StructureError
 from .linearization import Linearization
 from .memo import Memo, Stats, content_key
@@ -136,6 +137,7 @@ class Linearizer:
         self._lock = threading.Lock()
         self._running: dict[Hashable, _Run] = {}
 
+    @eagerly
     def at(self, *args: Any, **kwargs: Any) -> Linearization:
         """Linearize f at a point, or return the linearization made there before.
 

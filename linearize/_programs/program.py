@@ -46,6 +46,8 @@ class Operation:
     takes_batches: bool = False
     #: Whether other ranks wait for it: it is called in every product, whatever its arguments.
     communicates: bool = False
+    #: What a user may want to know of it.
+    note: str = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the operation."""
@@ -423,15 +425,26 @@ def total_bytes(tensors: Iterable[torch.Tensor], excluding: Iterable[int] = ()) 
     """
     seen: set[int] = set(excluding)
     count = 0
-    for t in tensors:
-        if t.layout != torch.strided:
-            continue
+    for t in (part for whole in tensors for part in dense_parts(whole)):
         storage = t.untyped_storage()
         pointer = storage.data_ptr()
         if pointer not in seen:
             seen.add(pointer)
             count += storage.nbytes()
     return count
+
+
+def dense_parts(t: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the dense tensors of which a sparse one consists."""
+    if t.layout == torch.strided:
+        return (t,)
+    if t.layout == torch.sparse_coo:
+        return t._indices(), t._values()
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return t.crow_indices(), t.col_indices(), t.values()
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return t.ccol_indices(), t.row_indices(), t.values()
+    return ()
 
 
 def _lines(program: Program) -> Iterator[str]:

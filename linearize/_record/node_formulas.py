@@ -147,6 +147,39 @@ def mended(node: Node) -> Callable[[Gradients], Gradients]:
     return lambda grads: formula(node, grads)
 
 
+def differentiable(node: Node) -> Callable[[Gradients], Gradients]:
+    """Return what computes the gradients of a node so that PyTorch can differentiate it again."""
+    if node.name() == "SparseCooTensorWithDimsAndTensorsBackward0":
+        return lambda grads: _values_of_sparse(node, grads)
+    return mended(node)
+
+
+def _values_of_sparse(node: Any, grads: Gradients) -> Gradients:
+    """Pick the values at the indices; PyTorch's formula forgets the history of the gradient."""
+    (grad,) = grads
+    if grad is None:
+        return (None,)
+    indices = node._saved_result.detach()._indices()
+    if grad.layout == torch.strided:
+        return (grad[tuple(indices)],)
+    grad = grad.coalesce()
+    have, want = (_flat(i, grad.shape) for i in (grad.indices(), indices))
+    values = grad.values()
+    if not len(have):
+        return (values.new_zeros((len(want), *values.shape[1:])),)
+    places = torch.searchsorted(have, want).clamp(max=len(have) - 1)
+    missing = (have[places] != want).reshape(-1, *[1] * (values.dim() - 1))
+    return (values[places].masked_fill(missing, 0),)
+
+
+def _flat(indices: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return one number for each column of indices, in their order."""
+    keys = torch.zeros_like(indices[0])
+    for n, row in zip(shape, indices, strict=False):
+        keys = keys * n + row
+    return keys
+
+
 def _as_strided_scatter(node: Any, grads: Gradients) -> Gradients:
     """Keep all but the window for the first argument, and the window for the second.
 

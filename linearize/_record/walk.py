@@ -25,7 +25,7 @@ from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Program, Var
 from .._programs.residuals import Residual
 from .._spaces.compare import close
-from .._spaces.space import TensorSpec, tensor_spec
+from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     Node,
     input_metadata,
@@ -37,50 +37,21 @@ from .._torch.graphs import (
 from .._torch.modes import subclasses_ignored, unobserved
 from .._torch.names import aten
 from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
-from .node_formulas import call_node, formula_of, mended
+from .node_formulas import formula_of, mended
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
 from .recorder import OpaqueError, Recorder
+from .stretch import (
+    Cut,
+    NodeBackward,
+    NotRecordedError,
+    SpreadError,
+    Stretch,
+    alone,
+    fitted,
+    metadata_spec,
+)
 
 T = TypeVar("T")
-
-
-class NodeBackward(Operation):
-    """The pullback of a graph node that is not written in PyTorch operations (C++ extensions)."""
-
-    __slots__ = ("inputs", "label", "node", "outputs", "reason")
-
-    def __init__(
-        self,
-        node: Node,
-        inputs: Sequence[TensorSpec],
-        outputs: Sequence[TensorSpec],
-        reason: str,
-    ) -> None:
-        self.node = node
-        self.label = node.name()
-        #: Why it could not be written down in PyTorch operations.
-        self.reason = reason
-        #: Specs of the gradients that it returns, and of those that it takes.
-        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """Printable name."""
-        return self.label
-
-    def __call__(self, *grads: torch.Tensor | None) -> Any:
-        """Call the node."""
-
-        def call() -> Any:
-            with torch.inference_mode(False), torch.no_grad():
-                return call_node(self.node, [None if g is None else g.clone() for g in grads])
-
-        return outside_backward(call)
-
-
-def metadata_spec(meta: Any) -> TensorSpec:
-    """Return what a node expects at one of its places."""
-    return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
 
 
 class _Walk:
@@ -99,6 +70,8 @@ class _Walk:
     lazy
         Whether what is known of single nodes is used. Then numbers that stand for a gradient
         are drawn when they are first needed, and do not go with those of others.
+    cut
+        Says what is not written down but left to PyTorch.
     """
 
     def __init__(
@@ -109,8 +82,10 @@ class _Walk:
         *,
         remembered: bool = False,
         lazy: bool = False,
+        cut: Cut | None = None,
     ) -> None:
         self.graph = graph
+        self.cut = cut
         self.emitter = emitter
         self.generator = generator
         self.remembered = remembered
@@ -163,15 +138,23 @@ class _Walk:
             for edge, seed in zip(self.graph.roots, seeds, strict=True):
                 if edge is not None:
                     self.deliver(edge, seed)
-            targets = set(self.graph.leaves)
-            for node in self.graph.order:
-                if node in targets:
-                    continue
-                received = self.pending.pop(node, {})
-                if received or isinstance(self.graph.custom.get(node), CollectiveNode):
-                    self.visit(node, received)
+            cut = self.cut
+            self.visit_all(self.graph.order if cut is None else cut.before)
+            if cut is not None:
+                self.part(cut.stretch, cut.reason)
+                self.visit_all(cut.after)
         arrived = (self.pending.get(leaf, {}) for leaf in self.graph.leaves)
         return [got.get(0) for got in arrived]
+
+    def visit_all(self, nodes: Sequence[Node]) -> None:
+        """Write down nodes, in their order."""
+        targets = set(self.graph.leaves)
+        for node in nodes:
+            if node in targets:
+                continue
+            received = self.pending.pop(node, {})
+            if received or isinstance(self.graph.custom.get(node), CollectiveNode):
+                self.visit(node, received)
 
     def deliver(self, edge: Edge, grad: Gradient) -> None:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
@@ -249,9 +232,11 @@ class _Walk:
                 reason = self.second_opinion(node, numbers, result, mark)
         except OpaqueError as error:
             reason = str(error)
+        except NotRecordedError as error:
+            reason = self.as_it_is(node, numbers, error)
         if reason:
             del self.emitter.equations[mark:]
-            self.opaque(node, grads, reason)
+            self.opaque(alone(self.graph, node), received, reason)
         else:
             found = [None if g is None else self.computed(g) for g in result]
             if key is not None and not (self.emitter.fixed or self.recorder.frozen):
@@ -355,13 +340,13 @@ class _Walk:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             if "Sparse" in text:
-                raise UnsupportedError(
+                raise NotRecordedError(
                     f"{name}: a sparse tensor that depends on the primals is not supported (a "
                     "constant one is); compute with its values by index_select and index_add, or "
                     "put the operation into a custom Function"
                 ) from error
             # PyTorch goes on with a table of all backends.
-            raise UnsupportedError(
+            raise NotRecordedError(
                 f"{name}: PyTorch cannot apply its derivative: {text.partition(chr(10))[0]}"
             ) from error
 
@@ -402,12 +387,48 @@ class _Walk:
             g is not None and self.recorder.variable(g) is None and bool(g.any()) for g in result
         )
 
-    def opaque(self, node: Node, grads: Sequence[Gradient | None], reason: str) -> None:
+    def as_it_is(
+        self, node: Node, numbers: Sequence[torch.Tensor | None], error: NotRecordedError
+    ) -> str:
+        """Call a node that cannot be recorded; return why it cannot, if it can be called.
+
+        Raises
+        ------
+        SpreadError
+            If it returns something that is not dense.
+        NotRecordedError
+            If it cannot be called.
+        """
+        if not self.remembered:
+            raise error
+        try:
+            result = mended(node)([_clone(t) for t in numbers])
+        except RuntimeError:
+            raise error from error.__cause__
+        _check_dense(node, result)
+        return str(error)
+
+    def opaque(self, stretch: Stretch, received: dict[int, Gradient], reason: str) -> None:
         """Write down a node as one operation, because of `reason`."""
-        edges, specs = _edges(node)
-        takes = [metadata_spec(m) for m in input_metadata(node)]
-        gives = [s for s in specs if s is not None]
-        self.place(NodeBackward(node, gives, takes, reason), edges, specs, grads)
+        grads = [received.get(nr) for _, nr in stretch.entries]
+        self.place(NodeBackward(stretch, reason), stretch.exits, stretch.gives(), grads)
+
+    def part(self, stretch: Stretch, reason: str) -> None:
+        """Write down a part of the graph as one operation."""
+        grads = [self.pending.get(n, {}).get(nr) for n, nr in stretch.entries]
+        if not any(grads):
+            return
+        self.emitter.source = stretch.label
+        numbers = [None if g is None else g.var.spec.random(self.generator) for g in grads]
+        result = stretch(*numbers)
+        sparse = [
+            target
+            for (target, _), g in zip(stretch.exits, result, strict=True)
+            if g is not None and g.layout != torch.strided
+        ]
+        if sparse:
+            raise SpreadError([*stretch.nodes, *sparse])
+        self.place(NodeBackward(stretch, reason), stretch.exits, stretch.gives(), grads)
 
     def custom(self, custom: OpaqueNode, node: Node, received: dict[int, Gradient]) -> None:
         """Write down the node of a custom Function, or of a collective, as one operation."""
@@ -454,13 +475,14 @@ def _edges(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSp
 
 
 def _check_dense(node: Node, result: Sequence[torch.Tensor | None]) -> None:
-    for g in result:
-        if g is not None and g.layout != torch.strided:
-            raise UnsupportedError(
-                f"{node.name()}: its gradient has the layout {g.layout}; differentiation through "
-                "sparse tensors is not supported, use dense operations (gather, index_add, "
-                "scatter) on their values"
-            )
+    """Raise if a node and those that it hands something on to must not be taken apart."""
+    sparse = [
+        target
+        for (target, _), g in zip(node.next_functions, result, strict=False)
+        if g is not None and g.layout != torch.strided and target is not None
+    ]
+    if sparse:
+        raise SpreadError([node, *sparse])
 
 
 def _clone(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -475,17 +497,6 @@ def _sums_to(spec: TensorSpec, target: TensorSpec) -> bool:
         and len(target.shape) <= len(spec.shape)
         and all(a in (1, b) for a, b in pairs)
     )
-
-
-def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """Do what the autograd engine does to a gradient before it hands it on."""
-    if grad.shape != spec.shape:
-        grad = grad.sum_to_size(spec.shape)
-    if grad.is_complex() and not spec.dtype.is_complex:
-        grad = torch.view_as_real(grad.resolve_conj()).select(-1, 0)
-    if grad.dtype != spec.dtype or grad.device != spec.device:
-        grad = grad.to(device=spec.device, dtype=spec.dtype)
-    return grad
 
 
 def record_pullback(
@@ -528,27 +539,71 @@ def record_pullback(
     given = list(given)
     inputs = [Var(spec) for spec in out_specs]
 
-    lazy = remembered
-    while True:
+    def attempt(lazy: bool, cut: Cut | None) -> tuple[_Walk, list[Gradient | None]]:
         generator = torch.Generator().manual_seed(seed)
-        walk = _Walk(graph, Emitter(), generator, remembered=remembered, lazy=lazy)
+        walk = _Walk(graph, Emitter(), generator, remembered=remembered, lazy=lazy, cut=cut)
         walk.inputs = set(inputs)
         walk.recorder.constants.given(given)
         try:
-            arrived = walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
-            break
+            return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
         except UnsupportedError:
             if not walk.invented:
                 raise
         # A formula may refuse gradients that cannot come about: singular vectors have phases
         # that nothing may depend on.
-        lazy = False
+        return attempt(False, cut)
+
+    # Parts that are left to PyTorch would bring collectives into another order.
+    helped = remembered and not graph.communicates
+    walk, arrived = _with_help(graph, lambda cut: attempt(remembered, cut), helped)
     emitter = walk.emitter
     outputs = [None if g is None else g.var for g in arrived]
     program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
     if walk.recorder.frozen and not program.is_opaque():
         _try_elsewhere(graph, program, seed + 1, walk.recorder.frozen)
     return program
+
+
+def _with_help(graph: Graph, attempt: Callable[[Cut | None], T], helped: bool) -> T:
+    """Record a graph; leave what cannot be recorded to PyTorch, if `helped`."""
+    nodes: frozenset[Node] = frozenset()
+    cut: Cut | None = None
+    while True:
+        try:
+            return attempt(cut)
+        except SpreadError as error:
+            if not helped:
+                raise _sparse(next(iter(error.nodes)).name()) from None
+            nodes |= error.nodes
+            cut = Cut(graph, nodes, "a gradient inside is no dense tensor")
+        except (UnsupportedError, RuntimeError, TypeError) as error:
+            known = isinstance(error, LinearizeError) and not isinstance(error, NotRecordedError)
+            if known or isinstance(error, torch.OutOfMemoryError):
+                raise
+            if not helped:
+                raise _plain(error) from error.__cause__
+            return _by_engine(graph, attempt, error)
+
+
+def _by_engine(graph: Graph, attempt: Callable[[Cut | None], T], error: Exception) -> T:
+    """Leave all of a graph to PyTorch's engine, because of an error."""
+    reason = str(error).partition("\n")[0]
+    nodes = [n for n in graph.order if n not in graph.leaves]
+    try:
+        return attempt(Cut(graph, nodes, reason, engine=True))
+    except (LinearizeError, RuntimeError, TypeError):
+        raise _plain(error) from error.__cause__
+
+
+def _plain(error: Exception) -> Exception:
+    return UnsupportedError(str(error)) if isinstance(error, NotRecordedError) else error
+
+
+def _sparse(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name}: a gradient inside is no dense tensor; compute with values, by index_select and "
+        "index_add"
+    )
 
 
 def _try_elsewhere(graph: Graph, program: Program, seed: int, what: str) -> None:

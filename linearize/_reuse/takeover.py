@@ -24,7 +24,7 @@ from .._execute.executor import Executor
 from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
 from .._record.node_formulas import mended
-from .._record.walk import fitted, metadata_spec
+from .._record.stretch import fitted, metadata_spec
 from .._spaces.compare import close, tolerance
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, input_metadata, outside_backward, recomputed_once
@@ -100,14 +100,18 @@ def engine_pullback(graph: Graph, cotangents: Tensors, stand_ins: StandIns) -> T
                     if target is not None and g is not None and target in graph.places:
                         deliver((target, nr), g)
 
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        subclasses_ignored(),
-        recomputed_once(),
-        unobserved(),
-    ):
-        outside_backward(walk)
+    def quietly() -> None:
+        # All of these are a matter of the thread, and inside a backward pass that is another one.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            subclasses_ignored(),
+            recomputed_once(),
+            unobserved(),
+        ):
+            walk()
+
+    outside_backward(quietly)
     return [pending.get(leaf, {}).get(0) for leaf in graph.leaves]
 
 

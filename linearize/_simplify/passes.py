@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .._programs.program import Program, total_bytes
+from .._programs.program import Operation, Program, total_bytes
 from .copies import merge_copies
 from .diagonals import fold_diagonals
 from .moves import merge_moves
@@ -48,8 +48,13 @@ def simplify(program: Program) -> Program:
 
 
 def explain(program: Program) -> str:
-    """Tell what each pass makes of a program: equations and bytes kept."""
+    """Tell what each pass makes of a program: equations and bytes kept.
+
+    And what of it is left to PyTorch.
+    """
     lines = [f"{program.name}: {_size(program)}"]
+    ops = [eq.op for eq in program.equations if isinstance(eq.op, Operation)]
+    lines += [f"  {op.name}: {op.note}" for op in ops if op.note]
     for one in PASSES:
         program = one(program)
         lines.append(f"  after {one.__name__}: {_size(program)}")

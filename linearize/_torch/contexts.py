@@ -263,3 +263,22 @@ def owner_of(t: torch.Tensor) -> Node | None:
         return None
     with torch.enable_grad():
         return t.view_as(t).grad_fn
+
+
+@contextlib.contextmanager
+def calls_watched(ctx: Any, watch: Callable[..., Any]) -> Iterator[None]:
+    """Have PyTorch's engine call `watch(backward, cotangents)` in place of a context's backward.
+
+    Parameters
+    ----------
+    ctx
+        The context of a custom Function.
+    watch
+        Is given what calls the backward, and the tuple of cotangents; returns its results.
+    """
+    backward = ctx.apply
+    ctx.apply = lambda *cotangents: watch(backward, cotangents)
+    try:
+        yield
+    finally:
+        del ctx.apply

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._C._functorch import TransformType, _add_batch_dim
@@ -13,6 +15,9 @@ from torch._functorch.pyfunctorch import (
     temporarily_clear_interpreter_stack,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -47,6 +52,36 @@ def functions_as_they_are() -> contextlib.AbstractContextManager[Any]:
     """Hide PyTorch's Python functions from those who watch or replace them."""
     disabled: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunction()
     return disabled
+
+
+def being_traced() -> bool:
+    """Whether somebody writes down operations here: `torch.compile`, `export` or `make_fx`."""
+    if torch.compiler.is_compiling():
+        return True
+    tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracing is not None and tracing.get_proxy_mode() is not None
+
+
+def eagerly(f: Callable[P, R]) -> Callable[P, R]:
+    """Let a function run outside of `torch.compile`, where the caller is compiled."""
+
+    @functools.wraps(f)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _compiled_around():
+            outside: Callable[P, R] = torch.compiler.disable(f)
+            return outside(*args, **kwargs)
+        return f(*args, **kwargs)
+
+    return called
+
+
+def _compiled_around() -> bool:
+    """Whether the frames that run here are looked at by `torch.compile`."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
 def transform_depth() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch._ops import OpOverload as OpOverload
@@ -22,6 +22,16 @@ KeyPath: TypeAlias = tuple[Any, ...]
 def bare(op: Any) -> Any:
     """Return an operation without its Python part, which does nothing but call it."""
     return getattr(op, "_op", op)
+
+
+def native_function(name: str) -> Callable[..., Any]:
+    """Return the C function that `torch` offers by this name, whatever stands there now."""
+    return cast(Callable[..., Any], getattr(torch._C._VariableFunctions, name))
+
+
+def native_method(name: str) -> Callable[..., Any]:
+    """Return the C method that tensors have by this name, whatever stands there now."""
+    return cast(Callable[..., Any], getattr(torch._C.TensorBase, name))
 
 
 def key_string(path: KeyPath) -> str:

@@ -19,6 +19,7 @@ from .._text.labels import beside
 from .._torch.names import aten
 from ..errors import MissingDerivativeError
 from .opaque_matrix import dense_transpose
+from .second import twice_differentiated
 from .transpose import TransposedNode, transpose
 
 
@@ -106,11 +107,15 @@ def _replacement(eq: Equation, limit: int | None) -> Program:
             raise OpaqueError(op.reason)
         given = _recorded(fn, ins, outs, name, has)
     except OpaqueError as reason:
+        direction = op.node if isinstance(op, TransposedNode) else fn
+        by_pytorch, fault = twice_differentiated(direction, ins, outs, present, wanted, name, has)
+        if by_pytorch is not None:
+            return by_pytorch
         if limit is None:
             remedy = "" if isinstance(op, TransposedNode) else f"give it a {lacks}, or "
             raise MissingDerivativeError(
                 f"{beside(name, eq.source)} has no {lacks}, and its {has} cannot be transposed "
-                f"({reason}): {remedy}"
+                f"({reason}), by PyTorch neither ({fault}): {remedy}"
                 'pass opaque="materialize" to build its matrix from unit vectors'
             ) from None
         return dense_transpose(fn, ins, outs, present, wanted, name, limit)

@@ -24,7 +24,8 @@ from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Program, Var
 from .._programs.residuals import Residual
 from .._record.node_programs import NODE_PROGRAMS, NodeProgram, dense
-from .._record.walk import NodeBackward, record_function, record_pullback
+from .._record.stretch import NodeBackward
+from .._record.walk import record_function, record_pullback
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import aten, decompositions
@@ -168,7 +169,7 @@ def _turned(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[V
         turned = op.turned()
     else:
         kind = NodeBackward if isinstance(op, TransposedNode) else TransposedNode
-        turned = kind(op.node, op.inputs, op.outputs, op.reason)
+        turned = kind(op.node, op.reason)
     outs = tuple(Var(a.spec) if isinstance(a, Var) else None for a in eq.args)
     e.equations.append(Equation(turned, tuple(cts), {}, outs, eq.source))
     return [(a, out) for a, out in zip(eq.args, outs, strict=True) if isinstance(a, Var) and out]

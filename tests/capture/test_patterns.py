@@ -434,27 +434,3 @@ SPARSE_INSIDE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("name", SPARSE_INSIDE)
 def test_sparse_constants_inside_f(name: str) -> None:
     compare(SPARSE_INSIDE[name], rand(4, 4))
-
-
-def coo(x: torch.Tensor) -> torch.Tensor:
-    return torch.sparse_coo_tensor([[0, 1, 2], [1, 0, 3]], x[0, :3], (4, 4), check_invariants=True)
-
-
-SPARSE_REFUSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "there and back": lambda x: x.to_sparse().to_dense() * x,
-    "to dense": lambda x: coo(x).to_dense() @ x,
-    "times dense": lambda x: torch.sparse.mm(coo(x), x),
-    "sum": lambda x: torch.sparse.sum(x.to_sparse()),
-    "values": lambda x: x.to_sparse().coalesce().values().sin(),
-    "values of csr": lambda x: x.to_sparse_csr().values().sin(),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Sparse")
-@pytest.mark.parametrize("name", SPARSE_REFUSED)
-def test_gradients_of_sparse_tensors_are_refused(name: str) -> None:
-    here = lz.Linearizer(SPARSE_REFUSED[name]).at(rand(4, 4))
-    for _ in range(CALLS):
-        for call in (lambda: here.jvp_fn(rand(4, 4)), lambda: here.vjp_fn(like(here.value, 1))):
-            with pytest.raises(UnsupportedError, match=r"Backward0: .*[Ss]parse"):
-                call()

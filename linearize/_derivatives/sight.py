@@ -1,0 +1,347 @@
+"""Gradients that are differentiated again, with an eye on what gets lost.
+
+A custom Function's `backward` need not be differentiable: it may run over NumPy, under
+`once_differentiable`, or use what `forward` kept without history. PyTorch's double backward
+takes what it cannot see for constant. Here the Python side of custom Functions is watched while
+f and its backward run, and where a dependence leaves the graph there is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .._capture.contexts import function_name
+from .._capture.dependence import warn_independent
+from .._capture.graph import as_seed, between
+from .._torch.contexts import applied_late, calls_watched
+from .._torch.graphs import Node, accumulators, forward_class, gradient_edge, is_custom
+from .._torch.modes import functions_as_they_are, functorch_active, set_grad_mode
+from .._torch.names import pytree
+from ..errors import UnsupportedError
+
+_TENSOR = torch.Tensor
+
+
+class Sight:
+    """What is seen of one run of f: where numbers went that derivatives do not follow.
+
+    Parameters
+    ----------
+    inputs
+        The tensors that f is differentiated by.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+        self._inputs = list(inputs)
+        self._ends: list[Node] | None = None
+        self._descends: dict[Node, bool] = {}
+        self.lost = _Lost()
+        self._depends = False
+        #: Through what a number left PyTorch inside some custom Function's `forward`.
+        self.left: str | None = None
+
+    def running(self) -> contextlib.AbstractContextManager[Any]:
+        """Return what f must run inside."""
+        return _Watch(self)
+
+    def check_regions(self, outputs: Any, what: str) -> None:
+        """Raise if an output depends on the inputs through a region under `no_grad`.
+
+        Parameters
+        ----------
+        outputs
+            What f returned.
+        what
+            Whose counterpart in PyTorch differentiates through such a region.
+        """
+        if not self.lost:
+            return
+        with functions_as_they_are():
+            leaves = pytree.tree_leaves(outputs)
+            constant = any(isinstance(t, _TENSOR) and self.lost.by_choice(t) for t in leaves)
+        if constant:
+            raise UnsupportedError(
+                f"{what}: the output depends on the primals through a region of f under "
+                "torch.no_grad(). PyTorch's forward mode differentiates through it, a graph takes "
+                "it for constant: leave no_grad out, or detach() what is meant to be constant; "
+                "vjp, jacrev and Linearizer take it for constant as it is"
+            )
+
+    def descends(self, t: torch.Tensor) -> bool:
+        """Whether `t` has a history that leads to the inputs."""
+        if not t.requires_grad:
+            return False
+        node = t.grad_fn
+        if node is None:
+            return any(t is x for x in self._inputs)
+        if functorch_active():
+            return True
+        if self._ends is None:
+            self._ends = accumulators([x for x in self._inputs if x.requires_grad and x.is_leaf])
+        known = self._descends.get(node)
+        if known is None:
+            known = self._descends[node] = bool(between([node], self._ends))
+        return known
+
+    def gradients(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        cotangents: Sequence[torch.Tensor],
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        """Return gradients that can be differentiated again.
+
+        Parameters
+        ----------
+        outputs, inputs, cotangents, **options
+            As for `torch.autograd.grad`; the outputs require grad.
+
+        Raises
+        ------
+        UnsupportedError
+            If the backward of a custom Function depends on something in a way that its
+            derivative would not know.
+        """
+        roots = [gradient_edge(y).node for y in outputs]
+        ends = [gradient_edge(x).node for x in inputs if x.requires_grad]
+        contexts = [n for n in between(roots, ends) if is_custom(n) and not _is_ours(n)]
+        with contextlib.ExitStack() as watches:
+            if contexts:
+                cotangents = [u if u.requires_grad else as_seed(u) for u in cotangents]
+            for ctx in contexts:
+                watches.enter_context(calls_watched(ctx, functools.partial(self._called, ctx)))
+            results = torch.autograd.grad(
+                outputs, inputs, cotangents, create_graph=True, allow_unused=True, **options
+            )
+        self._depends = self._depends or any(g is not None for g in results)
+        return results
+
+    def warn_if_independent(self) -> None:
+        """Warn if no gradient asked for so far depended on its inputs."""
+        if not self._depends:
+            warn_independent("the value")
+
+    def _called(
+        self, ctx: Any, backward: Callable[..., Any], cotangents: tuple[torch.Tensor | None, ...]
+    ) -> Any:
+        """Run one custom Function's backward, and see that its derivative is all there."""
+        watch = _Watch(self, strict=True)
+        with watch:
+            result = backward(*cotangents)
+        with functions_as_they_are():
+            reason = (
+                watch.left or self._hidden(ctx) or self._missing(ctx, result, cotangents, watch)
+            )
+        if reason:
+            name = function_name(forward_class(ctx))
+            raise UnsupportedError(
+                f"{name} has no second derivative that can be seen: {reason}; write its backward "
+                "in PyTorch operations on the inputs and outputs that it saved, or as a Function "
+                "of its own (a jvp of which serves here)"
+            )
+        return result
+
+    def _hidden(self, ctx: Any) -> str | None:
+        """Return what a context keeps that its `forward` computed outside of PyTorch."""
+        if self.left is None:
+            return None
+        for name, kept in vars(ctx).items():
+            for x in pytree.tree_leaves(kept):
+                if _is_outside(x):
+                    return f"ctx.{name} was computed outside of PyTorch ({self.left})"
+        if any(t is not None and _is_outside(t) for t in ctx.saved_tensors):
+            return f"what it saved was computed outside of PyTorch ({self.left})"
+        return None
+
+    def _missing(
+        self, ctx: Any, result: Any, cotangents: Sequence[torch.Tensor | None], watch: _Watch
+    ) -> str | None:
+        """Return in which way a gradient is not what its history says."""
+        given = [u for u in cotangents if u is not None and u.requires_grad]
+        starts = {gradient_edge(u).node for u in given}
+        below = {child for child, _ in ctx.next_functions if child is not None}
+        for r in result if isinstance(result, (tuple, list)) else (result,):
+            if not isinstance(r, _TENSOR) or not _continuous(r) or not r.numel():
+                continue
+            if self.lost.of(r):
+                return "its backward depends on something that has no history"
+            if r.requires_grad:
+                if not _leads_to(gradient_edge(r).node, starts, below | {ctx}):
+                    return "its backward can be differentiated once only"
+            elif given and not (watch.made_here(r) and not bool(r.any())):
+                return "its backward leaves PyTorch"
+        return None
+
+
+def seen(f: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Sight]:
+    """Return what f returns, and what was seen of it."""
+    sight = Sight([t for t in pytree.tree_leaves(args) if isinstance(t, _TENSOR)])
+    with sight.running():
+        return applied_late(f)(*args), sight
+
+
+class _Lost:
+    """Tensors that depend on something without a history that says so, by identity."""
+
+    def __init__(self) -> None:
+        #: The tensor, whether it had a history all the same, and whether f chose so (`no_grad`).
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], bool, bool]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def add(self, t: torch.Tensor, by_choice: bool) -> None:
+        old = self._get(t)
+        chosen = by_choice or (old is not None and old[2])
+        self._known[id(t)] = (weakref.ref(t), t.requires_grad, chosen)
+
+    def of(self, t: torch.Tensor) -> bool:
+        return self._get(t) is not None
+
+    def by_choice(self, t: torch.Tensor) -> bool:
+        found = self._get(t)
+        return found is not None and found[2]
+
+    def _get(self, t: torch.Tensor) -> tuple[Any, bool, bool] | None:
+        found = self._known.get(id(t))
+        if found is None or found[0]() is not t:
+            return None
+        if t.requires_grad and not found[1] and t.grad_fn is not None and is_custom(t.grad_fn):
+            return None  # an output of a custom Function, which has its history since
+        return found
+
+
+class _Watch(TorchFunctionMode):
+    """Follows numbers through what runs without grad mode; inside a backward, everywhere."""
+
+    def __init__(self, sight: Sight, *, strict: bool = False) -> None:
+        super().__init__()
+        self._sight = sight
+        self._lost = sight.lost
+        self._strict = strict
+        #: Whether the code itself switched grad mode off; `Function.apply` does so unseen.
+        self._chosen = False
+        self._made: dict[int, weakref.ref[torch.Tensor]] = {}
+        #: Through what a number left PyTorch in the backward.
+        self.left: str | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is set_grad_mode:
+            self._chosen = not args[0]
+        on = torch.is_grad_enabled()
+        if on and not self._strict and not self._lost:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        result = func(*args, **(kwargs or {}))
+        with functions_as_they_are():
+            self._note(func, (*args, *(kwargs or {}).values()), result, on)
+        return result
+
+    def made_here(self, t: torch.Tensor) -> bool:
+        """Whether the backward made `t` of nothing that it depends on."""
+        made = self._made.get(id(t))
+        return made is not None and made() is t
+
+    def _note(self, func: Any, args: Sequence[Any], result: Any, on: bool) -> None:
+        name = getattr(func, "__name__", "")
+        if on:
+            self._chosen = False
+        given = [t for t in _tensors(args) if _continuous(t)]
+        lost = [t for t in given if self._lost.of(t)]
+        chosen = any(self._lost.by_choice(t) for t in lost)
+        explicit = not on and self._chosen
+        if explicit and not self._strict:
+            if name in _DETACHING or func in _DATA:
+                return  # as constant for `torch.func` as it is here
+            follows = bool(lost) or any(self._sight.descends(t) for t in given)
+        else:
+            follows = bool(lost) or any(t.requires_grad for t in given)
+        if not follows or name in _CONSTANT:
+            if self._strict:
+                self._made.update({id(t): weakref.ref(t) for t in _tensors((result,))})
+            return
+        if name in _LEAVING:
+            self._leaves(name, on)
+        chosen = chosen or (explicit and not self._strict)
+        for t in _tensors((result,)) if name != "__setitem__" else args[:1]:
+            if _continuous(t) and (lost or not on or (self._strict and not t.requires_grad)):
+                self._lost.add(t, chosen)
+
+    def _leaves(self, name: str, on: bool) -> None:
+        if self._strict and (on or self._chosen):
+            self.left = f"its backward calls Tensor.{name}"
+        elif not on and not self._strict:
+            self._sight.left = f"Tensor.{name}"
+
+
+#: Functions whose derivative is zero, or whose result depends on shapes alone.
+_CONSTANT = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "
+    "new_ones new_empty new_full new_tensor zero_ fill_ sign sgn floor ceil round trunc "
+    "bernoulli".split()
+)
+_DETACHING = frozenset(("detach", "detach_"))
+_DATA = (torch.Tensor.data.__get__,)  # type: ignore[attr-defined]
+_LEAVING = frozenset(
+    "item tolist numpy __array__ __float__ __complex__ data_ptr __dlpack__ "
+    "__cuda_array_interface__".split()
+)
+
+
+def _is_ours(ctx: Node) -> bool:
+    """Whether a context is of a Function of this package, which sees to its derivatives itself."""
+    return str(forward_class(ctx).__module__).startswith(__name__.partition(".")[0] + ".")
+
+
+def _tensors(items: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for x in items:
+        if isinstance(x, _TENSOR):
+            yield x
+        elif isinstance(x, (tuple, list)):
+            yield from _tensors(x)
+
+
+def _continuous(t: Any) -> bool:
+    return isinstance(t, _TENSOR) and (t.is_floating_point() or t.is_complex())
+
+
+def _is_outside(x: Any) -> bool:
+    """Whether something that a context keeps may hold numbers that came from elsewhere."""
+    if isinstance(x, _TENSOR):
+        # Memory that NumPy and others lend cannot be resized.
+        return (
+            _continuous(x)
+            and not x.requires_grad
+            and x.layout == torch.strided
+            and not x.untyped_storage().resizable()
+        )
+    plain = (bool, int, str, bytes, type(None), torch.dtype, torch.device, type)
+    return not isinstance(x, plain) and not callable(x)
+
+
+def _leads_to(start: Node, ends: set[Node], stops: set[Node]) -> bool:
+    """Whether a graph leads from a node to one of `ends`, without going beyond `stops`."""
+    seen: set[Node] = set()
+    todo = [start]
+    while todo:
+        node = todo.pop()
+        if node in ends:
+            return True
+        if node in seen or node in stops:
+            continue
+        seen.add(node)
+        todo += [child for child, _ in node.next_functions if child is not None]
+    return False

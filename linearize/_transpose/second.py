@@ -1,0 +1,196 @@
+"""A direction that is not recorded, turned around by PyTorch: it is differentiated once more.
+
+A pullback u ↦ Jᴴ·u is linear, so its derivative by u is the map itself, and what PyTorch's
+engine makes of that is J·v. It is believed after tests only: a second derivative of PyTorch's may
+lack terms without a word.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from .._capture.graph import Graph
+from .._programs.program import Equation, Operation, Program, Var
+from .._record.stretch import served
+from .._spaces.compare import close, tolerance
+from .._spaces.space import TensorSpec
+from .._torch.graphs import Node, gradient_edge
+from ..errors import LinearizeError, StalenessError
+
+Tensors: TypeAlias = Sequence[torch.Tensor | None]
+#: A linear map, differentiable in grad mode.
+Direction: TypeAlias = Callable[..., Tensors]
+
+
+class TwiceDifferentiated(Operation):
+    """The transpose of a linear map, by PyTorch's derivative of it.
+
+    Parameters
+    ----------
+    fn
+        The map.
+    ins
+        What it takes.
+    name
+        Whose it is.
+    note
+        What a user is told.
+    """
+
+    __slots__ = ("_arguments", "_lock", "_results", "name", "note")
+    may_return_none = True
+    may_alias = False
+
+    def __init__(self, fn: Direction, ins: Sequence[TensorSpec], name: str, note: str) -> None:
+        self.name, self.note = name, note
+        self._lock = threading.RLock()
+        generator = torch.Generator().manual_seed(7)
+        with torch.inference_mode(False), torch.enable_grad():
+            self._arguments = [spec.random(generator).requires_grad_() for spec in ins]
+            self._results = list(fn(*self._arguments))
+
+    def __call__(self, *directions: torch.Tensor | None) -> Tensors:
+        """Apply the transpose: one for each result of the map, None for zero."""
+        return served(self.name, self._transposed, directions)  # type: ignore[no-any-return]
+
+    def bytes_kept(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that the graph of the map keeps."""
+        edges = [gradient_edge(w) for w in self._used()]
+        ends: list[Node] = [gradient_edge(u).node for u in self._arguments]
+        return Graph([(e.node, e.output_nr) for e in edges], ends).saved_tensors()
+
+    def arguments(self) -> list[torch.Tensor]:
+        """Return at what the map was differentiated."""
+        return [u.detach() for u in self._arguments]
+
+    def results(self) -> Tensors:
+        """Return what the map gave there."""
+        return [None if w is None else w.detach() for w in self._results]
+
+    def _used(self) -> list[torch.Tensor]:
+        return [w for w in self._results if w is not None and w.requires_grad]
+
+    def _transposed(self, *directions: torch.Tensor | None) -> Tensors:
+        pairs = [
+            (w, t)
+            for w, t in zip(self._results, directions, strict=True)
+            if w is not None and w.requires_grad and t is not None
+        ]
+        if not pairs:
+            return [None] * len(self._arguments)
+        with self._lock, torch.inference_mode(False):
+            return torch.autograd.grad(
+                [w for w, _ in pairs],
+                self._arguments,
+                [t for _, t in pairs],
+                retain_graph=True,
+                allow_unused=True,
+            )
+
+
+def twice_differentiated(
+    fn: Direction,
+    ins: Sequence[TensorSpec],
+    outs: Sequence[TensorSpec],
+    present: Sequence[bool],
+    wanted: Sequence[bool],
+    name: str,
+    method: str,
+) -> tuple[Program | None, str]:
+    """Return the transpose of the linear map `fn` by PyTorch; None, and why, if it has none.
+
+    Parameters
+    ----------
+    fn
+        Maps one tensor per `ins` to one per `outs`.
+    ins, outs
+        The specifications of its arguments and results.
+    present
+        Which of `outs` are variables of the transpose.
+    wanted
+        Which of `ins` are results of the transpose.
+    name, method
+        Whose map it is.
+    """
+    try:
+        note = f"PyTorch's second derivative (the derivative of its {method})"
+        op = TwiceDifferentiated(fn, ins, f"transposed {name}", note)
+        fault = _fault(op, fn, outs)
+    except StalenessError:
+        raise
+    except Exception as error:  # the code of a user, which may raise anything in grad mode
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise
+        return None, _words(error)
+    if fault:
+        return None, fault
+    args = [Var(s) if here else None for s, here in zip(outs, present, strict=True)]
+    results = [Var(s) if want else None for s, want in zip(ins, wanted, strict=True)]
+    equation = Equation(op, tuple(args), {}, tuple(results), f"{name}.{method}")
+    inputs = [v for v in args if v is not None]
+    return Program(inputs, [equation], results, list(ins), f"transpose of {name}.{method}"), ""
+
+
+def _words(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, LinearizeError) else f"{type(error).__name__}: {text}"
+
+
+def _fault(op: TwiceDifferentiated, fn: Direction, outs: Sequence[TensorSpec]) -> str:
+    """Return why a map must not be transposed by its derivative; empty if it may be."""
+
+    def at(arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        with torch.inference_mode(False), torch.no_grad():
+            results = fn(*[u.clone() for u in arguments])
+        return [s.zeros() if w is None else w for w, s in zip(results, outs, strict=True)]
+
+    def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+        return all(close(x, y) for x, y in zip(a, b, strict=True))
+
+    generator = torch.Generator().manual_seed(11)
+    u = op.arguments()
+    w = at(u)
+    seen = [s.zeros() if t is None else t for t, s in zip(op.results(), outs, strict=True)]
+    if not same(seen, w):
+        return "it gives something else where gradients are recorded"
+    other = [TensorSpec.of(t).random(generator) for t in u]
+    more = at(other)
+    if not same(at([a + b for a, b in zip(u, other, strict=True)]), _added(w, more)):
+        return "it is not linear"
+    for factor in _factors([*u, *w]):
+        if not same(at([factor * a for a in u]), [factor * b for b in w]):
+            return f"it is not linear: {factor:g} times its argument gives something else"
+    for _ in range(2):
+        v = [s.random(generator) for s in outs]
+        if not _adjoint(op(*v), other, v, more):
+            return "PyTorch's derivative of it lacks terms"
+    return ""
+
+
+def _added(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _factors(tensors: Iterable[torch.Tensor]) -> tuple[float, ...]:
+    """Return numbers of both signs over the range of the dtypes, powers of two."""
+    if any(torch.finfo(t.dtype).bits <= 16 for t in tensors):
+        return -1.0, 2.0**-4, 2.0**5
+    return -1.0, 2.0**-12, -(2.0**20)
+
+
+def _adjoint(ju: Tensors, u: Tensors, v: Tensors, pulled: Tensors) -> bool:
+    """Whether Re⟨J·v, u⟩ = Re⟨v, Jᴴ·u⟩ within rounding."""
+    total = size = 0.0
+    limit = 0.0
+    for sign, left, right in ((1, ju, u), (-1, v, pulled)):
+        for a, b in zip(left, right, strict=True):
+            if a is not None and b is not None:
+                products = (a.to(torch.complex128) * b.to(torch.complex128).conj()).real
+                total += sign * float(products.sum())
+                size += float(products.square().sum().sqrt())
+                limit = max(limit, tolerance(a.dtype))
+    return abs(total) <= limit * size or not abs(total) < float("inf")
