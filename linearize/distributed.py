@@ -305,7 +305,7 @@ class _Whole:
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of a vector, or of several."""
-        parts: tuple[torch.Tensor, ...] = whole.split(self.sizes, -1)  # type: ignore[no-untyped-call]
+        parts: tuple[torch.Tensor, ...] = whole.split(self.sizes, -1)
         return parts[self.place]
 
     def joined(self, part: torch.Tensor, failure: Exception | None, what: str) -> torch.Tensor:
