@@ -101,13 +101,16 @@ class Ranks:
             This rank's failure, if all ranks have failed.
         """
         self._count += 1
-        code, failed = zlib.crc32(what.encode()), int(failure is not None)
-        numbers = [code, -code, failed, -failed, int(closing)]
-        for group in self._groups:
-            numbers = _summed(what, numbers, dist.ReduceOp.MAX, group)
-        most, least, some, none, close = numbers
-        if some or most != -least:
-            self._explain(what, failure, everywhere=none == -1)
+        failed, differs = int(failure is not None), 0
+        numbers = [failed, -failed, int(closing)]
+        for group, point in zip(self._groups, self._points, strict=True):
+            code = zlib.crc32(f"{what} {point}".encode())
+            numbers = [code, -code, differs, *numbers]
+            most, least, differs, *numbers = _summed(what, numbers, dist.ReduceOp.MAX, group)
+            differs |= most != -least
+        some, none, close = numbers
+        if some or differs:
+            self._explain(self.named(what), failure, everywhere=none == -1)
         return bool(close)
 
     def _explain(self, what: str, failure: BaseException | None, *, everywhere: bool) -> None:
@@ -194,7 +197,7 @@ class Ranks:
                 return work()
             except Exception as error:
                 if self._count == before:
-                    self.agree(self.named(what), error)
+                    self.agree(what, error)
                 raise
 
     def run(
@@ -218,7 +221,6 @@ class Ranks:
             How many vectors are taken at once in each pass; None for a single one.
         """
         with self._lock:
-            what = self.named(what)
             failure: BaseException | None
             failure, self._owed = self._owed, None
             plan: Plan | None = None
