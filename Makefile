@@ -22,10 +22,11 @@ READY := $(STAMP)
 endif
 
 # Where public names are defined: the faces, and the rooms' modules that they take some from.
-PUBLIC = linearize/*.py linearize/sparse/*.py linearize/_capture/custom.py \
+PUBLIC = linearize/*.py linearize/scipy/*.py linearize/sparse/*.py linearize/_capture/custom.py \
   linearize/_derivatives/blocks.py linearize/_inspect/kept.py linearize/_inspect/summary.py \
   linearize/_points/closures.py linearize/_points/jacobian.py linearize/_points/linearization.py \
-  linearize/_points/linearizer.py linearize/_points/memo.py linearize/_spaces/operators.py
+  linearize/_points/linearizer.py linearize/_points/memo.py linearize/_spaces/gmres.py \
+  linearize/_spaces/joins.py linearize/_spaces/operators.py
 
 IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 say = @printf '\n==> %s\n' '$(1)'
@@ -85,6 +86,8 @@ test-packages: $(READY) ## try the custom Functions and models of other packages
 	  --constraint constraints-dev.txt --editable '.[packages]'
 	$(call say,Running the tests of other packages)
 	$(PY) -m pytest tests/packages
+	$(call say,Writing the table)
+	$(PY) -W ignore tools/try_packages.py --docs docs/packages.md
 
 soak: $(READY) ## make 10^5 points and 10^6 products, see that memory is flat (minutes)
 	$(call say,Soaking)

@@ -42,6 +42,7 @@ _LATER = {
     "functional": "",
     "implicit": "",
     "scipy": "scipy",
+    "solvers": "",
     "sparse": "scipy",
     "testing": "",
 }
@@ -54,6 +55,7 @@ if TYPE_CHECKING:  # for a type checker, these are there from the beginning
     from . import functional as functional
     from . import implicit as implicit
     from . import scipy as scipy
+    from . import solvers as solvers
     from . import sparse as sparse
     from . import testing as testing
 else:

@@ -17,7 +17,8 @@ import torch
 
 from ._points.linearization import Linearization
 from ._spaces.flat import check_flat, flat_spec
-from ._spaces.operators import LinearOperator, check_whole
+from ._spaces.operators import LinearOperator
+from ._spaces.space import check_whole
 from .errors import SpaceError, StructureError, UnsupportedError
 
 __all__ = ["aslinearoperator"]
@@ -27,7 +28,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def aslinearoperator(operator: LinearOperator | Linearization) -> Any:
+def aslinearoperator(operator: LinearOperator | Linearization, *, real: bool = False) -> Any:
     """Return a `cupyx.scipy.sparse.linalg.LinearOperator` with all four products.
 
     Parameters
@@ -35,6 +36,8 @@ def aslinearoperator(operator: LinearOperator | Linearization) -> Any:
     operator
         Any operator of this package on a CUDA device, or a linearization, which stands for its
         Jacobian.
+    real
+        Whether complex numbers count as two real ones, real and imaginary parts in pairs.
 
     Returns
     -------
@@ -55,7 +58,7 @@ def aslinearoperator(operator: LinearOperator | Linearization) -> Any:
     import cupy
     import cupyx.scipy.sparse.linalg as solvers
 
-    products = Products(operator, cupy.from_dlpack)
+    products = Products(operator, cupy.from_dlpack, real=real)
     if products.operator.device.type != "cuda":
         raise SpaceError(
             f"linearize.cupy: expected an operator on a CUDA device, got one on "
@@ -80,10 +83,16 @@ class Products:
         The operator, or a linearization.
     from_dlpack
         Makes an array of the other library from a tensor, without copying.
+    real
+        Whether complex numbers count as two real ones.
     """
 
     def __init__(
-        self, operator: LinearOperator | Linearization, from_dlpack: Callable[[Any], Any]
+        self,
+        operator: LinearOperator | Linearization,
+        from_dlpack: Callable[[Any], Any],
+        *,
+        real: bool = False,
     ) -> None:
         if isinstance(operator, Linearization):
             operator = operator.jacobian
@@ -94,6 +103,8 @@ class Products:
             )
         for space in (operator.in_space, operator.out_space):
             check_whole(space, "aslinearoperator")
+        if real:
+            operator = operator.as_real()
         sides = [flat_spec(s).dtype for s in (operator.in_space, operator.out_space)]
         for dtype in sides:
             if dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):

@@ -16,42 +16,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 
 from ._capture.dependence import derivative
 from ._derivatives.gradient import gradient_and_value
+from ._derivatives.modules import LOSSES, Reduction, arguments, loss_function
 from ._points.jacobian import run
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._points.product import Product
 from ._programs.program import total_bytes
 from ._spaces.compare import close
-from ._spaces.flat import Parts, zeros
+from ._spaces.flat import Parts, units, zeros
+from ._spaces.maps import ChunkSize, check_chunk_size
 from ._spaces.operators import SelfAdjoint
 from ._spaces.space import Space
 from ._text.progress import progress
 from ._torch.modes import eagerly
 from ._torch.names import pytree
-from .errors import LinearizeError, OptionError, StructureError
+from .errors import LinearizeError, OptionError, StalenessError, StructureError
 
 __all__ = ["Curvature", "fisher", "gauss_newton", "hessian"]
 
 
 def __dir__() -> list[str]:
     return __all__
-
-
-Reduction = Literal["sum", "mean"]
-
-_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
-    "mse": F.mse_loss,
-    "cross_entropy": F.cross_entropy,
-    "bce_with_logits": F.binary_cross_entropy_with_logits,
-    "poisson_nll": F.poisson_nll_loss,
-}
 
 
 @dataclasses.dataclass(slots=True)
@@ -73,11 +64,18 @@ class _Batch:
     value: torch.Tensor
     kept: _Point | None
     random_state: list[torch.Tensor]
+    stamps: list[tuple[torch.Tensor, int]]
 
     def point(self) -> _Point:
         """Return the linearized batch, made of the same random draws as the first time."""
         if self.kept is not None:
             return self.kept
+        if any(t._version != version for t, version in self.stamps):
+            raise StalenessError(
+                "the parameters, or a batch beyond max_bytes, were changed in place since the "
+                "operator was made, so that the batch cannot be linearized again; make the "
+                "operator anew, or give it copies"
+            )
         with torch.random.fork_rng(devices=_random_devices()):
             _set_random_state(self.random_state)
             point = self.make()
@@ -112,7 +110,9 @@ class Curvature(SelfAdjoint):
         own: set[int],
         max_bytes: int | None,
     ) -> None:
-        super().__init__(space, self._summed, peak=self._largest, name=name)
+        super().__init__(
+            space, self._summed, peak=self._largest, diagonal=self._by_outputs, name=name
+        )
         self._batches = batches
         self._own = own
         self._max_bytes = max_bytes
@@ -132,6 +132,11 @@ class Curvature(SelfAdjoint):
                     t.add_(g, alpha=batch.weight)
             self._gradient = self.in_space.unflatten(total)
         return self._gradient
+
+    @property
+    def flat_gradient(self) -> torch.Tensor:
+        """The gradient at the point as a flat vector, shape (n,)."""
+        return self.in_space.ravel(self.gradient)
 
     @property
     def batches_kept(self) -> int:
@@ -159,6 +164,28 @@ class Curvature(SelfAdjoint):
         self._trim()
         return total
 
+    def _by_outputs(self, chunk_size: ChunkSize) -> torch.Tensor | None:
+        """Return the diagonal of Jᵀ·H·J from the rows of J and of H·J, if these are fewer."""
+        check_chunk_size(chunk_size)
+        outputs = 0
+        for batch in self._batches:
+            products = batch.point().products
+            if len(products) != 3:
+                return None
+            outputs += products[1]._arguments.size
+        if 2 * outputs >= self.shape[1]:
+            return None
+        total = self.in_space.ravel(None)
+        for batch in progress(self._batches, len(self._batches), "batches"):
+            _, inner, back = batch.point().products
+            chunk = self._chunk(chunk_size, inner._arguments.size)
+            for _, parts in units(inner._arguments, chunk, "outputs"):
+                rows = self.in_space.join(run(back, parts, stacked=True), stacked=True)
+                weighed = run(back, run(inner, parts, stacked=True), stacked=True)
+                weighed_rows = self.in_space.join(weighed, stacked=True)
+                total += batch.weight * (rows * weighed_rows).sum(0)
+        return total
+
     def _trim(self) -> None:
         """Let go of batches whose programs have grown beyond the budget when simplified."""
         if self._max_bytes is None:
@@ -175,26 +202,33 @@ class Curvature(SelfAdjoint):
 
 @eagerly
 def hessian(
-    f: Callable[..., torch.Tensor],
+    f: Callable[..., torch.Tensor] | torch.nn.Module,
     params: Any,
     batches: Iterable[Any] | None = None,
     *,
-    reduction: Reduction = "sum",
+    reduction: Reduction | None = None,
     max_bytes: int | None = None,
 ) -> Curvature:
     """Return the Hessian of a scalar function as an operator.
+
+    `hessian(f, params, batches)`, or, of a module's loss, `hessian(net, loss, loader)`.
 
     Parameters
     ----------
     f
         `f(params)`, or with batches `f(params, *batch)`; returns one real number as a tensor.
+        Or a module.
     params
-        A pytree of real tensors.
+        A pytree of real tensors. For a module, the loss in its place, as for `gauss_newton`;
+        the parameters are those of the module that require grad.
     batches
-        The data in pieces, each a tuple (or one tensor); gone through once.
+        The data in pieces, each a tuple (or one tensor); gone through once, now. Products are
+        those of the data and parameters of now: a later change in place is noticed where they
+        are read again. For a module, pairs `(inputs, targets)`.
     reduction
         How batches add up: "sum" adds what f returns; "mean" takes the average, weighted by
-        the lengths of the batches' first tensors.
+        the lengths of the batches' first tensors. None for "sum", and for a module for what its
+        loss does with samples.
     max_bytes
         The most bytes that linearized batches may keep. Those that do not fit are linearized
         anew for every product. None for no limit.
@@ -211,10 +245,20 @@ def hessian(
     UnsupportedError
         In products, if something in f has no second derivative.
     """
+    if isinstance(f, torch.nn.Module):
+        model, params, loss, batches, how = arguments("hessian", f, params, batches, None)
+        reduction = reduction or how
+        criterion = loss_function(loss)
+
+        def scalar(q: Any, inputs: Any, *targets: Any) -> torch.Tensor:
+            return criterion(model(q, inputs), *targets)
+
+    else:
+        scalar = f
 
     @derivative
     def gradient_of(p: Any, *batch: Any) -> Any:
-        return gradient_and_value(lambda q: f(q, *batch))(p)
+        return gradient_and_value(lambda q: scalar(q, *batch))(p)
 
     # One for all batches: those of one structure share their programs.
     gradients = Linearizer(gradient_of, argnums=0, has_aux=True, maxsize=0)
@@ -225,20 +269,42 @@ def hessian(
         gradient = [t.detach() for t in _tensors(here)]
         return _Point((here.vjp_fn,), here.aux, lambda: gradient, here.in_space.unpacked())
 
-    return _over_batches(linearized, params, batches, reduction, max_bytes, "Hessian")
+    return _over_batches(linearized, params, batches, reduction or "sum", max_bytes, "Hessian")
 
 
-@eagerly
+@overload
+def gauss_newton(
+    model: torch.nn.Module,
+    params: str | Callable[..., torch.Tensor],
+    loss: Iterable[Any],
+    *,
+    reduction: Reduction | None = None,
+    max_bytes: int | None = None,
+) -> Curvature: ...
+@overload
 def gauss_newton(
     model: Callable[..., Any],
     params: Any,
     loss: str | Callable[..., torch.Tensor],
     batches: Iterable[Any] | None = None,
     *,
-    reduction: Reduction = "sum",
+    reduction: Reduction | None = None,
+    max_bytes: int | None = None,
+) -> Curvature: ...
+@eagerly
+def gauss_newton(
+    model: Callable[..., Any],
+    params: Any,
+    loss: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    reduction: Reduction | None = None,
     max_bytes: int | None = None,
 ) -> Curvature:
     """Return the generalised Gauss–Newton matrix Jᵀ·H·J as an operator.
+
+    `gauss_newton(model, params, loss, batches)`, or `gauss_newton(net, loss, loader)` for a
+    module and all of its parameters that require grad.
 
     J is the Jacobian of the model, H the Hessian of the loss at the model's output. For convex
     losses the matrix is positive semidefinite; that a loss is convex is not checked.
@@ -246,15 +312,17 @@ def gauss_newton(
     Parameters
     ----------
     model
-        `model(params)`, or with batches `model(params, inputs)`.
+        `model(params)`, or with batches `model(params, inputs)`. Or a module, which is called
+        with the inputs.
     params
-        A pytree of real tensors, the dictionary of a module's parameters for instance.
+        A pytree of real tensors. For a module a dictionary by the names of its parameters, or a
+        sequence of them; may be left out.
     loss
         `loss(outputs)`, or with batches `loss(outputs, targets)`; returns one real number. Or
         the name of one of PyTorch's losses with its default options: "mse", "cross_entropy",
         "bce_with_logits" or "poisson_nll" (of the logarithm of the rate).
     batches
-        Pairs `(inputs, targets)`; gone through once.
+        Pairs `(inputs, targets)`, a `DataLoader` for instance; gone through once.
     reduction, max_bytes
         As for `hessian`.
 
@@ -266,7 +334,8 @@ def gauss_newton(
     Raises
     ------
     StructureError
-        If the loss does not return one real number, or there is no batch.
+        If the loss does not return one real number, or there is no batch, or what is given as
+        parameters is not the module's.
     OptionError
         If there is no loss of that name.
 
@@ -275,7 +344,8 @@ def gauss_newton(
     N. N. Schraudolph, "Fast curvature matrix-vector products for second-order gradient
     descent", Neural Computation 14, 2002.
     """
-    criterion = _loss(loss)
+    model, params, loss, batches, how = arguments("gauss_newton", model, params, loss, batches)
+    criterion = loss_function(loss)
 
     @derivative
     def loss_gradient(y: Any, *targets: Any) -> Any:
@@ -300,17 +370,18 @@ def gauss_newton(
             products, outer.aux, lambda: here.vjp_fn._apply(slope), here.in_space.unpacked()
         )
 
-    return _over_batches(linearized, params, batches, reduction, max_bytes, "GaussNewton")
+    chosen = reduction or how
+    return _over_batches(linearized, params, batches, chosen, max_bytes, "GaussNewton")
 
 
 @eagerly
 def fisher(
     model: Callable[..., Any],
     params: Any,
-    loss: str,
+    loss: Any,
     batches: Iterable[Any] | None = None,
     *,
-    reduction: Reduction = "sum",
+    reduction: Reduction | None = None,
     max_bytes: int | None = None,
 ) -> Curvature:
     """Return the Fisher information matrix of the model's likelihood as an operator.
@@ -318,6 +389,7 @@ def fisher(
     The usual losses are negative log-likelihoods whose parameters are the natural ones; for
     these the Fisher matrix is the Gauss–Newton matrix (J. Martens, "New insights and
     perspectives on the natural gradient method", JMLR 21, 2020, section 9.2), without sampling.
+    Like `gauss_newton`, it takes a module: `fisher(net, "cross_entropy", loader)`.
 
     Parameters
     ----------
@@ -339,20 +411,14 @@ def fisher(
     OptionError
         If there is no loss of that name, or a function is given: its distribution is unknown.
     """
+    model, params, loss, batches, how = arguments("fisher", model, params, loss, batches)
     if not isinstance(loss, str):
         raise OptionError(
             "fisher: the distribution behind a loss given as a function is not known; name one of "
-            f"{', '.join(sorted(_LOSSES))}, or use gauss_newton"
+            f"{', '.join(sorted(LOSSES))}, or use gauss_newton"
         )
-    return gauss_newton(model, params, loss, batches, reduction=reduction, max_bytes=max_bytes)
-
-
-def _loss(loss: str | Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    if callable(loss):
-        return loss
-    if loss not in _LOSSES:
-        raise OptionError(f"loss must be a function or one of {sorted(_LOSSES)}, got {loss!r}")
-    return _LOSSES[loss]
+    chosen = reduction or how
+    return gauss_newton(model, params, loss, batches, reduction=chosen, max_bytes=max_bytes)
 
 
 def _tensors(here: Linearization) -> Parts:
@@ -392,13 +458,19 @@ def _over_batches(
             full = full or used > max_bytes
             keep = None if full else point
         lengths.append(_length(data) if batches is not None else 1)
-        made.append(_Batch(make, 1.0, point.value, keep, state))
+        made.append(_Batch(make, 1.0, point.value, keep, state, _stamps((params, data))))
     if space is None:
         raise StructureError(f"{name}: expected at least one batch, got none")
     if reduction == "mean":
         for b, length in zip(made, lengths, strict=True):
             b.weight = length / sum(lengths)
     return Curvature(made, space, name, own, max_bytes)
+
+
+def _stamps(tree: Any) -> list[tuple[torch.Tensor, int]]:
+    """Return the tensors of a tree with their versions."""
+    tensors = (t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor))
+    return [(t, t._version) for t in tensors if not t.is_inference()]
 
 
 def _bytes(point: _Point, own: set[int]) -> int:

@@ -12,7 +12,10 @@ __all__ = [
     "CopyError",
     "DistributedError",
     "FunctionContractError",
+    "IgnoredHookWarning",
+    "IndependenceWarning",
     "LinearizeError",
+    "MemoWarning",
     "MissingDerivativeError",
     "NotLinearError",
     "OptionError",
@@ -41,7 +44,7 @@ class StructureError(LinearizeError, TypeError, RuntimeError):
     """
 
 
-class OptionError(LinearizeError, ValueError):
+class OptionError(LinearizeError, ValueError, RuntimeError):
     """An option has a value that it cannot have.
 
     The message names the option and what it can be.
@@ -117,6 +120,24 @@ class CompilationWarning(UserWarning):
     """A program could not be compiled; it runs as it was, and is right.
 
     For instance because there is no C++ compiler, which Inductor needs on the CPU.
+    """
+
+
+class MemoWarning(UserWarning):
+    """f ran again at the same point, because the memo cannot remember it.
+
+    Something that f can reach cannot be looked into: a function in C of a package that the memo
+    does not know, an object that hides its state, an iterator. The message names it. Remedy: if
+    it stays as it is, say so by `Linearizer(f, unseen="constant")`.
+    """
+
+
+class IgnoredHookWarning(UserWarning):
+    """f registers gradient hooks, which the products do not run.
+
+    The products are those of the function as it was computed: a hook that changes gradients is
+    not a part of it. Remedy: write what the hook does as a custom `torch.autograd.Function`, or
+    filter the warning if the hook only looks.
     """
 
 

@@ -18,7 +18,7 @@ from ._capture.capture import capture
 from ._derivatives.blocks import hessian, jacfwd, jacrev
 from ._derivatives.history import Point, handed_on
 from ._points.linearization import Linearization
-from ._spaces.compare import close
+from ._spaces.compare import close_at, magnitudes
 from ._spaces.space import TensorSpec, differentiable
 from ._torch.names import pytree
 from .errors import NotLinearError, StructureError
@@ -117,6 +117,11 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
     def vjp_fn(
         cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None
     ) -> Any:
+        if not isinstance(retain_graph, bool):
+            raise StructureError(
+                "vjp_fn: expected one cotangent, structured like the output of the function (a "
+                f"tuple for a tuple), got a second argument of type {type(retain_graph).__name__}"
+            )
         with torch.set_grad_enabled(
             torch.is_grad_enabled() if create_graph is None else create_graph
         ):
@@ -170,8 +175,8 @@ def linear_transpose(func: Callable[..., Any], *primals: Any) -> Callable[..., A
     Parameters
     ----------
     func
-        A linear function. It runs once at `primals`, and once at a random point to see that it
-        is linear.
+        A linear function. It runs once at `primals`, and at random points of several
+        magnitudes to see that it is linear.
     *primals
         Give structure, shapes, dtypes and devices.
 
@@ -183,7 +188,7 @@ def linear_transpose(func: Callable[..., Any], *primals: Any) -> Callable[..., A
     Raises
     ------
     NotLinearError
-        If func at the random point is not its Jacobian at `primals` times that point.
+        If func at one of the random points is not its Jacobian at `primals` times that point.
     """
     point = Linearization(capture(func, primals, {}, range(len(primals))))
     generator = torch.Generator().manual_seed(7_919)
@@ -191,20 +196,32 @@ def linear_transpose(func: Callable[..., Any], *primals: Any) -> Callable[..., A
         lambda x: TensorSpec.of(x).random(generator) if differentiable(x) else x, primals
     )
     image = point.jvp_fn(*(pytree.tree_map(_tangent, p) for p in elsewhere))
-    with torch.no_grad():
-        value = func(*elsewhere)
-    for got, want in zip(pytree.tree_leaves(image), pytree.tree_leaves(value), strict=True):
-        if got is not None and not close(got, want):
-            raise NotLinearError(
-                "linear_transpose: func is not linear: at a random point it differs from its "
-                "Jacobian at the primals times that point"
-            )
+    dtypes = {x.dtype for x in pytree.tree_leaves(primals) if differentiable(x)}
+    for factor in (1.0, *magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max))):
+        _check_image(func, elsewhere, image, factor)
 
     def transposed(cotangent: Any) -> Any:
         result = point.vjp_fn(pytree.tree_map(_conjugate, cotangent))
         return pytree.tree_map(_conjugate, result)
 
     return transposed
+
+
+def _check_image(func: Callable[..., Any], primals: Any, image: Any, factor: float) -> None:
+    """Raise if func at a multiple of a point is not that multiple of the point's image."""
+
+    def scaled(x: Any) -> Any:
+        return factor * x if differentiable(x) else x
+
+    with torch.no_grad():
+        value = func(*pytree.tree_map(scaled, primals))
+    expected = pytree.tree_leaves(pytree.tree_map(scaled, image))
+    for want, got in zip(expected, pytree.tree_leaves(value), strict=True):
+        if want is not None and not close_at(factor, got, want):
+            raise NotLinearError(
+                "linear_transpose: func is not linear: at a random point, times "
+                f"{factor:.0e}, it differs from its Jacobian at the primals times that point"
+            )
 
 
 def _tangent(x: Any) -> Any:

@@ -70,7 +70,8 @@ def jacobian(
     create_graph
         Whether the result can be differentiated with respect to the inputs.
     strict
-        Whether an output that does not depend on the inputs is an error.
+        Whether an output that does not depend on one of the inputs is an error, with
+        `create_graph` also a derivative that depends on nothing.
     vectorize
         Whether several rows or columns are computed in one pass. Custom Functions are called
         once for each of them, inside of the pass.
@@ -91,7 +92,7 @@ def jacobian(
     OptionError
         If an option has a value that it cannot have.
     StructureError
-        With `strict`, if an output does not depend on the inputs.
+        With `strict`, if an output does not depend on one of the inputs.
     UnsupportedError
         For complex numbers, if the derivative is linear over the real numbers only.
     """
@@ -109,9 +110,9 @@ def jacobian(
         )
     with torch.set_grad_enabled(create_graph):
         forward = "jacobian" if strategy == "forward-mode" else ""
-        point = Point(func, primals, has_aux=False, forward=forward)
+        point = Point(func, primals, has_aux=False, forward=forward, keep=strict)
         if strict:
-            _check_strict(point, "jacobian", each=True, varying=create_graph)
+            _check_strict(point, "jacobian", varying=create_graph)
         return matrix(point, direction, chunk, unpack=single)
 
 
@@ -137,7 +138,7 @@ def hessian(
     inputs, create_graph
         As for `jacobian`.
     strict
-        Whether a gradient that does not depend on the inputs is an error.
+        As for `jacobian`, of the gradient.
     vectorize
         As for `jacobian`.
     outer_jacobian_strategy
@@ -155,6 +156,8 @@ def hessian(
     ------
     OptionError, StructureError
         As for `jacobian`; also if func does not return one number.
+    UnsupportedError
+        If the backward of a custom Function has no derivative that can be seen.
     """
     direction = _options(outer_jacobian_strategy, chunk_size)
     chunk = chunk_size if vectorize else 1
@@ -172,9 +175,9 @@ def hessian(
         return row_gradients(value.reshape(()), args[0] if single else args, sight)
 
     with torch.set_grad_enabled(create_graph):
-        point = Point(gradient, primals, has_aux=False)
+        point = Point(gradient, primals, has_aux=False, keep=strict)
         if strict:
-            _check_strict(point, "hessian", each=True, varying=create_graph)
+            _check_strict(point, "hessian", varying=create_graph)
         return matrix(point, direction, chunk, unpack=single)
 
 
@@ -222,9 +225,9 @@ def hvp(
         return value, row_gradients(value.reshape(()), args, sight)
 
     with torch.set_grad_enabled(create_graph):
-        point = Point(value_and_gradient, primals, has_aux=False)
+        point = Point(value_and_gradient, primals, has_aux=False, keep=strict)
         if strict:
-            _check_strict(point, "hvp", each=False, varying=False)
+            _check_strict_product(point, "hvp", varying=create_graph)
         value, gradient = point.value
         if v is None:
             if sum(t.numel() for t in pytree.tree_leaves(gradient)) != 1:
@@ -279,8 +282,8 @@ def _options(strategy: str, chunk_size: ChunkSize) -> Direction:
     return _DIRECTIONS[strategy]
 
 
-def _check_strict(point: Point, what: str, *, each: bool, varying: bool) -> None:
-    """Raise as PyTorch does in strict mode.
+def _check_strict(point: Point, what: str, *, varying: bool) -> None:
+    """Raise as PyTorch does in strict mode: each output must depend on each input.
 
     Parameters
     ----------
@@ -288,29 +291,38 @@ def _check_strict(point: Point, what: str, *, each: bool, varying: bool) -> None
         The function, or its gradient.
     what
         Who asks.
-    each
-        Whether each output must depend on each input, or each on some other.
     varying
-        Whether the derivative must depend on something too.
+        Whether the derivatives must depend on something too.
     """
-    table = point.dependence()
-    if not each:
-        lonely = [i for i, row in enumerate(table) if not any(row)]
-        if lonely:
+    for i, row in enumerate(point.dependence()):
+        if not all(row):
             raise StructureError(
-                f"{what}: strict=True, and output {lonely[0]} depends on no input"
+                f"{what}: strict=True, and output {i} does not depend on input {row.index(False)}"
             )
-        table = [[any(row[j] for row in table) for j in range(len(table[0]))]]
-    for i, row in enumerate(table):
-        for j, depends in enumerate(row):
-            if not depends:
-                output = f"output {i}" if each else "the output"
-                raise StructureError(
-                    f"{what}: strict=True, and {output} does not depend on input {j}"
-                )
     if varying:
         for i, j in point.constant_blocks():
             raise StructureError(
                 f"{what}: strict=True and create_graph=True, and the derivative of output {i} by "
                 f"input {j} is constant"
+            )
+
+
+def _check_strict_product(point: Point, what: str, *, varying: bool) -> None:
+    """Raise as PyTorch does in strict mode for the product of a Hessian, given value and gradient.
+
+    Each entry of the gradient must depend on some input, and on each input some entry.
+    """
+    table = point.dependence()
+    for i, row in enumerate(table):
+        if not any(row):
+            entry = f"the derivative by input {i - 1}" if i else "the output"
+            raise StructureError(f"{what}: strict=True, and {entry} depends on no input")
+    for j, column in enumerate(zip(*table[1:], strict=True)):
+        if not any(column):
+            raise StructureError(f"{what}: strict=True, and the Hessian is zero for input {j}")
+    if varying:
+        for j in point.constant_inputs(1):
+            raise StructureError(
+                f"{what}: strict=True and create_graph=True, and the product is constant for "
+                f"input {j}"
             )

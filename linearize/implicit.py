@@ -15,7 +15,7 @@ tensor([0.2500, 0.1667], dtype=torch.float64)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -24,10 +24,18 @@ from ._capture.dependence import derivative
 from ._capture.graph import other_leaves
 from ._derivatives.gradient import gradient_and_value
 from ._points.linearization import Linearization
-from ._spaces.flat import Parts, join, split
-from ._spaces.operators import LinearOperator
+from ._spaces.flat import Parts
+from ._spaces.operators import LinearOperator, SelfAdjoint
+from ._spaces.solvers import (
+    Automatic,
+    Blocks,
+    Solve,
+    Solving,
+    batch_size,
+    checked_inverse,
+)
 from ._spaces.space import Space, differentiable
-from ._torch.modes import eagerly
+from ._torch.modes import eagerly, functorch_active
 from ._torch.names import pytree
 from .errors import LinearizeError, SpaceError, UnsupportedError
 
@@ -38,36 +46,14 @@ def __dir__() -> list[str]:
     return __all__
 
 
-#: Given an operator A and a flat vector b, returns the flat vector x with A·x = b.
-Solve: TypeAlias = Callable[[LinearOperator, torch.Tensor], torch.Tensor]
-
-
-def dense(A: LinearOperator, b: torch.Tensor) -> torch.Tensor:
-    """Solve A·x = b by writing the matrix out: exact, for some thousands of unknowns.
-
-    Parameters
-    ----------
-    A
-        An operator of shape (n, n).
-    b
-        A vector of shape (n,).
-
-    Returns
-    -------
-    torch.Tensor
-        Of shape (n,).
-    """
-    x: torch.Tensor = torch.linalg.solve(A.materialize(), b)
-    return x
-
-
 @eagerly
 def root(
     f: Callable[..., Any],
     x: Any,
     *params: Any,
-    solve: Solve = dense,
+    solve: Solve | None = None,
     tol: float | None = None,
+    batch: bool = False,
 ) -> Any:
     """Return the solution x of `f(x, *params) = 0` with its derivatives by the params.
 
@@ -81,11 +67,16 @@ def root(
         Pytrees of tensors.
     solve
         Solves the linear systems: takes an operator A, ∂f/∂x or its transpose, and a flat
-        vector b. The default writes the matrix out; for large systems pass an iterative solver,
-        `lambda A, b: bicgstab(A.__matmul__, b)`.
+        vector b. None for what suits the size: the matrix is written out and factorized, once,
+        or, beyond a thousand unknowns, the system is solved by products alone
+        (`linearize.solvers.iterative`).
     tol
         The largest component of `f(x, *params)` that still counts as zero. None for 1e-6 in
         double precision and 1e-3 in single.
+    batch
+        Whether the first dimension of every tensor of x and of f(x) counts independent systems.
+        Their small matrices are had from as many products as one of them has unknowns, and
+        solved together; that the systems are independent is seen by the residual.
 
     Returns
     -------
@@ -100,10 +91,33 @@ def root(
         backward pass, if what `solve` returns does not solve the system.
     SpaceError
         If f does not return as many numbers as x has.
+    UnsupportedError
+        Under the transforms of `torch.func`, and at a second derivative.
     """
+    return _attached("root", f, x, params, solve, tol, batch)
+
+
+def _attached(
+    name: str,
+    f: Callable[..., Any],
+    x: Any,
+    params: tuple[Any, ...],
+    solve: Solve | None,
+    tol: float | None,
+    batch: bool,
+) -> Any:
+    """Return a solution with its derivatives; that of a gradient has a symmetric system."""
+    if functorch_active():
+        raise UnsupportedError(
+            f"{name}: does not run under torch.func transforms. For many systems at once (vmap), "
+            "give f all of them, stacked along the first dimension, with batch=True; for "
+            "Jacobians take linearize.func.jacrev or torch.autograd.functional.jacobian"
+        )
     space = Space.of_tree(x, "tangent", "x")
     if any(leaf.dtype.is_complex for leaf in space.tensors):
-        raise UnsupportedError("root: expected real numbers, got complex ones")
+        raise UnsupportedError(
+            f"{name}: expected real numbers, got complex ones; let f take torch.view_as_real(x)"
+        )
     leaves, structure = pytree.tree_flatten(params)
     given = [t for t in leaves if differentiable(t)]
     start = pytree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, x)
@@ -112,22 +126,27 @@ def root(
     )
     captured = capture(f, (start, *fixed), {}, range(1 + len(fixed)))
     if torch.is_grad_enabled():
-        _check_closure(captured)
+        _check_closure(captured, name)
     here = Linearization(captured)
     value = [t for t in here.out_space.flatten(_differentiable(here.value)) if t is not None]
     if here.out_space.size != space.size:
         raise SpaceError(
-            f"root: f returns {here.out_space.size} numbers for the {space.size} of x"
+            f"{name}: f returns {here.out_space.size} numbers for the {space.size} of x"
         )
     largest = max((float(t.abs().max()) for t in value if t.numel()), default=0.0)
     limit = _limit(space) if tol is None else tol
     if not largest <= limit:
         raise LinearizeError(
-            f"root: x is no solution, the largest component of f(x) is {largest:.3g} (tol "
+            f"{name}: x is no solution, the largest component of f(x) is {largest:.3g} (tol "
             f"{limit:.3g}); solve more accurately, or give tol"
         )
     parts = [t for t in space.flatten(start) if t is not None]
-    system = _System(here, space, len(given), solve)
+    symmetric = name != "root"
+    solving = Automatic() if solve is None else Solving(solve)
+    if batch:
+        batch_size(space, here.out_space)
+        solving = Blocks() if solve is None else solving
+    system = _System(here, space, len(given), solving, symmetric=symmetric)
     results = _Solution.apply(system, *parts, *given)  # type: ignore[no-untyped-call]
     others = pytree.tree_leaves(start)
     return space.unflatten(list(results), others)
@@ -138,8 +157,9 @@ def minimum(
     loss: Callable[..., torch.Tensor],
     x: Any,
     *params: Any,
-    solve: Solve = dense,
+    solve: Solve | None = None,
     tol: float | None = None,
+    batch: bool = False,
 ) -> Any:
     """Return the minimum x of `loss(x, *params)` with its derivatives by the params.
 
@@ -150,7 +170,7 @@ def minimum(
     ----------
     loss
         Returns one real number.
-    x, *params, solve, tol
+    x, *params, solve, tol, batch
         As for `root`; `tol` is for the gradient.
 
     Returns
@@ -168,7 +188,7 @@ def minimum(
     def gradient(x: Any, *params: Any) -> Any:
         return gradient_and_value(lambda x: loss(x, *params))(x)[0]
 
-    return root(gradient, x, *params, solve=solve, tol=tol)
+    return _attached("minimum", gradient, x, params, solve, tol, batch)
 
 
 @eagerly
@@ -176,8 +196,9 @@ def least_squares(
     residual: Callable[..., Any],
     x: Any,
     *params: Any,
-    solve: Solve = dense,
+    solve: Solve | None = None,
     tol: float | None = None,
+    batch: bool = False,
 ) -> Any:
     """Return the least-squares solution of `residual(x, *params)` with its derivatives.
 
@@ -188,7 +209,7 @@ def least_squares(
     ----------
     residual
         Returns a tensor, or a pytree of tensors.
-    x, *params, solve, tol
+    x, *params, solve, tol, batch
         As for `root`; `tol` is for the gradient Jᵀ·r.
 
     Returns
@@ -206,35 +227,48 @@ def least_squares(
         leaves = [t for t in pytree.tree_leaves(residual(x, *params)) if differentiable(t)]
         return torch.stack([(t * t).sum() for t in leaves]).sum() / 2
 
-    return minimum(half, x, *params, solve=solve, tol=tol)
+    return minimum(half, x, *params, solve=solve, tol=tol, batch=batch)
 
 
-def _check_closure(captured: Capture) -> None:
+def _check_closure(captured: Capture, name: str) -> None:
     """Raise if f depends on tensors that require grad besides its arguments."""
     others = other_leaves(captured.edges, [node for _, node in captured.leaves])
     if others:
         shapes = ", ".join(str(tuple(t.shape)) for t in others[:5])
+        more = ", ..." if len(others) > 5 else ""
         raise UnsupportedError(
-            f"root: f depends on {len(others)} tensor(s) that require grad and are no arguments of "
-            f"it (shapes {shapes}{', ...' if len(others) > 5 else ''}): the solution would have no "
-            "derivative by them. Pass them as params (for a module: dict(net.named_parameters()) "
-            "and torch.func.functional_call), or detach() them if they are constants"
+            f"{name}: f depends on {len(others)} tensor(s) that require grad and are no arguments "
+            f"of it (shapes {shapes}{more}): the solution would have no derivative by them. Pass "
+            "them as params (for a module: dict(net.named_parameters()), and "
+            "torch.func.functional_call inside f), or detach them if they are constants"
         )
 
 
 class _System:
     """∂f/∂x and ∂f/∂p at the solution, from one run of f."""
 
-    def __init__(self, here: Linearization, space: Space, count: int, solve: Solve) -> None:
+    def __init__(
+        self,
+        here: Linearization,
+        space: Space,
+        count: int,
+        solving: Solving,
+        *,
+        symmetric: bool,
+    ) -> None:
         self.space = space
         self.of = here.out_space
         self._jvp, self._vjp = here.jvp_fn, here.vjp_fn
         self._count = count
-        self._solve = solve
         self._size = len(space.tensors)
-        self.by_x = LinearOperator(
-            space, here.out_space, self._apply, self._apply_adjoint, name="∂f/∂x"
+        by_x = (
+            SelfAdjoint(space, self._apply_adjoint, name="∂f/∂x")
+            if symmetric
+            else LinearOperator(
+                space, here.out_space, self._apply, self._apply_adjoint, name="∂f/∂x"
+            )
         )
+        self._inverse = checked_inverse(by_x, solving, None)
 
     def _apply(self, parts: Parts, *, stacked: bool) -> Parts:
         tensors = [*parts, *([None] * self._count)]
@@ -247,24 +281,12 @@ class _System:
     def forward(self, tangents: list[torch.Tensor | None]) -> Parts:
         """Return dx for dp."""
         change = self._jvp._apply([*([None] * self._size), *tangents])
-        b = join(self.of, change)
-        return split(self.space, self.solved(self.by_x, -b))
+        return self._inverse._apply([-t for t in change], stacked=False)
 
     def reverse(self, cotangents: Parts) -> Parts:
         """Return the cotangents of p for those of x."""
-        w = self.solved(self.by_x.H, join(self.space, cotangents))
-        return self._vjp._apply(split(self.of, -w))[self._size :]
-
-    def solved(self, A: LinearOperator, b: torch.Tensor) -> torch.Tensor:
-        """Solve a system, and see whether it is solved."""
-        x = self._solve(A, b)
-        error, size = float((A @ x - b).norm()), float(b.norm())
-        if not error <= 1e3 * _limit(self.space) * size:
-            raise LinearizeError(
-                f"implicit derivative: the solver left a residual of {error:.3g} for a right-hand "
-                f"side of norm {size:.3g}; the system may be singular, or the solver stopped early"
-            )
-        return x
+        w = self._inverse._apply_adjoint(cotangents, stacked=False)
+        return self._vjp._apply([-t for t in w])[self._size :]
 
 
 class _Solution(torch.autograd.Function):

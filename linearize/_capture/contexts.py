@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from .._programs.residuals import Residual
+from .._spaces.nested import leaves
 from .._spaces.space import TensorSpec
 from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
-from .._torch.graphs import forward_class
+from .._torch.graphs import forward_class, has_outputs
+from .._torch.names import batched_or_wrapped
 from .._torch.ranks import collective_kind
 
 
@@ -29,7 +31,12 @@ class ContextRecord:
     #: The arguments that are no tensors, of collectives only.
     settings: tuple[Any, ...] | None = None
     versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
+    #: Tensors among the attributes, with their versions when `apply` had returned.
+    attributes: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
     saved_for_forward: tuple[Residual | None, ...] | None = None
+    #: What was given to `save_for_forward`, and to `mark_dirty`.
+    given: tuple[weakref.ref[torch.Tensor] | None, ...] = ()
+    dirty: tuple[weakref.ref[torch.Tensor], ...] = ()
     materialize: bool = True
     line: Line | None = None
 
@@ -43,17 +50,20 @@ class ContextRecords:
         Tells the line of f that is being executed; None if nobody wants to know.
     collectives
         The contexts of collectives, in order; these are kept, as other ranks wait for them.
+    pending
+        Contexts whose `apply` had not returned when they were looked at last.
     """
 
     def __init__(self) -> None:
         self.locate: Callable[[], Line | None] | None = None
+        self.pending: list[weakref.ref[Any]] = []
         self._records: weakref.WeakKeyDictionary[Any, ContextRecord]
         self._records = weakref.WeakKeyDictionary()
         self.collectives: list[Any] = []
 
     def watching(self) -> ContextWatcher:
         """Return the context manager inside which contexts are recorded."""
-        return ContextWatcher(self._created, self._saved, self._materialize)
+        return ContextWatcher(self._created, self._saved, self._materialize, self._dirtied)
 
     def get(self, ctx: Any) -> ContextRecord:
         """Return the record of `ctx`, an empty one if none was made."""
@@ -72,7 +82,25 @@ class ContextRecords:
     def __len__(self) -> int:
         return len(self._records)
 
+    def settle(self) -> None:
+        """Note the versions of what contexts refer to, once their `apply` has returned.
+
+        f may change it in place afterwards, an output or a view of one for instance.
+        """
+        contexts = [(ref, ref()) for ref in self.pending]
+        self.pending = [ref for ref, ctx in contexts if ctx is not None and not has_outputs(ctx)]
+        for _, ctx in contexts:
+            if ctx is not None and has_outputs(ctx):
+                self._records[ctx].attributes = tuple(
+                    (weakref.ref(t), t._version)
+                    for t in attributes(ctx)
+                    if not t.is_inference() and not batched_or_wrapped(t)
+                )
+
     def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
+        if self.pending:
+            self.settle()
+        self.pending.append(weakref.ref(ctx))
         record = self._records[ctx] = ContextRecord()
         if self.locate is not None:
             record.line = self.locate()
@@ -94,9 +122,17 @@ class ContextRecords:
     def _saved(self, ctx: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
         # Aliases without history: a saved output would otherwise hold its own node alive.
         source = f"{function_name(forward_class(ctx))} (save_for_forward)"
-        self._records.setdefault(ctx, ContextRecord()).saved_for_forward = tuple(
+        record = self._records.setdefault(ctx, ContextRecord())
+        record.saved_for_forward = tuple(
             None if t is None else Residual(t.detach(), source) for t in tensors
         )
+        record.given = tuple(None if t is None else weakref.ref(t) for t in tensors)
+        _expect_steps(record, record.dirty)
+
+    def _dirtied(self, ctx: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+        record = self._records.setdefault(ctx, ContextRecord())
+        record.dirty = tuple(map(weakref.ref, tensors))
+        _expect_steps(record, record.dirty)
 
     def _materialize(self, ctx: Any, value: bool) -> None:
         self._records.setdefault(ctx, ContextRecord()).materialize = value
@@ -114,6 +150,26 @@ def is_collective(ctx: Any) -> bool:
 def is_identity(ctx: Any) -> bool:
     """Whether a context is that of a Function which only waits."""
     return collective_kind(forward_class(ctx)) in _IDENTITIES
+
+
+def _expect_steps(record: ContextRecord, dirty: tuple[weakref.ref[torch.Tensor], ...]) -> None:
+    """Let for the step that PyTorch adds to the version of what `forward` marked as changed."""
+    marked = [t for t in (ref() for ref in dirty) if t is not None]
+    for r, ref in zip(record.saved_for_forward or (), record.given, strict=True):
+        t = None if ref is None else ref()
+        if r is not None and r.version is not None and any(t is m for m in marked):
+            r.version += 1
+
+
+def attributes(ctx: Any) -> list[torch.Tensor]:
+    """Return the tensors that a context refers to by its attributes."""
+    found: list[torch.Tensor] = []
+    for x in tuple(vars(ctx).values()):
+        if isinstance(x, torch.Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple, dict)):
+            found += [t for t in leaves(x) if isinstance(t, torch.Tensor)]
+    return found
 
 
 def function_name(cls: Any) -> str:

@@ -8,6 +8,7 @@ never calls `forward`.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -17,21 +18,23 @@ import torch
 
 from .._programs.program import Operation
 from .._programs.residuals import Residual, first_freed
-from .._spaces.nested import leaves
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     forward_class,
     input_metadata,
     materialized_arguments,
-    only_raises,
+    operator_of,
     packed_by_hooks,
 )
 from .._torch.modes import without_inference_mode
 from .._torch.names import OpOverload, pytree
 from ..errors import FunctionContractError, StalenessError, StructureError
-from .contexts import ContextRecord, function_name
+from .contexts import ContextRecord, attributes, function_name
+from .methods import gives_backward, gives_jvp
 
-_REGISTERED: dict[str, Callable[..., Any]] = {}
+#: By operator: one that is defined anew under the same name is another one.
+_REGISTERED: weakref.WeakKeyDictionary[OpOverload, Callable[..., Any]]
+_REGISTERED = weakref.WeakKeyDictionary()
 
 
 def register_jvp(op: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,8 +47,9 @@ def register_jvp(op: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
         whose backward was registered with `register_autograd`.
     fn
         `fn(ctx, *tangents)`, with the contract of `torch.autograd.Function.jvp`: `ctx` is the
-        one that `setup_context` filled; one tangent per argument of the operator, None for
-        arguments that are not tensors; returns the tangent of each output. May be opaque.
+        one that `setup_context` filled; one tangent per argument of the operator, zeros for
+        tensors without one, None for arguments that are not tensors; returns the tangent of
+        each output. May be opaque.
 
     Returns
     -------
@@ -62,11 +66,10 @@ def register_jvp(op: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
         overload = getattr(op, "default", None)
     if not isinstance(overload, OpOverload):
         raise StructureError(f"register_jvp: expected a torch.library custom op, got {op!r}")
-    namespace, _, name = overload._schema.name.partition("::")
+    namespace = overload.namespace
     if namespace in ("aten", "prim", "prims"):
         raise StructureError(f"register_jvp: {op!r} is PyTorch's own, not a custom op")
-    key = f"GeneratedBackwardFor_{namespace}_{name}_{overload._overloadname}"
-    _REGISTERED[key] = fn
+    _REGISTERED[overload] = fn
     return fn
 
 
@@ -152,20 +155,18 @@ class CustomNode:
     @property
     def registered_jvp(self) -> Callable[..., Any] | None:
         """The jvp registered for a `torch.library` operator."""
-        return _REGISTERED.get(self.cls.__name__)
+        operator = operator_of(self.cls) if _REGISTERED else None
+        return None if operator is None else _REGISTERED.get(operator)
 
     @property
     def has_jvp(self) -> bool:
         """Whether the author gave a jvp."""
-        own = self.cls.jvp is not torch.autograd.Function.jvp
-        return own or self.registered_jvp is not None
+        return gives_jvp(self.cls) or self.registered_jvp is not None
 
     @property
     def has_backward(self) -> bool:
         """Whether the author gave a backward (or a `vjp` staticmethod, its other name)."""
-        base = torch.autograd.Function
-        own = self.cls.backward is not base.backward or self.cls.vjp is not base.vjp
-        return own and not only_raises(self.cls)
+        return gives_backward(self.cls)
 
     @property
     def takes_batches(self) -> bool:
@@ -273,11 +274,11 @@ class CustomNode:
         return self.ctx.apply(*arguments)
 
     def _call_jvp(self, tangents: Sequence[torch.Tensor | None]) -> Any:
+        fn = self.registered_jvp
         arguments: list[torch.Tensor | None] = []
         for place, spec in self._places or self._arguments_of_jvp():
             t = None if place < 0 else tangents[place]
-            arguments.append(self._missing(spec) if t is None else t.clone())
-        fn = self.registered_jvp
+            arguments.append(self._missing(spec, fn) if t is None else t.clone())
         saved = self._record.saved_for_forward
         if saved is not None:
             self.ctx.saved_for_forward = tuple(None if r is None else r.tensor for r in saved)
@@ -287,6 +288,13 @@ class CustomNode:
             if fn is None:
                 return self.cls.jvp(self.ctx, *arguments)
             return fn(self.ctx, *self._operator_arguments(arguments))
+        except TypeError as error:
+            if fn is None and not _takes(self.cls.jvp, 1 + len(arguments)):
+                raise FunctionContractError(
+                    f"{self.name}.jvp must take ctx and a tangent for each of the "
+                    f"{len(arguments)} arguments of forward, None for what is no tensor: {error}"
+                ) from error
+            raise
         finally:
             if saved is not None:
                 self.ctx.saved_for_forward = None
@@ -317,7 +325,7 @@ class CustomNode:
 
         PyTorch takes None for zero; a result can only be meant so where that is the case.
         """
-        if self._record.materialize:
+        if self._record.materialize or self.registered_jvp is not None:
             return False
         places, seen = self._places or (), self._record.inputs or ()
         return any(
@@ -325,8 +333,14 @@ class CustomNode:
             for (place, _), spec in zip(places, seen, strict=False)
         )
 
-    def _missing(self, spec: TensorSpec | None) -> torch.Tensor | None:
-        return spec.zeros() if spec is not None and self._record.materialize else None
+    def _missing(self, spec: TensorSpec | None, registered: Any = None) -> torch.Tensor | None:
+        """Return what stands for a direction that is not there.
+
+        A registered jvp always gets zeros: whether a context materializes is no affair of its
+        operator's, and differs from one PyTorch to the next.
+        """
+        whole = self._record.materialize or registered is not None
+        return spec.zeros() if spec is not None and whole else None
 
     def _guarded(
         self,
@@ -392,16 +406,10 @@ class CustomNode:
             self.ctx.saved_for_forward = self._pinned
 
     def _stamp(self) -> None:
-        state = vars(self.ctx)
-        if not state:
+        if not vars(self.ctx):
             self._attributes = []
             return
-        found: list[torch.Tensor] = []
-        for x in tuple(state.values()):
-            if isinstance(x, torch.Tensor):
-                found.append(x)
-            elif isinstance(x, (list, tuple, dict)):
-                found += [t for t in leaves(x) if isinstance(t, torch.Tensor)]
+        found = attributes(self.ctx)
         known = self._attributes
         if len(found) == len(known):
             for r, t in zip(known, found, strict=True):
@@ -414,17 +422,20 @@ class CustomNode:
         self._attributes = [Residual(t, source) for t in found]
 
     def _stamp_arguments(self) -> None:
-        """Let attributes that are arguments count from when `forward` was called.
+        """Let attributes count from when `forward` returned; arguments from when it was called.
 
-        f may have changed them between that call and its own end. An argument that `forward`
+        f may have changed them between that and its own end. An argument that `forward`
         itself changed (`mark_dirty`) has this context as its history.
         """
-        versions = {
-            id(ref()): version for ref, version in self._record.versions if ref() is not None
-        }
+        record = self._record
+        called = {id(ref()): version for ref, version in record.versions if ref() is not None}
+        ended = {id(ref()): version for ref, version in record.attributes if ref() is not None}
         for r in self._attributes:
-            if id(r.tensor) in versions and r.tensor.grad_fn is not self.ctx:
-                r.version = versions[id(r.tensor)]
+            key = id(r.tensor)
+            if key in called and r.tensor.grad_fn is not self.ctx:
+                r.version = called[key]
+            elif key in ended:
+                r.version = ended[key]
 
     def _fit(self, result: Any, spec: TensorSpec, i: int) -> torch.Tensor:
         """Sum and cast a gradient as the engine does."""
@@ -558,3 +569,12 @@ class CustomJvp(Operation):
     def bytes_kept(self) -> Iterable[torch.Tensor]:
         """Return the tensors that the context keeps."""
         return self.node.kept()
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -85,6 +85,16 @@ class Graph:
         """Return the line of f that made a node, None if that is not known."""
         return None if self._trace is None else self._trace.line(node)
 
+    def moving(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield running statistics that nodes keep, which PyTorch moves without a version."""
+        for node in self.order:
+            name = node.name()
+            if "BatchNorm" in name and not getattr(node, "_saved_training", True):
+                for saved in ("_saved_running_mean", "_saved_running_var"):
+                    t = getattr(node, saved, None)
+                    if t is not None:
+                        yield self.label(node), t
+
     def saved_tensors(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the graph keeps for its backward."""
         for node in self.order:

@@ -5,6 +5,7 @@ The memo must know which tensors a value came from, beside the arguments: `Reads
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,22 +13,34 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .._torch.graphs import Node, history
 from .._torch.modes import DispatchMode, lazy_bits_respected
 from .._torch.names import batched_or_wrapped, pytree
+from ..errors import IgnoredHookWarning
+from .contexts import ContextRecords
+from .graph import Graph
 
 
 class Reads(TorchFunctionMode):
     """Notes every tensor that PyTorch's Python interface is given while f runs.
 
+    Running statistics that are only read are handed on as copies: PyTorch moves them without
+    raising their version, and the graph would keep them.
+
     Parameters
     ----------
+    records
+        Of contexts, which are looked at as soon as their `apply` has returned.
     thaw
         Whether to hand on copies of inference tensors, which autograd does not accept.
     """
 
-    def __init__(self, *, thaw: bool = False) -> None:
+    def __init__(self, records: ContextRecords, *, thaw: bool = False) -> None:
         super().__init__()
+        self._records = records
         self._seen: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._moving: dict[int, torch.Tensor] = {}
+        self._hooked: list[torch.Tensor] = []
         self._thaw = thaw
 
     def __torch_function__(
@@ -40,6 +53,12 @@ class Reads(TorchFunctionMode):
         self.note(args)
         if kwargs:
             self.note(kwargs.values())
+        if self._records.pending:
+            self._records.settle()
+        if func in _MOVING:
+            args, kwargs = self._held_still(func, args, kwargs or {})
+        elif func is _REGISTER_HOOK:
+            self._hooked.append(args[0])
         if self._thaw and not getattr(func, "__name__", "").endswith("_"):
             args, kwargs = pytree.tree_map(_thawed, (args, kwargs))
         if func in _RUNS_BACKWARD:
@@ -55,6 +74,28 @@ class Reads(TorchFunctionMode):
             elif type(a) in _SEQUENCES:
                 self.note(a)
 
+    def _held_still(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take note of running statistics; hand copies on where they do not move now."""
+        first, flag, moves = _MOVING[func]
+        given = dict(enumerate(args)) | kwargs
+        moves = given.get(5, given.get(flag, moves))
+        for place in (first, first + 1, "running_mean", "running_var"):
+            t = given.get(place)
+            if isinstance(t, torch.Tensor):
+                self._moving[id(t)] = t
+                given[place] = t if moves else t.clone()
+        return tuple(given[i] for i in range(len(args))), {k: given[k] for k in kwargs}
+
+    def moving(self) -> list[torch.Tensor]:
+        """Return tensors that PyTorch writes to without raising their version."""
+        return list(self._moving.values())
+
+    def hooked(self) -> list[Node]:
+        """Return the nodes of tensors on which gradient hooks were registered."""
+        return history(self._hooked)
+
     def stamps(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
         """Return the tensors still alive with their versions now."""
         alive = ((ref, ref()) for ref in self._seen.values())
@@ -65,9 +106,40 @@ class Reads(TorchFunctionMode):
         ]
 
 
+_REGISTER_HOOK = torch.Tensor.register_hook
+#: Functions with running statistics: the place of the first of both, and the name of the flag, the
+#: sixth argument, by which they move, with its default.
+_MOVING: dict[Any, tuple[int, str, bool]] = {
+    torch.nn.functional.batch_norm: (1, "training", False),
+    torch.nn.functional.instance_norm: (1, "use_input_stats", True),
+    torch.batch_norm: (3, "training", False),
+    torch.instance_norm: (3, "use_input_stats", True),
+    torch.native_batch_norm: (3, "training", False),
+    torch.cudnn_batch_norm: (3, "training", False),
+    torch.miopen_batch_norm: (3, "training", False),
+}
 _RUNS_BACKWARD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
 #: Looked up once: this runs at each operation of f.
 _TENSOR, _REF, _SEQUENCES = torch.Tensor, weakref.ref, (list, tuple)
+
+
+def warn_of_hooks(graph: Graph, hooked: Iterable[Node]) -> None:
+    """Warn if f registered a gradient hook in a graph: the products do not run it."""
+    inside = next((n for n in hooked if n in graph.places), None)
+    if inside is None:
+        inside = next((n for n in graph.custom if n.name() == _MODULE_HOOK), None)
+    if inside is not None:
+        warnings.warn(
+            f"f registers a gradient hook (at {graph.label(inside)}): the products do not run it. "
+            "Write what it does to gradients as a custom torch.autograd.Function, or filter this "
+            "warning if it only looks",
+            IgnoredHookWarning,
+            stacklevel=2,
+        )
+
+
+#: What `Module.register_full_backward_hook` puts around a module.
+_MODULE_HOOK = "BackwardHookFunctionBackward"
 
 
 def _thawed(x: Any) -> Any:

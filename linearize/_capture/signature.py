@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from .._programs.origins import Origin, Saved
+from .._spaces.compare import exact
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, input_metadata, is_generated, saved_names, unpacked
 from .._torch.names import has_memory, is_wrapped_number
 from ..errors import LinearizeError
 from .graph import Graph
+from .repeated import may_repeat, repeats
 
 #: Nodes with state that cannot be read from Python and is not told by shapes and dtypes.
 _HIDDEN_STATE = frozenset(
@@ -114,11 +116,11 @@ def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
 
 def _node_key(node: Node, seen: list[torch.Tensor | None]) -> tuple[Any, ...]:
     """Return a node's key; add the tensors that it saved to those `seen`."""
-    tensors, static, partial = _shown(type(node))
+    tensors, static, partial, writes = _shown(type(node))
     wanted = tuple([target is not None for target, _ in node.next_functions])
     if partial and not all(wanted):
         raise HiddenError(node.name())
-    others = tuple([getattr(node, name) for name in static]) if static else ()
+    others = tuple([exact(getattr(node, name)) for name in static]) if static else ()
     saved: list[torch.Tensor | None] = []
     for name, raw in tensors:
         value = unpacked(node, name, raw)
@@ -126,6 +128,8 @@ def _node_key(node: Node, seen: list[torch.Tensor | None]) -> tuple[Any, ...]:
             saved.extend(value)
         else:
             saved.append(value)
+    if writes:  # not before it is known that no hook has to unpack anything
+        others += (repeats(node),)
     seen += saved
     layouts = tuple([_layout(t) for t in saved])
     return type(node), wanted, expected(node), others, layouts, shared_memory(saved)
@@ -196,10 +200,11 @@ def _extent(t: torch.Tensor | None) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _shown(kind: type) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...], bool]:
+def _shown(kind: type) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...], bool, bool]:
     """Return what nodes of a class show: tensors, with their packed form, and other arguments.
 
-    Last, whether they hide the sizes of arguments through which no gradient goes.
+    Then, whether they hide the sizes of arguments through which no gradient goes, and whether they
+    may put several entries at one place.
     """
     if not is_generated(kind) or kind.__name__ in _HIDDEN_STATE:
         raise HiddenError(kind.__name__)
@@ -208,6 +213,7 @@ def _shown(kind: type) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...], bo
         tuple([(name, f"_raw{name}") for name in tensors]),
         static,
         kind.__name__ in _KNOW_ALL_SIZES,
+        may_repeat(kind),
     )
 
 
@@ -228,7 +234,7 @@ def _layout(t: torch.Tensor | None) -> Any:
     if t.layout != torch.strided:
         return t.layout, shape, t.dtype
     # A Python number in f is saved as a tensor; recorded code has it as a number again.
-    number = t.item() if not shape and is_wrapped_number(t) else None
+    number = exact(t.item()) if not shape and is_wrapped_number(t) else None
     bits = t.is_conj(), t.is_neg(), has_memory(t)
     return shape, t.stride(), t.dtype, t.device, bits, number
 

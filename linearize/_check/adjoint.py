@@ -14,23 +14,27 @@ operations, and what goes in and comes out there counts as more arguments and re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 
-from .._execute.executor import Executor
-from .._programs.program import Equation, Operation, Program, Var, op_name
+from .._execute.binding import Binding, BoundProgram
+from .._execute.executor import Executor, runner
+from .._programs.numbers import Numbers
+from .._programs.program import Equation, Operation, Program, op_name
 from .._programs.residuals import Residual
-from .._spaces.compare import tolerance
+from .._programs.values import Var
+from .._spaces.compare import close, roughly, tolerance
 from .._spaces.space import TensorSpec
-from ..errors import AdjointError
+from ..errors import AdjointError, NotLinearError
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
 #: A linear map on flat lists of tensors; None is zero.
-Map: TypeAlias = Callable[[Sequence[torch.Tensor]], Tensors]
+Map: TypeAlias = Callable[[Sequence[Any]], Tensors]
 #: What makes a program's transpose.
-Transposed: TypeAlias = Callable[[Program], Program]
+Transposed: TypeAlias = Callable[[Program, Numbers], Program]
 #: Sums numbers over the ranks that run a product together.
 Total: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
 
@@ -112,14 +116,14 @@ def _inner(a: Tensors, b: Tensors) -> float:
     return sum(_dot(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None)
 
 
-def rounding_limit(*programs: Program) -> float:
+def rounding_limit(*programs: BoundProgram | Program) -> float:
     """Return the relative error that may be rounding, in the coarsest dtype that occurs."""
     dtypes = {v.spec.dtype for p in programs for v in p.inputs}
     dtypes |= {v.spec.dtype for p in programs for eq in p.equations for v in eq.outputs if v}
     return max(map(tolerance, dtypes), default=1.0)
 
 
-def _coarsest(*programs: Program) -> float:
+def _coarsest(*programs: BoundProgram) -> float:
     values = [v for p in programs for eq in p.equations for v in (*eq.outputs, *p.inputs) if v]
     return max((_eps(v.spec.dtype) for v in values), default=0.0)
 
@@ -166,14 +170,14 @@ class _StandIns:
             self.vectors[key] = spec.random(self.generator) / size
         return self.vectors[key]
 
-    def placed(self, program: Program, *, backward: bool) -> Program:
+    def placed(self, program: BoundProgram, *, backward: bool) -> BoundProgram:
         """Return a program without user code."""
-        return program.with_equations([self._placed(eq, backward) for eq in program.equations])
+        return program.with_opaque(lambda eq: self._placed(eq, backward))
 
-    def _placed(self, eq: Equation, backward: bool) -> Equation:
+    def _placed(self, eq: Equation, backward: bool) -> Any:
         node = node_of(eq.op)
         if node is None:
-            return eq
+            return eq.op
 
         def vectors(variables: Iterable[Any], side: bool) -> list[torch.Tensor | None]:
             return [
@@ -183,11 +187,12 @@ class _StandIns:
 
         # A backward takes what belongs to the node's outputs, a jvp what belongs to its inputs.
         a, b = vectors(eq.args, not backward), vectors(eq.outputs, backward)
-        op = RankOne(a, b, f"a stand-in for {op_name(eq.op)}")
-        return Equation(op, eq.args, {}, eq.outputs, eq.source)
+        return RankOne(a, b, f"a stand-in for {op_name(eq.op)}")
 
 
-def check_built_in(pullback: Program, pushforward: Program, transposed: Transposed) -> None:
+def check_built_in(
+    pullback: BoundProgram, pushforward: BoundProgram, transposed: Transposed
+) -> None:
     """Check that two programs are adjoint, except for the opaque operations in them.
 
     Each opaque operation is replaced by a map b ⟨a, ·⟩ in one program and by its adjoint a ⟨b, ·⟩
@@ -209,7 +214,8 @@ def check_built_in(pullback: Program, pushforward: Program, transposed: Transpos
     stand_ins = _StandIns(generator)
     back = stand_ins.placed(pullback, backward=True)
     forth = stand_ins.placed(pushforward, backward=False)
-    off = parting(Executor(back), Executor(forth), generator, lambda: (back, forth), back, forth)
+    maps = runner(back), runner(forth)
+    off = parting(*maps, generator, lambda: (back, forth), back, forth)
     if off is not None:
         raise AdjointError(
             f"pushforward and pullback are not adjoint ({_by(off)}): "
@@ -220,10 +226,12 @@ def check_built_in(pullback: Program, pushforward: Program, transposed: Transpos
 def check_maps(
     pullback: Map,
     pushforward: Map,
-    cotangents: Program,
-    tangents: Program,
-    programs: Callable[[], tuple[Program, Program]],
+    cotangents: BoundProgram,
+    tangents: BoundProgram,
+    programs: Callable[[], tuple[BoundProgram, BoundProgram]],
     transposed: Transposed,
+    *,
+    thorough: bool,
     total: Total | None = None,
     seed: int = 4,
 ) -> None:
@@ -239,8 +247,11 @@ def check_maps(
         Gives the two programs with nothing missing, to find what is at fault.
     transposed
         As of `check_built_in`.
+    thorough
+        Whether to spend more calls of user code: on a pair in which small columns count as much
+        as large ones, and on arguments of other magnitudes.
     total
-        Sums over the ranks, where the products communicate.
+        Sums over the ranks, where the products communicate; other magnitudes are not tried then.
     seed
         Of the random numbers.
 
@@ -248,58 +259,113 @@ def check_maps(
     ------
     AdjointError
         If they are not.
+    NotLinearError
+        If one of them is not linear.
     """
     generator = torch.Generator().manual_seed(seed)
-    off = parting(pullback, pushforward, generator, programs, cotangents, tangents, total)
+    maps = pullback, pushforward
+    off = parting(*maps, generator, programs, cotangents, tangents, columns=thorough, total=total)
+    alone = total is None
+    for product, program, name in zip(maps, (cotangents, tangents), _NAMES, strict=True):
+        if thorough and alone and any(node_of(eq.op) is not None for eq in program.equations):
+            _check_linear(product, program, name, generator)
     if off is not None:
         fault = _name_fault(*programs(), transposed)
         raise AdjointError(f"jvp_fn and vjp_fn are not adjoint ({_by(off)}): {fault}")
+
+
+_NAMES = "vjp_fn", "jvp_fn"
+
+
+def _check_linear(
+    product: Map, program: BoundProgram, name: str, generator: torch.Generator
+) -> None:
+    """Raise if a product with user code in it is not linear, as where gradients are clipped."""
+    arguments = [v.spec.random(generator) for v in program.inputs]
+    culprit = _not_linear(product, arguments)
+    if culprit is None:
+        return
+    for eq in program.equations:
+        if node_of(eq.op) is None:
+            continue
+        given = [a.spec.random(generator) if isinstance(a, Var) else None for a in eq.args]
+        if _not_linear(partial(_called, eq.op), given) is not None:
+            name = op_name(eq.op)
+            break
+    raise NotLinearError(
+        f"{name} is not linear: for arguments {culprit:.0e} times as large its result is not as "
+        "much larger, as where gradients are clipped or rounded"
+    )
+
+
+def _not_linear(product: Map, arguments: Tensors) -> float | None:
+    """Return a factor that a map does not let through, None if there is none.
+
+    User code may solve equations to a tolerance: only what is far from linear is told.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        first = product([None if t is None else t.clone() for t in arguments])
+        for factor in (2.0**10, -(2.0**20)):
+            scaled = product([None if t is None else t * factor for t in arguments])
+            for a, b in zip(scaled, first, strict=True):
+                zero = torch.zeros((), dtype=torch.float64)
+                a, b = (zero if t is None else t for t in (a, b))
+                a, b = torch.broadcast_tensors(a, b * factor)
+                finite = bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
+                if finite and not close(a, b, roughly):
+                    return factor
+    return None
 
 
 def parting(
     pullback: Map,
     pushforward: Map,
     generator: torch.Generator,
-    programs: Callable[[], tuple[Program, Program]],
-    of_pullback: Program,
-    of_pushforward: Program,
+    programs: Callable[[], tuple[BoundProgram, BoundProgram]],
+    of_pullback: BoundProgram,
+    of_pushforward: BoundProgram,
+    *,
+    columns: bool = False,
     total: Total | None = None,
 ) -> float | None:
     """Return by how much two maps miss being adjoint, None if rounding explains it.
 
-    Where numbers are not finite nothing can be said. All ranks over which `total` sums come to
-    the same conclusion.
+    Where numbers are not finite nothing can be said.
+
+    Parameters
+    ----------
+    pullback, pushforward
+        The maps.
+    generator
+        Of the random pair.
+    programs
+        Gives the programs of both with nothing missing, to see how much rounding amounts to.
+    of_pullback, of_pushforward
+        Programs that say what they take.
+    columns
+        Whether to try another pair too, in which small columns count as much as large ones, as
+        small rows do anyhow.
+    total
+        Sums over the ranks, which all come to the same conclusion then.
     """
-    limit = rounding_limit(of_pullback, of_pushforward)
     u = [v.spec.random(generator) for v in of_pullback.inputs]
     v = [v.spec.random(generator) for v in of_pushforward.inputs]
+    limit = rounding_limit(of_pullback, of_pushforward)
     with torch.inference_mode(False), torch.no_grad():
-        jv, jtu = pushforward(v), pullback(u)
-        balance = Balance()
-        balance.add(1, u, jv)
-        balance.add(-1, jtu, v)
-        if total is not None:
-            limit = _mean(total, limit)
-            balance.sum_up(total)
-        if balance.holds(limit):
-            return None
-        # Where large terms cancel, or a matrix is close to singular, rounding alone may be as
-        # large: with all numbers different in their last digits it is seen how large.
-        back, forth = programs()
-        noise = _lost(back, u) * math.sqrt(_inner(v, v)) + _lost(forth, v) * math.sqrt(
-            _inner(u, u)
-        )
-        for _ in range(2):
-            jv_near = Executor(_nudged_residuals(forth, generator))(_nudged(v, generator))
-            jtu_near = Executor(_nudged_residuals(back, generator))(_nudged(u, generator))
-            noise += abs(_inner(u, jv) - _inner(u, jv_near))
-            noise += abs(_inner(jtu, v) - _inner(jtu_near, v))
-    factor = min(100.0, 0.05 / max(_coarsest(back, forth), 1e-300))
-    if total is not None:
-        factor = _mean(total, factor)
-        (noise,) = total([noise])
-    explained = not math.isfinite(noise) or abs(balance.total) <= factor * noise
-    return None if explained else balance.off
+        for balance, arguments, results in balances(pullback, pushforward, u, v, columns=columns):
+            if total is not None:
+                limit = _mean(total, limit)
+                balance.sum_up(total)
+            if balance.holds(limit):
+                continue
+            noise = _noise(programs(), generator, arguments, results)
+            factor = min(100.0, 0.05 / max(_coarsest(*programs()), 1e-300))
+            if total is not None:
+                factor = _mean(total, factor)
+                (noise,) = total([noise])
+            if math.isfinite(noise) and abs(balance.total) > factor * noise:
+                return balance.off
+    return None
 
 
 def _mean(total: Total, number: float) -> float:
@@ -307,32 +373,119 @@ def _mean(total: Total, number: float) -> float:
     return whole / count
 
 
-def _lost(program: Program, arguments: Sequence[torch.Tensor]) -> float:
+#: A cotangent and a tangent, or what the two maps make of them.
+_Pair: TypeAlias = tuple[Tensors, Tensors]
+
+
+def balances(
+    pullback: Map, pushforward: Map, u: Tensors, v: Tensors, *, columns: bool
+) -> Iterator[tuple[Balance, _Pair, _Pair]]:
+    """Yield Re⟨u, J·v⟩ - Re⟨Jᴴ·u, v⟩ for u and v scaled so that entries of all sizes count alike.
+
+    Parameters
+    ----------
+    pullback, pushforward
+        The maps.
+    u, v
+        Random vectors; None for zero.
+    columns
+        Whether there is a second pair in which v is scaled too, not u alone.
+
+    Yields
+    ------
+    balance, arguments, results
+        What was balanced.
+    """
+    tangent, sizes = v, [None if t is None else torch.ones_like(t) for t in v]
+    for again in (True, False) if columns else (False,):
+        jv = pushforward(tangent)
+        weights = weights_of(jv, u)
+        cotangent = over(u, weights)
+        jtu = pullback(cotangent)
+        balance = Balance()
+        balance.add(1, u, over(jv, weights))
+        balance.add(-1, over(jtu, sizes), v)
+        yield balance, (cotangent, tangent), (jtu, jv)
+        if again:
+            sizes = weights_of(jtu, v)
+            tangent = over(v, sizes)
+
+
+def weights_of(tensors: Tensors, others: Tensors) -> list[torch.Tensor | None]:
+    """Return the sizes of numbers relative to the largest, but not below what rounding may be.
+
+    Parameters
+    ----------
+    tensors
+        The numbers; None for zeros.
+    others
+        Tensors of the same shapes; None where no sizes are wanted.
+    """
+    most = max((float(t.abs().max()) for t in tensors if t is not None and t.numel()), default=0.0)
+    found: list[torch.Tensor | None] = []
+    for t, other in zip(tensors, others, strict=True):
+        if other is None:
+            found.append(None)
+            continue
+        least = math.sqrt(_eps(other.dtype))
+        if not 0 < most < math.inf:
+            sizes = torch.ones_like(other.real)
+        else:
+            sizes = torch.zeros_like(other.real) if t is None else t.abs() / most
+        found.append(sizes.clamp(min=least))
+    return found
+
+
+def over(tensors: Tensors, weights: Tensors) -> list[torch.Tensor | None]:
+    """Return tensors divided by weights; None for what is None."""
+    return [
+        None if t is None or w is None else t / w for t, w in zip(tensors, weights, strict=True)
+    ]
+
+
+def _noise(
+    programs: tuple[BoundProgram, BoundProgram],
+    generator: torch.Generator,
+    arguments: _Pair,
+    results: _Pair,
+) -> float:
+    """Return how much rounding may amount to in the two inner products.
+
+    Where large terms cancel, or a matrix is close to singular, that may be much: with all numbers
+    different in their last digits it is seen how much.
+    """
+    (back, forth), (u, v), (jtu, jv) = programs, arguments, results
+    noise = _lost(back, u) * math.sqrt(_inner(v, v)) + _lost(forth, v) * math.sqrt(_inner(u, u))
+    for _ in range(2):
+        jv_near = runner(_nudged_residuals(forth, generator))(_nudged(v, generator))
+        jtu_near = runner(_nudged_residuals(back, generator))(_nudged(u, generator))
+        noise += abs(_inner(u, jv) - _inner(u, jv_near))
+        noise += abs(_inner(jtu, v) - _inner(jtu_near, v))
+    return noise
+
+
+def _lost(program: BoundProgram, arguments: Sequence[Any]) -> float:
     """Return the last digit of the largest number that a program computes on its way."""
     values = [v for eq in program.equations for v in eq.outputs if v is not None]
     specs = [v.spec for v in values]
-    results = Executor(Program(program.inputs, program.equations, values, specs))(arguments)
+    whole = Program(program.inputs, program.equations, values, specs)
+    results = Executor(whole)(arguments, program.binding)
     return max(
         (float(t.abs().max()) * _eps(t.dtype) for t in results if t is not None and t.numel()),
         default=0.0,
     )
 
 
-def _nudged(tensors: Iterable[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+def _nudged(tensors: Iterable[Any], generator: torch.Generator) -> list[torch.Tensor]:
     return [_near(t, generator) for t in tensors]
 
 
-def _nudged_residuals(program: Program, generator: torch.Generator) -> Program:
-    near: dict[Residual, Residual] = {}
-
-    def moved(x: Any) -> Any:
-        if type(x) is Var or not _eps(x.tensor.dtype):
-            return x
-        if x not in near:
-            near[x] = Residual(_near(x.tensor, generator), x.source)
-        return near[x]
-
-    return program.with_equations([eq.renamed(moved) for eq in program.equations])
+def _nudged_residuals(program: BoundProgram, generator: torch.Generator) -> BoundProgram:
+    near = [
+        Residual(_near(r.tensor, generator), r.source) if _eps(r.tensor.dtype) else r
+        for r in program.binding.residuals
+    ]
+    return BoundProgram(program.program, Binding(near, program.binding.ops))
 
 
 def _near(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -347,7 +500,7 @@ def _by(off: float) -> str:
 # -- who is at fault --------------------------------------------------------------------------
 
 
-def _name_fault(pullback: Program, pushforward: Program, transposed: Transposed) -> str:
+def _name_fault(pullback: BoundProgram, pushforward: BoundProgram, transposed: Transposed) -> str:
     """Return which custom Function or operation makes two programs part, the first in f's order.
 
     Calls each custom Function's methods once more.
@@ -363,15 +516,14 @@ def _name_fault(pullback: Program, pushforward: Program, transposed: Transposed)
         ]
 
     for eq in pushforward.equations:
-        node = None if eq.communicates else node_of(eq.op)
+        node = node_of(eq.op)
         other = None if node is None else backwards.get(id(node))
         if other is None:
             continue
         v, u = numbers(eq.args, other.outputs), numbers(other.args, eq.outputs)
-        balance = Balance()
-        balance.add(1, u, eq.op(*v))
-        balance.add(-1, other.op(*u), v)
-        if not balance.holds(max(rounding_limit(_alone(eq)), rounding_limit(_alone(other)))):
+        limit = max(rounding_limit(_alone(eq)), rounding_limit(_alone(other)))
+        maps = partial(_called, other.op), partial(_called, eq.op)
+        if not all(b.holds(limit) for b, *_ in balances(*maps, u, v, columns=True)):
             return (
                 f"the first to part is {op_name(eq.op)}, which is not the adjoint of "
                 f"{op_name(other.op)}"
@@ -379,18 +531,24 @@ def _name_fault(pullback: Program, pushforward: Program, transposed: Transposed)
     return _first_at_fault(pullback, transposed)
 
 
-def _first_at_fault(pullback: Program, transposed: Transposed) -> str:
+def _called(op: Callable[..., Tensors], arguments: Sequence[Any]) -> Tensors:
+    return op(*arguments)
+
+
+def _first_at_fault(pullback: BoundProgram, transposed: Transposed) -> str:
     generator = torch.Generator().manual_seed(6)
+    numbers = pullback.numbers()
     for eq in reversed(pullback.equations):  # the pushforward's order
         if isinstance(eq.op, Operation):
             continue
-        if _parts(_alone(eq), transposed(_alone(eq)), generator):
+        alone = BoundProgram.of(_alone(eq), numbers)
+        if _parts(alone, alone.made(transposed), generator):
             return f"the first to part is {eq.name}, from {eq.source or 'the graph'}"
     return "each of its operations by itself is right, together they are not"
 
 
-def _parts(back: Program, forth: Program, generator: torch.Generator) -> bool:
-    maps = Executor(back), Executor(forth)
+def _parts(back: BoundProgram, forth: BoundProgram, generator: torch.Generator) -> bool:
+    maps = runner(back), runner(forth)
     return parting(*maps, generator, lambda: (back, forth), back, forth) is not None
 
 

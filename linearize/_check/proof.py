@@ -8,12 +8,21 @@ from typing import Any
 
 import torch
 
-from .._execute.binding import Binding
-from .._execute.executor import Executor
-from .._programs.program import Equation, Operation, Program
+from .._execute.binding import Binding, BoundProgram
+from .._execute.executor import Executor, runner
+from .._programs.program import Equation, Operation
 from .._torch.modes import being_traced, functorch_active, outside_transforms, unobserved
 from ..errors import AdjointError
-from .adjoint import Balance, Tensors, Transposed, check_built_in, node_of, rounding_limit
+from .adjoint import (
+    Balance,
+    Tensors,
+    Transposed,
+    check_built_in,
+    node_of,
+    over,
+    rounding_limit,
+    weights_of,
+)
 
 
 class Proof:
@@ -31,12 +40,12 @@ class Proof:
 
     def __init__(
         self,
-        pullback: Program,
-        pushforward: Program,
+        pullback: BoundProgram,
+        pushforward: BoundProgram,
         transposed: Transposed,
         passed: Callable[[], None],
     ) -> None:
-        self._programs: tuple[Program, Program] | None = (pullback, pushforward)
+        self._programs: tuple[BoundProgram, BoundProgram] | None = (pullback, pushforward)
         self._transposed = transposed
         self._passed = passed
         self._lock = threading.RLock()
@@ -102,10 +111,10 @@ class Proof:
         """Whether the first product can be held against the pullback."""
         if functorch_active() or being_traced() or not all(map(_is_generic, arguments)):
             return False
-        if any(op.communicates for op in binding.ops):
-            return False  # nobody may have to run it a second time, which others would not
         assert self._programs is not None
         # A method that was missing is not called: a program stands in its place.
+        if any(op.communicates for op in binding.ops):
+            return False  # nobody may have to run it a second time, which others would not
         called = {id(node_of(op)) for op in binding.ops}
         return all({id(node_of(op)) for op in _opaque(p)} <= called for p in self._programs)
 
@@ -118,8 +127,8 @@ class Proof:
         if not _opaque(pullback):
             # One after the other, which takes less memory.
             results = executor(arguments, binding)
-            trial = _Trial(pullback)
-            balance.add(1, trial.cotangents, results)
+            trial = _Trial(pullback, results)
+            balance.add(1, trial.drawn, over(results, trial.weights))
             balance.add(-1, trial.results, arguments)
             return results, balance
         trial = _Trial(pullback)
@@ -144,7 +153,7 @@ class Proof:
         return results, balance
 
 
-def _opaque(program: Program) -> list[Any]:
+def _opaque(program: BoundProgram) -> list[Any]:
     return [eq.op for eq in program.equations if node_of(eq.op) is not None]
 
 
@@ -165,24 +174,32 @@ class _Cut(Operation):
 
 
 class _Trial:
-    """A pullback run with random cotangents, cut at opaque operations."""
+    """A pullback run with random cotangents, cut at opaque operations.
 
-    def __init__(self, pullback: Program) -> None:
+    Where the tangents that they meet are known, small entries of these count like large ones.
+    """
+
+    def __init__(self, pullback: BoundProgram, met: Tensors | None = None) -> None:
         generator = torch.Generator().manual_seed(3)
         self.cuts: dict[int, _Cut] = {}
 
-        def cut(eq: Equation) -> Equation:
+        def cut(eq: Equation) -> Any:
             if node_of(eq.op) is None:
-                return eq
+                return eq.op
             numbers = [None if v is None else v.spec.random(generator) for v in eq.outputs]
-            op = self.cuts[id(node_of(eq.op))] = _Cut(numbers, eq.name)
-            return Equation(op, eq.args, {}, eq.outputs, eq.source)
+            made = self.cuts[id(node_of(eq.op))] = _Cut(numbers, eq.name)
+            return made
 
-        program = pullback.with_equations([cut(eq) for eq in pullback.equations])
+        program = pullback.with_opaque(cut)
         # Modes of the caller's, which count operations perhaps, see the product only.
         with unobserved(), torch.inference_mode(False), torch.no_grad():
-            self.cotangents = [v.spec.random(generator) for v in program.inputs]
-            self.results = Executor(program)(self.cotangents)
+            self.drawn = [v.spec.random(generator) for v in program.inputs]
+            self.cotangents: Any = self.drawn
+            self.weights: Tensors = ()
+            if met is not None:
+                self.weights = weights_of(met, self.drawn)
+                self.cotangents = over(self.drawn, self.weights)
+            self.results = runner(program)(self.cotangents)
 
 
 def _is_generic(t: torch.Tensor) -> bool:

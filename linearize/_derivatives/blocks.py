@@ -153,7 +153,13 @@ def _in_chosen(
     func: Callable[..., Any], argnums: ArgNums, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return func as a function of the chosen arguments alone, and these."""
-    given = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    given = (argnums,) if isinstance(argnums, int) else argnums
+    fine = isinstance(given, (tuple, list)) and given and all(isinstance(p, int) for p in given)
+    if not fine:
+        raise OptionError(
+            f"argnums must be a position or a tuple of positions, got {argnums!r} "
+            f"({type(argnums).__name__})"
+        )
     positions = [p + len(args) if p < 0 else p for p in given]
     if any(not 0 <= p < len(args) for p in positions) or len(set(positions)) != len(positions):
         raise OptionError(f"argnums={argnums!r} does not fit {len(args)} positional arguments")
@@ -265,6 +271,11 @@ def row_gradients(output: Any, primals: Any, sight: Sight) -> Any:
         if not differentiable(y):
             raise StructureError(
                 f"hessian: expected floating point tensors as output, got {type(y).__name__}"
+            )
+        if y.is_complex():
+            raise UnsupportedError(
+                f"hessian: f returned complex numbers ({y.dtype}), of which real and imaginary "
+                "part have a Hessian each; return them apart, y.real and y.imag"
             )
         each = [gradients(number, inputs, sight) for number in y.reshape(-1)]
         stacked = iter(

@@ -179,16 +179,24 @@ class Point:
         Whether it returns `(value, aux)`.
     forward
         The name of a function whose counterpart in PyTorch differentiates through `no_grad`.
+    keep
+        Whether to keep what `dependence` and `constant_blocks` need.
     """
 
     def __init__(
-        self, f: Callable[..., Any], primals: Any, has_aux: bool, *, forward: str = ""
+        self,
+        f: Callable[..., Any],
+        primals: Any,
+        has_aux: bool,
+        *,
+        forward: str = "",
+        keep: bool = False,
     ) -> None:
         results: list[Any] = []
         sights: list[Sight] = []
 
         def watched(*args: Any) -> Any:
-            result, sight = seen(f, args)
+            result, sight = seen(f, args, through=bool(forward))
             if forward:
                 sight.check_regions(result[0] if has_aux else result, forward)
             results.append(result)
@@ -199,7 +207,8 @@ class Point:
             derivative(watched)
         captured = capture(watched, primals, {}, range(len(primals)), has_aux=has_aux)
         captured.name = getattr(f, "__qualname__", None) or type(f).__name__
-        self._captured = captured
+        #: Kept on demand only: it keeps the graph.
+        self._captured = captured if keep else None
         self.here = Linearization(captured)
         self.aux = captured.aux
         self.value = self.here.value
@@ -228,6 +237,7 @@ class Point:
 
     def dependence(self) -> list[list[bool]]:
         """Return for each output whether it depends on each primal, as far as the graph tells."""
+        assert self._captured is not None
         nodes = [node for _, node in self._captured.leaves]
         rows = []
         for edge in self._captured.edges:
@@ -237,14 +247,31 @@ class Point:
 
     def constant_blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the numbers of outputs and primals whose derivative depends on nothing."""
-        aliases = [t for t, _ in self._captured.leaves]
+        assert self._captured is not None
         for i, y in enumerate(self._captured.outputs):
-            grads = torch.autograd.grad(
-                y, aliases, torch.ones_like(y), create_graph=True, allow_unused=True
-            )
-            for j, g in enumerate(grads):
-                if g is None or not g.requires_grad:
-                    yield i, j
+            yield from ((i, j) for j in self._constants([y]))
+
+    def constant_inputs(self, first: int) -> list[int]:
+        """Return the numbers of primals by which the derivative of no output varies.
+
+        Parameters
+        ----------
+        first
+            The first output that counts.
+        """
+        assert self._captured is not None
+        return self._constants(self._captured.outputs[first:])
+
+    def _constants(self, outputs: Sequence[torch.Tensor]) -> list[int]:
+        assert self._captured is not None
+        grads = torch.autograd.grad(
+            outputs,
+            [t for t, _ in self._captured.leaves],
+            [torch.ones_like(y) for y in outputs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        return [j for j, g in enumerate(grads) if g is None or not g.requires_grad]
 
     def jvp(self, tangents: Any) -> Any:
         """Return J·v; integer outputs have a zero of their own dtype, as in `torch.func`."""

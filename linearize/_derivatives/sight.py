@@ -20,10 +20,18 @@ from torch.overrides import TorchFunctionMode
 from .._capture.contexts import function_name
 from .._capture.dependence import warn_independent
 from .._capture.graph import as_seed, between
-from .._torch.contexts import applied_late, calls_watched
-from .._torch.graphs import Node, accumulators, forward_class, gradient_edge, is_custom
+from .._torch.contexts import applied_late, calls_watched, contexts_told
+from .._torch.graphs import (
+    Node,
+    accumulators,
+    forward_class,
+    gradient_edge,
+    is_custom,
+    is_vmapped,
+    packed_by_hooks,
+)
 from .._torch.modes import functions_as_they_are, functorch_active, set_grad_mode
-from .._torch.names import pytree
+from .._torch.names import pytree, unwrapped
 from ..errors import UnsupportedError
 
 _TENSOR = torch.Tensor
@@ -36,20 +44,30 @@ class Sight:
     ----------
     inputs
         The tensors that f is differentiated by.
+    through
+        Whether operations under `no_grad` have a history all the same, as forward mode sees them.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(self, inputs: Sequence[torch.Tensor], *, through: bool = False) -> None:
         self._inputs = list(inputs)
+        self.through = through
+        #: A custom Function that was applied under `no_grad`, and so has no node.
+        self.unseen: str | None = None
         self._ends: list[Node] | None = None
         self._descends: dict[Node, bool] = {}
         self.lost = _Lost()
+        #: The contexts of custom Functions; those in a node that writes into a view are no nodes.
+        self.contexts: weakref.WeakSet[Any] = weakref.WeakSet()
         self._depends = False
         #: Through what a number left PyTorch inside some custom Function's `forward`.
         self.left: str | None = None
 
-    def running(self) -> contextlib.AbstractContextManager[Any]:
-        """Return what f must run inside."""
-        return _Watch(self)
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch f, which must run inside of this."""
+        watch = _Watch(self)
+        with watch, contexts_told(watch.applied):
+            yield
 
     def check_regions(self, outputs: Any, what: str) -> None:
         """Raise if an output depends on the inputs through a region under `no_grad`.
@@ -61,17 +79,19 @@ class Sight:
         what
             Whose counterpart in PyTorch differentiates through such a region.
         """
-        if not self.lost:
+        if not self.lost and self.unseen is None:
             return
         with functions_as_they_are():
             leaves = pytree.tree_leaves(outputs)
             constant = any(isinstance(t, _TENSOR) and self.lost.by_choice(t) for t in leaves)
-        if constant:
+        if constant or self.unseen is not None:
+            how = "a write" if self.unseen is None else self.unseen
+            how = f", by {how}" if self.through else ""
             raise UnsupportedError(
                 f"{what}: the output depends on the primals through a region of f under "
-                "torch.no_grad(). PyTorch's forward mode differentiates through it, a graph takes "
-                "it for constant: leave no_grad out, or detach() what is meant to be constant; "
-                "vjp, jacrev and Linearizer take it for constant as it is"
+                f"torch.no_grad(){how}. PyTorch's forward mode differentiates through it, a graph "
+                "takes it for constant: leave no_grad out, or detach() what is meant to be "
+                "constant; vjp, jacrev and Linearizer take it for constant as it is"
             )
 
     def descends(self, t: torch.Tensor) -> bool:
@@ -81,8 +101,6 @@ class Sight:
         node = t.grad_fn
         if node is None:
             return any(t is x for x in self._inputs)
-        if functorch_active():
-            return True
         if self._ends is None:
             self._ends = accumulators([x for x in self._inputs if x.requires_grad and x.is_leaf])
         known = self._descends.get(node)
@@ -112,7 +130,7 @@ class Sight:
         """
         roots = [gradient_edge(y).node for y in outputs]
         ends = [gradient_edge(x).node for x in inputs if x.requires_grad]
-        contexts = [n for n in between(roots, ends) if is_custom(n) and not _is_ours(n)]
+        contexts = self._between(roots, ends)
         with contextlib.ExitStack() as watches:
             if contexts:
                 cotangents = [u if u.requires_grad else as_seed(u) for u in cotangents]
@@ -129,11 +147,19 @@ class Sight:
         if not self._depends:
             warn_independent("the value")
 
+    def _between(self, roots: Sequence[Node], ends: Sequence[Node]) -> list[Node]:
+        """Return the custom Functions whose backward may be called on the way."""
+        nodes = between(roots, ends)
+        found = [n for n in nodes if is_custom(n)]
+        if any(n.name() == "torch::autograd::CopySlices" for n in nodes):
+            found += [ctx for ctx in self.contexts if ctx not in found]
+        return [n for n in found if not _is_ours(n)]
+
     def _called(
         self, ctx: Any, backward: Callable[..., Any], cotangents: tuple[torch.Tensor | None, ...]
     ) -> Any:
         """Run one custom Function's backward, and see that its derivative is all there."""
-        watch = _Watch(self, strict=True)
+        watch = _Watch(self, strict=True, wary=packed_by_hooks(ctx) or is_vmapped(ctx))
         with watch:
             result = backward(*cotangents)
         with functions_as_they_are():
@@ -181,9 +207,12 @@ class Sight:
         return None
 
 
-def seen(f: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Sight]:
+def seen(
+    f: Callable[..., Any], args: Sequence[Any], *, through: bool = False
+) -> tuple[Any, Sight]:
     """Return what f returns, and what was seen of it."""
-    sight = Sight([t for t in pytree.tree_leaves(args) if isinstance(t, _TENSOR)])
+    inputs = [t for t in pytree.tree_leaves(args) if isinstance(t, _TENSOR)]
+    sight = Sight(inputs, through=through)
     with sight.running():
         return applied_late(f)(*args), sight
 
@@ -220,10 +249,22 @@ class _Lost:
 
 
 class _Watch(TorchFunctionMode):
-    """Follows numbers through what runs without grad mode; inside a backward, everywhere."""
+    """Follows numbers through what runs without grad mode; inside a backward, everywhere.
 
-    def __init__(self, sight: Sight, *, strict: bool = False) -> None:
+    Parameters
+    ----------
+    sight
+        What to tell.
+    strict
+        Whether this is around a backward.
+    wary
+        Whether tensors from elsewhere count as lost: those that a checkpoint computed again, or
+        that `torch.vmap` wrapped.
+    """
+
+    def __init__(self, sight: Sight, *, strict: bool = False, wary: bool = False) -> None:
         super().__init__()
+        self._wary = wary
         self._sight = sight
         self._lost = sight.lost
         self._strict = strict
@@ -242,13 +283,46 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         if func is set_grad_mode:
             self._chosen = not args[0]
+            return func(*args)
         on = torch.is_grad_enabled()
         if on and not self._strict and not self._lost:
             return func(*args, **kwargs) if kwargs else func(*args)
+        if not on and self._chosen and not self._strict and self._continues(func, args, kwargs):
+            with torch.enable_grad():
+                return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         with functions_as_they_are():
             self._note(func, (*args, *(kwargs or {}).values()), result, on)
         return result
+
+    def applied(self, ctx: Any, arguments: Sequence[Any] | None) -> None:
+        """Take note of a custom Function that is applied."""
+        self._sight.contexts.add(ctx)
+        if not self._sight.through or torch.is_grad_enabled() or not self._chosen:
+            return
+        with functions_as_they_are():
+            if any(isinstance(t, _TENSOR) and self._sight.descends(t) for t in arguments or ()):
+                self._sight.unseen = function_name(forward_class(ctx))
+
+    def _continues(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
+        """Whether an operation under `no_grad` is one to get a history, as without.
+
+        Those that write do not: what they write into may be somebody else's.
+        """
+        name = getattr(func, "__name__", "")
+        given = (*args, *(kwargs or {}).values())
+        with functions_as_they_are():
+            if functorch_active():
+                if any(self._sight.descends(t) for t in _tensors(given)):
+                    self._sight.unseen = "a torch.func transform"
+                return False
+            return (
+                self._sight.through
+                and not (name.endswith("_") or name in _DETACHING or func in _DATA)
+                and "out" not in (kwargs or {})
+                and not any(_continuous(t) and self._lost.of(t) for t in _tensors(given))
+                and any(self._sight.descends(t) for t in _tensors(given))
+            )
 
     def made_here(self, t: torch.Tensor) -> bool:
         """Whether the backward made `t` of nothing that it depends on."""
@@ -260,6 +334,10 @@ class _Watch(TorchFunctionMode):
         if on:
             self._chosen = False
         given = [t for t in _tensors(args) if _continuous(t)]
+        if self._wary:
+            for t in given:
+                if not t.requires_grad and not self.made_here(t):
+                    self._lost.add(t, by_choice=False)
         lost = [t for t in given if self._lost.of(t)]
         chosen = any(self._lost.by_choice(t) for t in lost)
         explicit = not on and self._chosen
@@ -309,7 +387,7 @@ def _is_ours(ctx: Node) -> bool:
 def _tensors(items: Sequence[Any]) -> Iterator[torch.Tensor]:
     for x in items:
         if isinstance(x, _TENSOR):
-            yield x
+            yield unwrapped(x)
         elif isinstance(x, (tuple, list)):
             yield from _tensors(x)
 

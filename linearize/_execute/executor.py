@@ -15,14 +15,14 @@ from typing import Any, TypeAlias
 import torch
 
 from .._programs.aten import may_alias, returns_several
-from .._programs.program import Equation, Operation, Program, Var, op_name
-from .._programs.residuals import Residual
+from .._programs.program import Equation, Operation, Program, op_name
+from .._programs.values import Value, Var
 from .._spaces.compare import close
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.modes import functions_as_they_are, functions_overridden, functorch_active
 from ..errors import LinearizeError
-from .binding import Binding
+from .binding import Binding, BoundProgram, unread_after
 from .mapped import call
 from .written import Bound, generate_bound
 
@@ -64,11 +64,12 @@ class _Step:
         "plain",
         "source",
         "tail",
+        "unread",
     )
 
     def __init__(self, eq: Equation, slots: dict[Any, _Slot]) -> None:
         def placed(x: Any) -> Any:
-            return slots[x] if type(x) is Var or type(x) is Residual else x
+            return slots[x] if isinstance(x, Value) else x
 
         self.op = eq.op
         #: The place among the program's opaque operations.
@@ -79,7 +80,7 @@ class _Step:
         self.tail: dict[str, Any] = {}
         args: list[Any] = []
         for i, x in enumerate(eq.args):
-            if type(x) is Var or type(x) is Residual:
+            if isinstance(x, Value):
                 x = slots[x]
                 self.plain.append((i, x.index))
             elif isinstance(x, (list, tuple)):
@@ -97,6 +98,8 @@ class _Step:
         self.communicates = eq.communicates
         self.many = self.opaque or len(eq.outputs) != 1 or returns_several(eq.op)
         self.free: list[int] = []
+        #: The places of residuals that later steps read, for user code.
+        self.unread: tuple[int, ...] = ()
         self.expected, self.source = eq.outputs, eq.source
 
     def verify(self, out: Any) -> None:
@@ -159,7 +162,7 @@ class Executor:
     def __init__(self, program: Program, *, final: bool = True) -> None:
         self.program = program
         self._write_out_at = WRITE_OUT_SOON if final else WRITE_OUT_AT
-        slots: dict[Any, _Slot] = {r: _Slot(i, None) for i, r in enumerate(program.residuals())}
+        slots: dict[Any, _Slot] = {c: _Slot(i, None) for i, c in enumerate(program.constants)}
         for v in program.inputs:
             if v in slots:
                 program.check()
@@ -193,6 +196,8 @@ class Executor:
                 slots[out] = _Slot(len(slots), out.spec)
                 last[out] = step
                 root[out] = _root(eq, out, root)
+        for step, unread in zip(self._steps, unread_after(program), strict=True):
+            step.unread = unread
         self._size = len(slots)
         program.check_outputs(slots)
         self._inputs = [slots[v].index for v in program.inputs]
@@ -248,7 +253,7 @@ class Executor:
         arguments
             One tensor per input.
         binding
-            The numbers of a point; by default those that stand in the program.
+            The numbers of a point; can be left out if the program has no constants.
         tape
             Receives the results of user code, in order.
         replay
@@ -260,7 +265,7 @@ class Executor:
             One tensor per output; None for one that is zero.
         """
         if binding is None:
-            binding = Binding.of(self.program)
+            binding = Binding((), self.program.opaque())
         batching = functorch_active()
         if tape is None and not batching:
             if self.compiled is not None:
@@ -348,7 +353,7 @@ class Executor:
             else:
                 out = op(*args, **keywords)
             if step.opaque and not replay:
-                binding.check_memory()
+                binding.check_unread(step.unread)
             if step.opaque and tape is not None and not replay:
                 tape.append(out)
             if not self._verified:
@@ -394,6 +399,14 @@ class Executor:
             self._function = function
 
 
+def runner(
+    program: BoundProgram,
+) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor | None]]:
+    """Return what runs a program with its numbers."""
+    executor, binding = Executor(program.program), program.binding
+    return lambda arguments: executor(arguments, binding)
+
+
 def _root(eq: Equation, out: Var, root: dict[Var, Var | None]) -> Var | None:
     """Return the variable whose memory a result may share, None for foreign memory."""
     if isinstance(eq.op, Operation):
@@ -401,7 +414,7 @@ def _root(eq: Equation, out: Var, root: dict[Var, Var | None]) -> Var | None:
     if not may_alias(eq.op):
         return out
     roots = {root[v] for v in eq.inputs()}
-    return next(iter(roots)) if len(roots) == 1 and not eq.residuals() else None
+    return next(iter(roots)) if len(roots) == 1 and not eq.constants() else None
 
 
 def _mostly_opaque(program: Program) -> bool:

@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 import torch
 
 from .._programs.aten import may_alias, returns_several
-from .._programs.program import Equation, Operation, Program, Var
-from .._programs.residuals import Residual
+from .._programs.program import Equation, Operation, Program
+from .._programs.values import Constant, Var
 from .._torch.names import aten
+from .binding import unread_after
 from .quickest import quickest
 from .writer import Writer
 
@@ -49,7 +50,7 @@ def generate(program: Program, copies: Sequence[bool]) -> Function | None:
     Parameters
     ----------
     program
-        Whose residuals need not have tensors.
+        The program.
     copies
         Which results must be copied, because they may share memory with something else.
 
@@ -98,11 +99,11 @@ def generate_bound(program: Program, copies: Sequence[bool]) -> Bound | None:
 
 class _Writer(Writer):
     def __init__(self, program: Program, copies: Sequence[bool]) -> None:
-        super().__init__((Var, Residual))
+        super().__init__((Var, Constant))
         self.program = program
         self.copies = copies
-        for i, r in enumerate(program.residuals()):
-            self.names[r] = f"r{i}"
+        for i, c in enumerate(program.constants):
+            self.names[c] = f"r{i}"
         self.residuals = list(self.names.values())
         for v in (*program.inputs, *(v for eq in program.equations for v in eq.outputs if v)):
             self.names[v] = f"v{len(self.names)}"
@@ -155,6 +156,7 @@ class _BoundWriter(_Writer):
         self.ops = {
             i: f"o{i}" for i, eq in enumerate(program.equations) if isinstance(eq.op, Operation)
         }
+        self.unread = unread_after(program)
         self.group, self.group_end = self._groups()
         #: What is needed after the equation at hand, in order.
         self.live = dict.fromkeys(v for v in program.inputs if v in self.last)
@@ -173,7 +175,8 @@ class _BoundWriter(_Writer):
         return [self.called(self.constant(quickest(op)), args, eq)]
 
     def user_code(self, i: int, eq: Equation) -> list[str]:
-        lines = [self.called(self.ops[i], eq.args, eq), "binding.check_memory()"]
+        check = f"binding.check_unread({self.unread[i]!r})"
+        lines = [self.called(self.ops[i], eq.args, eq), check]
         outs = [self.names[v] for v in eq.outputs if v is not None]
         if outs:
             undefined = " or ".join(f"{name} is None" for name in outs)
@@ -193,7 +196,7 @@ class _BoundWriter(_Writer):
             place = i + 1
             if may_alias(eq.op):
                 places = {group[v] for v in eq.inputs()}
-                foreign = len(places) != 1 or bool(eq.residuals())
+                foreign = len(places) != 1 or bool(eq.constants())
                 place = 0 if foreign else places.pop()
             group.update((v, place) for v in eq.outputs if v is not None)
         end: dict[int, int] = {}

@@ -11,8 +11,8 @@ import dataclasses
 
 import torch
 
-from .._programs.program import Emitter, Var
-from .._programs.residuals import Residual
+from .._programs.program import Emitter
+from .._programs.values import Var
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 
@@ -71,14 +71,14 @@ class Banded:
         after = width - 1 - self.lower
         padded = _around(e, v, 0, self.lower, after)
         windows = e.emit(aten.unfold.default, (padded, 0, n, 1), _like(spec, width, n))
-        terms = e.emit(aten.mul.Tensor, (self._residual(e), windows), windows.spec)
+        terms = e.emit(aten.mul.Tensor, (e.constant(self.diagonals), windows), windows.spec)
         return e.emit(aten.sum.dim_IntList, (terms, [0]), spec)
 
     def transposed_times(self, e: Emitter, u: Var) -> Var:
         """Write down the product of the transpose with a vector."""
         width, n = self.diagonals.shape
         spec = u.spec
-        terms = e.emit(aten.mul.Tensor, (self._residual(e), u), _like(spec, width, n))
+        terms = e.emit(aten.mul.Tensor, (e.constant(self.diagonals), u), _like(spec, width, n))
         # What row i gives to column i + k - lower is read where rows of one number less begin.
         after = self.lower
         wide = _around(e, terms, 1, width - 1 - after, after)
@@ -93,9 +93,6 @@ class Banded:
         )
         skewed = e.emit(aten.slice.Tensor, (skewed, 1, 0, n), _like(spec, width, n))
         return e.emit(aten.sum.dim_IntList, (skewed, [0]), spec)
-
-    def _residual(self, e: Emitter) -> Residual:
-        return Residual(self.diagonals, e.source)
 
 
 def _around(e: Emitter, v: Var, dim: int, before: int, after: int) -> Var:

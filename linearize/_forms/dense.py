@@ -26,9 +26,12 @@ from typing import TypeAlias
 
 import torch
 
-from .._execute.executor import Executor
+from .._execute.binding import BoundProgram
+from .._execute.executor import runner
 from .._programs.around_matrix import flat_real, matrix_program, reals, times
-from .._programs.program import Emitter, Program, Var
+from .._programs.numbers import Numbers
+from .._programs.program import Emitter, Program
+from .._programs.values import Var
 from .._simplify.copies import merge_copies
 from .._spaces.space import TensorSpec
 from .._transpose.transpose import transpose
@@ -97,13 +100,13 @@ class Dense:
         )
         return Dense(spec, taken) if 0 < spec.nbytes <= limit else None
 
-    def program(self, program: Program, run: Run, *, forward: bool) -> Program | None:
+    def program(self, program: BoundProgram, run: Run, *, forward: bool) -> BoundProgram | None:
         """Return the product with the matrix as a program, None if it is not worth it.
 
         Parameters
         ----------
         program
-            The program, with its numbers.
+            The program.
         run
             Runs it.
         forward
@@ -126,27 +129,27 @@ class Dense:
                 self._taken()
                 self._taken = None
 
-    def _pays(self, program: Program, run: Run, forward: bool) -> bool:
+    def _pays(self, program: BoundProgram, run: Run, forward: bool) -> bool:
         arguments = random_arguments(program)
         now = seconds(lambda: run(arguments), self.spec.device)
         if self.spec.nbytes > _FASTEST * GAIN * now:
             return False
         stand_in = torch.ones(self.spec.shape, dtype=self.spec.dtype, device=self.spec.device)
-        dense = Executor(_around(stand_in, program, forward=forward))
+        dense = runner(_around(stand_in, program, forward=forward))
         return seconds(lambda: dense(arguments), self.spec.device) <= GAIN * now
 
-    def _written_out(self, program: Program, forward: bool) -> torch.Tensor | None:
+    def _written_out(self, program: BoundProgram, forward: bool) -> torch.Tensor | None:
         """Return the matrix of the pushforward, from the fewest unit vectors."""
         if sum(reals(s) for s in program.specs) < sum(reals(v.spec) for v in program.inputs):
             try:
-                program, forward = transpose(program), not forward
+                program, forward = program.made(transpose), not forward
             except LinearizeError:
                 return None
         columns = _columns(program, self.spec)
         return columns.t() if forward else columns
 
     def _narrowed(
-        self, matrix: torch.Tensor, program: Program, forward: bool
+        self, matrix: torch.Tensor, program: BoundProgram, forward: bool
     ) -> torch.Tensor | Banded:
         """Return a matrix, or its diagonals if it is a band and they are quicker."""
         banded = Banded.of(matrix)
@@ -155,13 +158,15 @@ class Dense:
         arguments = random_arguments(program)
 
         def taken(form: torch.Tensor | Banded) -> float:
-            run = Executor(_around(form, program, forward=forward))
+            run = runner(_around(form, program, forward=forward))
             return seconds(lambda: run(arguments), self.spec.device)
 
         return banded if taken(banded) < taken(matrix) else matrix
 
 
-def _around(matrix: torch.Tensor | Banded, program: Program, *, forward: bool) -> Program:
+def _around(
+    matrix: torch.Tensor | Banded, program: BoundProgram, *, forward: bool
+) -> BoundProgram:
     """Return the product with a matrix, or its transpose, as a program like another one."""
     columns = [v.spec for v in program.inputs]
     wanted = [True] * len(program.specs)
@@ -172,18 +177,18 @@ def _around(matrix: torch.Tensor | Banded, program: Program, *, forward: bool) -
     else:
         turned = matrix if forward else matrix.t()
         spec, multiply = TensorSpec.of(turned), times(turned)
-    made = matrix_program(spec, multiply, columns, program.specs, wanted, name)
-    return merge_copies(
-        Program(made.inputs, made.equations, made.outputs, made.specs, program.name)
-    )
+    numbers = Numbers()
+    made = matrix_program(spec, multiply, columns, program.specs, wanted, name, numbers)
+    made = Program(made.inputs, made.equations, made.outputs, made.specs, program.name)
+    return BoundProgram.of(merge_copies(made), numbers)
 
 
-def _columns(program: Program, like: TensorSpec) -> torch.Tensor:
+def _columns(program: BoundProgram, like: TensorSpec) -> torch.Tensor:
     """Return the columns of a program's matrix as rows, several in each pass."""
     ins, outs = [v.spec for v in program.inputs], program.specs
     count, length = sum(map(reals, ins)), sum(map(reals, outs))
     found = torch.empty((count, length), dtype=like.dtype, device=like.device)
-    run = Executor(program)
+    run = runner(program)
     chunk = max(1, min(count, PASS // max(program.peak_bytes(), 1)))
 
     def product(*parts: torch.Tensor) -> list[torch.Tensor]:
@@ -213,7 +218,7 @@ def _split(rows: torch.Tensor, specs: Sequence[TensorSpec]) -> list[torch.Tensor
     ]
 
 
-def random_arguments(program: Program) -> list[torch.Tensor]:
+def random_arguments(program: BoundProgram) -> list[torch.Tensor]:
     """Return random arguments of a program, the same each time."""
     generator = torch.Generator().manual_seed(7)
     return [v.spec.random(generator) for v in program.inputs]

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 
 from .._check.proof import Proof
-from .._execute.binding import Binding, filled
+from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
 from .._execute.mapped import stack_results
 from .._execute.shortcut import Closable, short_way
-from .._programs.guards import guards
-from .._programs.program import Program
-from .._programs.residuals import Residual
+from .._programs.numbers import Pool
 from .._simplify.passes import simplify
 from .._spaces.compare import close, rounding
 from .._torch.modes import functorch_active
@@ -68,11 +66,10 @@ class Plan:
     better
         Gives the simplified program that another point left and the numbers of this one, where
         these are not computed before it is worth it.
-
-    Attributes
-    ----------
-    news
-        The simplified program that has taken over, until somebody takes note.
+    taken
+        Called when another program has taken over; gives what runs it for other points too.
+    pool
+        What is known of the point's numbers.
     """
 
     def __init__(
@@ -89,6 +86,8 @@ class Plan:
         hurry: bool = False,
         counted: Callable[[], None] = lambda: None,
         better: Callable[[], tuple[Executor, Binding] | None] | None = None,
+        taken: Callable[[BoundProgram], Executor | None] = lambda _: None,
+        pool: Pool | None = None,
     ) -> None:
         #: One reference, so that a change is seen as a whole.
         self._running = executor, binding
@@ -101,12 +100,13 @@ class Plan:
         self._counted = counted
         self._hurry = hurry
         self._better = better
+        self._taken = taken
+        self._pool = pool
         self._calls = 0
         #: Whether there is nothing to do at a call but to run what is there.
         self._quiet = False
         #: Runs the stretches of a compiled program from CUDA graphs.
         self._replays: Replays | None = None
-        self.news: Program | None = None
         self._lock = threading.Lock()
         #: How often stacks of each size came, and what runs them.
         self._counts: Counter[int] = Counter()
@@ -163,14 +163,10 @@ class Plan:
         """The numbers that are used."""
         return self._running[1]
 
-    def program(self) -> Program:
+    def program(self) -> BoundProgram:
         """Return what is run, with its numbers."""
         executor, binding = self._running
-        return filled(executor.program, binding)
-
-    def use(self, executor: Executor) -> None:
-        """Run the same program by an executor that other points use too."""
-        self._running = executor, self.binding
+        return bound(executor.program, binding)
 
     # -- many arguments at once ---------------------------------------------------------
 
@@ -214,11 +210,12 @@ class Plan:
         self, count: int, arguments: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
     ) -> tuple[Executor, Binding] | None:
         before = self.program()
+        numbers = before.numbers(self._pool)
         with torch.inference_mode(False), torch.no_grad():
-            after = vectorized(before, count)
+            after = vectorized(before.program, numbers, count)
         if after is None:
             return None
-        executor, binding = Executor(after), Binding.of(after)
+        executor, binding = Executor(after), Binding.of(after, numbers)
         try:
             with torch.no_grad():
                 results = executor(arguments, binding)
@@ -231,16 +228,16 @@ class Plan:
             for a, b in zip(results, expected, strict=True)
         ):
             return None
-        binding.guard_by([*guards(before, after), *self._running[1].guards])
+        binding.follow(self._running[1])
         return executor, binding
 
     def bindings(self) -> list[Binding]:
         """Return the numbers that are used, those for stacks too."""
         return [binding for _, binding in self._all()]
 
-    def programs(self) -> list[tuple[Program, Sequence[Residual]]]:
-        """Return what is run, with its numbers, and what is watched besides; stacks too."""
-        return [(filled(e.program, b), b.guards) for e, b in self._all()]
+    def programs(self) -> list[BoundProgram]:
+        """Return what is run, with its numbers; stacks too."""
+        return [bound(e.program, b) for e, b in self._all()]
 
     def _all(self) -> list[tuple[Executor, Binding]]:
         return [self._running, *(known for known in self._stacked.values() if known is not None)]
@@ -286,14 +283,12 @@ class Plan:
         tape: list[object] = []
         executor, old = self._running
         results = executor(arguments, old, tape)
-        before = filled(executor.program, old)
+        before = bound(executor.program, old)
         with torch.inference_mode(False), torch.no_grad():
-            after = simplify(before)
-        smaller = Executor(after)
-        binding = Binding.of(after)
-        again = smaller(arguments, binding, tape, replay=True)
-        if _same(again, results):
-            self._take(smaller, binding, before, old)
+            after = before.made(simplify, pool=self._pool)
+        smaller = Executor(after.program)
+        if _same(smaller(arguments, after.binding, tape, replay=True), results):
+            self._take(smaller, after)
         return results
 
     def _taken_over(
@@ -320,24 +315,27 @@ class Plan:
         executor, old = self._running
         results = executor(arguments, old)
         with torch.inference_mode(False), torch.no_grad():
-            before = filled(executor.program, old)
+            before = bound(executor.program, old)
             after = dense.program(before, lambda a: executor(a, old), forward=self._forward)
             if after is None:
                 return results
-            smaller, binding = Executor(after), Binding.of(after)
+            smaller, binding = Executor(after.program), after.binding
             probe = random_arguments(before)
-            if _same(smaller(probe), executor(probe, old)) and _same(smaller(arguments), results):
+            if _same(smaller(probe, binding), executor(probe, old)) and _same(
+                smaller(arguments, binding), results
+            ):
                 self._replays = None
-                self._take(smaller, binding, before, old)
+                self._take(smaller, after)
                 dense.taken()
         return results
 
-    def _take(self, executor: Executor, binding: Binding, before: Program, old: Binding) -> None:
-        after = executor.program
-        binding.guard_by([*guards(before, after), *old.guards])
-        self._running = executor, binding
+    def _take(self, executor: Executor, after: BoundProgram) -> None:
+        after.binding.follow(self.binding)
+        self._running = executor, after.binding
         self._stacked = {}
-        self.news = after
+        shared = self._taken(after)
+        if shared is not None:
+            self._running = shared, after.binding
 
     def _compiled(
         self, arguments: Sequence[torch.Tensor], options: Options

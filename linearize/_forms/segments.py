@@ -15,7 +15,8 @@ import torch
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.written import generate
-from .._programs.program import Equation, Operation, Program, Var
+from .._programs.program import Equation, Operation, Program
+from .._programs.values import Var
 from ..errors import LinearizeError
 
 
@@ -39,7 +40,7 @@ class Stretch:
         self.function = function
         self.program = program
         self.inputs, self.outputs = program.inputs, program.outputs
-        self.residuals = [places[r] for r in program.residuals()]
+        self.residuals = [places[c] for c in program.constants]
 
 
 #: Runs a stretch: its number, the stretch, residuals and inputs to results.
@@ -59,7 +60,7 @@ class _Call:
         program = Program(inputs, [eq], outputs, [v.spec for v in outputs], eq.name)
         self.executor = Executor(program)
         self.inputs, self.outputs = inputs, outputs
-        self.residuals = [places[r] for r in program.residuals()]
+        self.residuals = [places[c] for c in program.constants]
         self.number = number
 
 
@@ -69,7 +70,7 @@ class Segments:
     Parameters
     ----------
     program
-        Whose residuals need not have tensors.
+        The program.
     copies
         Which results must be copied, because they may share memory with something else.
 
@@ -81,7 +82,7 @@ class Segments:
 
     def __init__(self, program: Program, copies: Sequence[bool]) -> None:
         self.program = program
-        places: dict[Any, int] = {r: i for i, r in enumerate(program.residuals())}
+        places: dict[Any, int] = {c: i for i, c in enumerate(program.constants)}
         self.parts: list[Stretch | _Call] = []
         opaque = [id(eq) for eq in program.equations if isinstance(eq.op, Operation)]
         numbers = {name: i for i, name in enumerate(opaque)}

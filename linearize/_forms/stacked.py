@@ -16,28 +16,30 @@ import torch
 
 from .._execute.mapped import Slot, apply_to, call_again, entries, stack_results
 from .._programs.aten import permutation, schema_of
-from .._programs.program import Emitter, Equation, Program, Var
-from .._programs.residuals import Residual, evaluated, viewed
+from .._programs.numbers import Numbers
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Value, Var
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
 
 
-def vectorized(program: Program, count: int) -> Program | None:
-    """Return the program for `count` arguments at once.
+def vectorized(program: Program, numbers: Numbers, count: int) -> Program | None:
+    """Return the program for `count` arguments at once, and let `numbers` have what it reads.
 
     None if user code is called, which is the caller's to loop over.
     """
     if program.is_opaque():
         return None
-    return _Vectorizer(program, count).run()
+    return _Vectorizer(program, numbers, count).run()
 
 
 class _Vectorizer:
-    def __init__(self, program: Program, count: int) -> None:
+    def __init__(self, program: Program, numbers: Numbers, count: int) -> None:
         self.program = program
         self.count = count
-        self.e = Emitter()
+        self.e = Emitter(numbers=numbers)
+        self.numbers = numbers
         self.names: dict[Var, Var] = {}
         #: Values that do not lie in memory in order.
         self.turned: set[Var] = set()
@@ -108,7 +110,7 @@ class _Vectorizer:
     def pointwise(self, eq: Equation, out: TensorSpec) -> Var | None:
         """Apply a pointwise operation as it stands, its operands aligned."""
         rank = len(out.shape)
-        if any(r.tensor.dim() > rank for r in eq.residuals()):
+        if any(len(c.spec.shape) > rank for c in eq.constants()):
             return None
         # A tensor without dimensions is a number to type promotion, a stack of them is not.
         if any(not v.spec.shape and v.spec.dtype != out.dtype for v in eq.inputs()):
@@ -120,9 +122,9 @@ class _Vectorizer:
         args, kwargs = map_leaves(aligned, eq.args), map_leaves(aligned, eq.kwargs)
         return self.e.emit(eq.op, args, self.spec(out), **kwargs)
 
-    def repeated(self, r: Residual) -> Residual:
-        """Return a residual as a stack of which all entries are the same."""
-        return viewed(aten.expand.default, r, [self.count, *r.tensor.shape])
+    def repeated(self, c: Constant) -> Constant:
+        """Return a constant as a stack of which all entries are the same."""
+        return self.numbers.viewed(aten.expand.default, c, [self.count, *c.spec.shape])
 
     def summed(self, v: Var, kept: int) -> Var:
         """Sum the entries of a stack over all but the last dimensions."""
@@ -154,7 +156,7 @@ class _Mapped:
         given: list[Any] = []
 
         def place(x: Any) -> Any:
-            if not isinstance(x, (Var, Residual)):
+            if not isinstance(x, Value):
                 return x
             given.append(x)
             self.dims.append(0 if isinstance(x, Var) else None)
@@ -311,7 +313,7 @@ def _place(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
 
 @_rule(aten.cat.default, aten.stack.default)
 def _join(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    if eq.residuals():
+    if eq.constants():
         return None
     (dim,) = _later([_argument(eq, 1, "dim", 0)], len(out.shape))
     return s.e.emit(eq.op, ([s.names[v] for v in eq.args[0]], dim), s.spec(out))
@@ -359,7 +361,7 @@ def _cross(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     def raised(x: Any) -> Any:
         if isinstance(x, Var):
             return s.names[x]
-        return viewed(aten.unsqueeze.default, x, 0)
+        return s.numbers.viewed(aten.unsqueeze.default, x, 0)
 
     return s.e.emit(eq.op, (*map(raised, eq.args),), s.spec(out), dim=dim)
 
@@ -367,7 +369,7 @@ def _cross(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
 @_rule(aten._softmax_backward_data.default)
 def _softmax(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     g, r, dim, dtype = eq.args
-    if not (isinstance(g, Var) and isinstance(r, Residual)):
+    if not (isinstance(g, Var) and isinstance(r, Constant)):
         return None
     if not (g.spec == out and dtype == out.dtype and out.shape):
         return None
@@ -389,13 +391,13 @@ def _layer_norm(s: _Vectorizer, eq: Equation) -> bool:
     numbers = [r for r in (x, mean, rstd, weight, bias) if r is not None]
     if not isinstance(g, Var) or g.spec.numel >= _LARGE:
         return False
-    if any(not isinstance(r, Residual) or r.tensor.dtype != g.spec.dtype for r in numbers):
+    if any(not isinstance(r, Constant) or r.spec.dtype != g.spec.dtype for r in numbers):
         return False
     v, (first, *affine) = s.names[g], eq.outputs
     if first is not None:
         # The kernel reads statistics as they lie in memory.
         means, scales = (
-            evaluated(
+            s.numbers.evaluated(
                 aten.clone.default,
                 s.repeated(r),
                 source=r.source,
@@ -407,8 +409,8 @@ def _layer_norm(s: _Vectorizer, eq: Equation) -> bool:
         args = (v, s.repeated(x), shape, means, scales, weight, bias, [True, False, False])
         s.e.equations.append(Equation(eq.op, args, {}, (out, None, None), eq.source))
     if affine[0] is not None:
-        centred = evaluated(aten.sub.Tensor, x, mean, source=x.source)
-        normal = evaluated(aten.mul.Tensor, centred, rstd, source=x.source)
+        centred = s.numbers.evaluated(aten.sub.Tensor, x, mean, source=x.source)
+        normal = s.numbers.evaluated(aten.mul.Tensor, centred, rstd, source=x.source)
         product = s.emit(aten.mul.Tensor, (v, normal), v.spec.shape)
         s.names[affine[0]] = s.summed(product, len(shape))
     if affine[1] is not None:
@@ -425,32 +427,32 @@ def _matrix_product(s: _Vectorizer, a: Any, b: Any) -> Var:
     k = s.count
     if isinstance(a, Var):
         n, inner = a.spec.shape
-        m = b.tensor.shape[1]
-        if s.names[a] in s.turned and not _is_sparse(b):  # to copy it would cost more
+        m = b.spec.shape[1]
+        if s.names[a] in s.turned and not _is_sparse(s, b):  # to copy it would cost more
             return s.emit(aten.bmm.default, (s.names[a], s.repeated(b)), (k, n, m))
         tall = s.reshape(s.names[a], k * n, inner)
         return s.reshape(s.emit(aten.mm.default, (tall, b), (k * n, m)), k, n, m)
-    n, inner = a.tensor.shape
+    n, inner = a.spec.shape
     m = b.spec.shape[1]
     v = s.names[b]
-    if _is_wide(a, b):
+    if _is_wide(s, a, b):
         return s.emit(aten.bmm.default, (s.repeated(a), v), (k, n, m))
     # (A B)ᵀ = Bᵀ Aᵀ, with all the columns of B as rows.
     rows = v if m == 1 else s.permute(v, 0, 2, 1)
     tall = s.reshape(rows, k * m, inner)
-    product = s.emit(aten.mm.default, (tall, viewed(aten.t.default, a)), (k * m, n))
+    product = s.emit(aten.mm.default, (tall, s.numbers.viewed(aten.t.default, a)), (k * m, n))
     stacked = s.reshape(product, k, m, n)
     return s.reshape(stacked, k, n, m) if m == 1 else s.permute(stacked, 0, 2, 1)
 
 
-def _is_wide(a: Residual, b: Var) -> bool:
-    n, inner = a.tensor.shape
+def _is_wide(s: _Vectorizer, a: Constant, b: Var) -> bool:
+    n, inner = a.spec.shape
     m = b.spec.shape[1]
-    return not _is_sparse(a) and (m >= _WIDE or (m > 1 and n * inner * m < _SMALL))
+    return not _is_sparse(s, a) and (m >= _WIDE or (m > 1 and n * inner * m < _SMALL))
 
 
-def _is_sparse(r: Residual) -> bool:
-    return r.tensor.layout is not torch.strided
+def _is_sparse(s: _Vectorizer, c: Constant) -> bool:
+    return s.numbers[c].layout is not torch.strided
 
 
 @_rule(aten.mv.default)
@@ -458,7 +460,9 @@ def _mv(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     a, b = eq.args
     if isinstance(a, Var):
         return s.emit(aten.matmul.default, (s.names[a], b), (s.count, *out.shape))
-    return s.emit(aten.mm.default, (s.names[b], viewed(aten.t.default, a)), (s.count, *out.shape))
+    return s.emit(
+        aten.mm.default, (s.names[b], s.numbers.viewed(aten.t.default, a)), (s.count, *out.shape)
+    )
 
 
 @_rule(aten.bmm.default)
@@ -470,28 +474,28 @@ def _batch_product(s: _Vectorizer, a: Any, b: Any) -> Var:
     k = s.count
     if isinstance(a, Var):
         count, n, inner = a.spec.shape
-        m = b.tensor.shape[2]
+        m = b.spec.shape[2]
         v = s.permute(s.names[a], 1, 0, 2, 3)
         tall = s.reshape(v, count, k * n, inner)
         product = s.emit(aten.bmm.default, (tall, b), (count, k * n, m))
         return s.permute(s.reshape(product, count, k, n, m), 1, 0, 2, 3)
-    count, n, inner = a.tensor.shape
+    count, n, inner = a.spec.shape
     m = b.spec.shape[2]
     v = s.permute(s.names[b], 1, 2, 0, 3)
     wide = s.reshape(v, count, inner, k * m)
-    if 0 < inner <= _THIN and n * inner * k * m < _SIMPLE and a.tensor.device.type == "cpu":
+    if 0 < inner <= _THIN and n * inner * k * m < _SIMPLE and a.spec.device.type == "cpu":
         product = _sum_of_columns(s, a, wide)
     else:
         product = s.emit(aten.bmm.default, (a, wide), (count, n, k * m))
     return s.permute(s.reshape(product, count, n, k, m), 2, 0, 1, 3)
 
 
-def _sum_of_columns(s: _Vectorizer, a: Residual, b: Var) -> Var:
+def _sum_of_columns(s: _Vectorizer, a: Constant, b: Var) -> Var:
     """Multiply batches of matrices, column by row."""
-    (count, n, inner), m = a.tensor.shape, b.spec.shape[2]
+    (count, n, inner), m = a.spec.shape, b.spec.shape[2]
     total: Var | None = None
     for i in range(inner):
-        column = viewed(aten.slice.Tensor, a, 2, i, i + 1)
+        column = s.numbers.viewed(aten.slice.Tensor, a, 2, i, i + 1)
         row = s.emit(aten.slice.Tensor, (b, 1, i, i + 1), (count, 1, m))
         shape = (count, n, m)
         if total is None:
@@ -517,7 +521,7 @@ def _added_product(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
         flat = s.reshape(v, rows, out.shape[1])
         done = s.emit(eq.op, (flat, tall, b), flat.spec.shape, **eq.kwargs)
         return s.reshape(done, *shape)
-    if plain and isinstance(a, Residual) and _is_wide(a, b):
+    if plain and isinstance(a, Constant) and _is_wide(s, a, b):
         args = (v, s.repeated(a), s.names[b])
         return s.emit(aten.baddbmm.default, args, shape, **eq.kwargs)
     make = _matrix_product if eq.op is aten.addmm.default else _batch_product
@@ -531,9 +535,9 @@ def _added_product(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
 @_rule(aten.linalg_lu_solve.default)
 def _lu_solve(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     lu, pivots, b = eq.args
-    if not (isinstance(b, Var) and isinstance(lu, Residual) and isinstance(pivots, Residual)):
+    if not (isinstance(b, Var) and isinstance(lu, Constant) and isinstance(pivots, Constant)):
         return None
-    if lu.tensor.dim() != 2 or len(out.shape) != 2 or not eq.kwargs.get("left", True):
+    if len(lu.spec.shape) != 2 or len(out.shape) != 2 or not eq.kwargs.get("left", True):
         return None
     n, m = out.shape
     wide = s.reshape(s.permute(s.names[b], 1, 0, 2), n, s.count * m)
@@ -545,7 +549,7 @@ def _lu_solve(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
 @_rule(aten.convolution.default)
 def _convolution(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     x, w, bias, *rest = eq.args
-    if not isinstance(x, Var) or not isinstance(w, Residual) or bias is not None:
+    if not isinstance(x, Var) or not isinstance(w, Constant) or bias is not None:
         return None
     many = s.reshape(s.names[x], s.count * x.spec.shape[0], *x.spec.shape[1:])
     shape = (s.count * out.shape[0], *out.shape[1:])
@@ -557,15 +561,15 @@ def _convolution(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
 def _convolution_backward(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     """Take the entries of a stack as further samples, where the input's gradient is wanted."""
     g, x, w, biases, *rest, mask = eq.args
-    wanted = isinstance(g, Var) and isinstance(x, Residual) and isinstance(w, Residual)
+    wanted = isinstance(g, Var) and isinstance(x, Constant) and isinstance(w, Constant)
     if not wanted or list(mask) != [True, False, False]:
         return None
     many = s.reshape(s.names[g], s.count * g.spec.shape[0], *g.spec.shape[1:])
     spec = TensorSpec((s.count * out.shape[0], *out.shape[1:]), out.dtype, out.device)
     # Of the input nothing but the shape is read.
-    like = {"dtype": out.dtype, "device": out.device}
-    shape = evaluated(aten.full.default, [1] * len(spec.shape), 0, source=x.source, **like)
-    shape = evaluated(aten.expand.default, shape, list(spec.shape), source=x.source)
+    like: dict[str, Any] = {"source": x.source, "dtype": out.dtype, "device": out.device}
+    shape = s.numbers.evaluated(aten.full.default, [1] * len(spec.shape), 0, **like)
+    shape = s.numbers.evaluated(aten.expand.default, shape, list(spec.shape), source=x.source)
     result = Var(spec)
     args = (many, shape, w, biases, *rest, mask)
     s.e.equations.append(Equation(eq.op, args, {}, (result, None, None), eq.source))
@@ -578,7 +582,7 @@ def _index(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     given = [i for i, w in enumerate(where) if w is not None]
     if not isinstance(x, Var) or given != list(range(given[0], given[0] + len(given))):
         return None  # apart from each other, positions put their dimensions first
-    if any(not isinstance(w, Residual) for w in where if w is not None):
+    if any(not isinstance(w, Constant) for w in where if w is not None):
         return None
     return s.e.emit(eq.op, (s.names[x], [None, *where]), s.spec(out))
 
@@ -586,15 +590,17 @@ def _index(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
 @_rule(aten.index_put.default)
 def _index_put(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     to, where, x, *rest = eq.args
-    if not (isinstance(to, Residual) and isinstance(x, Var) and len(where) == 1):
+    if not (isinstance(to, Constant) and isinstance(x, Var) and len(where) == 1):
         return None
     (w,) = where
-    if not isinstance(w, Residual) or w.tensor.dtype == torch.bool or w.tensor.dim() != 1:
+    if not isinstance(w, Constant) or w.spec.dtype == torch.bool or len(w.spec.shape) != 1:
         return None
-    if not out.shape or x.spec.shape != (w.tensor.shape[0], *out.shape[1:]):
+    if not out.shape or x.spec.shape != (w.spec.shape[0], *out.shape[1:]):
         return None
     shape = (out.shape[0], s.count, *out.shape[1:])
-    wide = viewed(aten.expand.default, viewed(aten.unsqueeze.default, to, 1), list(shape))
+    wide = s.numbers.viewed(
+        aten.expand.default, s.numbers.viewed(aten.unsqueeze.default, to, 1), list(shape)
+    )
     first = s.permute(s.names[x], 1, 0, *range(2, _rank(x) + 1))
     # In the order of memory it is quicker, even with the copy.
     first = s.emit(
@@ -607,8 +613,8 @@ def _index_put(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
 @_rule(aten.index_add.default)
 def _index_add(s: _Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     to, dim, where, x = eq.args
-    if not (isinstance(to, Residual) and isinstance(x, Var) and out.shape):
+    if not (isinstance(to, Constant) and isinstance(x, Var) and out.shape):
         return None
-    wide = viewed(aten.expand.default, to, [s.count, *out.shape])
+    wide = s.numbers.viewed(aten.expand.default, to, [s.count, *out.shape])
     args = (wide, *_later([dim], len(out.shape)), where, s.names[x])
     return s.e.emit(eq.op, args, s.spec(out), **eq.kwargs)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from typing import Any
 
 import torch
 
+from .._execute.binding import BoundProgram
 from .._programs.aten import may_alias
-from .._programs.program import Equation, Operation, Program, Var
-from .._programs.residuals import Residual
+from .._programs.numbers import Numbers
+from .._programs.program import Equation, Operation
+from .._programs.values import Constant, Value, Var
 from .._spaces.nested import map_leaves
 from .._torch.names import OpOverload, aten
 
@@ -48,14 +49,15 @@ class Cost:
     calls: int
 
 
-def cost_of(program: Program) -> Cost:
+def cost_of(program: BoundProgram) -> Cost:
     """Estimate what one run of a program costs."""
     kinds = Counter(eq.kind for eq in program.equations)
+    numbers = program.numbers()
     return Cost(
         equations=len(program.equations),
         operations=dict(kinds.most_common()),
-        flops=sum(_flops(eq) for eq in program.equations),
-        traffic=sum(_traffic(eq) for eq in program.equations),
+        flops=sum(_flops(eq, numbers) for eq in program.equations),
+        traffic=sum(_traffic(eq, numbers) for eq in program.equations),
         peak=program.peak_bytes(),
         calls=sum(isinstance(eq.op, Operation) for eq in program.equations),
     )
@@ -69,48 +71,47 @@ _COPIES = frozenset(
 _DOTS = {aten.mv: 0, aten.dot: 0, aten.vdot: 0, aten.addmv: 1}
 
 
-def _flops(eq: Equation) -> int:
+def _flops(eq: Equation, numbers: Numbers) -> int:
     if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
         return 0
     packet = eq.op.overloadpacket
     if eq.kind in _COPIES:
         return 0
     if packet in _DOTS:
-        return 2 * math.prod(_shape(eq.args[_DOTS[packet]]))
+        factor: Value = eq.args[_DOTS[packet]]
+        return 2 * factor.spec.numel
     from torch.utils.flop_counter import flop_registry  # not needed to compute products
 
     formula: Any = flop_registry.get(packet)
     if formula is not None:
         outs = tuple(None if v is None else _placeholder(v) for v in eq.outputs)
-        args, kwargs = map_leaves(_placeholder, eq.args), map_leaves(_placeholder, eq.kwargs)
+        given = numbers.filled(eq.args), numbers.filled(eq.kwargs)
+        args, kwargs = map_leaves(_placeholder, given[0]), map_leaves(_placeholder, given[1])
         try:
             return int(formula(*args, **kwargs, out_val=outs if len(outs) > 1 else outs[0]))
         except (AssertionError, AttributeError, IndexError, TypeError, ValueError):
             pass  # a form of the operation that the formula does not know
-    shapes = [_shape(x) for x in (*eq.reads(), *(v for v in eq.outputs if v is not None))]
-    return max(map(math.prod, shapes), default=0)
+    values = (*eq.reads(), *(v for v in eq.outputs if v is not None))
+    return max((x.spec.numel for x in values), default=0)
 
 
-def _traffic(eq: Equation) -> int:
+def _traffic(eq: Equation, numbers: Numbers) -> int:
     if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
         return 0
-    read = sum(_nbytes(x) for x in dict.fromkeys(eq.reads()))
+    read = sum(_nbytes(x, numbers) for x in dict.fromkeys(eq.reads()))
     return read + sum(v.spec.nbytes for v in eq.outputs if v is not None)
 
 
-def _shape(x: Any) -> tuple[int, ...]:
-    return x.spec.shape if isinstance(x, Var) else tuple(x.tensor.shape)
-
-
-def _nbytes(x: Var | Residual) -> int:
+def _nbytes(x: Value, numbers: Numbers) -> int:
     if isinstance(x, Var):
         return x.spec.nbytes
-    t = x.tensor
+    assert isinstance(x, Constant)
+    size = numbers.residual(x).size
     # What is expanded is read from fewer numbers.
-    return min(t.numel() * t.element_size(), x.size) if x.size else t.numel() * t.element_size()
+    return min(x.spec.nbytes, size) if size else x.spec.nbytes
 
 
 def _placeholder(x: Any) -> Any:
-    if isinstance(x, Var):
-        return torch.empty(x.spec.shape, dtype=x.spec.dtype, device="meta")
-    return x.tensor if isinstance(x, Residual) else x
+    return (
+        torch.empty(x.spec.shape, dtype=x.spec.dtype, device="meta") if isinstance(x, Var) else x
+    )

@@ -7,7 +7,10 @@ import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .._programs.program import Equation, Operation, Program, Var, total_bytes
+from .._execute.binding import BoundProgram
+from .._programs.numbers import Numbers
+from .._programs.program import Equation, Operation, total_bytes
+from .._programs.values import Var
 from .._text.labels import lines_of, name_of, named
 from .._text.tables import clipped, escaped, size
 from .layout import Layout, layered
@@ -92,13 +95,13 @@ class _Box:
         return longest * _LETTER + 20, len(self.lines) * _LINE + 12
 
 
-def draw(programs: Sequence[Program], limit: int = 30) -> Drawing:
+def draw(programs: Sequence[BoundProgram], limit: int = 30) -> Drawing:
     """Draw programs beside each other.
 
     Parameters
     ----------
     programs
-        With their numbers.
+        What is drawn.
     limit
         The most equations of each that are drawn. Of longer programs the beginning and the
         end are drawn, with one box for what lies between.
@@ -136,7 +139,7 @@ def draw(programs: Sequence[Program], limit: int = 30) -> Drawing:
     return Drawing("\n".join([head, f"<style>{_STYLE}</style>", ground, *parts, "</svg>"]))
 
 
-def _caption(program: Program) -> tuple[str, str]:
+def _caption(program: BoundProgram) -> tuple[str, str]:
     kept = size(total_bytes(program.kept_tensors()))
     count = len(program.equations)
     zero = sum(v is None for v in program.outputs)
@@ -147,9 +150,9 @@ def _caption(program: Program) -> tuple[str, str]:
 # -- what is drawn ----------------------------------------------------------------------------
 
 
-def _boxes(program: Program, limit: int) -> tuple[list[_Box], list[tuple[int, int]]]:
+def _boxes(program: BoundProgram, limit: int) -> tuple[list[_Box], list[tuple[int, int]]]:
     """Return the boxes in topological order, and the edges."""
-    equations, texts = program.equations, _texts(program)
+    equations, texts, numbers = program.equations, _texts(program), program.numbers()
     hidden = range(0)
     if len(equations) > limit:
         hidden = range(limit // 2, len(equations) - (limit - limit // 2))
@@ -167,9 +170,9 @@ def _boxes(program: Program, limit: int) -> tuple[list[_Box], list[tuple[int, in
         boxes.append(_end("input", group, program.inputs))
     for i, eq in enumerate(equations):
         if i not in hidden:
-            boxes.append(_box(eq, texts[i]))
+            boxes.append(_box(eq, numbers, texts[i]))
         elif i == hidden.start:
-            boxes.append(_skipped([equations[j] for j in hidden]))
+            boxes.append(_skipped([equations[j] for j in hidden], numbers))
         here = len(boxes) - 1
         edges += [(origin[v], here) for v in eq.inputs() if origin[v] != here]
         origin.update((v, here) for v in eq.outputs if v is not None)
@@ -199,17 +202,17 @@ def _end(what: str, group: Sequence[Var], of: Sequence[Var | None]) -> _Box:
     return _Box("end", [f"{len(places)} {what}s", size(sum(v.spec.nbytes for v in group))])
 
 
-def _box(eq: Equation, tip: str) -> _Box:
+def _box(eq: Equation, numbers: Numbers, tip: str) -> _Box:
     outs = [str(v.spec) for v in eq.outputs if v is not None]
     result = outs[0] if len(outs) == 1 else f"{len(outs)} results"
     opaque = isinstance(eq.op, Operation)
-    kept = [r.tensor for r in eq.residuals()]
+    kept = [numbers[c] for c in eq.constants()]
     if isinstance(eq.op, Operation):
         kept += eq.op.bytes_kept()
     bytes_kept = f"keeps {size(total_bytes(kept))}" if kept else ""
     source = name_of(eq.source)
     lines = [
-        line for s in (eq.source, *(r.source for r in eq.residuals())) for line in lines_of(s)
+        line for s in (eq.source, *(c.source for c in eq.constants())) for line in lines_of(s)
     ]
     return _Box(
         "opaque" if opaque else "built",
@@ -218,14 +221,14 @@ def _box(eq: Equation, tip: str) -> _Box:
     )
 
 
-def _skipped(inside: Sequence[Equation]) -> _Box:
+def _skipped(inside: Sequence[Equation], numbers: Numbers) -> _Box:
     kinds = dict.fromkeys(eq.kind for eq in inside)
-    kept = size(total_bytes(r.tensor for eq in inside for r in eq.residuals()))
+    kept = size(total_bytes(numbers[c] for eq in inside for c in eq.constants()))
     shown = ", ".join(list(kinds)[:8]) + (", …" if len(kinds) > 8 else "")
     return _Box("cut", [f"… {len(inside):,} more equations …", shown, f"keep {kept}"])
 
 
-def _texts(program: Program) -> list[str]:
+def _texts(program: BoundProgram) -> list[str]:
     """Return each equation as it is printed."""
     lines = str(program).splitlines()
     return [line.strip() for line in lines[1 + len(program.residuals()) : -1]]

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import torch
 
 from .._capture.graph import Graph
-from .._programs.program import Operation, Program, dense_parts
-from .._programs.residuals import Residual
+from .._execute.binding import BoundProgram
+from .._programs.program import Operation, dense_parts
 from .._text.labels import Line, lines_of, name_of, named
 from .._text.tables import as_html, as_text, clipped, code, framed, size
-
-#: A program, and what is watched besides its residuals.
-Watched: TypeAlias = tuple[Program, Sequence[Residual]]
 
 #: How lines of f become known.
 HINT = "Lines of f are known with Linearizer(f, trace=True)."
@@ -150,8 +147,8 @@ class Residuals(Sequence[KeptTensor]):
 
 
 def residuals(
-    made: Mapping[str, Iterable[Watched]],
-    waiting: tuple[Graph | None, Program | None],
+    made: Mapping[str, Iterable[BoundProgram]],
+    waiting: tuple[Graph | None, BoundProgram | None],
     external: Iterable[int],
     traced: bool,
 ) -> Residuals:
@@ -213,12 +210,12 @@ class _Entry:
 
 
 def _kept(
-    made: Mapping[str, Iterable[Watched]], waiting: tuple[Graph | None, Program | None]
+    made: Mapping[str, Iterable[BoundProgram]], waiting: tuple[Graph | None, BoundProgram | None]
 ) -> Iterator[_Entry]:
     for name, programs in made.items():
-        for program, guards in programs:
+        for program in programs:
             yield from _kept_by(program, (name,))
-            for r in guards:
+            for r in program.binding.guards:
                 names = (name_of(r.source),)
                 yield _Entry(r.tensor, names, lines_of(r.source), (name,), watched=True)
     graph, pullback = waiting
@@ -231,9 +228,10 @@ def _kept(
         yield from _kept_by(pullback, tuple(made))
 
 
-def _kept_by(program: Program, keepers: tuple[str, ...]) -> Iterator[_Entry]:
+def _kept_by(program: BoundProgram, keepers: tuple[str, ...]) -> Iterator[_Entry]:
+    numbers = program.numbers()
     for eq in program.equations:
-        for r in eq.residuals():
+        for r in numbers.residuals(eq.constants()):
             lines = (*lines_of(r.source), *lines_of(eq.source))
             names = (name_of(r.source) or eq.name,)
             yield _Entry(r.tensor, names, tuple(dict.fromkeys(lines)), keepers)

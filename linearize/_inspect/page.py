@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .._programs.program import Program
+from .._execute.binding import BoundProgram
 from .._simplify.passes import explain, simplify
 from .._text.tables import STYLE, as_html, bars, code, escaped, fewer, number, shortened, size
 from .cost import Cost, cost_of
@@ -31,7 +31,7 @@ pre { overflow-x: auto; white-space: pre; padding: .6em .8em; border-radius: 6px
 
 
 def page(
-    summary: Summary, programs: Mapping[str, Program], limit: int, *, simplifies: bool
+    summary: Summary, programs: Mapping[str, BoundProgram], limit: int, *, simplifies: bool
 ) -> str:
     """Return a page in HTML that refers to nothing outside.
 
@@ -49,7 +49,7 @@ def page(
     smaller = {}
     if simplifies:
         with torch.inference_mode(False), torch.no_grad():
-            smaller = {k: simplify(p) for k, p in programs.items()}
+            smaller = {k: p.made(simplify) for k, p in programs.items()}
     residuals = summary.residuals
     title = f"Linearization of {summary.name}"
     parts = [
@@ -88,7 +88,7 @@ def _wide(content: str) -> str:
     return f'<div class="wide">{content}</div>'
 
 
-def _costs(summary: Summary, smaller: Mapping[str, Program]) -> str:
+def _costs(summary: Summary, smaller: Mapping[str, BoundProgram]) -> str:
     head = ["program", "equations", "flops", "bytes moved", "peak bytes", "opaque calls"]
     rows: list[list[str]] = []
     for direction, c in summary.costs.items():
@@ -114,7 +114,7 @@ def _row(name: str, c: Cost) -> list[str]:
     return [name, number(c.equations), *sizes, str(c.calls)]
 
 
-def _operations(summary: Summary, smaller: Mapping[str, Program]) -> str:
+def _operations(summary: Summary, smaller: Mapping[str, BoundProgram]) -> str:
     columns: dict[str, dict[str, int]] = {}
     for direction, kinds in summary.operations.items():
         columns[direction] = kinds
@@ -131,7 +131,7 @@ def _operations(summary: Summary, smaller: Mapping[str, Program]) -> str:
     return as_html(["operation", *columns], rows, right=range(1, 1 + len(columns)))
 
 
-def _shown(title: str, programs: Mapping[str, Program], limit: int) -> list[str]:
+def _shown(title: str, programs: Mapping[str, BoundProgram], limit: int) -> list[str]:
     if not programs:
         return []
     drawings = "".join(_wide(draw([p], limit).svg) for p in programs.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from .._programs.program import Program
+from .._execute.binding import BoundProgram
 from .._text.tables import as_html, as_text, bars, code, fewer, framed, number, size
 from ..errors import ClosedError, LinearizeError
 from .cost import Cost, cost_of
@@ -96,7 +96,7 @@ class Summary:
         return f"<Summary of {self.name}: {self.residuals._headline()}>"
 
 
-def costs(programs: Mapping[str, Callable[[], Program]]) -> dict[str, Cost | str]:
+def costs(programs: Mapping[str, Callable[[], BoundProgram]]) -> dict[str, Cost | str]:
     """Return what one run of each program costs; the error's text where it cannot be had."""
     found: dict[str, Cost | str] = {}
     for name, program in programs.items():

@@ -106,18 +106,18 @@ class VjpFn(Product):
     _name = "vjp_fn"
     _direction = PULLBACK
 
-    def __call__(self, *cotangent: Any) -> Any:
+    def __call__(self, *cotangent: Any) -> tuple[Any, ...]:
         """Return Jᵀ·u (Jᴴ·u for complex numbers)."""
         short = self._short
         if short is not None and len(cotangent) == 1:
-            result = short(cotangent[0])
+            result: tuple[Any, ...] | None = short(cotangent[0])
             if result is not None:
                 return result
         if self._lifetime.ranks is not None:
             return self._lifetime.ranks.led(self._called, lambda: self._called_with(cotangent))
         return self._called_with(cotangent)
 
-    def _called_with(self, cotangent: tuple[Any, ...]) -> Any:
+    def _called_with(self, cotangent: tuple[Any, ...]) -> tuple[Any, ...]:
         if self._lifetime.closed:
             self._check_open()
         if len(cotangent) != 1:
@@ -126,7 +126,8 @@ class VjpFn(Product):
                 f"one tuple), got {len(cotangent)}"
             )
         flat = self._arguments.flatten(cotangent[0])
-        return self._results.unflatten(self._apply(flat))
+        several: tuple[Any, ...] = self._results.unflatten(self._apply(flat))
+        return several
 
     @property
     def _takes_one_tensor(self) -> bool:

@@ -1,23 +1,31 @@
-"""Checking two products when one of them is used first."""
+"""Checking two products when one of them is used first, or at each use."""
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from .._check.adjoint import check_maps
-from .._programs.program import Program
+from .._execute.binding import BoundProgram
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
 from .._transpose.transpose import transpose
-from ..errors import AdjointError, LinearizeError, MissingDerivativeError
+from ..errors import AdjointError, LinearizeError, MissingDerivativeError, StalenessError
 from .product import Product
 
 
-def check_adjoint(pushforward: Product, pullback: Product) -> None:
+def check_adjoint(pushforward: Product, pullback: Product, *, thorough: bool = True) -> None:
     """Check that two products are adjoint, and name what is at fault if they are not.
+
+    Parameters
+    ----------
+    pushforward, pullback
+        The products.
+    thorough
+        As of `check_maps`.
 
     Raises
     ------
@@ -25,9 +33,8 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
         Naming the first operation or custom Function at which they part.
     """
 
-    def resolved() -> tuple[Program, Program]:
-        opaque = pushforward._policy.opaque
-        return resolve(pullback.program, **opaque), resolve(pushforward.program, **opaque)
+    def resolved(program: BoundProgram) -> BoundProgram:
+        return program.made(resolve, **pushforward._policy.opaque)
 
     with outside_transforms(), torch.inference_mode(False), torch.no_grad():
         # Both programs are made first: what is derived of one is then at hand for both.
@@ -37,10 +44,11 @@ def check_adjoint(pushforward: Product, pullback: Product) -> None:
             pullback._apply,
             pushforward._apply,
             *programs,
-            resolved,
+            lambda: (resolved(programs[0]), resolved(programs[1])),
             transpose,
-            None if ranks is None else ranks.total,
-            4 if ranks is None else ranks.seed,
+            thorough=thorough,
+            total=None if ranks is None else ranks.total,
+            seed=4 if ranks is None else ranks.seed,
         )
 
 
@@ -52,11 +60,11 @@ class _FirstUse:
         self.products = weakref.ref(pushforward), weakref.ref(pullback)
         self.lock = threading.RLock()
         self.state: LinearizeError | None = None
-        self.busy = False
+        self.busy = self.done = False
 
     def __call__(self) -> None:
         with self.lock:
-            if self.busy:
+            if self.busy or self.done:
                 return
             if self.state is not None:
                 raise self.state
@@ -64,7 +72,7 @@ class _FirstUse:
             if len(products) == 2:
                 self.busy = True
                 try:
-                    check_adjoint(*products)
+                    check_adjoint(*products, thorough=False)
                 except MissingDerivativeError:
                     pass  # there is nothing to compare with
                 except AdjointError as error:
@@ -72,10 +80,43 @@ class _FirstUse:
                     raise
                 finally:
                     self.busy = False
+            self.done = True
             for p in products:
-                p._first = None
+                if p._first is self:
+                    p._first = None
 
 
 def check_before_use(pushforward: Product, pullback: Product) -> None:
     """Have two products checked when one of them is used first, if both are alive then."""
     pushforward._first = pullback._first = _FirstUse(pushforward, pullback)
+
+
+class _HeldStill:
+    """Checks that running statistics which a graph keeps are as they were.
+
+    PyTorch moves them without raising their version.
+    """
+
+    def __init__(
+        self, kept: Iterable[tuple[str, torch.Tensor]], then: Callable[[], None] | None
+    ) -> None:
+        self._kept = [(label, t, t.clone()) for label, t in kept]
+        self._then = then
+
+    def __call__(self) -> None:
+        for label, t, before in self._kept:
+            if not torch.equal(t, before):
+                raise StalenessError(
+                    f"{label}: running statistics that it needs have moved since the "
+                    "linearization (the module was run in training mode); linearize anew"
+                )
+        if self._then is not None:
+            self._then()
+
+
+def check_statistics(
+    products: Sequence[Product], kept: Sequence[tuple[str, torch.Tensor]]
+) -> None:
+    """Have products check at each use that running statistics have not moved."""
+    for product in products if kept else ():
+        product._first = _HeldStill(kept, product._first)

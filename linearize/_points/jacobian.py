@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
-from .._spaces.flat import Parts, zeros
+import torch
+
+from .._execute.binding import BoundProgram
+from .._programs.program import Operation
+from .._programs.reach import is_diagonal
+from .._spaces.flat import Parts, join, split, zeros
+from .._spaces.maps import ChunkSize, Direction
 from .._spaces.operators import LinearOperator, SelfAdjoint
 from .closures import JvpFn, VjpFn
 from .product import Product
@@ -15,6 +21,10 @@ class Jacobian(LinearOperator):
 
     A function of one primal has that primal's structure as `in_space`, one of several primals
     the tuple of them. It keeps the two products and nothing else of the linearization.
+
+    A matrix that was written out at a point, this one or `gram()`, stays there if it takes no
+    more than `dense_limit` bytes: it is not written out again, and products use it where it is
+    no larger than what the program reads.
 
     Parameters
     ----------
@@ -28,27 +38,182 @@ class Jacobian(LinearOperator):
     """
 
     def __init__(self, jvp_fn: JvpFn, vjp_fn: VjpFn) -> None:
+        self._products = jvp_fn, vjp_fn
+        self._written = _Written(jvp_fn, vjp_fn, "jacobian")
+        ours, theirs = jvp_fn._arguments.unpacked(), jvp_fn._results
+
+        def forward(parts: Parts, *, stacked: bool) -> Parts:
+            matrix = self._written.short()
+            if matrix is None:
+                return run(jvp_fn, parts, stacked=stacked)
+            return split(theirs, join(ours, parts, stacked=stacked) @ matrix.mT)
+
+        def back(parts: Parts, *, stacked: bool) -> Parts:
+            matrix = self._written.short()
+            if matrix is None:
+                return run(vjp_fn, parts, stacked=stacked)
+            return split(ours, join(theirs, parts, stacked=stacked) @ matrix.conj())
+
         super().__init__(
-            jvp_fn._arguments.unpacked(),
-            jvp_fn._results,
-            functools.partial(run, jvp_fn),
-            functools.partial(run, vjp_fn),
+            ours,
+            theirs,
+            forward,
+            back,
             # Its transpose takes about as much, and may never be needed.
             peak=lambda: vjp_fn.program.peak_bytes(),
+            diagonal=self._from_program,
             name="Jacobian",
         )
-        self._products = jvp_fn, vjp_fn
 
     def gram(self) -> LinearOperator:
         """Return Jᴴ·J. Both maps are one program, simplified together."""
-        jvp_fn, vjp_fn = self._products
+        return _Gram(self)
+
+    def materialize(
+        self,
+        *,
+        chunk_size: ChunkSize = "auto",
+        direction: Direction = "auto",
+    ) -> torch.Tensor:
+        """Return the matrix, shape (m, n), as for any operator; at one point it is found once.
+
+        Parameters
+        ----------
+        chunk_size, direction
+            As for any operator.
+        """
+        return self._written.once(
+            direction,
+            lambda: super(Jacobian, self).materialize(chunk_size=chunk_size, direction=direction),
+        )
+
+    def _from_program(self, chunk_size: ChunkSize) -> torch.Tensor | None:
+        """Return the diagonal if a look at the program, or a matrix that is there, tells it."""
+        matrix = self._written.matrix()
+        if matrix is not None:
+            return matrix.diagonal().clone()
+        _, vjp_fn = self._products
+        if not is_diagonal(vjp_fn.program.program):
+            return None
+        self.check_complex_linear("diagonal")
+        ones = [torch.ones_like(t) for t in zeros(self.out_space)]
+        return join(self.in_space, run(vjp_fn, ones, stacked=False)).conj().resolve_conj()
+
+
+class _Gram(SelfAdjoint):
+    """Jᴴ·J as one program."""
+
+    def __init__(self, of: Jacobian) -> None:
+        jvp_fn, vjp_fn = of._products
         product = jvp_fn._then(vjp_fn, "gram")
-        return SelfAdjoint(
-            self.in_space,
-            functools.partial(run, product),
+        self._of, self._product = of, product
+        self._written = _Written(jvp_fn, vjp_fn, "gram")
+        space = of.in_space
+
+        def apply(parts: Parts, *, stacked: bool) -> Parts:
+            matrix = self._written.short()
+            if matrix is None:
+                return run(product, parts, stacked=stacked)
+            return split(space, join(space, parts, stacked=stacked) @ matrix.mT)
+
+        super().__init__(
+            space,
+            apply,
             peak=lambda: product.program.peak_bytes(),
+            diagonal=self._of_columns,
             name="Jacobian.gram()",
         )
+
+    def materialize(
+        self,
+        *,
+        chunk_size: ChunkSize = "auto",
+        direction: Direction = "auto",
+    ) -> torch.Tensor:
+        """Return the matrix, from that of the Jacobian where it was written out.
+
+        Parameters
+        ----------
+        chunk_size, direction
+            As for any operator.
+        """
+
+        def made() -> torch.Tensor:
+            M = self._of._written.matrix()
+            if M is not None and M.dtype == self.dtype:
+                return M.mH @ M
+            whole = super(_Gram, self).materialize(chunk_size=chunk_size, direction=direction)
+            return whole
+
+        return self._written.once(direction, made)
+
+    def _of_columns(self, chunk_size: ChunkSize) -> torch.Tensor:
+        M = self._of._written.matrix()
+        if M is None or M.dtype != self.dtype:
+            return self._of.squared_norms(chunk_size)
+        return M.abs().square().sum(0).to(self.dtype)
+
+
+class _Written:
+    """A matrix that was written out at a point, until it is closed or what it is of changes."""
+
+    def __init__(self, jvp_fn: JvpFn, vjp_fn: VjpFn, what: str) -> None:
+        self._products = jvp_fn, vjp_fn
+        self._what = what
+        self._is_short: bool | None = None
+
+    def matrix(self) -> torch.Tensor | None:
+        """Return the matrix, None if there is none or a product could not be had any more."""
+        jvp_fn, vjp_fn = self._products
+        found = vjp_fn._matrices.get(self._what)
+        if found is None:
+            return None
+        if any(r.changed() for p in (jvp_fn, vjp_fn) for r in p._residuals()):
+            del vjp_fn._matrices[self._what]
+            return None
+        return found
+
+    def short(self) -> torch.Tensor | None:
+        """Return the matrix if a product with it reads no more than the program does.
+
+        A program that calls custom Functions is promised to call them at each product.
+        """
+        matrix = self.matrix()
+        if matrix is None:
+            return None
+        if self._is_short is None:
+            self._is_short = self._reads_no_more(matrix)
+        return matrix if self._is_short else None
+
+    def _reads_no_more(self, matrix: torch.Tensor) -> bool:
+        _, vjp_fn = self._products
+        specs = (*vjp_fn._arguments.tensors, *vjp_fn._results.tensors)
+        program = vjp_fn.program
+        own = any(isinstance(eq.op, Operation) and eq.op.of_point for eq in program.equations)
+        return (
+            not own
+            and all(s.dtype.is_complex == matrix.is_complex() for s in specs)
+            and matrix.nbytes <= _read(program)
+        )
+
+    def once(self, direction: Direction, write: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the matrix, written out if it is not there; a new tensor each time."""
+        _, vjp_fn = self._products
+        vjp_fn._check_open()
+        known = self.matrix() if direction == "auto" else None
+        if known is None:
+            known = write()
+            if known.nbytes <= vjp_fn._policy.dense_limit and not known.requires_grad:
+                vjp_fn._matrices[self._what] = known
+                vjp_fn._lifetime.changed()
+        return known.clone()
+
+
+def _read(program: BoundProgram) -> int:
+    """Return the bytes that a program reads and writes."""
+    kept = sum(r.tensor.nbytes for r in program.binding.residuals)
+    passed = (v for eq in program.equations for v in (*eq.inputs(), *eq.outputs))
+    return kept + sum(v.spec.nbytes for v in passed if v is not None)
 
 
 def run(product: Product, parts: Parts, *, stacked: bool) -> Parts:

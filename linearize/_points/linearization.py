@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from .._capture.capture import Capture
+from .._execute.binding import BoundProgram
 from .._forms.compiled import Options
 from .._inspect import kept
 from .._inspect.drawing import Drawing, draw
 from .._inspect.page import page
 from .._inspect.summary import Summary, costs
-from .._programs.program import Program, total_bytes
+from .._programs.program import total_bytes
 from .._programs.residuals import Residual
 from .._reuse.shared import Structures
 from .._simplify.passes import explain, simplify
@@ -24,7 +25,7 @@ from .._text.tables import code, framed
 from .._torch.names import pytree
 from ..errors import ClosedError, CopyError, UnsupportedError
 from .closures import JvpFn, VjpFn
-from .first_use import check_adjoint, check_before_use
+from .first_use import check_adjoint, check_before_use, check_statistics
 from .jacobian import Jacobian
 from .lifetime import Lifetime
 from .policy import Policy
@@ -38,21 +39,21 @@ class ProgramPair:
 
     Attributes
     ----------
-    pushforward : Program
+    pushforward : BoundProgram
         The program of `jvp_fn`. Readable by `print`, as the other one.
-    pullback : Program
+    pullback : BoundProgram
         The program of `vjp_fn`.
     """
 
     __slots__ = ("pullback", "pushforward")
 
-    def __init__(self, pushforward: Program, pullback: Program) -> None:
+    def __init__(self, pushforward: BoundProgram, pullback: BoundProgram) -> None:
         self.pushforward = pushforward
         self.pullback = pullback
 
     def simplified(self) -> ProgramPair:
         """Return the programs as they are run when they are run often."""
-        return ProgramPair(simplify(self.pushforward), simplify(self.pullback))
+        return ProgramPair(self.pushforward.made(simplify), self.pullback.made(simplify))
 
     def explain(self) -> str:
         """Tell what each simplification does to each program."""
@@ -82,6 +83,26 @@ class ProgramPair:
 
     def __repr__(self) -> str:
         return f"ProgramPair({self.pushforward!r}, {self.pullback!r})"
+
+
+class _Guarded:
+    """What f returned: each caller gets lists and dicts of its own, and no changed tensor.
+
+    Attributes
+    ----------
+    stamps
+        The tensors, as they were.
+    """
+
+    def __init__(self, tree: Any, name: str) -> None:
+        self._leaves, self._structure = pytree.tree_flatten(tree)
+        self.stamps = [Residual(t, name) for t in self._leaves if isinstance(t, torch.Tensor)]
+
+    def get(self) -> Any:
+        """Return it, if it is as it was."""
+        for r in self.stamps:
+            r.check()
+        return pytree.tree_unflatten(self._leaves, self._structure)
 
 
 class Linearization:
@@ -124,13 +145,8 @@ class Linearization:
         self._lifetime.register(self)
         self.in_space = captured.in_space
         self.out_space = captured.out_space
-        self._aux = captured.aux
-        self._value = captured.value
-        self._stamps = [
-            Residual(t, "the value")
-            for t in pytree.tree_leaves(captured.value)
-            if isinstance(t, torch.Tensor)
-        ]
+        self._value = _Guarded(captured.value, "the value")
+        self._aux = _Guarded(captured.aux, "aux")
         self._external = {t.untyped_storage().data_ptr() for t, _ in captured.leaves}
         self._source = weakref.ref(source)
         common = (self._lifetime, policy, source)
@@ -138,6 +154,7 @@ class Linearization:
         self.vjp_fn = VjpFn(source.pullback, self.out_space, self.in_space, *common)
         if policy.check == "always":
             check_before_use(self.jvp_fn, self.vjp_fn)
+        check_statistics((self.jvp_fn, self.vjp_fn), source.moving)
 
     @property
     def value(self) -> Any:
@@ -151,9 +168,7 @@ class Linearization:
             If the linearization was closed.
         """
         self._check_open()
-        for r in self._stamps:
-            r.check()
-        return self._value
+        return self._value.get()
 
     @property
     def aux(self) -> Any:
@@ -161,11 +176,13 @@ class Linearization:
 
         Raises
         ------
+        StalenessError
+            If a tensor of it was changed in place, or shares memory with one that was.
         ClosedError
             If the linearization was closed.
         """
         self._check_open()
-        return self._aux
+        return self._aux.get()
 
     @property
     def jacobian(self) -> Jacobian:
@@ -293,7 +310,7 @@ class Linearization:
             If the linearization was closed.
         """
         summary = self.summary()
-        programs: dict[str, Program] = {}
+        programs: dict[str, BoundProgram] = {}
         for product in (self.jvp_fn, self.vjp_fn):
             if not isinstance(summary.costs[product._direction], str):
                 programs[product._direction] = product.program
@@ -312,14 +329,18 @@ class Linearization:
         self._lifetime.close()
 
     def _release(self) -> None:
-        self._value = self._aux = None
-        self._stamps = []
+        self._value = self._aux = _Guarded(None, "")
 
     def _fresh(self) -> bool:
         """Whether nothing that the point gives was changed in place, and it is open."""
         return not self.closed and not any(
             r.changed()
-            for r in (*self._stamps, *self.jvp_fn._residuals(), *self.vjp_fn._residuals())
+            for r in (
+                *self._value.stamps,
+                *self._aux.stamps,
+                *self.jvp_fn._residuals(),
+                *self.vjp_fn._residuals(),
+            )
         )
 
     def _size(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
@@ -14,14 +15,17 @@ from cachetools.keys import hashkey
 
 from .._capture.capture import capture
 from .._capture.contexts import ContextRecords
+from .._capture.reach import Reach
+from .._capture.state import State
 from .._forms.compiled import Options
 from .._reuse.shared import Structures
 from .._spaces.trees import flatten
 from .._torch.modes import eagerly
-from ..errors import CopyError, OptionError, StructureError
+from ..errors import CopyError, MemoWarning, OptionError, StructureError
 from .linearization import Linearization
-from .memo import Memo, Stats, content_key
+from .memo import Memo, Repeats, Stats, content_key
 from .policy import Policy
+from .programs import tidy
 from .ranks import group_of_records, run_of_f
 
 __all__ = ["Linearizer"]
@@ -80,12 +84,18 @@ class Linearizer:
         Whether to note which line of f keeps what, for `residuals()`, `summary()` and
         `report()` of a `Linearization`, and for messages. It makes each operation of f some
         microseconds slower.
+    unseen
+        What the memo takes things for that f can reach and that cannot be looked into: functions
+        in C of packages that it does not know, objects that hide their state, iterators. With
+        "changes" no point is remembered then, and a `MemoWarning` says so when f runs again at
+        the same primals; with "constant" the caller vouches that they stay as they are.
 
     Notes
     -----
-    The memo sees in-place changes of primals, module parameters and buffers, and of other
-    tensors that f read. It cannot see a Python variable rebound, a module switched to `eval`,
-    a file, a random draw, or a write that PyTorch does not see (through NumPy or `.data`).
+    The memo sees in-place changes of primals and of whatever tensors f read, and every change of
+    what f's code can reach: variables of enclosing functions, global variables, attributes of
+    objects and modules, lists, dicts, sets, NumPy arrays. It cannot see a file, a clock, a random
+    draw, the inside of installed packages, or a write that PyTorch does not see (`.data`).
     """
 
     def __init__(
@@ -104,6 +114,7 @@ class Linearizer:
         dense_limit: int | None = 1 << 24,
         compile: bool | dict[str, Any] = False,
         trace: bool = False,
+        unseen: Literal["changes", "constant"] = "changes",
     ) -> None:
         if not callable(f):
             raise StructureError(f"Linearizer: f must be callable, got {type(f).__name__}")
@@ -112,6 +123,8 @@ class Linearizer:
             raise OptionError(f'match must be "identity" or "value", got {match!r}')
         if opaque not in ("error", "materialize"):
             raise OptionError(f'opaque must be "error" or "materialize", got {opaque!r}')
+        if unseen not in ("changes", "constant"):
+            raise OptionError(f'unseen must be "changes" or "constant", got {unseen!r}')
         if check not in ("structure", "always", "never"):
             raise OptionError(f'check must be "structure", "always" or "never", got {check!r}')
         limits = {"maxsize": maxsize, "max_bytes": max_bytes, "dense_limit": dense_limit}
@@ -128,13 +141,15 @@ class Linearizer:
             opaque == "materialize", opaque_limit, simplify, check, dense_limit or 0, compile
         )
         self._keeps = maxsize != 0
+        self._reach = Reach(f)
+        self._vouched = unseen == "constant"
+        self._repeats = Repeats()
         self._memo: Memo[Linearization] = Memo(
             maxsize, max_bytes, Linearization._size, Linearization._fresh
         )
         self._structures = Structures(self._policy.shared)
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scopes: list[weakref.WeakSet[Any]] = []
-        self._lock = threading.Lock()
         self._running: dict[Hashable, _Run] = {}
 
     @eagerly
@@ -161,34 +176,63 @@ class Linearizer:
             Whatever f raises; nothing is kept then.
         """
         argnums = self._positions(len(args))
-        found = self._key(args, kwargs) if self._keeps else None
-        if found is None:
+        tidy()
+        asked = self._asked(args, kwargs) if self._keeps else None
+        if asked is None:
             self._memo.missed()
             return self._run(args, kwargs, argnums, None)
-        key, structure, _, stamps = found
+        if asked.state.unseen and not self._vouched:
+            self._memo.missed()
+            self._warn_of_repeats(asked)
+            return self._run(args, kwargs, argnums, None)
+        point = self._memo.get(asked.key, asked.structure, asked.state)
+        if point is not None:
+            return point
+        run = _Run()
+        # Twice: an interrupt may come before the first has begun.
+        try:
+            try:
+                return self._awaited(asked, run) or self._run(args, kwargs, argnums, asked)
+            finally:
+                self._end(asked.key, run)
+        finally:
+            self._end(asked.key, run)
+
+    def _awaited(self, asked: _Asked, mine: _Run) -> Linearization | None:
+        """Return the point if another thread is about to make it; else it is ours to make."""
         while True:
-            point = self._memo.get(key, (structure, [v for _, v in stamps]))
+            # Without a lock: an interrupt could leave it locked.
+            run = self._running.setdefault(asked.key, mine)
+            others = [r for r in list(self._running.values()) if r is not run]
+            inside = any(r.thread == mine.thread for r in others)
+            # A call of `at` from inside f waits for nobody: two could wait for each other.
+            waits = not (run is mine or inside or run.thread == mine.thread)
+            if waits:
+                run.done.wait()
+                asked.state = self._reach.now(asked.others)
+            point = self._memo.get(asked.key, asked.structure, asked.state)
             if point is not None:
                 return point
-            with self._lock:
-                run = self._running.get(key)
-                mine = run is None
-                if run is None:
-                    run = self._running[key] = _Run()
-                me = threading.get_ident()
-                inside = any(r.thread == me and r is not run for r in self._running.values())
-            # A call of `at` from inside f waits for nobody: two could wait for each other.
-            if mine or inside or run.thread == me:
-                break
-            run.done.wait()
-        try:
-            self._memo.missed()
-            return self._run(args, kwargs, argnums, found)
-        finally:
-            if mine:
-                with self._lock:
-                    del self._running[key]
-                run.done.set()
+            if not waits:
+                self._memo.missed()
+                return None
+
+    def _warn_of_repeats(self, asked: _Asked) -> None:
+        if self._repeats.noted(asked.key, asked.structure, asked.owners):
+            warnings.warn(
+                f"f ran again at a point where it ran before: {asked.state.unseen} cannot be "
+                'looked into, so that no point is remembered. Pass unseen="constant" to '
+                "Linearizer if it stays as it is",
+                MemoWarning,
+                stacklevel=3,
+            )
+
+    def _end(self, key: Hashable, run: _Run) -> None:
+        """Let those who wait for a run go on; may be called again."""
+        if self._running.get(key) is run:
+            del self._running[key]
+        if not run.done.is_set():
+            run.done.set()
 
     def stats(self) -> Stats:
         """Return the memo's counters, and how many points shared their structure."""
@@ -204,10 +248,11 @@ class Linearizer:
     def clear(self) -> None:
         """Forget all points. Those still held elsewhere go on working."""
         self._memo.clear()
+        self._reach.forget()
 
     def close(self) -> None:
         """Close every point made so far, wherever it is held, and forget it."""
-        self._memo.clear()
+        self.clear()
         for lifetime in list(self._open):
             lifetime.close()
 
@@ -230,18 +275,19 @@ class Linearizer:
     # -- one point ----------------------------------------------------------------------
 
     def _run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int], found: Any
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        argnums: Sequence[int],
+        asked: _Asked | None,
     ) -> Linearization:
-        point, reads = self._linearize(args, kwargs, argnums, watch=found is not None)
-        with self._lock:
-            for group in (self._open, *self._scopes):
-                group.add(point._lifetime)
+        point, reads = self._linearize(args, kwargs, argnums, watch=asked is not None)
+        for group in (self._open, *self._scopes):
+            group.add(point._lifetime)
         # Another rank may have forgotten what this one remembers, and would run f alone.
-        if found is not None and point.in_space.group is None:
-            key, structure, owners, stamps = found
-            self._memo.put(
-                key, (structure, [v for _, v in stamps]), point, owners, [*stamps, *reads]
-            )
+        if asked is not None and point.in_space.group is None:
+            stamps = [*asked.stamps, *reads, *asked.state.stamps()]
+            self._memo.put(asked.key, asked.structure, asked.state, point, asked.owners, stamps)
         return point
 
     def _linearize(
@@ -269,7 +315,9 @@ class Linearizer:
             )
             notify = self._notifier()
             point = Linearization(captured, self._policy, notify, self._structures, alone=False)
-            return point, captured.reads
+            # Buffers that move without a count of changes are told by their numbers.
+            numbers = [(weakref.ref(t), content_key(t)) for t in captured.moving]
+            return point, [*captured.reads, *numbers]
 
         try:
             return once()
@@ -311,15 +359,13 @@ class Linearizer:
             raise StructureError(f"argnums={given!r}: a position stands twice")
         return resolved
 
-    def _key(self, args: Any, kwargs: Any) -> Any:
-        """Return the memo's key, the structure, the owners of the key and their versions.
-
-        None if the arguments cannot be recognised again.
-        """
+    def _asked(self, args: Any, kwargs: Any) -> _Asked | None:
+        """Return what a point is recognised by, None if it cannot be."""
         leaves, structure = flatten((args, kwargs))
         parts: list[Hashable] = [_ambient()]
         owners: list[Any] = []
         stamps: list[Any] = []
+        others: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
                 if leaf.layout != torch.strided or leaf.is_nested or leaf.device.type == "meta":
@@ -340,7 +386,44 @@ class Linearizer:
             else:
                 parts.append((type(leaf), id(leaf)))
                 owners.append(leaf)
-        return hashkey(structure, *parts), structure, owners, stamps
+                others.append(leaf)
+        versions = [version for _, version in stamps]
+        return _Asked(
+            key=hashkey(structure, *parts),
+            structure=(structure, versions),
+            state=self._reach.now(others),
+            owners=owners,
+            others=others,
+            stamps=stamps,
+        )
+
+
+@dataclasses.dataclass(slots=True)
+class _Asked:
+    """What a point is recognised by.
+
+    Attributes
+    ----------
+    key
+        Equal for the same primals.
+    structure
+        Of the arguments, with the versions of the tensors among them.
+    state
+        What f can reach beside them.
+    owners
+        Objects that the key tells by their ids.
+    others
+        Those that are no tensors.
+    stamps
+        The tensors among them, with their versions.
+    """
+
+    key: Hashable
+    structure: Any
+    state: State
+    owners: list[Any]
+    others: list[Any]
+    stamps: list[Any]
 
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)

@@ -19,10 +19,14 @@ from typing import Any, Generic, TypeVar
 import cachetools
 import torch
 
+from .._capture.state import State
+
 P = TypeVar("P")
 #: How many points are looked at when one is added.
 _FEW = 2
-Stamp = tuple["weakref.ref[torch.Tensor]", int]
+#: A tensor with its version, or with the key of its content where a version would not tell.
+Stamp = tuple["weakref.ref[torch.Tensor]", int | tuple[Any, ...]]
+_REF = weakref.ref
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +75,17 @@ class Stats:
 class _Entry(Generic[P]):
     point: P
     structure: Any
+    state: State
     #: Keep weak references, and so their callbacks, alive.
     refs: list[Any]
     stamps: list[Stamp]
+
+    def orphaned(self) -> bool:
+        """Whether an owner is dead, and so perhaps its id taken by another object.
+
+        Its entry is buried as soon as the memo's lock is free, which may be too late.
+        """
+        return not all(map(_alive, self.refs))
 
 
 class Memo(Generic[P]):
@@ -109,14 +121,24 @@ class Memo(Generic[P]):
         self._turns: deque[Hashable] = deque()
         self._hits = self._misses = self._evictions = 0
 
-    def get(self, key: Hashable, structure: Any) -> P | None:
-        """Return the point for a key if nothing that it was made from has changed."""
+    def get(self, key: Hashable, structure: Any, state: State) -> P | None:
+        """Return the point for a key if nothing that it was made from has changed.
+
+        Parameters
+        ----------
+        key, structure
+            Of the arguments.
+        state
+            What else f can reach.
+        """
         gone = None
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None and not (
                 entry.structure == structure
+                and not entry.orphaned()
                 and not _changed(entry.stamps)
+                and entry.state.same(state)
                 and self._fresh(entry.point)
             ):
                 gone = self._entries.pop(key)
@@ -132,12 +154,13 @@ class Memo(Generic[P]):
         self,
         key: Hashable,
         structure: Any,
+        state: State,
         point: P,
         owners: Iterable[Any],
         stamps: Sequence[Stamp],
     ) -> None:
         """Keep a point until one of `owners` dies or the budget needs its place."""
-        entry = _Entry(point, structure, [], list(stamps))
+        entry = _Entry(point, structure, state, [], list(stamps))
         this = weakref.ref(self)
         bound = weakref.ref(entry)
 
@@ -255,6 +278,30 @@ class Memo(Generic[P]):
             gone.clear()
 
 
+class Repeats:
+    """Knows whether the arguments of one call are those of the call before; tells it once."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Hashable, Any, list[Any]] | None = None
+        self._told = False
+
+    def noted(self, key: Hashable, structure: Any, owners: Iterable[Any]) -> bool:
+        """Take note of a call; return whether it is the first that repeats another one."""
+        if self._told:
+            return False
+        last = self._last
+        refs = [_reference(owner, lambda _: None) for owner in owners]
+        self._last = (key, structure, refs)
+        if last is None or last[:2] != (key, structure):
+            return False
+        self._told = all(_alive(ref) for ref in last[2])
+        return self._told
+
+
+def _alive(ref: Any) -> bool:
+    return type(ref) is not _REF or ref() is not None
+
+
 def _reference(owner: Any, callback: Callable[[Any], None]) -> Any:
     try:
         return weakref.ref(owner, callback)
@@ -263,9 +310,9 @@ def _reference(owner: Any, callback: Callable[[Any], None]) -> Any:
 
 
 def _changed(stamps: Iterable[Stamp]) -> bool:
-    for ref, version in stamps:
+    for ref, stamp in stamps:
         t = ref()
-        if t is not None and t._version != version:
+        if t is not None and (t._version if type(stamp) is int else content_key(t)) != stamp:
             return True
     return False
 

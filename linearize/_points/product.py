@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 
 from .._check.adjoint import check_built_in
 from .._check.proof import Proof
-from .._execute.binding import Binding
+from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor
 from .._forms.compiled import Options
 from .._forms.dense import Dense
 from .._forms.plan import Plan
+from .._programs.numbers import Pool
 from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
 from .._reuse.template import Template
@@ -25,7 +27,7 @@ from .._transpose.transpose import transpose
 from ..errors import ClosedError, CopyError, StructureError, UnsupportedError
 from .lifetime import Lifetime
 from .policy import Policy
-from .programs import PULLBACK, PUSHFORWARD, PointPrograms
+from .programs import PULLBACK, PUSHFORWARD, PointPrograms, tidy
 
 
 def _nothing() -> None:
@@ -46,16 +48,19 @@ class Product:
 
     def __init__(
         self,
-        make: Callable[[], Program],
+        make: Callable[[], BoundProgram],
         arguments: Space,
         results: Space,
         lifetime: Lifetime,
         policy: Policy,
         source: PointPrograms | None = None,
         joined: str = "",
+        pool: Pool | None = None,
     ) -> None:
-        self._make: Callable[[], Program] | None = make
+        self._make: Callable[[], BoundProgram] | None = make
         self._source = source
+        #: What is known of the numbers of the point.
+        self._pool = pool or (Pool() if source is None else source.pool)
         #: What it is called among the programs that points of one structure share.
         self._direction = joined or self._direction
         self._arguments = arguments
@@ -65,7 +70,7 @@ class Product:
         self._compiling = Options.of(policy.compile)
         self._hurry = False
         self._lock = threading.RLock()
-        self._program: Program | None = None
+        self._program: BoundProgram | None = None
         self._plans: dict[tuple[bool, ...], Plan] = {}
         #: The arguments that are there, if all are.
         self._whole = (True,) * len(arguments.tensors)
@@ -73,6 +78,8 @@ class Product:
         #: Runs a settled product of one tensor; whether there was a look for it.
         self._short: Callable[[Any], Any] | None = None
         self._shortened = False
+        #: Matrices that were written out at this point, by what they are of.
+        self._matrices: dict[str, torch.Tensor] = {}
         #: Checks the product before its first use.
         self._first: Callable[[], None] | None = None
         lifetime.register(self)
@@ -80,7 +87,7 @@ class Product:
             source.wait(self._direction, self)
 
     @property
-    def program(self) -> Program:
+    def program(self) -> BoundProgram:
         """The linear program, recorded when first needed."""
         self._check_open()
         with self._lock:
@@ -115,12 +122,13 @@ class Product:
         with self._lock:
             self._make = self._program = self._turned = self._source = self._first = None
             self._short = None
-            self._plans = {}
+            self._plans, self._matrices = {}, {}
 
     def _plan(self, present: tuple[bool, ...]) -> Plan:
         """Return what runs the program for arguments of which some are zero."""
         plan = self._plans.get(present)
         if plan is None:
+            tidy()
             with self._lock:
                 with outside_transforms(), torch.inference_mode(False):
                     plan = self._shared_plan(present) or self._own_plan(present)
@@ -156,36 +164,51 @@ class Product:
                 source.served(direction)
             return None if found is None else (found[0].executor, found[1])
 
-        return Plan(
+        return self._made_plan(
+            present,
             template.executor,
             binding,
             settled=template.simplified or not simplify,
             better=better if waits else None,
-            dense=self._dense(template.program, present),
-            forward=self._direction != PULLBACK,
-            compiling=self._compiling,
-            hurry=self._hurry,
-            counted=_nothing if self._source is None else self._source.count_compiled,
         )
 
     def _own_plan(self, present: tuple[bool, ...]) -> Plan:
         """Make a plan of this point's program."""
-        program = self.program
+        made = self.program
+        numbers, program = made.numbers(self._pool), made.program
         if not all(present):
             program = program.restricted(present)
-        program = resolve(program, **self._policy.opaque)
+        program = resolve(program, numbers, **self._policy.opaque)
         template = self._offer(present, program, simplified=False)
-        return Plan(
+        return self._made_plan(
+            present,
             Executor(program, final=False) if template is None else template.executor,
-            Binding.of(program),
+            Binding.of(program, numbers),
             settled=not self._policy.simplify,
             proof=self._proof(),
+        )
+
+    def _made_plan(
+        self, present: tuple[bool, ...], executor: Executor, binding: Binding, **more: Any
+    ) -> Plan:
+        me = weakref.ref(self)  # a reference to the product itself would make a cycle
+
+        def taken(program: BoundProgram) -> Executor | None:
+            product = me()
+            return None if product is None else product._take_note(program, present)
+
+        return Plan(
+            executor,
+            binding,
             whole=all(present),
-            dense=self._dense(program, present),
+            dense=self._dense(executor.program, present),
             forward=self._direction != PULLBACK,
             compiling=self._compiling,
             hurry=self._hurry,
             counted=_nothing if self._source is None else self._source.count_compiled,
+            taken=taken,
+            pool=self._pool,
+            **more,
         )
 
     def _dense(self, program: Program, present: tuple[bool, ...]) -> Dense | None:
@@ -205,7 +228,7 @@ class Product:
         source = self._source
         return source.proof if source is not None and self._direction == PUSHFORWARD else None
 
-    def _proved(self) -> Program:
+    def _proved(self) -> BoundProgram:
         """Return the program, checked: it goes elsewhere."""
         program = self.program
         proof = self._proof()
@@ -231,18 +254,20 @@ class Product:
             return None
         return source.offer(self._direction, present, program, simplified=simplified)
 
-    def _take_note(self, plan: Plan, present: tuple[bool, ...]) -> None:
-        """Let go of the program as it was recorded: a simplified one gives the same."""
+    def _take_note(self, program: BoundProgram, present: tuple[bool, ...]) -> Executor | None:
+        """Let go of the program as it was recorded: a simplified one gives the same.
+
+        Returns
+        -------
+        Executor or None
+            What runs it for other points too.
+        """
         with self._lock:
-            program, plan.news = plan.news, None
-            if program is None:
-                return
-            template = self._offer(present, program, simplified=True)
-            if template is not None:
-                plan.use(template.executor)
+            template = self._offer(present, program.program, simplified=True)
             if self._program is not None and all(present):
                 self._program = program
         self._lifetime.changed()
+        return None if template is None else template.executor
 
     def _batched(
         self, tensors: Sequence[torch.Tensor | None], chunk_size: int | None
@@ -257,7 +282,8 @@ class Product:
             present = tuple([t is not None for t in tensors])
         if transformed or not len(given[0]):
             self._check_untransformed(transformed)
-            return list(torch.vmap(self._one(present), chunk_size=chunk_size)(*given))
+            pieces_of = chunk_size if len(given[0]) else None
+            return list(torch.vmap(self._one(present), chunk_size=pieces_of)(*given))
         ranks = self._lifetime.ranks
         if ranks is not None and not ranks.inside:
             count = len(given[0])
@@ -333,8 +359,6 @@ class Product:
         finally:
             if grad:
                 set_grad_mode(True)
-        if plan.news is not None:
-            self._take_note(plan, present)
         for t in results:
             if t is None:
                 break
@@ -374,8 +398,6 @@ class Product:
                 set_grad_mode(True)
         else:
             results = plan(given)  # type: ignore[arg-type]
-        if plan.news is not None:
-            self._take_note(plan, present)
         if plan.quiet and not self._shortened:
             self._shorten(plan)
         for t in results:
@@ -413,14 +435,17 @@ class Product:
         If both are of one point, other points of the same structure take the program over.
         """
         mine, theirs = self._source, other._source
+        # Points of one structure share constants: what is known of one says nothing of two.
+        pool = self._pool if self._pool is other._pool else Pool()
         return Product(
-            lambda: self._proved().then(other._proved(), name),
+            lambda: self._proved().then(other._proved(), name, pool),
             self._arguments,
             other._results,
             self._lifetime,
             self._policy,
             mine if mine is theirs else None,
             name,
+            pool,
         )
 
     def _transposed(self) -> Product:
@@ -433,12 +458,14 @@ class Product:
                     self._arguments,
                     self._lifetime,
                     self._policy,
+                    pool=self._pool,
                 )
             return self._turned
 
-    def _transpose(self) -> Program:
+    def _transpose(self) -> BoundProgram:
         program = self._proved()
-        turned = transpose(program, f"transpose of {program.name}")
+        name = f"transpose of {program.name}"
+        turned = program.made(transpose, name, pool=self._pool)
         if self._policy.check != "never":
             check_built_in(program, turned, transpose)
         return turned
@@ -450,17 +477,18 @@ class Product:
         bindings = [b for plan in plans for b in plan.bindings()]
         return [*residuals, *(r for b in bindings for r in b.residuals)]
 
-    def _programs(self) -> Iterator[tuple[Program, Sequence[Residual]]]:
-        """Yield each program that is kept, with what is watched besides its residuals."""
+    def _programs(self) -> Iterator[BoundProgram]:
+        """Yield each program that is kept."""
         program, plans = self._program, list(self._plans.values())
         if program is not None:
-            yield program, ()
+            yield program
         for plan in plans:
             yield from plan.programs()
 
     def _kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that this product keeps alive."""
         program, plans = self._program, list(self._plans.values())
+        yield from list(self._matrices.values())
         if program is not None:
             yield from program.kept_tensors()
         for plan in plans:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,10 +20,11 @@ from .._capture.collectives import OpaqueNode
 from .._capture.graph import Graph
 from .._capture.signature import signature
 from .._check.proof import Proof
-from .._execute.binding import Binding, filled
+from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
 from .._forms.dense import Dense
 from .._programs.guards import watched
+from .._programs.numbers import Numbers, Pool
 from .._programs.origins import Origin, Saved
 from .._programs.program import Program
 from .._programs.residuals import Residual
@@ -32,11 +34,30 @@ from .._reuse.structure import Structure
 from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
 from .._torch.graphs import outside_backward
+from .._torch.modes import undisturbed
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
 
 #: The names of the two directions.
 PULLBACK, PUSHFORWARD = "pullback", "pushforward"
+
+
+#: Points one of whose products has died since somebody tidied up.
+_DUE: deque[weakref.ref[Any]] = deque()
+
+
+def tidy() -> None:
+    """Let go of what points keep for products that have died, unless somebody would notice."""
+    for _ in range(len(_DUE)):
+        if not undisturbed():
+            return
+        try:
+            due = _DUE.popleft()
+        except IndexError:  # another thread was quicker
+            return
+        point = due()
+        if point is not None and not point.tidy():
+            _DUE.append(due)
 
 
 class PointPrograms:
@@ -56,6 +77,8 @@ class PointPrograms:
     ----------
     proof
         That check, as long as it has not been made.
+    pool
+        What is known of the point's numbers, for as long as programs are made of each other.
     """
 
     def __init__(
@@ -63,12 +86,17 @@ class PointPrograms:
     ) -> None:
         self.lock = threading.RLock()
         # The graph is made now: it stamps what contexts keep, before anybody changes it.
-        self._graph: Graph | None = captured.graph()
+        graph = captured.graph()
+        self._graph: Graph | None = graph
+        #: Running statistics that it keeps, with the names of their nodes. Those of a run that
+        #: was watched are copies.
+        self.moving = [] if captured.watched else list(graph.moving())
         self._leaves: list[torch.Tensor] = [t for t, _ in captured.leaves]
         self._specs = (captured.out_space.tensors, captured.in_space.tensors)
-        self._pullback: Program | None = None
+        self._pullback: BoundProgram | None = None
         self._structures = structures
         self._check = check
+        self.pool = Pool()
         #: What the pushforward owes before its first product is handed out.
         self.proof: Proof | None = None
         self._dense: Dense | None = None
@@ -90,14 +118,11 @@ class PointPrograms:
         me = weakref.ref(self)
 
         def died(_: Any) -> None:
-            source = None if sys.is_finalizing() else me()
-            # Called by the garbage collector, which must not wait for anybody. While the
-            # interpreter ends no tensor can be made.
-            if source is not None and source.lock.acquire(blocking=False):
-                try:
-                    source.served(direction)
-                finally:
-                    source.lock.release()
+            # Called wherever the collector runs, perhaps inside a transform of somebody else's
+            # or in the midst of this point's own work: then the next call tidies up.
+            if not sys.is_finalizing():
+                _DUE.append(me)
+                tidy()
 
         self._waiting[direction] = weakref.ref(user, died)
 
@@ -105,29 +130,46 @@ class PointPrograms:
         """Take note that a direction is not asked for any more."""
         with self.lock:
             self._waiting.pop(direction, None)
-            if not self._waiting:
-                self._let_go_of_graph()
-                self._pullback = None
+            self._let_go()
+
+    def tidy(self) -> bool:
+        """Let go of what nobody will ask for; False if that must wait."""
+        owned: bool = self.lock._is_owned()  # type: ignore[attr-defined]
+        if owned or not self.lock.acquire(blocking=False):
+            return False
+        try:
+            for direction, user in list(self._waiting.items()):
+                if user() is None:
+                    del self._waiting[direction]
+            self._let_go()
+        finally:
+            self.lock.release()
+        return True
+
+    def _let_go(self) -> None:
+        if not self._waiting:
+            self._let_go_of_graph()
+            self._pullback = None
 
     # -- recorded ---------------------------------------------------------------------------
 
-    def pullback(self) -> Program:
+    def pullback(self) -> BoundProgram:
         """Return the recorded pullback."""
         with self.lock:
             if self._pullback is None:
                 present = (True,) * len(self._specs[0])
                 known = self.known(PULLBACK, present, simplified=False)
                 self._pullback = (
-                    self._record() if known is None else filled(known[0].program, known[1])
+                    self._record() if known is None else bound(known[0].program, known[1])
                 )
                 self._let_go_of_graph()
             return self._pullback
 
-    def pushforward(self) -> Program:
+    def pushforward(self) -> BoundProgram:
         """Return the transpose of the pullback."""
         with self.lock:
             pullback = self.pullback()
-            pushforward = transpose(pullback, PUSHFORWARD)
+            pushforward = pullback.made(transpose, PUSHFORWARD, pool=self.pool)
             if self._owes_proof():
                 self.proof = Proof(pullback, pushforward, transpose, self._proved)
             return pushforward
@@ -141,17 +183,18 @@ class PointPrograms:
         if self._structure is not None:
             self._structure.proved = True
 
-    def _record(self) -> Program:
+    def _record(self) -> BoundProgram:
         graph = self._graph
         assert graph is not None
         self._search()
-        program = record_pullback(graph, *self._specs, remembered=True)
+        numbers = Numbers(self.pool)
+        program = record_pullback(graph, *self._specs, numbers, remembered=True)
         self._places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
         self._count(reused=False)
         if self._signature is not None and self._structure is None and not program.fixed:
             self._structure = Structure(self._signature)
             self._structures.add(self._structure, shared=not graph.custom)
-        return program
+        return BoundProgram.of(program, numbers)
 
     # -- taken over -------------------------------------------------------------------------
 
@@ -225,10 +268,15 @@ class PointPrograms:
         assert self._graph is not None
         assert self._comparison is not None
         assert self._structure is not None
-        fresh = record_pullback(self._graph, *self._specs, remembered=True)
-        whole = (True,) * len(self._specs[0])
-        if not self._comparison.pullback(Executor(fresh), Binding.of(fresh), whole):
-            return  # what is recorded here is no nearer to the graph
+        numbers = Numbers()
+        program = record_pullback(self._graph, *self._specs, numbers, remembered=True)
+        fresh = BoundProgram.of(program, numbers)
+        right = fresh if direction == PULLBACK else fresh.made(transpose)
+        compare = getattr(self._comparison, direction)
+        for nearer, given in ((fresh, self._comparison.pullback), (right, compare)):
+            whole = (True,) * len(nearer.inputs)
+            if not given(Executor(nearer.program), nearer.binding, whole):
+                return  # what is recorded here is no nearer to the graph: both are rounding
         where = ""
         for other in self._structure.templates((direction, present)):
             binding = None
@@ -236,12 +284,10 @@ class PointPrograms:
                 binding = other.bind(self._saved, self._custom, self._known)
             if binding is None:
                 continue
-            compare = getattr(self._comparison, direction)
             if other is not template and compare(other.executor, binding, present):
                 return  # the simplified program is less precise
             if all(present):
-                right = fresh if direction == PULLBACK else transpose(fresh)
-                where = first_parting(right, filled(other.program, binding))
+                where = first_parting(right, bound(other.program, binding))
         self._structures.drop(self._structure)
         self._structure = None
         raise ReuseError(
@@ -261,7 +307,7 @@ class PointPrograms:
     def offer(
         self, direction: str, present: tuple[bool, ...], program: Program, *, simplified: bool
     ) -> Template | None:
-        """Let other points take over a program; return it without numbers if they can."""
+        """Let other points take over a program; return what they run if they can."""
         if self._structure is None:
             return None
         template = Template.of(program, self._places, simplified=simplified)
@@ -289,7 +335,7 @@ class PointPrograms:
         elif pullback is not None:
             yield from pullback.kept_tensors()
 
-    def waiting(self) -> tuple[Graph | None, Program | None]:
+    def waiting(self) -> tuple[Graph | None, BoundProgram | None]:
         """Return what programs are still to be made of: the graph, or the pullback."""
         graph = self._graph
         return graph, self._pullback if graph is None else None
@@ -327,7 +373,7 @@ class PointPrograms:
                 ) from error
             t = value if origin.position is None else value[origin.position]
             with torch.inference_mode(False):
-                known = Residual(t.detach(), self._graph.label(node), origin)
+                known = Residual(t, self._graph.label(node)).settle()
             self._read[origin.place] = known
         return known
 

@@ -9,8 +9,9 @@ import torch
 
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
-from .program import Emitter, Program, Var
-from .residuals import Residual
+from .numbers import Numbers
+from .program import Emitter, Program
+from .values import Var
 
 
 def reals(spec: TensorSpec) -> int:
@@ -28,7 +29,7 @@ def times(matrix: torch.Tensor) -> Callable[[Emitter, Var], Var]:
 
     def emit(e: Emitter, v: Var) -> Var:
         result = TensorSpec((matrix.shape[0],), matrix.dtype, matrix.device)
-        return e.emit(aten.mv.default, (Residual(matrix, e.source), v), result)
+        return e.emit(aten.mv.default, (e.constant(matrix), v), result)
 
     return emit
 
@@ -40,6 +41,7 @@ def matrix_program(
     all_rows: Sequence[TensorSpec],
     wanted: Sequence[bool],
     name: str,
+    numbers: Numbers,
 ) -> Program:
     """Return the product with a matrix as a program.
 
@@ -55,8 +57,10 @@ def matrix_program(
         Those of the results, and which of them the matrix has rows for.
     name
         Whose matrix it is.
+    numbers
+        Receive the matrix.
     """
-    e = Emitter(f"matrix of {name}")
+    e = Emitter(f"matrix of {name}", numbers)
     device, dtype = matrix.device, matrix.dtype
     inputs = [Var(spec) for spec in columns]
     parts = []

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from .._torch.names import OpOverload, aten
-from .program import Var
-from .residuals import Residual
+from .values import Var
 
 #: Operations whose result does not depend on the numbers in their tensor argument.
 CONSTANT = frozenset(
@@ -179,17 +178,6 @@ def permutation(op: Any, args: Any) -> tuple[int, ...] | None:
 
 
 _PERMUTATIONS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
-
-
-def frozen(op: Any, args: Any, kwargs: Any) -> Any:
-    """Return what two equations have in common that compute the same."""
-    return op, _frozen(args), tuple((k, _frozen(v)) for k, v in sorted(kwargs.items()))
-
-
-def _frozen(x: Any) -> Any:
-    if isinstance(x, (list, tuple)):
-        return tuple(map(_frozen, x))
-    return id(x) if isinstance(x, (Var, Residual)) else (type(x).__name__, repr(x))
 
 
 #: Pointwise, linear in the first argument, without the tag that says so.

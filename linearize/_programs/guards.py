@@ -6,18 +6,23 @@ from collections import Counter
 from collections.abc import Iterable
 
 from .._torch.names import reachable_elsewhere
-from .program import Program
 from .residuals import Residual
 
 
-def guards(before: Program, after: Program) -> list[Residual]:
-    """Return the residuals that only `before` reads and that somebody else can change.
+def guards(before: Iterable[Residual], after: Iterable[Residual]) -> list[Residual]:
+    """Return the residuals that are not read any more and that somebody else can change.
 
     They are kept to see that nobody does: without their numbers.
+
+    Parameters
+    ----------
+    before
+        What the program before read.
+    after
+        What the program does that was made of it.
     """
-    kept = {id(r) for r in after.residuals()}
-    gone = [r for r in before.residuals() if id(r) not in kept]
-    return watched(gone, before.residuals())
+    ours, kept = list(before), {id(r) for r in after}
+    return watched([r for r in ours if id(r) not in kept], ours)
 
 
 def watched(residuals: Iterable[Residual], ours: Iterable[Residual]) -> list[Residual]:

@@ -8,11 +8,12 @@ structure, without recording anew.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from .._spaces.space import TensorSpec
 from .._torch.names import aten
 
 
@@ -27,9 +28,11 @@ class Origin:
         Its arguments; origins may stand in lists and tuples.
     static
         Whether nothing of a run goes into it, so that it is the same at every point.
+    portable
+        Whether it can be computed at another point.
     """
 
-    __slots__ = ("args", "kwargs", "op", "static")
+    __slots__ = ("args", "kwargs", "op", "portable", "static")
 
     def __init__(
         self,
@@ -40,13 +43,25 @@ class Origin:
         self.op = op
         self.args = args
         self.kwargs = dict(kwargs or {})
-        self.static: bool = all(map(operator.attrgetter("static"), self.inputs()))
+        inputs = self.inputs()
+        self.static: bool = all(map(operator.attrgetter("static"), inputs))
+        self.portable: bool = all(map(operator.attrgetter("portable"), inputs))
 
     def inputs(self) -> list[Origin]:
         """Return the origins among the arguments."""
         found: list[Origin] = []
         _gather((self.args, self.kwargs), found)
         return found
+
+
+class Here(Origin):
+    """A tensor of one point of which nothing more is known."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.static = self.portable = False
 
 
 class Costly:
@@ -89,6 +104,36 @@ class Literal(Origin):
     def __init__(self, tensor: torch.Tensor) -> None:
         super().__init__(None)
         self.tensor = tensor
+
+
+class Zeros(Literal):
+    """Zeros of a shape, expanded from one zero: they take no memory."""
+
+    __slots__ = ()
+
+    def __init__(self, spec: TensorSpec) -> None:
+        zero = torch.zeros((), dtype=spec.dtype, device=spec.device)
+        super().__init__(zero.expand(spec.shape))
+
+
+def roots(origins: Iterable[Origin], most: int) -> frozenset[Origin] | None:
+    """Return what of a run origins begin with; None if that is more than `most`."""
+    stack, seen, found = list(origins), set[Origin](), set[Origin]()
+    while stack:
+        o = stack.pop()
+        if o in seen or o.static:
+            continue
+        seen.add(o)
+        stack += o.inputs()
+        if o.op is None:
+            found.add(o)
+        if len(found) > most or len(seen) > _MOST_SEEN:
+            return None
+    return frozenset(found)
+
+
+#: How many origins `roots` looks at.
+_MOST_SEEN = 4096
 
 
 def results(origin: Origin, count: int) -> list[Origin]:

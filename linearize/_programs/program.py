@@ -2,14 +2,14 @@
 
 A `Program` is a list of equations in static single assignment form. Each equation applies
 one operation, linear in its `Var` arguments jointly, with everything else held fixed:
-`Residual`s (tensors kept from the forward run) and static arguments.
+`Constant`s (which stand for tensors kept from the forward run) and static arguments.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +17,9 @@ import torch
 from .._spaces.nested import NESTED, map_leaves
 from .._spaces.space import TensorSpec
 from .._text.labels import joined
-from .._text.tables import escaped, framed, shortened
 from ..errors import LinearizeError
-from .residuals import Residual, zero_residual
-
-
-class Var:
-    """A value of a linear program that depends on the program's inputs."""
-
-    __slots__ = ("spec",)
-
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
+from .numbers import Numbers
+from .values import Constant, Value, Var, zeros
 
 
 class Operation:
@@ -77,7 +68,7 @@ class Equation:
     op
         An ATen overload or an `Operation`.
     args, kwargs
-        May contain `Var` and `Residual` leaves, also inside lists and tuples.
+        May contain `Var` and `Constant` leaves, also inside lists and tuples.
     outputs
         One `Var` per output of the operation; None for one that is not used or has no tangent.
     source
@@ -111,13 +102,13 @@ class Equation:
         reads = self.reads() if self._reads is None else self._reads
         return [x for x in reads if type(x) is Var]
 
-    def residuals(self) -> list[Residual]:
-        """Return the residuals that the equation reads."""
+    def constants(self) -> list[Constant]:
+        """Return the constants that the equation reads, repeated as they are."""
         reads = self.reads() if self._reads is None else self._reads
-        return [x for x in reads if type(x) is Residual]
+        return [x for x in reads if type(x) is Constant]
 
     def reads(self) -> tuple[Any, ...]:
-        """Return the variables and residuals among the arguments."""
+        """Return the variables and constants among the arguments."""
         if self._reads is None:  # arguments never change once an equation is made
             found: list[Any] = []
             _gather_reads((*self.args, *self.kwargs.values()), found)
@@ -132,12 +123,12 @@ class Equation:
         outputs: tuple[Var | None, ...] | None = None,
         source: str | None = None,
     ) -> Equation:
-        """Return the equation with other variables and residuals, and what else is given.
+        """Return the equation with other variables and constants, and what else is given.
 
         Parameters
         ----------
         rename
-            Is given each variable and residual that is read.
+            Is given each variable and constant that is read.
         op, outputs, source
             Take the place of the equation's own.
         """
@@ -158,7 +149,7 @@ class Equation:
 
 
 #: What an equation reads of a program.
-_READ = frozenset((Var, Residual))
+_READ = frozenset((Var, Constant))
 
 
 def _other_term(eq: Equation, zero: set[Var]) -> Var | None:
@@ -202,7 +193,16 @@ class Program:
         Why another point of the same structure may have another program; empty if it has not.
     """
 
-    __slots__ = ("__weakref__", "equations", "fixed", "inputs", "name", "outputs", "specs")
+    __slots__ = (
+        "__weakref__",
+        "_constants",
+        "equations",
+        "fixed",
+        "inputs",
+        "name",
+        "outputs",
+        "specs",
+    )
 
     def __init__(
         self,
@@ -219,6 +219,7 @@ class Program:
         self.specs = tuple(specs)
         self.name = name
         self.fixed = fixed
+        self._constants: tuple[Constant, ...] | None = None
 
     def live(self) -> Program:
         """Return the program without the equations that no output depends on."""
@@ -250,7 +251,7 @@ class Program:
         kept: list[Equation] = []
 
         def replaced(x: Any) -> Any:
-            return zero_residual(x.spec) if x in zero else same.get(x, x)
+            return zeros(x.spec) if x in zero else same.get(x, x)
 
         for eq in self.equations:
             absent = [v in zero for v in eq.inputs()]
@@ -277,6 +278,24 @@ class Program:
         count.update(v for v in self.outputs if v is not None)
         return count
 
+    def opaque(self) -> list[Operation]:
+        """Return the operations that are not ATen operators, in order."""
+        return [eq.op for eq in self.equations if isinstance(eq.op, Operation)]
+
+    def with_opaque(self, ops: Sequence[Operation]) -> Program:
+        """Return the program with others in place of its opaque operations."""
+        if list(ops) == self.opaque():
+            return self
+        rest = iter(ops)
+        return self.with_equations(
+            [
+                Equation(next(rest), eq.args, eq.kwargs, eq.outputs, eq.source)
+                if isinstance(eq.op, Operation)
+                else eq
+                for eq in self.equations
+            ]
+        )
+
     def is_opaque(self) -> bool:
         """Whether user code is called."""
         return any(isinstance(eq.op, Operation) for eq in self.equations)
@@ -285,18 +304,13 @@ class Program:
         """Whether other ranks wait for something in it."""
         return any(eq.communicates for eq in self.equations)
 
-    def residuals(self) -> list[Residual]:
-        """Return the residuals that the equations read, each once."""
-        seen = {x: None for eq in self.equations for x in eq.reads() if type(x) is Residual}
-        return list(seen)
-
-    def kept_tensors(self) -> Iterator[torch.Tensor]:
-        """Yield every tensor that the program keeps alive; one may come several times."""
-        for r in self.residuals():
-            yield r.tensor
-        for eq in self.equations:
-            if isinstance(eq.op, Operation):
-                yield from eq.op.bytes_kept()
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        """The constants that the equations read, each once, in the order of a `Binding`."""
+        if self._constants is None:
+            reads = {x: None for eq in self.equations for x in eq.reads() if type(x) is Constant}
+            self._constants = tuple(reads)
+        return self._constants
 
     def peak_bytes(self) -> int:
         """Return the most bytes that variables take at once, each counted in full."""
@@ -315,15 +329,6 @@ class Program:
             peak = max(peak, now)
             now -= sum(v.spec.nbytes for v in dying.get(i, ()))
         return peak
-
-    def then(self, other: Program, name: str) -> Program:
-        """Return the program that applies this one and hands its result on to `other`."""
-        e = Emitter()
-        inputs = [Var(v.spec) for v in self.inputs]
-        middle = e.inline(self, inputs)
-        rest = other.restricted([v is not None for v in middle])
-        outputs = e.inline(rest, [v for v in middle if v is not None])
-        return Program(inputs, e.equations, outputs, other.specs, name).live()
 
     def check(self) -> None:
         """Raise if a variable is read before it is defined, or defined twice.
@@ -361,10 +366,7 @@ class Program:
                 raise LinearizeError(f"{self.name}: an output is {out.spec}, expected {spec}")
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
-
-    def _repr_html_(self) -> str:
-        return framed(f"<pre>{escaped(shortened(str(self)))}</pre>")
+        return "\n".join(printed(self))
 
     def __repr__(self) -> str:
         return f"<Program {self.name}: {len(self.equations)} equations>"
@@ -375,15 +377,22 @@ class Emitter:
 
     Attributes
     ----------
+    source
+        What equations, and constants made here, come from.
+    numbers
+        The tensors of the constants.
     fixed
         As of the program (see `Program`).
     """
 
-    __slots__ = ("equations", "fixed", "source")
+    __slots__ = ("equations", "fixed", "numbers", "source")
 
-    def __init__(self, source: str = "", fixed: str = "") -> None:
+    def __init__(
+        self, source: str = "", numbers: Numbers | None = None, *, fixed: str = ""
+    ) -> None:
         self.equations: list[Equation] = []
         self.source = source
+        self.numbers = Numbers() if numbers is None else numbers
         self.fixed = fixed
 
     def emit(
@@ -394,22 +403,41 @@ class Emitter:
         self.equations.append(Equation(op, args, kwargs, (out,), self.source))
         return out
 
-    def inline(self, program: Program, arguments: Sequence[Var]) -> list[Var | None]:
+    def constant(self, tensor: torch.Tensor) -> Constant:
+        """Make a constant of a tensor of which nothing more is known."""
+        return self.numbers.constant(tensor, self.source)
+
+    def inline(
+        self,
+        program: Program,
+        arguments: Sequence[Var],
+        constants: Mapping[Constant, Constant] | None = None,
+    ) -> list[Var | None]:
         """Append a program's equations with its inputs replaced, and return its outputs.
 
         The program's own variables are renamed, so that it can be inlined any number of times.
+
+        Parameters
+        ----------
+        program
+            The program.
+        arguments
+            What takes the place of its inputs.
+        constants
+            What takes the place of its constants, for those that do not stay.
         """
-        names: dict[Var, Var] = dict(zip(program.inputs, arguments, strict=True))
+        names: dict[Any, Any] = dict(zip(program.inputs, arguments, strict=True))
+        names.update(constants or {})
         self.fixed = self.fixed or program.fixed
 
         def rename(x: Any) -> Any:
-            return names[x] if type(x) is Var else x
+            return names[x] if type(x) is Var else names.get(x, x)
 
         for eq in program.equations:
             outs = tuple([None if v is None else Var(v.spec) for v in eq.outputs])
             source = joined(eq.source, [self.source]) if eq.source else self.source
             self.equations.append(eq.renamed(rename, outputs=outs, source=source))
-            names.update(zip(eq.outputs, outs, strict=True))  # type: ignore[arg-type]
+            names.update(zip(eq.outputs, outs, strict=True))
         return [None if v is None else names[v] for v in program.outputs]
 
 
@@ -447,16 +475,17 @@ def dense_parts(t: torch.Tensor) -> Sequence[torch.Tensor]:
     return ()
 
 
-def _lines(program: Program) -> Iterator[str]:
+def printed(program: Program, kept: str = "") -> Iterator[str]:
+    """Yield the lines in which a program is printed; `kept` says how much is kept for it."""
     names: dict[Any, str] = {}
-    kept: list[Residual] = program.residuals()
-    for i, r in enumerate(kept):
-        names[r] = f"r{i}"
+    constants = program.constants
+    for i, c in enumerate(constants):
+        names[c] = f"r{i}"
     for v in program.inputs:
-        names[v] = f"v{len(names) - len(kept)}"
+        names[v] = f"v{len(names) - len(constants)}"
 
     def show(x: Any) -> str:
-        if isinstance(x, (Var, Residual)):
+        if isinstance(x, Value):
             return names[x]
         if isinstance(x, (list, tuple)):
             return "[" + ", ".join(show(y) for y in x) + "]"
@@ -465,18 +494,16 @@ def _lines(program: Program) -> Iterator[str]:
         return str(x)
 
     arguments = ", ".join(f"{names[v]}: {v.spec}" for v in program.inputs)
-    size = total_bytes(r.tensor for r in kept)
-    count = len(program.equations)
-    yield f"{program.name} ({arguments})   # {count} equations, {size:,} bytes kept"
-    for r in kept:
-        yield f"  {names[r]}: {TensorSpec.of(r.tensor)} = residual of {r.source or 'the run'}"
+    yield f"{program.name} ({arguments})   # {len(program.equations)} equations{kept}"
+    for c in constants:
+        yield f"  {names[c]}: {c.spec} = residual of {c.source or 'the run'}"
     for eq in program.equations:
         outs = []
         for out in eq.outputs:
             if out is None:
                 outs.append("_")
             else:
-                names[out] = f"v{len(names) - len(kept)}"
+                names[out] = f"v{len(names) - len(constants)}"
                 outs.append(f"{names[out]}: {out.spec}")
         args = [show(a) for a in eq.args] + [f"{k}={show(a)}" for k, a in eq.kwargs.items()]
         text = f"  {', '.join(outs)} = {eq.name}({', '.join(args)})"

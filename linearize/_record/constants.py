@@ -17,7 +17,6 @@ import torch
 from .._programs.aten import CONSTANT, READS_NUMBERS, UNINITIALIZED, functional_variant, schema_of
 from .._programs.origins import Literal, Origin, filled, results
 from .._programs.program import Emitter
-from .._programs.residuals import Residual
 from .._spaces.nested import leaves, map_leaves
 from .._torch.names import OpOverload, aten, has_memory
 
@@ -58,11 +57,10 @@ class Constants:
         for t, origin in saved:
             self._saved.setdefault(_place(t), origin)
 
-    def given(self, residuals: Iterable[Residual]) -> None:
-        """Make residuals known whose tensors the recorded code uses."""
-        for r in residuals:
-            if r.origin is not None:
-                self._lasting.setdefault(_place(r.tensor), r.origin)
+    def given(self, tensors: Iterable[tuple[torch.Tensor, Origin]]) -> None:
+        """Make tensors known that the recorded code uses."""
+        for t, origin in tensors:
+            self._lasting.setdefault(_place(t), origin)
         self._saved = dict(self._lasting)
 
     def decided(self, what: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .._programs.aten import schema_of
-from .._spaces.compare import close
+from .._spaces.compare import close, close_at, magnitudes
 from .._spaces.nested import leaves, map_leaves
 from .._torch.names import OpOverload
 
@@ -132,6 +132,8 @@ def tested_linear(
 ) -> list[bool] | None:
     """Test on random numbers whether an operation is linear in its variable arguments.
 
+    At several magnitudes: what clips, rounds or saturates is linear at one.
+
     Returns
     -------
     list of bool, or None
@@ -153,15 +155,26 @@ def tested_linear(
         result = op(*map_leaves(combine, args), **map_leaves(combine, kwargs))
         return [t for t in leaves(result) if isinstance(t, torch.Tensor)]
 
-    both, first, second, twice = at(1.0, 1.0), at(1.0, 0.0), at(0.0, 1.0), at(2.0, 0.0)
+    both, first, second, twice = at(1.0, 1.0), at(1.0, 0.0), at(0.0, 1.0), at(-2.0, 0.0)
     linear = []
     for b, x, y, t in zip(both, first, second, twice, strict=True):
         if not (x.is_floating_point() or x.is_complex()) or (
             bool(x[torch.isfinite(x)].any()) and close(b, x) and close(y, x) and close(t, x)
         ):
             linear.append(False)
-        elif close(b, x + y) and close(t, 2 * x):
+        elif close(b, x + y) and close(t, -2 * x):
             linear.append(True)
         else:
             return None
+    dtypes = {x.dtype for x in leaves((args, kwargs)) if is_variable(x)}
+    for factor in magnitudes(_narrowest(dtypes)):
+        for x, y, same in zip(first, at(factor, 0.0), linear, strict=True):
+            number = x.is_floating_point() or x.is_complex()
+            if number and not close_at(factor, y, factor * x if same else x):
+                return None
     return linear
+
+
+def _narrowest(dtypes: set[torch.dtype]) -> torch.dtype:
+    """Return the dtype of the smallest range."""
+    return min(dtypes, key=lambda d: torch.finfo(d).max)

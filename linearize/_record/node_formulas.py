@@ -13,10 +13,15 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.program import Operation
-from .._torch.graphs import Node, leaf_variable, recomputed_apart
-from .._torch.names import aten
+from .._capture.repeated import left_to_chance, read_repeatedly, repeats
+from .._programs.aten import schema_of
+from .._programs.numbers import Numbers
+from .._programs.program import Equation, Operation
+from .._programs.values import Var
+from .._torch.graphs import Node, leaf_variable, recomputed_apart, signed
+from .._torch.names import OpOverload, aten
 from ..errors import UnsupportedError
+from .formulas import FORMULAS, Gradients, call_node
 
 
 class Differential(Operation):
@@ -119,8 +124,7 @@ def _matrix_exp(node: Any) -> tuple[Operation, Sequence[torch.Tensor]]:
 
 def _logcumsumexp(node: Any) -> tuple[Operation, Sequence[torch.Tensor]]:
     x, y = node._saved_self, node._saved_result
-    dim = node._saved_dim  # a negative one comes as an unsigned number
-    return LogCumSumExpDifferential(True, dim - (1 << 64) if dim >= 1 << 63 else dim), [x, y]
+    return LogCumSumExpDifferential(True, signed(node._saved_dim)), [x, y]
 
 
 _FORMULAS: dict[str, Formula] = {
@@ -135,8 +139,6 @@ def formula_of(node: Node) -> Formula | None:
 
 
 # -- gradients that are wrong -----------------------------------------------------------------
-
-Gradients: TypeAlias = Sequence[torch.Tensor | None]
 
 
 def mended(node: Node) -> Callable[[Gradients], Gradients]:
@@ -249,64 +251,83 @@ def _max_unpool(node: Any, grads: Gradients) -> Gradients:
     return [given * stays, *gradients[1:]]
 
 
+def _written(node: Any, grads: Gradients) -> Gradients:
+    """Leave out entries that others overwrite; which they are a write of their numbers tells."""
+    gradients = call_node(node, grads)
+    given = gradients[1]
+    if given is None or not repeats(node):
+        return gradients
+    if left_to_chance(given):
+        raise UnsupportedError(
+            f"{node.name()}: with repeated indices several entries are put at one place, and "
+            "which of them stays is left to chance; use accumulate=True or index_add, or indices "
+            "without repetition"
+        )
+    (grad,) = grads
+    assert grad is not None
+    order = torch.arange(given.numel(), device=given.device).reshape(given.shape)
+    blank = torch.full(grad.shape, -1, device=given.device)
+    return [gradients[0], given * (_LAST[node.name()](node, blank, order) == order)]
+
+
+def refuse_repeated(node: Node, equations: Sequence[Equation], numbers: Numbers) -> None:
+    """Raise if a node of which no more is seen puts several entries at one place.
+
+    What it does tells: it sets the gradient of what was there before to zero, and reads that of
+    the entries.
+    """
+    called = [(schema_of(eq.op).name, eq) for eq in equations if isinstance(eq.op, OpOverload)]
+    names = {name for name, _ in called}
+    if any(
+        _READS.get(name) in names
+        and isinstance(eq.args[0], Var)
+        and read_repeatedly(name, numbers.filled(eq.args[1:]), eq.args[0].spec.shape)
+        for name, eq in called
+    ):
+        raise UnsupportedError(
+            f"{node.name()}: entries are written into a part of a tensor with repeated indices, "
+            "and the gradient would count those that others overwrite; write into the whole "
+            "tensor, or with indices without repetition"
+        )
+
+
+#: What reads the entries that were put by what.
+_READS = {"index": "index_put", "gather": "scatter", "index_select": "index_fill", "take": "put"}
+
+
+def _last_indexed(node: Any, blank: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    indices = list(node._saved_indices)
+    last: torch.Tensor = aten.index.Tensor(aten.index_put.default(blank, indices, order), indices)
+    return last
+
+
+def _last_copied(node: Any, blank: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    index, dim = node._saved_index, signed(node._saved_dim)
+    return blank.index_copy(dim, index, order).index_select(dim, index).reshape(order.shape)
+
+
+def _last_scattered(node: Any, blank: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    index, dim = node._saved_index, signed(node._saved_dim)
+    return blank.scatter(dim, index, order).gather(dim, index)
+
+
+def _last_put(node: Any, blank: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    index = node._saved_index
+    return blank.put(index, order).take(index).reshape(order.shape)
+
+
+_LAST: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "IndexCopyBackward0": _last_copied,
+    "IndexPutBackward0": _last_indexed,
+    "PutBackward0": _last_put,
+    "ScatterBackward0": _last_scattered,
+    "UnsafeIndexPutBackward0": _last_indexed,
+}
+
 _MENDED: dict[str, Callable[[Any, Gradients], Gradients]] = {
+    **FORMULAS,
+    **dict.fromkeys(_LAST, _written),
     "AsStridedScatterBackward0": _as_strided_scatter,
     "MaxUnpool2DBackward0": _max_unpool,
     "MaxUnpool3DBackward0": _max_unpool,
 }
-
-
-def call_node(node: Any, grads: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
-    """Call a built-in graph node with gradients of its outputs."""
-    if getattr(node, "_saved_sparse", False) and grads[0] is not None:
-        dense = _DENSE.get(node.name())  # the same gradient as of `sparse=False`
-        if dense is not None:
-            return dense(node, grads[0])
-    result = node(*grads)
-    return result if isinstance(result, (tuple, list)) else (result,)
-
-
-def _embedding(node: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
-    return (
-        aten.embedding_dense_backward.default(
-            grad,
-            node._saved_indices,
-            node._saved_weight_sym_argsize_0,
-            _signed(node._saved_padding_idx),
-            node._saved_scale_grad_by_freq,
-        ),
-    )
-
-
-def _embedding_bag(node: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
-    indices, offsets, bags = node._saved_indices, node._saved_offsets, node._saved_result1
-    mode, padding = node._saved_mode, _signed(node._saved_padding_idx)
-    weight = aten._embedding_bag_backward.default(
-        grad,
-        indices,
-        offsets,
-        bags,
-        node._saved_result2,
-        node._saved_result3,
-        node._saved_weight_sym_argsize_0,
-        node._saved_scale_grad_by_freq,
-        mode,
-        False,  # not sparse
-        node._saved_per_sample_weights,
-        padding,
-    )
-    if node.next_functions[-1][0] is None:
-        return weight, None
-    of_samples = aten._embedding_bag_per_sample_weights_backward.default
-    return weight, of_samples(grad, node._saved_weight, indices, offsets, bags, mode, padding)
-
-
-_DENSE: dict[str, Callable[..., Sequence[torch.Tensor | None]]] = {
-    "EmbeddingBackward0": _embedding,
-    "EmbeddingBagBackward0": _embedding_bag,
-}
-
-
-def _signed(n: int) -> int:
-    # Some nodes hand out a negative number as an unsigned one.
-    return n - (1 << 64) if n >= 1 << 63 else n

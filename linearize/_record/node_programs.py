@@ -15,14 +15,13 @@ from typing import Any, TypeAlias
 import cachetools
 import torch
 
-from .._execute.schedule import Schedule
-from .._programs.origins import Literal, Origin, Saved
-from .._programs.program import Emitter, Equation, Operation, Var
-from .._programs.residuals import Residual
+from .._execute.schedule import Portable
+from .._programs.origins import Origin, Saved
+from .._programs.program import Emitter, Equation, Operation, Program
+from .._programs.values import Constant, Var
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
-from .constants import Constants
 
 #: Strides, and whether the numbers are stored conjugated or negated.
 Layout: TypeAlias = tuple[tuple[int, ...], bool, bool]
@@ -62,23 +61,22 @@ class Gradient:
         self.var, self.layout, self.tensor = var, layout, tensor
 
 
-class NodeProgram:
-    """What one kind of node does to gradients, without numbers."""
+class NodeProgram(Portable):
+    """What one kind of node does to gradients.
 
-    __slots__ = ("_equations", "_inputs", "_outputs", "_residuals", "_schedule")
+    Parameters
+    ----------
+    program
+        From the gradients that it takes to those that it gives.
+    layouts
+        How these lie in memory.
+    """
 
-    def __init__(
-        self,
-        inputs: Sequence[Var],
-        equations: Sequence[Equation],
-        outputs: Sequence[tuple[Var, Layout] | None],
-        residuals: Sequence[tuple[Residual, Origin]],
-    ) -> None:
-        self._inputs = tuple(inputs)
-        self._equations = tuple(equations)
-        self._outputs = tuple(outputs)
-        self._residuals = tuple(residuals)
-        self._schedule = Schedule([o for _, o in residuals if not isinstance(o, Saved)])
+    __slots__ = ("_layouts",)
+
+    def __init__(self, program: Program, layouts: Sequence[Layout | None]) -> None:
+        super().__init__(program)
+        self._layouts = tuple(layouts)
 
     @staticmethod
     def of(
@@ -86,40 +84,45 @@ class NodeProgram:
         inputs: Sequence[Var],
         equations: Sequence[Equation],
         outputs: Sequence[tuple[Var, Layout] | None],
-        constants: Constants | None = None,
+        known: Callable[[Constant], Origin | None] = lambda c: None,
     ) -> NodeProgram | None:
         """Take over what was just recorded of the node at `place`.
 
         None if it says nothing about other nodes of the kind.
+
+        Parameters
+        ----------
+        place, inputs, equations
+            What was recorded.
+        outputs
+            What the node gives, and how it lies in memory.
+        known
+            Gives the origin of a constant at this node, if another one saved it too.
         """
         if len(set(inputs)) != len(inputs):
             return None  # the same gradient twice: others may take different ones
-        blanks: dict[Residual, Residual] = {}
-        origins: list[tuple[Residual, Origin]] = []
-        for eq in equations:
-            if isinstance(eq.op, Operation) and eq.op.of_point:
-                return None
-            for r in eq.residuals():
-                if r in blanks:
-                    continue
-                origin = r.origin
-                if constants is not None and (origin is None or not _belongs(origin, place)):
-                    origin = constants.origin(r.tensor)  # of another node, which saved it too
+        if any(isinstance(eq.op, Operation) and eq.op.of_point for eq in equations):
+            return None
+        moved: dict[Any, Constant] = {}
+        for c in dict.fromkeys(c for eq in equations for c in eq.constants()):
+            if not _belongs(c.origin, place):
+                origin = known(c)
                 if origin is None or not _belongs(origin, place):
                     return None
-                blanks[r] = r.blank()
-                origins.append((blanks[r], origin))
-
-        copies = [eq.renamed(lambda x: blanks.get(x, x), source="") for eq in equations]
-        return NodeProgram(inputs, copies, outputs, origins)
+                moved[c] = Constant(c.spec, origin, c.source)
+        copies = [eq.renamed(lambda x: moved.get(x, x), source="") for eq in equations]
+        results = [None if o is None else o[0] for o in outputs]
+        specs = [inputs[0].spec if v is None else v.spec for v in results]
+        layouts = [None if o is None else o[1] for o in outputs]
+        return NodeProgram(Program(inputs, copies, results, specs), layouts)
 
     def write(
         self,
         emitter: Emitter,
         inputs: Sequence[Var],
         read: Callable[[Saved], torch.Tensor],
-        move: Callable[[Saved], Origin | None],
-        adopt: Callable[[torch.Tensor, Origin | None], Residual],
+        move: Callable[[Saved], Origin],
+        adopt: Callable[[torch.Tensor, Origin], Constant],
     ) -> list[Gradient | None]:
         """Write down the equations for another node of the kind; return its gradients.
 
@@ -132,23 +135,20 @@ class NodeProgram:
         read, move
             Give what it saved, and what tells it from the rest.
         adopt
-            Makes a residual.
+            Makes a constant.
         """
-        names: dict[Any, Any] = dict(zip(self._inputs, inputs, strict=True))
-        if self._residuals:
-            computed = iter(self._schedule([read(o) for o in self._schedule.saved]))
-            moved: dict[Origin, Origin | None] = {}
-            for blank, origin in self._residuals:
-                t = read(origin) if isinstance(origin, Saved) else next(computed)
-                names[blank] = adopt(t, _moved(origin, move, moved))
-
-        for eq in self._equations:
-            outs = tuple([None if v is None else Var(v.spec) for v in eq.outputs])
-            emitter.equations.append(
-                eq.renamed(names.__getitem__, outputs=outs, source=emitter.source)
-            )
-            names.update(zip(eq.outputs, outs, strict=True))
-        return [None if o is None else Gradient(names[o[0]], o[1]) for o in self._outputs]
+        computed = self.computed(read)
+        moved: dict[Origin, Origin] = {}
+        constants = {}
+        for c in self.program.constants:
+            o = c.origin
+            t = read(o) if isinstance(o, Saved) else computed[o]
+            constants[c] = adopt(t, _moved(o, move, moved))
+        results = emitter.inline(self.program, inputs, constants)
+        return [
+            None if v is None or layout is None else Gradient(v, layout)
+            for v, layout in zip(results, self._layouts, strict=True)
+        ]
 
 
 def _belongs(origin: Origin, place: int) -> bool:
@@ -156,34 +156,26 @@ def _belongs(origin: Origin, place: int) -> bool:
     stack = [origin]
     while stack:
         o = stack.pop()
-        if isinstance(o, Saved):
-            if o.node != place:
-                return False
-        else:
-            stack.extend(o.inputs())
+        if not o.portable or (isinstance(o, Saved) and o.node != place):
+            return False
+        stack.extend(o.inputs())
     return True
 
 
-def _moved(
-    origin: Origin,
-    move: Callable[[Saved], Origin | None],
-    known: dict[Origin, Origin | None],
-) -> Origin | None:
-    """Return the origin of the same constant of another node, None if that is not known."""
-    if isinstance(origin, Literal):
+def _moved(origin: Origin, move: Callable[[Saved], Origin], known: dict[Origin, Origin]) -> Origin:
+    """Return the origin of the same constant of another node."""
+    if origin.static:
         return origin
     if origin not in known:
         if isinstance(origin, Saved):
             known[origin] = move(origin)
-        elif all(_moved(o, move, known) is not None for o in origin.inputs()):
+        else:
 
             def leaf(x: Any) -> Any:
-                return known.get(x, x) if isinstance(x, Origin) else x
+                return _moved(x, move, known) if isinstance(x, Origin) else x
 
             args, kwargs = map_leaves(leaf, origin.args), map_leaves(leaf, origin.kwargs)
             known[origin] = Origin(origin.op, args, kwargs)
-        else:
-            known[origin] = None
     return known[origin]
 
 

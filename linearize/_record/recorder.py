@@ -23,16 +23,16 @@ from .._programs.aten import (
     wants_contiguous,
 )
 from .._programs.origins import Origin
-from .._programs.program import Emitter, Equation, Operation, Var
-from .._programs.residuals import Residual, zero_residual
+from .._programs.program import Emitter, Equation, Operation
+from .._programs.values import Constant, Var, zeros
 from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
-from .._torch.modes import DispatchMode, lazy_bits_respected, without_subclass
+from .._torch.modes import DispatchMode, lazy_bits_respected
 from .._torch.names import OpOverload, aten
 from ..errors import LinearizeError
 from .constants import Constants
 from .linearity import known_linear, linear_by_meaning, tested_linear
-from .storage import common_dtype, covered, flat_spec, flattened, scattered, shown
+from .storage import common_dtype, covered, flat_spec, flattened, memory_order, scattered, shown
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
 _STRIDED = (
@@ -44,6 +44,14 @@ _STRIDED = (
 
 class OpaqueError(LinearizeError):
     """Raised inside a recording that meets code which it cannot follow."""
+
+
+class SparseError(OpaqueError):
+    """Raised if that is a sparse tensor made of what is recorded."""
+
+
+def _is_sparse(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.layout != torch.strided
 
 
 class _Entry:
@@ -113,7 +121,8 @@ class Recorder(DispatchMode):
         super().__init__()
         self.emitter = emitter
         self._entries: dict[int, _Entry] = {}
-        self._residuals: dict[int, Residual] = {}
+        #: The constants that are read, by their tensors, which they keep alive.
+        self._read: dict[int, tuple[torch.Tensor, Constant]] = {}
         #: Tensors that are linear in the cotangents in some places and constant in others.
         self._mixed: dict[int, weakref.ref[torch.Tensor]] = {}
         #: How the constants that are met come about.
@@ -169,11 +178,21 @@ class Recorder(DispatchMode):
             return out
         if func in READS_NUMBERS:
             raise OpaqueError(f"reads the numbers in its argument ({schema.name})")
-        if schema.writes:
-            return self._mutation(func, args, kwargs)
-        linear = self._linear_outputs(func, args, kwargs)
-        out = func(*args, **kwargs)
-        self._write_down(func, args, kwargs, out, linear)
+        out = None
+        try:
+            if schema.writes:
+                return self._mutation(func, args, kwargs)
+            linear = self._linear_outputs(func, args, kwargs)
+            out = func(*args, **kwargs)
+            self._write_down(func, args, kwargs, out, linear)
+        except RuntimeError as error:
+            if isinstance(error, (LinearizeError, torch.OutOfMemoryError)):
+                raise
+            if out is None and not schema.writes:
+                out = func(*args, **kwargs)
+            if not any(map(_is_sparse, leaves((args, kwargs, out)))):
+                raise
+            raise SparseError(f"makes a sparse tensor of its argument ({schema.name})") from error
         return out
 
     # -- one operation ------------------------------------------------------------------
@@ -227,19 +246,24 @@ class Recorder(DispatchMode):
         if not isinstance(x, torch.Tensor):
             return x
         var = self.variable(x)
-        return self.residual(x) if var is None else var
+        return self.constant(x) if var is None else var
 
-    def residual(self, t: torch.Tensor) -> Residual:
-        """Return the residual for a constant, one for each tensor."""
-        return self.adopt(t, None)
+    def constant(self, t: torch.Tensor, origin: Origin | None = None) -> Constant:
+        """Return a constant of the program, one for each tensor.
 
-    def adopt(self, t: torch.Tensor, origin: Origin | None) -> Residual:
-        """Return the residual for a constant that comes about as `origin` tells, if given."""
-        known = self._residuals.get(id(t))
-        if known is None or known.tensor is not t:
-            known = Residual(t, self.emitter.source, origin or self.constants.origin(t))
-            self._residuals[id(t)] = known
-        return known
+        Parameters
+        ----------
+        t
+            The tensor.
+        origin
+            How it comes about, if that is told.
+        """
+        known = self._read.get(id(t))
+        if known is None:
+            origin = origin or self.constants.origin(t)
+            known = t, self.emitter.numbers.constant(t, self.emitter.source, origin)
+            self._read[id(t)] = known
+        return known[1]
 
     def some(self, t: torch.Tensor) -> bool:
         """Whether a constant has an entry that is not zero."""
@@ -247,13 +271,10 @@ class Recorder(DispatchMode):
         return bool(t.any())
 
     def finish(self) -> None:
-        """Detach the residuals from the graph: call this outside, when nothing more follows."""
-        # Without history: an unpacked output would hold the graph alive. Not before, because
-        # inside a dispatch mode an alias does not share its version counter.
-        for r in self._residuals.values():
-            if r.tensor.requires_grad or type(r.tensor) is not torch.Tensor:
-                r.tensor = without_subclass(r.tensor)
-        self._residuals = {}
+        """Detach the constants from the graph: call this outside, when nothing more follows."""
+        for _, c in self._read.values():
+            self.emitter.numbers.residual(c).settle()
+        self._read = {}
 
     def _constant_written(self, schema: Schema, args: Any, kwargs: Any) -> list[torch.Tensor]:
         """Note that a constant is overwritten."""
@@ -262,17 +283,16 @@ class Recorder(DispatchMode):
             for a in (t, *self._aliases(t)):
                 if id(a) in self._entries:
                     self._entries[id(a)].uninitialized = False
-        self._spare_residuals(targets)
+        self._spare_constants(targets)
         return targets
 
-    def _spare_residuals(self, targets: Sequence[torch.Tensor]) -> None:
-        """Give residuals copies of their own before their memory is overwritten."""
+    def _spare_constants(self, targets: Sequence[torch.Tensor]) -> None:
+        """Give constants copies of their own before their memory is overwritten."""
         written = {t.untyped_storage().data_ptr() for t in targets}
-        for key, r in list(self._residuals.items()):
-            if r.tensor.untyped_storage().data_ptr() in written:
-                del self._residuals[key]
-                r.tensor = r.tensor.clone()
-                r.version = r.tensor._version
+        for key, (t, c) in list(self._read.items()):
+            if t.untyped_storage().data_ptr() in written:
+                del self._read[key]
+                self.emitter.numbers.residual(c).replace(t.clone())
 
     def _write_down(
         self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any, linear: list[bool] | None
@@ -315,6 +335,8 @@ class Recorder(DispatchMode):
         arguments = map_leaves(self._argument, list(args))
         if func in _VIEWS:
             return aten.reshape.default, arguments[:2]
+        if func is aten._neg_view.default:
+            return aten.neg.default, arguments  # a view is of no use, and cannot be batched
         if func is aten.view_as_real.default and isinstance(arguments[0], Var):
             # It refuses numbers that are stored conjugated, as a cotangent may be.
             (v,) = arguments
@@ -326,11 +348,17 @@ class Recorder(DispatchMode):
             return func, arguments
         x = args[0]
         strided = func is not aten.view_as_complex.default
-        if strided and not (x.is_contiguous() and isinstance(args[-1], int)):
+        order = memory_order(x) if func is aten.as_strided.default else None
+        known = x.is_contiguous() or order is not None
+        if strided and not (known and isinstance(args[-1], int)):
             raise OpaqueError("as_strided of something that is not contiguous")
         if strided and len(args) != 4 + (func is aten.as_strided_scatter.default):
             raise OpaqueError("as_strided without an offset")
         if isinstance(arguments[0], Var):
+            if order and not x.is_contiguous():
+                shape = tuple(x.shape[d] for d in order)
+                spec = TensorSpec(shape, x.dtype, x.device)
+                arguments[0] = self.emitter.emit(aten.permute.default, (arguments[0], order), spec)
             arguments[0] = self.emitter.emit(
                 aten.clone.default,
                 (arguments[0],),
@@ -358,7 +386,7 @@ class Recorder(DispatchMode):
         before = [[(a, self._old(a)) for a in group] for group in aliases]
         contents = [self._content(t) for t in written]
         values = self._functional(func, args, kwargs, written, contents)
-        self._spare_residuals(written)
+        self._spare_constants(written)
         note = self.constants.seen(func, args, kwargs)
         out = func(*args, **kwargs)
         if any(var is not None for var in values):
@@ -379,7 +407,7 @@ class Recorder(DispatchMode):
                 if self.some(t):
                     self._partly_constant(t, changed)
                 else:  # zero is linear
-                    self._propagate(t, zero_residual(TensorSpec.of(t)), changed, flat)
+                    self._propagate(t, zeros(TensorSpec.of(t)), changed, flat)
         return out
 
     # -- buffers that are used piece by piece, and may never be read as a whole again ------
@@ -462,15 +490,17 @@ class Recorder(DispatchMode):
                 found.append(other)
         return found
 
-    def _content(self, t: torch.Tensor) -> Var | Residual:
+    def _content(self, t: torch.Tensor) -> Var | Constant:
         """Return what a tensor holds before it is written to."""
         var = self.variable(t)
         if var is not None:
             return var
         if self._uninitialized(t) or not self.some(t):
             # One zero, expanded: it costs no memory.
-            return zero_residual(TensorSpec.of(t))
-        return Residual(t.clone(), self.emitter.source, self.constants.origin(t))
+            return zeros(TensorSpec.of(t))
+        return self.emitter.numbers.constant(
+            t.clone(), self.emitter.source, self.constants.origin(t)
+        )
 
     def _functional(
         self,
@@ -478,7 +508,7 @@ class Recorder(DispatchMode):
         args: Any,
         kwargs: Any,
         written: list[torch.Tensor],
-        contents: list[Var | Residual],
+        contents: list[Var | Constant],
     ) -> list[Var | None]:
         """Write down a writing operation as one that returns new values."""
         name = schema_of(func).name
@@ -511,7 +541,7 @@ class Recorder(DispatchMode):
         def is_variable(x: Any) -> bool:
             for t, content in zip(written, contents, strict=True):
                 if x is t:
-                    return isinstance(content, Var) or content.source == "zeros"
+                    return isinstance(content, Var) or content.is_zero
             return self.variable(x) is not None
 
         holds = [any(is_variable(x) for x in leaves(a)) for a in args]
@@ -558,7 +588,7 @@ class Recorder(DispatchMode):
             )
         return var
 
-    def _flat_content(self, t: torch.Tensor, group: Sequence[torch.Tensor]) -> Var | Residual:
+    def _flat_content(self, t: torch.Tensor, group: Sequence[torch.Tensor]) -> Var | Constant:
         """Return the whole storage under `t`, as it was before, as a flat value."""
         dtype = common_dtype([t, *group])
         if dtype is None:
@@ -572,7 +602,7 @@ class Recorder(DispatchMode):
                 and a.is_contiguous()
             ):
                 return flattened(self.emitter, var, a, dtype)
-        flat: Var | Residual = zero_residual(spec)
+        flat: Var | Constant = zeros(spec)
         for a in group:
             var = self.variable(a)
             if var is not None:
@@ -582,9 +612,9 @@ class Recorder(DispatchMode):
     def _propagate(
         self,
         t: torch.Tensor,
-        var: Var | Residual,
+        var: Var | Constant,
         changed: list[torch.Tensor],
-        flat: Var | Residual,
+        flat: Var | Constant,
     ) -> None:
         """After a write to `t`, let the changed tensors on its storage stand for the result."""
         flat = scattered(self.emitter, flat, var, t)

@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 import torch
 
-from .._programs.program import Emitter, Var
-from .._programs.residuals import Residual, zero_residual
+from .._programs.program import Emitter
+from .._programs.values import Constant, Var, zeros
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 
@@ -51,23 +51,30 @@ def covered(t: torch.Tensor, others: Sequence[torch.Tensor]) -> list[torch.Tenso
     return [touched.as_strided(*geometry(x, item)) for x in others]
 
 
+def memory_order(t: torch.Tensor) -> list[int] | None:
+    """Return the order of dimensions in which a tensor would be contiguous, None if in none."""
+    strides = t.stride()
+    order = sorted(range(t.dim()), key=strides.__getitem__, reverse=True)
+    return order if t.permute(order).is_contiguous() else None
+
+
 def flat_spec(t: torch.Tensor, dtype: torch.dtype) -> TensorSpec:
     """Return the specification of the whole storage under `t` as a flat value."""
     return TensorSpec((t.untyped_storage().nbytes() // dtype.itemsize,), dtype, t.device)
 
 
 def stored(
-    e: Emitter, value: Var | Residual, t: torch.Tensor, dtype: torch.dtype
-) -> Var | Residual:
+    e: Emitter, value: Var | Constant, t: torch.Tensor, dtype: torch.dtype
+) -> Var | Constant:
     """Emit what lies in memory where `t` has a value: no lazy bits, real pairs if need be.
 
-    A residual is zero.
+    A constant is zero.
     """
     spec = TensorSpec.of(t)
     paired = dtype != spec.dtype
     pairs = TensorSpec((*spec.shape, 2), dtype, spec.device) if paired else spec
-    if isinstance(value, Residual):
-        return zero_residual(pairs)
+    if isinstance(value, Constant):
+        return zeros(pairs)
     value = _lazily(e, value, t)
     if paired:
         value = e.emit(aten.resolve_conj.default, (value,), spec)
@@ -76,9 +83,9 @@ def stored(
     return value
 
 
-def shown(e: Emitter, flat: Var | Residual, t: torch.Tensor) -> Var:
+def shown(e: Emitter, flat: Var | Constant, t: torch.Tensor) -> Var:
     """Emit the value of `t` that lies in a flat value."""
-    spec, dtype = TensorSpec.of(t), _dtype(flat)
+    spec, dtype = TensorSpec.of(t), flat.spec.dtype
     where = geometry(t, dtype.itemsize)
     pairs = TensorSpec(tuple(where[0]), dtype, spec.device)
     value = e.emit(aten.as_strided.default, (flat, *where), pairs)
@@ -87,9 +94,9 @@ def shown(e: Emitter, flat: Var | Residual, t: torch.Tensor) -> Var:
     return _lazily(e, value, t)
 
 
-def scattered(e: Emitter, flat: Var | Residual, value: Var | Residual, t: torch.Tensor) -> Var:
+def scattered(e: Emitter, flat: Var | Constant, value: Var | Constant, t: torch.Tensor) -> Var:
     """Emit a flat value with the value of `t` written into it."""
-    dtype = _dtype(flat)
+    dtype = flat.spec.dtype
     piece = stored(e, value, t, dtype)
     args = (flat, piece, *geometry(t, dtype.itemsize))
     return e.emit(aten.as_strided_scatter.default, args, flat_spec(t, dtype))
@@ -106,10 +113,6 @@ def flattened(e: Emitter, value: Var, t: torch.Tensor, dtype: torch.dtype) -> Va
 
 def _dense(e: Emitter, v: Var) -> Var:
     return e.emit(aten.clone.default, (v,), v.spec, memory_format=torch.contiguous_format)
-
-
-def _dtype(flat: Var | Residual) -> torch.dtype:
-    return flat.spec.dtype if isinstance(flat, Var) else flat.tensor.dtype
 
 
 def _lazily(e: Emitter, value: Var, t: torch.Tensor) -> Var:

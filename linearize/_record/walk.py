@@ -10,6 +10,7 @@ Random cotangents, because real backward formulas branch on zeros.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -20,11 +21,13 @@ from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
 from .._capture.custom import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
-from .._execute.executor import Executor
+from .._execute.binding import BoundProgram
+from .._execute.executor import runner
+from .._programs.numbers import Numbers
 from .._programs.origins import Origin, Saved
-from .._programs.program import Emitter, Equation, Operation, Program, Var
-from .._programs.residuals import Residual
-from .._spaces.compare import close
+from .._programs.program import Emitter, Equation, Operation, Program
+from .._programs.values import Constant, Var
+from .._spaces.compare import close, close_at, magnitudes
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     Node,
@@ -37,9 +40,9 @@ from .._torch.graphs import (
 from .._torch.modes import subclasses_ignored, unobserved
 from .._torch.names import aten
 from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
-from .node_formulas import formula_of, mended
+from .node_formulas import formula_of, mended, refuse_repeated
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
-from .recorder import OpaqueError, Recorder
+from .recorder import OpaqueError, Recorder, SparseError
 from .stretch import (
     Cut,
     NodeBackward,
@@ -67,6 +70,8 @@ class _Walk:
         Of the random numbers that stand for gradients.
     remembered
         Whether constants are traced back to what the graph saved.
+    factor
+        What the random numbers are multiplied by.
     lazy
         Whether what is known of single nodes is used. Then numbers that stand for a gradient
         are drawn when they are first needed, and do not go with those of others.
@@ -83,9 +88,11 @@ class _Walk:
         remembered: bool = False,
         lazy: bool = False,
         cut: Cut | None = None,
+        factor: float = 1.0,
     ) -> None:
         self.graph = graph
         self.cut = cut
+        self.factor = factor
         self.emitter = emitter
         self.generator = generator
         self.remembered = remembered
@@ -98,7 +105,7 @@ class _Walk:
 
     def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
         """Return random numbers that stand for `var`."""
-        t = spec.random(self.generator)
+        t = spec.random(self.generator) * self.factor
         self.recorder.define(t, var)
         return t
 
@@ -111,7 +118,7 @@ class _Walk:
         """Return numbers that stand for a gradient."""
         if g.tensor is None:
             self.invented |= g.var not in self.inputs
-            numbers = g.var.spec.random(self.generator)
+            numbers = g.var.spec.random(self.generator) * self.factor
             g.tensor = placeholder_like(g.layout, g.var.spec, numbers)
             self.recorder.define(g.tensor, g.var)
         return g.tensor
@@ -217,7 +224,7 @@ class _Walk:
         if formula is not None:
             op, point = self.guarded(node, lambda: formula(node))
             edges, specs = _edges(node)
-            self.place(op, edges, specs, grads, [self.recorder.residual(t) for t in point])
+            self.place(op, edges, specs, grads, [self.recorder.constant(t) for t in point])
             return
         mark = len(self.emitter.equations)
         before = self.emitter.fixed, self.recorder.frozen
@@ -226,10 +233,14 @@ class _Walk:
         try:
             result = self.call(node, numbers)
             _check_dense(node, result)
+            if node.name().endswith("CopySlices"):
+                refuse_repeated(node, self.emitter.equations[mark:], self.emitter.numbers)
             opaque = self.is_opaque(result)
             reason = "its result does not descend from the cotangent" if opaque else ""
             if not reason and self.graph.hidden and node.name().endswith("CopySlices"):
                 reason = self.second_opinion(node, numbers, result, mark)
+        except SparseError as error:
+            reason = self.as_it_is(node, numbers, NotRecordedError(f"{node.name()}: {error}"))
         except OpaqueError as error:
             reason = str(error)
         except NotRecordedError as error:
@@ -287,7 +298,7 @@ class _Walk:
         def move(origin: Saved) -> Origin:
             return Saved(place, origin.name, origin.position)
 
-        return known.write(self.emitter, inputs, read, move, self.recorder.adopt)
+        return known.write(self.emitter, inputs, read, move, self.recorder.constant)
 
     def remember(
         self,
@@ -305,7 +316,7 @@ class _Walk:
             inputs,
             self.emitter.equations[mark:],
             outputs,
-            self.recorder.constants,
+            lambda c: self.recorder.constants.origin(self.emitter.numbers[c]),
         )
         if program is not None:
             NODE_PROGRAMS.keep(key, program)
@@ -335,7 +346,8 @@ class _Walk:
             if "modified by an inplace operation" in text or "modified in-place" in text:
                 raise StalenessError(
                     f"{name}: a tensor that it needs was changed in place, inside f after it "
-                    f"was used or since the linearization: {text}"
+                    f"was used or since the linearization ({_what_changed(text)}); linearize anew "
+                    "with at(...), or change a copy"
                 ) from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -374,7 +386,8 @@ class _Walk:
         with recomputed_apart():
             results = self.guarded(node, lambda: mended(node)([_clone(t) for t in numbers]))
         again = [g for g in results if g is not None]
-        expected = Executor(program)([t for t in numbers if t is not None])
+        bound = BoundProgram.of(program, self.emitter.numbers)
+        expected = runner(bound)([t for t in numbers if t is not None])
         same = all(
             close(spec.zeros() if t is None else t, g)
             for t, g, spec in zip(expected, again, specs, strict=True)
@@ -449,7 +462,7 @@ class _Walk:
         edges: Sequence[tuple[Node | None, int]],
         specs: Sequence[TensorSpec | None],
         grads: Sequence[Gradient | None],
-        point: Sequence[Residual] = (),
+        point: Sequence[Constant] = (),
     ) -> None:
         """Write down an operation that is not executed."""
         outputs: list[Var | None] = []
@@ -503,11 +516,12 @@ def record_pullback(
     graph: Graph,
     out_specs: Sequence[TensorSpec],
     in_specs: Sequence[TensorSpec],
+    numbers: Numbers,
     *,
     seed: int = 0,
     name: str = "pullback",
     remembered: bool = False,
-    given: Iterable[Residual] = (),
+    given: Iterable[Constant] = (),
 ) -> Program:
     """Record the linear program from cotangents of a graph's roots to those of its leaves.
 
@@ -519,6 +533,8 @@ def record_pullback(
         The specification of each root's cotangent.
     in_specs
         The specification of each leaf.
+    numbers
+        Receive what the program reads.
     seed
         Of the random cotangents.
     name
@@ -527,7 +543,7 @@ def record_pullback(
         Whether to trace constants back to what the graph saved, so that the program can be
         taken over by other graphs, and to use what is known of single nodes.
     given
-        Residuals that the graph was made from.
+        Constants that the graph was made from, with numbers.
 
     Raises
     ------
@@ -536,14 +552,15 @@ def record_pullback(
     StalenessError
         If a tensor saved by the graph was changed in place.
     """
-    given = list(given)
+    known = [(numbers[c], c.origin) for c in given]
     inputs = [Var(spec) for spec in out_specs]
 
     def attempt(lazy: bool, cut: Cut | None) -> tuple[_Walk, list[Gradient | None]]:
         generator = torch.Generator().manual_seed(seed)
-        walk = _Walk(graph, Emitter(), generator, remembered=remembered, lazy=lazy, cut=cut)
+        emitter = Emitter(numbers=numbers)
+        walk = _Walk(graph, emitter, generator, remembered=remembered, lazy=lazy, cut=cut)
         walk.inputs = set(inputs)
-        walk.recorder.constants.given(given)
+        walk.recorder.constants.given(known)
         try:
             return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
         except UnsupportedError:
@@ -560,7 +577,7 @@ def record_pullback(
     outputs = [None if g is None else g.var for g in arrived]
     program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
     if walk.recorder.frozen and not program.is_opaque():
-        _try_elsewhere(graph, program, seed + 1, walk.recorder.frozen)
+        _try_elsewhere(graph, BoundProgram.of(program, numbers), seed + 1, walk.recorder.frozen)
     return program
 
 
@@ -606,32 +623,39 @@ def _sparse(name: str) -> UnsupportedError:
     )
 
 
-def _try_elsewhere(graph: Graph, program: Program, seed: int, what: str) -> None:
+def _try_elsewhere(graph: Graph, program: BoundProgram, seed: int, what: str) -> None:
     """Raise if a program is not right for other cotangents than it was recorded with."""
-    walk = _Walk(graph, Emitter(), torch.Generator().manual_seed(seed))
-    seeds = [walk.seed(v, numbers=True) for v in program.inputs]
-    expected = [None if g is None else g.tensor for g in walk.run(seeds)]
-    with torch.inference_mode(False), torch.no_grad():
-        got = Executor(program)([walk.number(g) for g in seeds])
-    for a, b, spec in zip(got, expected, program.specs, strict=True):
-        if not close(spec.zeros() if a is None else a, spec.zeros() if b is None else b):
-            raise NotLinearError(
-                f"{program.name}: its result depends on a comparison with the cotangent ({what}), "
-                "so that it is not a linear map"
-            )
+    dtypes = {v.spec.dtype for v in program.inputs}
+    for factor in (1.0, *magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max))):
+        generator = torch.Generator().manual_seed(seed)
+        walk = _Walk(graph, Emitter(), generator, factor=factor)
+        seeds = [walk.seed(v, numbers=True) for v in program.inputs]
+        expected = [None if g is None else g.tensor for g in walk.run(seeds)]
+        with torch.inference_mode(False), torch.no_grad():
+            got = runner(program)([walk.number(g) for g in seeds])
+        for a, b, spec in zip(got, expected, program.specs, strict=True):
+            a, b = (spec.zeros() if t is None else t for t in (a, b))
+            if not close_at(factor, a, b):
+                raise NotLinearError(
+                    f"{program.name}: its result depends on a comparison with the cotangent "
+                    f"({what}), so that it is not a linear map"
+                )
 
 
 def record_function(
     fn: Callable[..., Sequence[torch.Tensor | None]],
     in_specs: Sequence[TensorSpec],
     out_specs: Sequence[TensorSpec | None],
+    numbers: Numbers,
     *,
     seed: int = 0,
     name: str = "map",
     source: str = "",
-    given: Iterable[Residual] = (),
+    given: Iterable[Constant] = (),
 ) -> tuple[Program, list[torch.Tensor], list[torch.Tensor | None]]:
     """Record a linear function written in PyTorch operations by calling it once.
+
+    The tensors that the program reads come into `numbers`.
 
     Returns
     -------
@@ -644,9 +668,9 @@ def record_function(
         If `fn` does something that cannot be written down: its result does not descend from
         its arguments, or an operation in it is not linear or reads numbers.
     """
-    emitter = Emitter(source)
+    emitter = Emitter(source, numbers)
     recorder = Recorder(emitter)
-    recorder.constants.given(given)
+    recorder.constants.given([(numbers[c], c.origin) for c in given])
     generator = torch.Generator().manual_seed(seed)
     inputs = [Var(spec) for spec in in_specs]
     arguments = [spec.random(generator) for spec in in_specs]
@@ -667,3 +691,9 @@ def record_function(
         outputs.append(var)
     program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)
     return program.live(), arguments, results
+
+
+def _what_changed(text: str) -> str:
+    """Return what PyTorch's message says of the tensor, without its advice."""
+    found = re.search(r"\[[^\]]*\[[\d, ]*\]\].*?version \d+(; expected version \d+)?", text)
+    return found.group().replace("; ", ", ") if found else text.partition(chr(10))[0]

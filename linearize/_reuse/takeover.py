@@ -19,10 +19,9 @@ from .._capture.collectives import Collective, OpaqueNode
 from .._capture.custom import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._check.adjoint import Balance, RankOne
-from .._execute.binding import Binding
+from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor
-from .._programs.program import Operation, Program
-from .._programs.residuals import Residual
+from .._programs.program import Operation
 from .._record.node_formulas import mended
 from .._record.stretch import fitted, metadata_spec
 from .._spaces.compare import close, tolerance
@@ -205,17 +204,19 @@ def _finite(tensors: Tensors) -> bool:
     return all(t is None or bool(torch.isfinite(t).all()) for t in tensors)
 
 
-def first_parting(fresh: Program, taken: Program) -> str:
+def first_parting(fresh: BoundProgram, taken: BoundProgram) -> str:
     """Return where in the graph two recordings of it part: the label of the node."""
-    for mine, theirs in zip(fresh.equations, taken.equations, strict=False):
-        opaque = isinstance(mine.op, Operation) and isinstance(theirs.op, Operation)
-        if _differ(mine.residuals(), theirs.residuals()) or not (opaque or mine.op is theirs.op):
-            return mine.source
+    ours, theirs = fresh.numbers(), taken.numbers()
+    for a, b in zip(fresh.equations, taken.equations, strict=False):
+        opaque = isinstance(a.op, Operation) and isinstance(b.op, Operation)
+        here = [ours[c] for c in a.constants()]
+        there = [theirs[c] for c in b.constants()]
+        if _differ(here, there) or not (opaque or a.op is b.op):
+            return a.source
     return ""
 
 
-def _differ(a: Sequence[Residual], b: Sequence[Residual]) -> bool:
+def _differ(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
     return len(a) != len(b) or any(
-        x.tensor.shape != y.tensor.shape or not torch.equal(x.tensor, y.tensor)
-        for x, y in zip(a, b, strict=True)
+        x.shape != y.shape or not torch.equal(x, y) for x, y in zip(a, b, strict=True)
     )

@@ -1,4 +1,15 @@
-"""A program without the numbers of its point."""
+"""Programs that all points with one signature run.
+
+What such a program depends on is said here and nowhere else:
+
+* the `signature` of the graph: its nodes and edges, shapes and dtypes, static arguments, the
+  classes of custom Functions, and which saved tensors share memory;
+* the `Origin` of each constant, by which each point computes its own numbers. A constant is
+  told from others by its origin, never by the tensor that it was at some point;
+* for custom Functions, which stand in the program as `Place`s, the node at each place.
+
+Numbers decide nothing: a recording that looked at some has `fixed` set, and is not shared.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +17,21 @@ import copy
 import dataclasses
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from .._capture.collectives import OpaqueNode
-from .._capture.signature import HiddenError
 from .._execute.binding import Binding
 from .._execute.executor import Executor
-from .._execute.schedule import Schedule
+from .._execute.schedule import Portable
 from .._programs.origins import Costly, Origin, Saved, ordered
-from .._programs.program import Operation, Program, Var
-from .._programs.residuals import FOLDED, Residual, finite
+from .._programs.program import Program
+from .._programs.residuals import Residual, finite
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Place:
-    """Stands for a custom Function's node in a template."""
+class Place:
+    """Stands for a custom Function's node in a program."""
 
     index: int
     name: str
@@ -31,13 +40,11 @@ class _Place:
     takes_batches: bool
 
 
-class Template:
-    """A linear program without numbers.
+class Template(Portable):
+    """A linear program with an executor, for all points of a structure.
 
     Attributes
     ----------
-    program
-        With residuals that have no tensor.
     executor
         Runs it with a `Binding`.
     simplified
@@ -48,54 +55,25 @@ class Template:
         Set when it was held against a graph that it was not made from; forks share it.
     """
 
-    __slots__ = (
-        "_ops",
-        "_saved",
-        "_schedules",
-        "_wanted",
-        "costly",
-        "executor",
-        "program",
-        "simplified",
-        "verified",
-    )
+    __slots__ = ("_saved", "costly", "executor", "simplified", "verified")
 
-    def __init__(self, program: Program, places: dict[int, int], *, simplified: bool) -> None:
-        blank: dict[Residual, Residual] = {}
-
-        def without_numbers(x: Any) -> Any:
-            if type(x) is Var:
-                return x
-            if x not in blank:
-                blank[x] = x.blank()
-            return blank[x]
-
-        def place(node: OpaqueNode) -> Any:
-            return _Place(
-                places[id(node)], node.name, node.has_jvp, node.has_backward, node.takes_batches
-            )
-
-        self.program = _mapped(program, without_numbers, place)
-        self.executor = Executor(self.program, final=simplified)
+    def __init__(self, program: Program, *, simplified: bool) -> None:
+        super().__init__(program)
+        self.executor = Executor(program, final=simplified)
         self.simplified = simplified
         self.verified = threading.Event()
-        self._wanted = [(r, r.origin) for r in self.program.residuals() if r.origin is not None]
-        needed = ordered([o for _, o in self._wanted])
+        needed = ordered([c.origin for c in program.constants])
         self.costly = any(isinstance(o.op, Costly) for o in needed)
         #: What is read of the graph, by this direction or by the other one before.
         self._saved = [o for o in needed if isinstance(o, Saved)]
-        self._ops = [eq.op for eq in self.program.equations if isinstance(eq.op, Operation)]
-        self._schedules: dict[Any, Schedule] = {}
 
     @staticmethod
     def of(program: Program, places: dict[int, int], *, simplified: bool) -> Template | None:
         """Make a template of a program, None if it holds at its point only."""
-        if program.fixed or any(r.origin is None for r in program.residuals()):
+        if program.fixed or not all(c.origin.portable for c in program.constants):
             return None
-        try:
-            return Template(program, places, simplified=simplified)
-        except HiddenError:
-            return None
+        placed = _placed(program, places)
+        return None if placed is None else Template(placed, simplified=simplified)
 
     def fork(self) -> Template:
         """Return one that can be compiled without the other."""
@@ -118,47 +96,39 @@ class Template:
         node
             Gives the custom Function's node at a place of the graph.
         known
-            What was computed there before.
+            What was computed there before; receives what is computed now.
 
         Returns
         -------
         Binding or None
             None if the numbers do not allow this program: a factor overflows.
         """
-        missing = [o for o in dict.fromkeys(o for _, o in self._wanted) if o not in known]
-        key = tuple(map(id, missing))
-        schedule = self._schedules.get(key)
-        if schedule is None:
-            schedule = self._schedules[key] = Schedule(missing)
-        used = {o: read(o) for o in self._saved}
+        used: dict[Origin, Residual] = {o: read(o) for o in self._saved}
         with torch.inference_mode(False), torch.no_grad():
-            computed = schedule([used[o].tensor for o in schedule.saved])
-        found = dict(zip(missing, computed, strict=True))
+            computed = self.computed(lambda o: used[o].tensor, known)
         residuals = []
-        for blank, origin in self._wanted:
-            r = known.get(origin) or used.get(origin)  # type: ignore[call-overload]
+        for c in self.program.constants:
+            r = used.get(c.origin) or known.get(c.origin)
             if r is None:
-                t = found[origin]
-                r = known[origin] = Residual(t, blank.source, origin)
+                r = known[c.origin] = Residual(computed[c.origin], c.source)
             residuals.append(r)
-        if not finite([r.tensor for r in residuals if r.source == FOLDED]):
+        pairs = zip(self.program.constants, residuals, strict=True)
+        if not finite([r.tensor for c, r in pairs if c.folded]):
             return None
-        ops = [op.moved(lambda p: node(p.index)) for op in self._ops]
+        ops = [op.moved(lambda p: node(p.index)) for op in self.program.opaque()]
         mine = set(map(id, residuals))
         guards = [r for r in used.values() if id(r) not in mine]
         return Binding(residuals, [op for op in ops if op is not None], guards)
 
 
-def _mapped(
-    program: Program, leaf: Callable[[Any], Any], place: Callable[[OpaqueNode], Any]
-) -> Program:
-    equations = []
-    for eq in program.equations:
-        op = eq.op
-        if isinstance(op, Operation):
-            moved = op.moved(place)
-            if moved is None:
-                raise HiddenError(op.name)
-            op = moved
-        equations.append(eq.renamed(leaf, op=op))
-    return program.with_equations(equations)
+def _placed(program: Program, places: dict[int, int]) -> Program | None:
+    """Return a program with places for the nodes of its graph, None if it has others."""
+
+    def place(node: OpaqueNode) -> Place:
+        return Place(
+            places[id(node)], node.name, node.has_jvp, node.has_backward, node.takes_batches
+        )
+
+    moved = [op.moved(place) for op in program.opaque()]
+    ops = [op for op in moved if op is not None]
+    return program.with_opaque(ops) if len(ops) == len(moved) else None

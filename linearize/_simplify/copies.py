@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._programs.aten import RESHAPES, frozen, permutation
-from .._programs.program import Equation, Operation, Program, Var
+from .._programs.aten import RESHAPES, permutation
+from .._programs.numbers import Numbers
+from .._programs.program import Equation, Operation, Program
+from .._programs.values import Var, frozen
 from .._torch.names import OpOverload, aten
 
 _NOTHING = frozenset(
@@ -34,7 +36,7 @@ _STRIDED = frozenset(
 )
 
 
-def merge_copies(program: Program) -> Program:
+def merge_copies(program: Program, _: Numbers | None = None) -> Program:
     """Drop what changes nothing, join reshapes and permutations, compute equal things once.
 
     What is flipped twice is as it was.

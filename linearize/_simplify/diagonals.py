@@ -15,17 +15,20 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import UNTAGGED_POINTWISE, frozen, schema_of
-from .._programs.program import Emitter, Equation, Operation, Program, Var
-from .._programs.residuals import FOLDED, Residual, evaluated, finite, viewed
-from .._spaces.nested import map_leaves
+from .._programs.aten import UNTAGGED_POINTWISE, schema_of
+from .._programs.numbers import Numbers
+from .._programs.program import Emitter, Equation, Operation, Program
+from .._programs.residuals import finite
+from .._programs.values import Constant, Var, frozen
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
 from .equal_numbers import keep_once
 
-#: A coefficient of a term: a number, or a residual that broadcasts to the base's shape.
-Coefficient: TypeAlias = "complex | Residual"
+#: A coefficient of a term: a number, or a constant that broadcasts to the base's shape.
+Coefficient: TypeAlias = "complex | Constant"
 
+#: What the constants made here are for.
+FOLDED = "folded diagonals"
 #: A sum of more terms than this is computed before it is used further.
 MOST_TERMS = 6
 
@@ -46,28 +49,28 @@ class _Form:
     equation: Equation | None = None
 
 
-def fold_diagonals(program: Program) -> Program:
+def fold_diagonals(program: Program, numbers: Numbers) -> Program:
     """Multiply chains of pointwise operations into one, and add those with the same base.
 
     Factors that are fine one after the other may overflow when they are multiplied first; a
     program of which that is true is left alone.
     """
-    folded = _Folding(program).run()
-    new = [r for r in folded.residuals() if r.source == FOLDED]
-    if not finite([r.tensor for r in new]):
+    folded = _Folding(program, numbers).run()
+    new = [c for c in folded.constants if c.folded]
+    if not finite([numbers[c] for c in new]):
         return program
-    keep_once([r for r in new if r.tensor.numel() > 1])
+    keep_once([c for c in new if c.spec.numel > 1], numbers)
     return folded
 
 
 class _Folding:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, numbers: Numbers) -> None:
         self.program = program
-        self.c = _Coefficients()
+        self.c = _Coefficients(numbers)
         self.forms: dict[Var, _Form] = {}
         self.computed: dict[Var, Var] = {}
         self.moved: dict[Any, Var] = {}
-        self.e = Emitter()
+        self.e = Emitter(numbers=numbers)
         #: How often each variable is read, with those that were made here.
         self.readers = Counter(v for eq in program.equations for v in eq.inputs())
         #: Values that are needed as they are, by steps or as results, or more than once.
@@ -76,7 +79,7 @@ class _Folding:
         met: set[Var] = set()
         for eq in program.equations:
             read = set(eq.inputs())
-            self.needed.update(read & met if _foldable(eq) else read)
+            self.needed.update(read & met if _foldable(self.c, eq) else read)
             met |= read
 
     def run(self) -> Program:
@@ -155,7 +158,7 @@ class _Folding:
         if factor is None:
             return None
         before = self.form(x)
-        if len(before.terms) > 1 and eq.residuals() and not self.shared(before):
+        if len(before.terms) > 1 and eq.constants() and not self.shared(before):
             return None  # d ⊙ Σ takes one factor, Σ d ⊙ takes one for each term
         terms: dict[Var, Coefficient] = {}
         for base, c in before.terms.items():
@@ -179,8 +182,8 @@ class _Folding:
         if eq.op in _FREE and self.readers[x] > 1:
             return None  # to move what is computed anyway costs nothing
         ((base, c),) = form.terms.items()
-        if isinstance(c, Residual):
-            if c.tensor.shape != x.spec.shape:
+        if isinstance(c, Constant):
+            if c.spec.shape != x.spec.shape:
                 return None
             c = self.c.evaluated(eq.op, c, *rest, **eq.kwargs)
         key = frozen(eq.op, (base, *rest), eq.kwargs)
@@ -188,7 +191,32 @@ class _Folding:
             self.moved[key] = self.e.emit(eq.op, (base, *rest), out.spec, **eq.kwargs)
         moved = self.moved[key]
         self.readers[moved] += self.readers[out]
-        return _Form({moved: c}, _shown(form.equation, eq, moved))
+        return _Form({moved: c}, self.shown(form.equation, eq, moved))
+
+    def shown(self, diagonal: Equation | None, move: Equation, x: Var) -> Equation | None:
+        """Return a diagonal in another shape, None if that takes memory that it did not take.
+
+        Parameters
+        ----------
+        diagonal
+            One operation.
+        move
+            Shows its result in another shape.
+        x
+            Its argument in that shape.
+        """
+        if diagonal is None or diagonal.op not in _LIGHT or move.op not in _FREE:
+            return None
+        numbers = self.e.numbers
+        shape, rest = diagonal.outputs[0].spec.shape, move.args[1:]  # type: ignore[union-attr]
+        for c in diagonal.constants():
+            t = numbers[c]
+            if c.spec.shape != shape or not _same_memory(move.op(t, *rest), t):
+                return None
+        made = diagonal.renamed(
+            lambda y: x if isinstance(y, Var) else numbers.viewed(move.op, y, *rest)
+        )
+        return Equation(made.op, made.args, made.kwargs, move.outputs, made.source)
 
     def sum(self, eq: Equation, out: Var) -> _Form | None:
         """Return the form of a sum or difference of values of one shape and dtype."""
@@ -205,7 +233,7 @@ class _Folding:
         for base, c in self.form(b).terms.items():
             c = self.c.product(c, sign)
             terms[base] = self.c.total(terms[base], c) if base in terms else c
-        some = {base: c for base, c in terms.items() if isinstance(c, Residual) or c != 0}
+        some = {base: c for base, c in terms.items() if isinstance(c, Constant) or c != 0}
         return _Form(some or terms) if len(some) <= MOST_TERMS else None
 
     def common(self, a: Var, b: Var) -> tuple[tuple[Var, Var], complex] | None:
@@ -214,7 +242,7 @@ class _Folding:
         if len(first) != 1 or len(second) != 1:
             return None
         ((x, c),), ((y, d),) = first.items(), second.items()
-        if isinstance(c, Residual) or isinstance(d, Residual) or c != d or c == 1 or x is y:
+        if isinstance(c, Constant) or isinstance(d, Constant) or c != d or c == 1 or x is y:
             return None
         return (x, y), c
 
@@ -242,7 +270,7 @@ class _Folding:
         # Products with tensors first: the first needs no addition. Then plain terms: the
         # first needs nothing at all.
         terms = sorted(
-            form.terms.items(), key=lambda t: (not isinstance(t[1], Residual), not _is_one(t[1]))
+            form.terms.items(), key=lambda t: (not isinstance(t[1], Constant), not _is_one(t[1]))
         )
         for base, c in terms:
             total = self.add_term(total, base, c, v.spec)
@@ -251,7 +279,7 @@ class _Folding:
 
     def add_term(self, total: Var | None, base: Var, c: Coefficient, spec: TensorSpec) -> Var:
         """Emit `total + c * base`."""
-        if isinstance(c, Residual):
+        if isinstance(c, Constant):
             if total is None:
                 return self.e.emit(aten.mul.Tensor, (base, c), spec)
             return self.e.emit(aten.addcmul.default, (total, base, c), spec)
@@ -289,37 +317,11 @@ _LIGHT = frozenset(
 )
 
 
-def _shown(diagonal: Equation | None, move: Equation, x: Var) -> Equation | None:
-    """Return a diagonal in another shape, None if that takes memory that it did not take.
-
-    Parameters
-    ----------
-    diagonal
-        One operation.
-    move
-        Shows its result in another shape.
-    x
-        Its argument in that shape.
-    """
-    if diagonal is None or diagonal.op not in _LIGHT or move.op not in _FREE:
-        return None
-    shape, rest = diagonal.outputs[0].spec.shape, move.args[1:]  # type: ignore[union-attr]
-    for r in diagonal.residuals():
-        if r.tensor.shape != shape or not _same_memory(move.op(r.tensor, *rest), r.tensor):
-            return None
-
-    def shown(y: Any) -> Any:
-        return x if isinstance(y, Var) else viewed(move.op, y, *rest) if _is_residual(y) else y
-
-    args = map_leaves(shown, diagonal.args)
-    return Equation(diagonal.op, args, diagonal.kwargs, move.outputs, diagonal.source)
-
-
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _foldable(eq: Equation) -> bool:
+def _foldable(coefficients: _Coefficients, eq: Equation) -> bool:
     """Whether an equation can become a part of a sum of terms."""
     out = eq.outputs[0] if len(eq.outputs) == 1 else None
     variables = eq.inputs()
@@ -331,16 +333,16 @@ def _foldable(eq: Equation) -> bool:
         return len(variables) == 2 and all(v.spec == out.spec for v in variables)
     if len(variables) != 1 or variables[0].spec != out.spec:
         return False
-    return _factor(_Coefficients(), eq, variables[0]) is not None
+    return _factor(coefficients, eq, variables[0]) is not None
 
 
 def _grows(product: Coefficient, c: Coefficient, eq: Equation) -> bool:
     """Whether a coefficient is larger than all that it is made from (an outer product)."""
-    if not isinstance(product, Residual):
+    if not isinstance(product, Constant):
         return False
-    sizes = [c.tensor.numel() if isinstance(c, Residual) else 1]
-    sizes += [r.tensor.numel() for r in eq.residuals()]
-    return product.tensor.numel() > max(sizes)
+    sizes = [c.spec.numel if isinstance(c, Constant) else 1]
+    sizes += [r.spec.numel for r in eq.constants()]
+    return product.spec.numel > max(sizes)
 
 
 def _factor(
@@ -360,25 +362,25 @@ def _factor(
     schema = schema_of(op)
     if not (schema.pointwise or schema.name in UNTAGGED_POINTWISE):
         return None
-    if x.spec.dtype.is_complex or not all(_fits(r.tensor, x.spec) for r in eq.residuals()):
+    if x.spec.dtype.is_complex or not all(_fits(r.spec, x.spec) for r in eq.constants()):
         return None
 
     def apply(c: Coefficient) -> Coefficient | None:
         # Numbers are left for later: where they stand differs between the two directions.
-        given = coefficients.residual(c if _is_residual(c) else 1, x.spec)
+        given = coefficients.constant(c if isinstance(c, Constant) else 1, x.spec)
         whole = coefficients.evaluated(aten.expand.default, given, list(x.spec.shape))
         args = [whole if a is x else a for a in eq.args]
         made = coefficients.evaluated(op, *args, **eq.kwargs)
-        return made if _is_residual(c) else coefficients.product(made, c)
+        return made if isinstance(c, Constant) else coefficients.product(made, c)
 
     return apply
 
 
-def _fits(t: torch.Tensor, spec: TensorSpec) -> bool:
+def _fits(factor: TensorSpec, spec: TensorSpec) -> bool:
     """Whether a tensor broadcasts to a shape."""
     # `torch.broadcast_shapes` would load a computer algebra system.
-    pairs = zip(reversed(t.shape), reversed(spec.shape), strict=False)
-    return t.dim() <= len(spec.shape) and all(a in (1, b) for a, b in pairs)
+    pairs = zip(reversed(factor.shape), reversed(spec.shape), strict=False)
+    return len(factor.shape) <= len(spec.shape) and all(a in (1, b) for a, b in pairs)
 
 
 def _is_one(c: Coefficient) -> bool:
@@ -386,21 +388,18 @@ def _is_one(c: Coefficient) -> bool:
 
 
 class _Coefficients:
-    """Computes coefficients, equal ones once."""
+    """Computes coefficients."""
 
-    def __init__(self) -> None:
-        self.known: dict[Any, Residual] = {}
+    def __init__(self, numbers: Numbers) -> None:
+        self.numbers = numbers
 
-    def evaluated(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Residual:
-        """Apply an operation to residuals, now."""
-        key = frozen(op, args, kwargs)
-        if key not in self.known:
-            self.known[key] = evaluated(op, *args, source=FOLDED, **kwargs)
-        return self.known[key]
+    def evaluated(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Constant:
+        """Apply an operation to constants, now."""
+        return self.numbers.evaluated(op, *args, source=FOLDED, folded=True, **kwargs)
 
-    def residual(self, c: Coefficient, spec: TensorSpec) -> Residual:
-        """Return a coefficient as a residual."""
-        if isinstance(c, Residual):
+    def constant(self, c: Coefficient, spec: TensorSpec) -> Constant:
+        """Return a coefficient as a constant."""
+        if isinstance(c, Constant):
             return c
         value = c.real if isinstance(c, complex) and not spec.dtype.is_complex else c
         kwargs = {"dtype": spec.dtype, "device": spec.device}
@@ -408,16 +407,16 @@ class _Coefficients:
 
     def product(self, a: Coefficient, b: Coefficient) -> Coefficient:
         """Return a · b."""
-        if isinstance(a, Residual) or isinstance(b, Residual):
-            if not isinstance(a, Residual):
+        if isinstance(a, Constant) or isinstance(b, Constant):
+            if not isinstance(a, Constant):
                 a, b = b, a
             return a if _is_one(b) else self.evaluated(aten.mul.Tensor, a, b)
         return a * b
 
     def total(self, a: Coefficient, b: Coefficient) -> Coefficient:
         """Return a + b."""
-        if isinstance(a, Residual) or isinstance(b, Residual):
-            first, second = (a, b) if isinstance(a, Residual) else (b, a)
+        if isinstance(a, Constant) or isinstance(b, Constant):
+            first, second = (a, b) if isinstance(a, Constant) else (b, a)
             return self.evaluated(aten.add.Tensor, first, second)
         return a + b
 
@@ -425,26 +424,24 @@ class _Coefficients:
         self, c: Coefficient, by: Any, spec: TensorSpec, *, divide: bool
     ) -> Coefficient | None:
         """Return c · by, or c / by; None if that is no coefficient of a value like `spec`."""
-        if not isinstance(by, (Residual, int, float, complex)):
+        if not isinstance(by, (Constant, int, float, complex)):
             return None
-        if isinstance(by, Residual):
-            if not _fits(by.tensor, spec):
+        if isinstance(by, Constant):
+            if not _fits(by.spec, spec):
                 return None
-            if by.tensor.dtype != spec.dtype:
+            if by.spec.dtype != spec.dtype:
                 by = self.evaluated(aten._to_copy.default, by, dtype=spec.dtype)
         if _is_one(c) and not divide:
             # Marked as made here, so that it is watched for overflow like the others.
-            return self.evaluated(aten.resolve_conj.default, by) if _is_residual(by) else by
+            return (
+                self.evaluated(aten.resolve_conj.default, by) if isinstance(by, Constant) else by
+            )
         if not divide:
             return self.product(c, by)
-        if isinstance(by, Residual):
-            if isinstance(c, Residual):
+        if isinstance(by, Constant):
+            if isinstance(c, Constant):
                 return self.evaluated(aten.div.Tensor, c, by)
             return self.product(self.evaluated(aten.reciprocal.default, by), c)
         if by == 0:
             return None
-        return self.evaluated(aten.div.Scalar, c, by) if isinstance(c, Residual) else c / by
-
-
-def _is_residual(x: Any) -> bool:
-    return isinstance(x, Residual)
+        return self.evaluated(aten.div.Scalar, c, by) if isinstance(c, Constant) else c / by

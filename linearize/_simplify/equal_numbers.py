@@ -6,14 +6,15 @@ tensor for several operations: what is computed of them is the same but for roun
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .._programs.recipes import roots
+from .._programs.numbers import Numbers
+from .._programs.origins import roots
 from .._programs.residuals import Residual
+from .._programs.values import Constant
 
 #: How many last digits numbers may differ in to be the same.
 _DIGITS = 8
@@ -24,21 +25,17 @@ _MOST_ROOTS = 64
 #: How many tensors may come of the same ones there.
 _MOST = 4
 
-#: What some program keeps: by the tensors that it comes from, its spec and a number.
-_KEPT: weakref.WeakValueDictionary[Any, Residual] = weakref.WeakValueDictionary()
 
-
-def keep_once(residuals: Sequence[Residual]) -> None:
-    """Let residuals take the tensors of others, computed before, that hold the same numbers.
+def keep_once(constants: Sequence[Constant], numbers: Numbers) -> None:
+    """Let constants take the tensors of others, computed before, that hold the same numbers.
 
     Only the tensors: at another point the numbers may not be the same.
     """
-    for r in residuals:
-        made_of = roots([r.recipe])
-        if len(made_of) > _MOST_ROOTS:
-            continue
-        for i in range(_MOST):
-            other = _KEPT.setdefault((made_of, _kind(r), i), r)
+    residuals = numbers.residuals(constants)
+    for c, r in zip(constants, residuals, strict=True):
+        made_of = roots([c.origin], _MOST_ROOTS)
+        for i in range(0 if made_of is None else _MOST):
+            other = numbers.pool.alike.setdefault((made_of, _kind(r), i), r)
             if other is r or _taken(r, other):
                 break
     kinds: dict[Any, list[Residual]] = {}
@@ -69,11 +66,15 @@ def _taken(r: Residual, other: Residual) -> bool:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether all numbers agree but for rounding, those that are small too."""
+    """Whether all numbers agree but for rounding, those that are small too, and zeros in sign."""
     if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
     near = _DIGITS * torch.finfo(a.dtype).eps
     some = (slice(0, 4),) * a.dim()  # mostly enough to tell them apart
     return all(
         bool(((x - y).abs() - y.abs() * near).amax() <= 0) for x, y in ((a[some], b[some]), (a, b))
-    )
+    ) and torch.equal(_signs(a), _signs(b))
+
+
+def _signs(t: torch.Tensor) -> torch.Tensor:
+    return torch.signbit(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t)

@@ -12,16 +12,17 @@ import math
 from collections.abc import Sequence
 
 from .._programs.aten import RESHAPES, permutation
-from .._programs.program import Emitter, Equation, Program, Var
-from .._programs.residuals import Residual, viewed
+from .._programs.numbers import Numbers
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 from .copies import laid_out
 
 
-def merge_moves(program: Program) -> Program:
+def merge_moves(program: Program, numbers: Numbers) -> Program:
     """Do chains of reshapes and permutations in few steps, before or after matrix products."""
-    moved = _Moves(program).run()
+    moved = _Moves(program, numbers).run()
     return moved if len(moved.equations) <= len(program.equations) else program
 
 
@@ -120,11 +121,11 @@ def _whole(v: Var) -> _Form:
 
 
 class _Moves:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, numbers: Numbers) -> None:
         self.program = program
         self.uses = program.uses()
         self.strided = laid_out(program)
-        self.e = Emitter()
+        self.e = Emitter(numbers=numbers)
         self.forms: dict[Var, _Form] = {}
         self.same: dict[Var, Var] = {}
         self.products: dict[Var, Equation] = {}
@@ -326,10 +327,10 @@ class _Moves:
         order = tuple([lie.index(i) for i in form.order])
         return _Form(new, tuple([form.sizes[i] for i in lie]), order)
 
-    def turned(self, x: Var | Residual) -> Var | Residual:
+    def turned(self, x: Var | Constant) -> Var | Constant:
         """Return a batch of matrices, each transposed."""
-        if isinstance(x, Residual):
-            return viewed(aten.transpose.int, x, 1, 2)
+        if isinstance(x, Constant):
+            return self.e.numbers.viewed(aten.transpose.int, x, 1, 2)
         count, rows, columns = x.spec.shape
         spec = TensorSpec((count, columns, rows), x.spec.dtype, x.spec.device)
         return self.e.emit(aten.transpose.int, (x, 1, 2), spec)

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from .._programs.program import Equation, Program, Var
+from .._programs.numbers import Numbers
+from .._programs.program import Equation, Program
+from .._programs.values import Var
 from .._torch.names import aten
 
 _PARTS = {
@@ -15,7 +17,7 @@ _PARTS = {
 }
 
 
-def join_parts(program: Program) -> Program:
+def join_parts(program: Program, _: Numbers | None = None) -> Program:
     """Replace a sum of parts, each padded with zeros to the whole, by the parts side by side."""
     made = {eq.outputs[0]: eq for eq in program.equations if len(eq.outputs) == 1}
     uses = program.uses()

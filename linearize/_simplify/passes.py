@@ -1,13 +1,16 @@
 """Making linear programs smaller.
 
 A program that will run a hundred times is worth simplifying. Passes are small functions from
-a program to a program that is the same map, each in a module of its own.
+a program to a program that is the same map, each in a module of its own. They are given the
+numbers too: of some a factor is made, and some decide what can be done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from .._execute.binding import BoundProgram
+from .._programs.numbers import Numbers
 from .._programs.program import Operation, Program, total_bytes
 from .copies import merge_copies
 from .diagonals import fold_diagonals
@@ -23,7 +26,7 @@ from .products import (
 from .rowwise import multiply_rows
 
 #: The passes, in order.
-PASSES: tuple[Callable[[Program], Program], ...] = (
+PASSES: tuple[Callable[[Program, Numbers], Program], ...] = (
     merge_copies,
     join_parts,
     multiply_rows,
@@ -40,27 +43,39 @@ PASSES: tuple[Callable[[Program], Program], ...] = (
 )
 
 
-def simplify(program: Program) -> Program:
-    """Return a smaller program that is the same map."""
+def simplify(program: Program, numbers: Numbers) -> Program:
+    """Return a smaller program that is the same map.
+
+    Parameters
+    ----------
+    program
+        The program.
+    numbers
+        Those that it reads; afterwards those that the result reads.
+    """
     for one in PASSES:
-        program = one(program)
+        known = len(numbers)
+        program = one(program, numbers)
+        if len(numbers) > known:
+            numbers.keep(program.constants)
     return program
 
 
-def explain(program: Program) -> str:
+def explain(program: BoundProgram) -> str:
     """Tell what each pass makes of a program: equations and bytes kept.
 
     And what of it is left to PyTorch.
     """
+    numbers, now = program.numbers(), program.program
     lines = [f"{program.name}: {_size(program)}"]
     ops = [eq.op for eq in program.equations if isinstance(eq.op, Operation)]
     lines += [f"  {op.name}: {op.note}" for op in ops if op.note]
     for one in PASSES:
-        program = one(program)
-        lines.append(f"  after {one.__name__}: {_size(program)}")
+        now = one(now, numbers)
+        lines.append(f"  after {one.__name__}: {_size(BoundProgram.of(now, numbers))}")
     return "\n".join(lines)
 
 
-def _size(program: Program) -> str:
+def _size(program: BoundProgram) -> str:
     kept = total_bytes(program.kept_tensors())
     return f"{len(program.equations)} equations, {kept:,} bytes kept"

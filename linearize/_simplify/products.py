@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from .._programs.program import Emitter, Equation, Program, Var
-from .._programs.residuals import Residual, viewed
+from .._programs.numbers import Numbers
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 
 
-def share_matrices(program: Program) -> Program:
+def share_matrices(program: Program, numbers: Numbers) -> Program:
     """Multiply a batch by one matrix, instead of by as many copies of it."""
     e = Emitter()
     for eq in program.equations:
@@ -20,13 +21,13 @@ def share_matrices(program: Program) -> Program:
             e.equations.append(eq)
             continue
         v, r = eq.args
-        if not (isinstance(v, Var) and isinstance(r, Residual) and r.tensor.stride(0) == 0):
+        if not (isinstance(v, Var) and isinstance(r, Constant) and numbers[r].stride(0) == 0):
             e.equations.append(eq)
             continue
         count, rows, inner = v.spec.shape
         columns = out.spec.shape[-1]
         e.source = eq.source
-        matrix = viewed(aten.select.int, r, 0, 0)
+        matrix = numbers.viewed(aten.select.int, r, 0, 0)
         flat = TensorSpec((count * rows, inner), out.spec.dtype, out.spec.device)
         tall = e.emit(aten.reshape.default, (v, list(flat.shape)), flat)
         product = TensorSpec((count * rows, columns), out.spec.dtype, out.spec.device)
@@ -43,14 +44,14 @@ def _definitions(program: Program, *ops: Any) -> dict[Var, Equation]:
     }
 
 
-def transpose_products(program: Program) -> Program:
+def transpose_products(program: Program, numbers: Numbers) -> Program:
     """Replace (A B)ᵀ by Bᵀ Aᵀ: a transposed factor costs nothing, a transposed sum does."""
     uses, products = program.uses(), _definitions(program, aten.mm.default)
     e = Emitter()
 
-    def turned(x: Var | Residual) -> Var | Residual:
-        if isinstance(x, Residual):
-            return viewed(aten.t.default, x)
+    def turned(x: Var | Constant) -> Var | Constant:
+        if isinstance(x, Constant):
+            return numbers.viewed(aten.t.default, x)
         rows, columns = x.spec.shape
         spec = TensorSpec((columns, rows), x.spec.dtype, x.spec.device)
         return e.emit(aten.t.default, (x,), spec)
@@ -84,7 +85,7 @@ _RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.unsqueeze.d
 _FUSED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
 
 
-def add_products(program: Program) -> Program:
+def add_products(program: Program, _: Numbers | None = None) -> Program:
     """Add products to sums in one operation, where they are made."""
     uses = program.uses()
     made = _definitions(program, *_FUSED, *_RESHAPES, aten.expand.default, aten.mul.Tensor)
@@ -148,13 +149,13 @@ def _add_entries(
     (x,), (v,), out = product.inputs() or (None,), product.outputs, eq.outputs[0]
     if v is None or out is None or x is None or product.kwargs or uses[v] != 1:
         return False
-    if x.spec.dtype != out.spec.dtype or not product.residuals():
+    if x.spec.dtype != out.spec.dtype or not product.constants():
         return False
     number = eq.kwargs.get("alpha", 1)
     if number != 1 and eq.args[0] is v:
         return False
-    (factor,) = product.residuals()
-    if (factor.tensor.dtype, factor.tensor.device) != (out.spec.dtype, out.spec.device):
+    (factor,) = product.constants()
+    if (factor.spec.dtype, factor.spec.device) != (out.spec.dtype, out.spec.device):
         return False
     kwargs = {} if number == 1 else {"value": number}
     term = _row(other, made, out.spec.shape[-1]) if out.spec.shape else other
@@ -175,7 +176,7 @@ def _row(v: Var, made: dict[Var, Equation], columns: int) -> Var:
     return v
 
 
-def scale_products(program: Program) -> Program:
+def scale_products(program: Program, _: Numbers | None = None) -> Program:
     """Multiply what several products have in common by a number, instead of each product."""
     uses = program.uses()
     made = {v: eq for eq in program.equations for v in eq.outputs if v is not None}
@@ -220,7 +221,7 @@ def scale_products(program: Program) -> Program:
     return program.with_equations(e.equations, [rename(v) for v in program.outputs])
 
 
-def apply_diagonals(program: Program) -> Program:
+def apply_diagonals(program: Program, numbers: Numbers) -> Program:
     """Multiply entry by entry with what is only the diagonal of a factor or of a product."""
     uses = program.uses()
     diagonals = {
@@ -233,7 +234,7 @@ def apply_diagonals(program: Program) -> Program:
     for eq in program.equations:
         e.source = eq.source
         out = eq.outputs[0]
-        if eq.op is aten.mm.default and isinstance(eq.args[1], Residual):
+        if eq.op is aten.mm.default and isinstance(eq.args[1], Constant):
             diagonal = diagonals.get(eq.args[0])
             if diagonal is not None and out is not None:  # diag(v) R
                 v = diagonal.args[0]
@@ -246,8 +247,8 @@ def apply_diagonals(program: Program) -> Program:
             product = products.get(eq.args[0])
             if product is not None and out is not None and uses[eq.args[0]] == 1:
                 a, r = product.args
-                if isinstance(a, Var) and isinstance(r, Residual) and _square(product):
-                    rows = e.emit(aten.mul.Tensor, (a, viewed(aten.t.default, r)), a.spec)
+                if isinstance(a, Var) and isinstance(r, Constant) and _square(product):
+                    rows = e.emit(aten.mul.Tensor, (a, numbers.viewed(aten.t.default, r)), a.spec)
                     args = (rows, [1])
                     e.equations.append(Equation(aten.sum.dim_IntList, args, {}, (out,), eq.source))
                     continue

@@ -8,15 +8,15 @@ rows at once, need less work and less memory than the steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from .._programs.aten import schema_of
-from .._programs.program import Emitter, Equation, Program, Var
-from .._programs.residuals import Residual
+from .._programs.numbers import Numbers
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Var
 from .._torch.names import OpOverload, aten
 from .rowwise_matrices import SOURCE, multiply, width
 
@@ -30,7 +30,7 @@ GAIN = 0.7
 _DTYPES = (torch.float32, torch.float64)
 
 
-def multiply_rows(program: Program) -> Program:
+def multiply_rows(program: Program, numbers: Numbers) -> Program:
     """Replace stretches of steps that treat each row by itself by one matrix for each row."""
     depth: dict[Var, int] = dict.fromkeys(program.inputs, 0)
     groups: dict[Any, list[Equation]] = {}
@@ -49,7 +49,7 @@ def multiply_rows(program: Program) -> Program:
     if not stretches:
         return program
     inside = {id(eq): s for s in stretches for eq in s.equations}
-    e = Emitter()
+    e = Emitter(numbers=numbers)
     done: set[int] = set()
     for eq in program.equations:
         stretch = inside.get(id(eq))
@@ -108,7 +108,7 @@ class _Stretch:
         outputs.sort(key=[v for eq in equations for v in eq.outputs].index)
         into, out = (sum(width(v.spec) for v in side) for side in (inputs, outputs))
         now = sum(
-            sum(_numbers(x) for x in (*eq.reads(), *eq.outputs) if x is not None)
+            sum(x.spec.numel for x in (*eq.reads(), *eq.outputs) if x is not None)
             for eq in equations
         )
         rows = outputs[0].spec.shape[0] if outputs else 0
@@ -138,10 +138,6 @@ def _connected(equations: Sequence[Equation]) -> list[list[Equation]]:
             variables[i] += variables.pop(j)
         group.update((v, i) for v in variables[i])
     return list(members.values())
-
-
-def _numbers(x: Var | Residual) -> int:
-    return x.tensor.numel() if isinstance(x, Residual) else math.prod(x.spec.shape)
 
 
 # -- which steps treat each row by itself -----------------------------------------------------
@@ -179,7 +175,7 @@ def _aligned(eq: Equation, shape: Sequence[int]) -> bool:
     if any(isinstance(a, (list, tuple)) for a in eq.args):
         return False
     return all(len(v.spec.shape) == len(shape) for v in eq.inputs()) and all(
-        r.tensor.dim() < len(shape) or r.tensor.shape[0] in (1, shape[0]) for r in eq.residuals()
+        len(c.spec.shape) < len(shape) or c.spec.shape[0] in (1, shape[0]) for c in eq.constants()
     )
 
 
@@ -217,12 +213,12 @@ _RULES: dict[Any, Rule] = {
         _aligned(eq, shape) and _other([eq.kwargs.get("dim", -1)], len(shape))
     ),
     aten.stack.default: lambda eq, shape: (
-        not eq.residuals() and _other([_argument(eq, 1, 0)], len(shape))
+        not eq.constants() and _other([_argument(eq, 1, 0)], len(shape))
     ),
     aten.cat.default: lambda eq, shape: (
-        not eq.residuals() and _other([_argument(eq, 1, 0)], len(shape))
+        not eq.constants() and _other([_argument(eq, 1, 0)], len(shape))
     ),
-    aten.bmm.default: lambda eq, shape: all(r.tensor.shape[0] == shape[0] for r in eq.residuals()),
+    aten.bmm.default: lambda eq, shape: all(c.spec.shape[0] == shape[0] for c in eq.constants()),
     aten.mm.default: lambda eq, _: isinstance(eq.args[0], Var),
 }
 #: Steps after which a number depends on others of its row.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,10 +16,11 @@ import torch
 
 from .._execute.binding import Binding
 from .._execute.executor import Executor
-from .._programs.origins import Costly
+from .._programs.numbers import Numbers
+from .._programs.origins import Costly, Origin, roots
 from .._programs.program import Emitter, Equation, Program
-from .._programs.recipes import Recipe, roots
-from .._programs.residuals import Residual, evaluated
+from .._programs.residuals import Residual
+from .._programs.values import Constant
 from .._spaces.compare import close, rounding
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
@@ -36,28 +36,34 @@ _SAMPLE = 8
 
 
 class _Matrices(Costly):
-    """Computes the matrices of a program that treats each row by itself from its residuals.
+    """Computes the matrices of a program that treats each row by itself from its constants.
 
     Parameters
     ----------
     program
-        Whose numbers are not used.
+        The program.
     order
         What comes first, second and third: 0 stands for the numbers that come in, 1 for rows,
         2 for the numbers that go out.
+    widths
+        How many numbers each variable has along the first and the second dimension, if neither
+        is that of the rows.
     """
 
-    def __init__(self, program: Program, order: tuple[int, int, int]) -> None:
-        blank = {r: r.blank() for r in program.residuals()}
-
-        equations = [eq.renamed(lambda x: blank.get(x, x)) for eq in program.equations]
-        self._run = Executor(program.with_equations(equations))
+    def __init__(
+        self,
+        program: Program,
+        order: tuple[int, int, int],
+        widths: tuple[list[int], list[int]] = ([], []),
+    ) -> None:
+        self._run = Executor(program)
         self._specs = [v.spec for v in program.inputs]
         self._order = order
+        self.widths = widths
 
-    def __call__(self, *residuals: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *constants: torch.Tensor) -> torch.Tensor:
         """Return the matrices."""
-        binding = Binding([Residual(t) for t in residuals], ())
+        binding = Binding([Residual(t) for t in constants], ())
         rows = self._specs[0].shape[0]
         widths = [width(spec) for spec in self._specs]
         units = []
@@ -98,8 +104,8 @@ def multiply(e: Emitter, program: Program) -> None:
 
 def _by_rows(e: Emitter, program: Program, into: int, out: int) -> None:
     """Emit one batched product."""
-    matrices = evaluated(_Matrices(program, (1, 2, 0)), *program.residuals(), source=SOURCE)
-    like, rows = program.inputs[0].spec, matrices.tensor.shape[0]
+    matrices = _evaluated(e, program, _Matrices(program, (1, 2, 0)))
+    like, rows = program.inputs[0].spec, matrices.spec.shape[0]
     columns = []
     for v in program.inputs:
         column = _like(like, rows, width(v.spec), 1)
@@ -131,21 +137,23 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
     outs = [v for v in program.outputs if v is not None]
     sides = [width(v.spec) for v in program.inputs], [width(v.spec) for v in outs]
     order = (2, 0, 1) if out <= into else (0, 2, 1)
-    matrices = evaluated(_Matrices(program, order), *program.residuals(), source=SOURCE)
     from_first = out > into  # else from the second dimension to the first
     widths = sides if from_first else sides[::-1]
-    made_of = roots(r.recipe for r in program.residuals())
+    matrices = _evaluated(e, program, _Matrices(program, order, widths))
+    made_of = roots([c.origin for c in program.constants], _MOST_ROOTS)
     kept = None
-    if into == out:
-        kept = _kept(made_of, matrices.tensor.transpose(0, 1), *widths[::-1])
-        from_first = kept is not None
-    kept = kept or _kept(made_of, matrices.tensor, *widths)
-    if kept is None:
-        _WIDTHS[matrices], _KEPT[made_of] = widths, matrices
-        starts = _starts(widths[0]), _starts(widths[1])
-    else:
+    if made_of is not None:
+        t = e.numbers[matrices]
+        if into == out:
+            kept = _kept(e.numbers, made_of, t.transpose(0, 1), *widths[::-1])
+            from_first = kept is not None
+        kept = kept or _kept(e.numbers, made_of, t, *widths)
+        if kept is None:
+            e.numbers.pool.alike[SOURCE, made_of] = matrices
+    starts = _starts(widths[0]), _starts(widths[1])
+    if kept is not None:
         matrices, starts = kept
-    like, rows = program.inputs[0].spec, matrices.tensor.shape[-1]
+    like, rows = program.inputs[0].spec, matrices.spec.shape[-1]
 
     def spec(*shape: int) -> TensorSpec:
         return _like(like, *shape)
@@ -163,7 +171,7 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
     if from_first:
         turned = e.emit(aten.unsqueeze.default, (turned, 1), spec(into, 1, rows))
     # The first factor decides how the result lies in memory.
-    terms = e.emit(aten.mul.Tensor, (matrices, turned), spec(*matrices.tensor.shape))
+    terms = e.emit(aten.mul.Tensor, (matrices, turned), matrices.spec)
     args = terms, [0 if from_first else 1]
     total = e.emit(aten.sum.dim_IntList, args, spec(out, rows))
     for start, v in zip(outer, outs, strict=True):
@@ -179,20 +187,27 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
         e.equations.append(Equation(aten.reshape.default, shaped, {}, (v,), e.source))
 
 
-#: The matrices that some program keeps, by what they were made of.
-_KEPT: weakref.WeakValueDictionary[frozenset[Recipe], Residual] = weakref.WeakValueDictionary()
-#: How many numbers each variable has along their first and second dimension.
-_WIDTHS: weakref.WeakKeyDictionary[Residual, tuple[list[int], list[int]]]
-_WIDTHS = weakref.WeakKeyDictionary()
+def _evaluated(e: Emitter, program: Program, matrices: _Matrices) -> Constant:
+    return e.numbers.evaluated(matrices, *program.constants, source=SOURCE)
+
+
+#: Matrices that come of more tensors are not looked for in the other direction's program.
+_MOST_ROOTS = 1024
 
 
 def _kept(
-    made_of: frozenset[Recipe], t: torch.Tensor, first: Sequence[int], second: Sequence[int]
-) -> tuple[Residual, tuple[list[int], list[int]]] | None:
+    numbers: Numbers,
+    made_of: frozenset[Origin],
+    t: torch.Tensor,
+    first: Sequence[int],
+    second: Sequence[int],
+) -> tuple[Constant, tuple[list[int], list[int]]] | None:
     """Return the other direction's matrices if they are the same but for the variables' order.
 
     Parameters
     ----------
+    numbers
+        Those of the point.
     made_of
         What the matrices come from.
     t
@@ -207,19 +222,20 @@ def _kept(
         None if there are none, or if several orders give the same numbers: at another point
         only one of them may be right.
     """
-    known = _KEPT.get(made_of)
-    if known is None or known.tensor.numel() != t.numel():
+    known = numbers.pool.alike.get((SOURCE, made_of))
+    if known is None or known.spec.numel != t.numel() or not numbers.found(known):
         return None
+    theirs = numbers[known]
     widths = first, second
     if max(map(len, widths)) > _MOST_VARIABLES:
         return None
     some = slice(None, None, max(1, t.shape[-1] // _SAMPLE))
     fitting = [
         places
-        for places in _orders(_WIDTHS[known], widths)
-        if close(_ordered(known.tensor[..., some], places, widths), t[..., some])
+        for places in _orders(known.origin.op.widths, widths)
+        if close(_ordered(theirs[..., some], places, widths), t[..., some])
     ]
-    if len(fitting) != 1 or not close(_ordered(known.tensor, fitting[0], widths), t, rounding):
+    if len(fitting) != 1 or not close(_ordered(theirs, fitting[0], widths), t, rounding):
         return None
     return known, fitting[0]
 

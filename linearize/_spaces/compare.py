@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
+
+
+def exact(x: Any) -> Hashable:
+    """Return what stands for a number in a key: equal for numbers with the same bits only.
+
+    0.0 == -0.0, and yet they divide to infinities of either sign; 2 == 2.0.
+    """
+    kind = type(x)
+    if kind is float or kind is complex:
+        return kind, repr(x)
+    if kind is tuple or kind is list:
+        return tuple([exact(y) for y in x])
+    return x  # type: ignore[no-any-return]
+
 
 _TOLERANCE = {
     torch.float16: 2e-2,
@@ -27,6 +43,14 @@ def rounding(dtype: torch.dtype) -> float:
     cancellation are missed.
     """
     return min(tolerance(dtype), max(200 * torch.finfo(dtype).eps, 1e-9))
+
+
+def roughly(dtype: torch.dtype) -> float:
+    """Return the relative error within which results of user code count as equal.
+
+    It may solve equations to a tolerance of its own.
+    """
+    return max(1e-3, tolerance(dtype))
 
 
 def close(
@@ -66,3 +90,41 @@ def _pieces(t: torch.Tensor) -> Sequence[torch.Tensor]:
         t, max(1, t.shape[dim] * _AT_ONCE // t.numel()), dim
     )
     return pieces
+
+
+def magnitudes(dtype: torch.dtype) -> tuple[float, ...]:
+    """Return factors at which a map that looks linear must be so too, over the range of a dtype.
+
+    Powers of two, which lose no digits: large ones of both signs, a small and a moderate one.
+    What clips, rounds or saturates is told by one of them.
+    """
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return ()
+    most = torch.finfo(dtype).max
+    half = max(10, (math.frexp(most)[1] - 1) // 2)
+    return 2.0**half, -(2.0**half), 2.0**-half, -(2.0 ** (half // 4))
+
+
+def close_at(
+    factor: float,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    within: Callable[[torch.dtype], float] = tolerance,
+) -> bool:
+    """Whether two results agree for arguments that were multiplied by a factor.
+
+    Nothing is said where numbers leave the range of the dtype at the largest and smallest factors.
+    """
+    if close(a, b, within):
+        return True
+    most = max(magnitudes(a.dtype), default=0.0)
+    if factor == 1 / most:
+        return _tiny(a) and _tiny(b)
+    beyond = not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all()))
+    return beyond and abs(factor) == most
+
+
+def _tiny(t: torch.Tensor) -> bool:
+    """Whether the numbers of a tensor are so small that they lose digits."""
+    info = torch.finfo(t.dtype)
+    return bool(t.abs().max() < info.tiny / info.eps)

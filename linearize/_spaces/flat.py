@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 
 from .._text.progress import progress
-from ..errors import SpaceError, UnsupportedError
+from ..errors import SpaceError
 from .space import Space, TensorSpec
 
 #: The tensors of an element of a space, one per differentiable leaf.
@@ -16,42 +16,18 @@ Parts: TypeAlias = list[torch.Tensor]
 
 
 def flat_spec(space: Space) -> TensorSpec:
-    """Return shape, dtype and device of the flat vectors of a space.
-
-    Raises
-    ------
-    UnsupportedError
-        If the space has both real and complex leaves: no vector stands for both.
-    """
-    kinds = {leaf.dtype.is_complex for leaf in space.tensors}
-    if len(kinds) > 1:
-        raise UnsupportedError(
-            f"flat vectors of {space!r}: it has both real and complex leaves; pass pytrees, or "
-            "let the function take torch.view_as_real(z) for its complex leaves"
-        )
-    dtype = space.tensors[0].dtype
-    for leaf in space.tensors[1:]:
-        dtype = torch.promote_types(dtype, leaf.dtype)
-    return TensorSpec((space.size,), dtype, space.tensors[0].device)
+    """Return shape, dtype and device of the flat vectors of a space."""
+    return space.vector
 
 
 def join(space: Space, parts: Sequence[torch.Tensor], *, stacked: bool = False) -> torch.Tensor:
     """Return the flat vector of an element, or, of K stacked ones, K rows."""
-    spec = flat_spec(space)
-    rows = [
-        t.reshape((*t.shape[: int(stacked)], leaf.numel)).to(dtype=spec.dtype, device=spec.device)
-        for t, leaf in zip(parts, space.tensors, strict=True)
-    ]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+    return space.join(parts, stacked=stacked)
 
 
 def split(space: Space, flat: torch.Tensor) -> Parts:
     """Return the element that a flat vector stands for; of K rows, K stacked ones."""
-    sizes = [leaf.numel for leaf in space.tensors]
-    return [
-        part.reshape((*flat.shape[:-1], *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)
-        for part, leaf in zip(flat.split(sizes, dim=-1), space.tensors, strict=True)
-    ]
+    return space.split(flat)
 
 
 def check_flat(space: Space, flat: torch.Tensor, what: str) -> None:

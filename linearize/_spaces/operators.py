@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, overload
 
 import torch
 
-from ..errors import (
-    MissingDerivativeError,
-    OptionError,
-    SpaceError,
-    StructureError,
-    UnsupportedError,
+from ..errors import SpaceError, StructureError
+from . import between
+from .flat import Parts, check_flat, join, split, zeros
+from .maps import (
+    Apply,
+    ChunkSize,
+    Direction,
+    KnownDiagonal,
+    LinearMap,
+    check_chunk_size,
 )
-from .budget import memory_budget
-from .compare import close
-from .flat import Parts, check_flat, flat_spec, join, random, split, units, zeros
-from .space import Space, TensorSpec
+from .space import Space
 
-Direction: TypeAlias = Literal["auto", "forward", "reverse"]
-ChunkSize: TypeAlias = int | Literal["auto"] | None
-
-
-class Apply(Protocol):
-    """A linear map on lists of tensors."""
-
-    def __call__(self, parts: Parts, *, stacked: bool) -> Parts:
-        """Map an element, or several stacked ones."""
+__all__ = [
+    "Apply",
+    "ChunkSize",
+    "Direction",
+    "LinearOperator",
+    "SelfAdjoint",
+    "check_chunk_size",
+]
 
 
-class LinearOperator:
+class LinearOperator(LinearMap):
     """A linear map between two spaces.
 
     Parameters
@@ -44,6 +45,9 @@ class LinearOperator:
         front, for several elements at once. They return such a list, of new tensors.
     peak
         Estimates the bytes that one vector takes on its way, for `chunk_size="auto"`.
+    diagonal
+        Takes a chunk size, and returns the diagonal where there is a shorter way to it than n
+        products, else None.
     name
         For `repr` and messages.
 
@@ -55,40 +59,6 @@ class LinearOperator:
     leaves, each row by row.
     """
 
-    def __init__(
-        self,
-        in_space: Space,
-        out_space: Space,
-        apply: Apply,
-        apply_adjoint: Apply,
-        *,
-        peak: Callable[[], int] | None = None,
-        name: str = "LinearOperator",
-    ) -> None:
-        self.in_space = in_space
-        self.out_space = out_space
-        self._apply = apply
-        self._apply_adjoint = apply_adjoint
-        self._peak = peak or self._own_bytes
-        self._name = name
-
-    # -- what it is ---------------------------------------------------------------------
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns, the numbers of scalars of the two spaces."""
-        return self.out_space.size, self.in_space.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that holds the elements of both spaces."""
-        return torch.promote_types(flat_spec(self.in_space).dtype, flat_spec(self.out_space).dtype)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the flat vectors of the input side are."""
-        return self.in_space.tensors[0].device
-
     @property
     def H(self) -> LinearOperator:  # noqa: N802 - as in NumPy
         """The adjoint, for real numbers the transpose, for complex ones its conjugate."""
@@ -98,6 +68,7 @@ class LinearOperator:
             self._apply_adjoint,
             self._apply,
             peak=self._peak,
+            diagonal=self._diagonal_by(lambda d: d.conj().resolve_conj()),
             name=f"{self._name}.H",
         )
 
@@ -109,24 +80,133 @@ class LinearOperator:
         return LinearOperator(
             self.out_space,
             self.in_space,
-            _between_conjugates(self._apply_adjoint),
-            _between_conjugates(self._apply),
+            between.conjugated(self._apply_adjoint),
+            between.conjugated(self._apply),
             peak=self._peak,
+            diagonal=self._diagonal_by(lambda d: d),
             name=f"{self._name}.T",
         )
 
+    def adjoint(self) -> LinearOperator:
+        """Return the adjoint, as `H` does."""
+        return self.H
+
     def gram(self) -> LinearOperator:
         """Return Aᴴ·A, applied in one pass."""
+        return SelfAdjoint(
+            self.in_space,
+            between.composed(self._apply, self._apply_adjoint),
+            peak=self._peak,
+            diagonal=self.squared_norms,
+            name=f"{self._name}.gram()",
+        )
 
-        def apply(parts: Parts, *, stacked: bool) -> Parts:
-            return self._apply_adjoint(self._apply(parts, stacked=stacked), stacked=stacked)
+    def damped(self, by: Any) -> LinearOperator:
+        """Return A + λ·I, or A + diag(d), as Levenberg and Marquardt need it.
 
-        return SelfAdjoint(self.in_space, apply, peak=self._peak, name=f"{self._name}.gram()")
+        Parameters
+        ----------
+        by
+            A number; or the entries of a diagonal, a pytree structured like the space or a
+            flat vector of shape (n,).
 
-    def __repr__(self) -> str:
-        rows, columns = self.shape
-        kinds = {str(leaf.dtype).removeprefix("torch.") for leaf in self._leaves()}
-        return f"<{self._name} {rows} x {columns} {', '.join(sorted(kinds))}>"
+        Returns
+        -------
+        LinearOperator
+            Of the same shape; a `SelfAdjoint` if this one is and the entries are real.
+
+        Raises
+        ------
+        StructureError, SpaceError
+            If the entries do not fit, or the spaces of both sides differ.
+        """
+        _same(self.in_space, self.out_space, f"{self!r}.damped")
+        if isinstance(by, torch.Tensor) and by.dim() == 0:
+            by = by.item()
+        if isinstance(by, numbers.Number):
+            return self + by * identity(self.in_space)
+        return self + from_diagonal(self.in_space, by)
+
+    def as_real(self) -> LinearOperator:
+        """Return the operator on real and imaginary parts, twice the coordinates.
+
+        Each complex leaf becomes a real one with one more dimension of length 2, as by
+        `torch.view_as_real`. Every map has such an operator, the Jacobian of a function that
+        is not holomorphic too; its adjoint is the transpose for the real inner product.
+
+        Returns
+        -------
+        LinearOperator
+            A real one; the operator itself if it is real.
+        """
+        if not any(leaf.dtype.is_complex for leaf in self._leaves()):
+            return self
+
+        return self._like(
+            self.in_space.as_real(),
+            self.out_space.as_real(),
+            between.real(self._apply, self.in_space, self.out_space),
+            between.real(self._apply_adjoint, self.out_space, self.in_space),
+            self._peak,
+            f"{self._name}.as_real()",
+        )
+
+    def to_scipy(self, *, real: bool = False) -> Any:
+        """Return the operator as one of SciPy's: `linearize.scipy.aslinearoperator`.
+
+        Parameters
+        ----------
+        real
+            Whether a complex operator is taken as the real one of twice the size.
+
+        Returns
+        -------
+        scipy.sparse.linalg.LinearOperator
+            Of NumPy arrays, with all four products.
+        """
+        # A face above this room, which needs SciPy: found when it is asked for.
+        return import_module("linearize.scipy").aslinearoperator(self, real=real)
+
+    def __getitem__(self, block: Any) -> LinearOperator:
+        """Return a block: `G["layer.weight", "layer.bias"]`, `J[:, "bias"]`.
+
+        Parameters
+        ----------
+        block
+            What of `out_space`, and what of `in_space`: each the key of a dictionary, a
+            position in a tuple or list, the name of a field, or `:` for all of it. Deeper parts
+            are had one after another.
+
+        Raises
+        ------
+        StructureError
+            If there is no such part.
+        """
+        if not isinstance(block, tuple) or len(block) != 2:
+            raise StructureError(
+                f"{self!r}: a block is given by two keys, of rows and of columns, A[rows, columns]"
+                f"; got {block!r}"
+            )
+        (out_space, rows), (in_space, columns) = (
+            space.part(key)
+            for space, key in zip((self.out_space, self.in_space), block, strict=True)
+        )
+
+        name = f"{self._name}[{', '.join(':' if k == slice(None) else repr(k) for k in block)}]"
+        forward = between.block(self._apply, self.in_space, columns, rows)
+        back = between.block(self._apply_adjoint, self.out_space, rows, columns)
+        if isinstance(self, SelfAdjoint) and rows == columns:
+            return SelfAdjoint(in_space, forward, peak=self._peak, name=name)
+        return LinearOperator(in_space, out_space, forward, back, peak=self._peak, name=name)
+
+    #: NumPy leaves `array @ A` to the operator, which says what to do.
+    __array_ufunc__ = None
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise StructureError(
+            f"{self!r} is no array: write it out, A.materialize().numpy(), or take SciPy's form "
+            "of it, A.to_scipy()"
+        )
 
     # -- what it does -------------------------------------------------------------------
 
@@ -150,6 +230,12 @@ class LinearOperator:
         ]
         return self.out_space.unflatten(self._apply(parts, stacked=False))
 
+    @overload
+    def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
+    @overload
+    def __matmul__(self, other: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def __matmul__(self, other: Any) -> Any: ...
     def __matmul__(self, other: Any) -> Any:
         """Return the product with an operator, a flat vector, a matrix or a pytree.
 
@@ -167,11 +253,7 @@ class LinearOperator:
         """
         if isinstance(other, LinearOperator):
             return self._after(other)
-        if type(other).__module__ == "numpy":
-            raise StructureError(
-                "an operator takes tensors: pass torch.from_numpy(x), or make it an operator of "
-                "NumPy arrays by linearize.scipy.aslinearoperator"
-            )
+        _no_array(other)
         if not isinstance(other, torch.Tensor) or not self._is_flat(other):
             return self(other)
         check_flat(self.in_space, other, f"{self!r} @ tensor")
@@ -182,8 +264,9 @@ class LinearOperator:
         result = join(self.out_space, self._apply(parts, stacked=columns), stacked=columns)
         return result.mT if columns else result
 
-    def __rmatmul__(self, other: Any) -> Any:
+    def __rmatmul__(self, other: torch.Tensor) -> torch.Tensor:
         """Return xᵀ·A for a flat vector, or X·A for a matrix whose rows are such vectors."""
+        _no_array(other)
         if not isinstance(other, torch.Tensor):
             return NotImplemented
         return (self.T @ other.mT).mT if other.dim() == 2 else self.T @ other
@@ -194,20 +277,18 @@ class LinearOperator:
         _same(self.in_space, other.in_space, f"{self!r} + {other!r}")
         _same(self.out_space, other.out_space, f"{self!r} + {other!r}")
 
-        def apply(parts: Parts, *, stacked: bool) -> Parts:
-            a, b = self._apply(parts, stacked=stacked), other._apply(parts, stacked=stacked)
-            return [x + y for x, y in zip(a, b, strict=True)]
-
-        def apply_adjoint(parts: Parts, *, stacked: bool) -> Parts:
-            a = self._apply_adjoint(parts, stacked=stacked)
-            b = other._apply_adjoint(parts, stacked=stacked)
-            return [x + y for x, y in zip(a, b, strict=True)]
+        apply = between.added(self._apply, other._apply)
+        apply_adjoint = between.added(self._apply_adjoint, other._apply_adjoint)
 
         def peak() -> int:
             return self._own_bytes() + max(self._peak(), other._peak())
 
+        def diagonal(chunk_size: ChunkSize) -> torch.Tensor:
+            return self.diagonal(chunk_size=chunk_size) + other.diagonal(chunk_size=chunk_size)
+
         name = f"({self._name} + {other._name})"
-        return self._like(self.in_space, self.out_space, apply, apply_adjoint, peak, name, other)
+        spaces = self.in_space, self.out_space
+        return self._like(*spaces, apply, apply_adjoint, peak, name, other, diagonal=diagonal)
 
     def __sub__(self, other: Any) -> LinearOperator:
         return self + -other if isinstance(other, LinearOperator) else NotImplemented
@@ -223,22 +304,20 @@ class LinearOperator:
         if isinstance(factor, complex) and not all(x.dtype.is_complex for x in self._leaves()):
             raise SpaceError(f"{factor!r} * {self!r}: a complex factor needs complex spaces")
         scale: Any = factor
-
-        def apply(parts: Parts, *, stacked: bool) -> Parts:
-            return [scale * t for t in self._apply(parts, stacked=stacked)]
-
-        def apply_adjoint(parts: Parts, *, stacked: bool) -> Parts:
-            back = scale.conjugate()
-            return [back * t for t in self._apply_adjoint(parts, stacked=stacked)]
+        apply = between.scaled(self._apply, scale)
+        apply_adjoint = between.scaled(self._apply_adjoint, scale.conjugate())
 
         def peak() -> int:
             return self._own_bytes() + self._peak()
 
         name = f"{scale:.3g} * {self._name}"
         spaces = self.in_space, self.out_space
+        diagonal = self._diagonal_by(lambda d: scale * d)
         if isinstance(factor, complex):  # no longer its own adjoint
-            return LinearOperator(*spaces, apply, apply_adjoint, peak=peak, name=name)
-        return self._like(*spaces, apply, apply_adjoint, peak, name)
+            return LinearOperator(
+                *spaces, apply, apply_adjoint, peak=peak, diagonal=diagonal, name=name
+            )
+        return self._like(*spaces, apply, apply_adjoint, peak, name, diagonal=diagonal)
 
     __rmul__ = __mul__
 
@@ -247,168 +326,16 @@ class LinearOperator:
             factor = factor.item()
         return self * (1 / factor) if isinstance(factor, numbers.Number) else NotImplemented  # type: ignore[operator]
 
-    def materialize(
-        self,
-        *,
-        chunk_size: ChunkSize = "auto",
-        direction: Direction = "auto",
-    ) -> torch.Tensor:
-        """Return the matrix, shape (m, n), from products with unit vectors.
-
-        Long work shows a progress bar where `tqdm` is installed.
-
-        Parameters
-        ----------
-        chunk_size
-            How many unit vectors are mapped in one pass: "auto" for as many as take a quarter
-            of the free memory, None for all.
-        direction
-            "forward" takes the n columns, "reverse" the m rows (by the adjoint), "auto" the
-            fewer of them, or those that there is a derivative for.
-
-        Raises
-        ------
-        UnsupportedError
-            If the spaces are complex and the map is only real-linear: it has no such matrix.
-        """
-        check_chunk_size(chunk_size)
-        if direction not in ("auto", "forward", "reverse"):
-            raise OptionError(
-                f'direction must be "auto", "forward" or "reverse", got {direction!r}'
-            )
-        self.check_complex_linear("materialize")
-        rows, columns = self.shape
-        matrix = torch.empty((rows, columns), dtype=self.dtype, device=self.device)
-        mixed = flat_spec(self.in_space).dtype.is_complex != matrix.is_complex()
-        if direction == "reverse" and mixed:
-            raise UnsupportedError(
-                "materialize: the adjoint of a map from real to complex numbers keeps real parts "
-                'only; use direction="forward"'
-            )
-        fewer: Direction = "forward" if mixed or columns < rows else "reverse"
-        if direction != "auto":
-            return self._filled(matrix, direction, chunk_size)
-        try:
-            return self._filled(matrix, fewer, chunk_size)
-        except MissingDerivativeError:
-            if mixed:
-                raise
-            return self._filled(matrix, "reverse" if fewer == "forward" else "forward", chunk_size)
-
-    def _filled(
-        self, matrix: torch.Tensor, direction: Direction, chunk_size: ChunkSize
-    ) -> torch.Tensor:
-        if direction == "forward":
-            for start, images in self.columns(chunk_size):
-                block = join(self.out_space, images, stacked=True)
-                matrix[:, start : start + len(block)] = block.mT
-        else:
-            for start, images in self.rows(chunk_size):
-                block = join(self.in_space, images, stacked=True)
-                matrix[start : start + len(block)] = block.conj()
-        return matrix
-
-    def columns(self, chunk_size: ChunkSize = "auto") -> Iterator[tuple[int, Parts]]:
-        """Yield the images of the unit vectors of `in_space`: the columns of the matrix.
-
-        Parameters
-        ----------
-        chunk_size
-            How many are computed in one pass, as for `materialize`.
-
-        Yields
-        ------
-        start, parts
-            The number of the first column, and one tensor per leaf of `out_space`, its
-            first dimension counting the columns of this chunk.
-        """
-        check_whole(self.in_space, "columns of the matrix")
-        chunk = self._chunk(chunk_size, self.in_space.size)
-        for start, parts in units(self.in_space, chunk, "columns"):
-            yield start, self._several(parts, adjoint=False)
-
-    def rows(self, chunk_size: ChunkSize = "auto") -> Iterator[tuple[int, Parts]]:
-        """Yield the images of the unit vectors of `out_space` under the adjoint.
-
-        Parameters
-        ----------
-        chunk_size
-            How many are computed in one pass, as for `materialize`.
-
-        Yields
-        ------
-        start, parts
-            The number of the first row, and one tensor per leaf of `in_space`, its first
-            dimension counting the rows of this chunk. For complex numbers these are the
-            conjugates of the rows.
-        """
-        check_whole(self.out_space, "rows of the matrix")
-        chunk = self._chunk(chunk_size, self.out_space.size)
-        for start, parts in units(self.out_space, chunk, "rows"):
-            yield start, self._several(parts, adjoint=True)
-
-    def check_complex_linear(self, what: str) -> None:
-        """Raise if the map between complex spaces is linear over the real numbers only.
-
-        The Jacobian of a function that is not holomorphic is of that kind. It is tested at one
-        random vector, which takes two products; for real spaces it takes none.
-
-        Parameters
-        ----------
-        what
-            What needs it, for the message.
-
-        Raises
-        ------
-        UnsupportedError
-            If it is not complex-linear.
-        """
-        if not any(leaf.dtype.is_complex for leaf in self.in_space.tensors):
-            return
-        flat_spec(self.in_space), flat_spec(self.out_space)
-        v = random(self.in_space, torch.Generator().manual_seed(4_711))
-        straight = self._apply(v, stacked=False)
-        turned = self._apply([1j * t for t in v], stacked=False)
-        if not all(
-            t.is_complex() and close(t, 1j * s) for s, t in zip(straight, turned, strict=True)
-        ):
-            raise UnsupportedError(
-                f"{what}: the map is linear over the real numbers only (the function is not "
-                "holomorphic), so that no complex matrix stands for it; let the function take "
-                "and return torch.view_as_real(z) in place of complex z"
-            )
-
     # -- helpers ------------------------------------------------------------------------
-
-    def _several(self, parts: Parts, *, adjoint: bool) -> Parts:
-        """Map a stack; a stack of one without `torch.vmap`."""
-        apply = self._apply_adjoint if adjoint else self._apply
-        if len(parts[0]) != 1:
-            return apply(parts, stacked=True)
-        return [t.unsqueeze(0) for t in apply([t[0] for t in parts], stacked=False)]
-
-    def _chunk(self, chunk_size: ChunkSize, count: int) -> int:
-        if chunk_size is None:
-            return max(count, 1)
-        if chunk_size == "auto":
-            chunk_size = memory_budget(self.device) // max(self._peak(), 1)
-        return max(1, min(chunk_size, count))
 
     def _after(self, first: LinearOperator) -> LinearOperator:
         _same(first.out_space, self.in_space, f"{self!r} @ {first!r}")
 
-        def apply(parts: Parts, *, stacked: bool) -> Parts:
-            return self._apply(first._apply(parts, stacked=stacked), stacked=stacked)
-
-        def apply_adjoint(parts: Parts, *, stacked: bool) -> Parts:
-            middle = self._apply_adjoint(parts, stacked=stacked)
-            return first._apply_adjoint(middle, stacked=stacked)
-
         return LinearOperator(
             first.in_space,
             self.out_space,
-            apply,
-            apply_adjoint,
+            between.composed(first._apply, self._apply),
+            between.composed(self._apply_adjoint, first._apply_adjoint),
             peak=lambda: max(self._peak(), first._peak()),
             name=f"{self._name} @ {first._name}",
         )
@@ -422,18 +349,20 @@ class LinearOperator:
         peak: Callable[[], int],
         name: str,
         *others: LinearOperator,
+        diagonal: KnownDiagonal | None = None,
     ) -> LinearOperator:
         """Return an operator that is self-adjoint if all that it is made of are."""
         if all(isinstance(x, SelfAdjoint) for x in (self, *others)):
-            return SelfAdjoint(in_space, apply, peak=peak, name=name)
-        return LinearOperator(in_space, out_space, apply, apply_adjoint, peak=peak, name=name)
+            return SelfAdjoint(in_space, apply, peak=peak, diagonal=diagonal, name=name)
+        return LinearOperator(
+            in_space, out_space, apply, apply_adjoint, peak=peak, diagonal=diagonal, name=name
+        )
 
-    def _leaves(self) -> tuple[TensorSpec, ...]:
-        return (*self.in_space.tensors, *self.out_space.tensors)
-
-    def _own_bytes(self) -> int:
-        """Return the bytes of an argument and its result."""
-        return sum(leaf.nbytes for leaf in self._leaves())
+    def _diagonal_by(
+        self, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Callable[[ChunkSize], torch.Tensor]:
+        """Return what finds the diagonal of an operator whose diagonal follows from this one's."""
+        return lambda chunk_size: change(self.diagonal(chunk_size=chunk_size))
 
     def _is_flat(self, x: torch.Tensor) -> bool:
         """Whether a tensor is read as a vector or a matrix of vectors."""
@@ -444,19 +373,20 @@ class LinearOperator:
         if single and tuple(x.shape) == self.in_space.tensors[0].shape:
             return False
         columns = self.shape[1]
-        also = f", or {self.in_space.tensors[0].shape}" if single else ""
+        element = tuple(self.in_space.tensors[0].shape)
+        also = f", or {element}" if single and element != (columns,) else ""
         raise SpaceError(
             f"{self!r} @ tensor: expected a tensor of shape ({columns},) or ({columns}, k){also}, "
             f"got {tuple(x.shape)}"
         )
 
 
-def check_chunk_size(chunk_size: Any) -> None:
-    """Raise `OptionError` for what is no chunk size."""
-    fine = chunk_size is None or chunk_size == "auto"
-    if not fine and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise OptionError(
-            f'chunk_size must be a positive integer, "auto" or None, got {chunk_size!r}'
+def _no_array(x: Any) -> None:
+    """Raise for arrays of NumPy, which would be taken for something else."""
+    if type(x).__module__ == "numpy":
+        raise StructureError(
+            "an operator takes tensors: pass torch.from_numpy(x), or make it an operator of "
+            "NumPy arrays, A.to_scipy()"
         )
 
 
@@ -470,16 +400,6 @@ def _same(a: Space, b: Space, what: str) -> None:
         )
 
 
-def check_whole(space: Space, what: str) -> None:
-    """Raise if each rank has a part of the space's vectors only."""
-    if space.group is not None:
-        raise UnsupportedError(
-            f"{what}: each rank has a part of the vectors only, and unit vectors of all ranks at "
-            "once are none of the whole; use products, or linearize.scipy.aslinearoperator, whose "
-            "vectors are whole on every rank"
-        )
-
-
 class SelfAdjoint(LinearOperator):
     """An operator that is its own adjoint.
 
@@ -487,7 +407,7 @@ class SelfAdjoint(LinearOperator):
     ----------
     space
         What it maps from and to.
-    apply, peak, name
+    apply, peak, diagonal, name
         As for any operator.
     """
 
@@ -497,9 +417,10 @@ class SelfAdjoint(LinearOperator):
         apply: Apply,
         *,
         peak: Callable[[], int] | None = None,
+        diagonal: KnownDiagonal | None = None,
         name: str = "SelfAdjoint",
     ) -> None:
-        super().__init__(space, space, apply, apply, peak=peak, name=name)
+        super().__init__(space, space, apply, apply, peak=peak, diagonal=diagonal, name=name)
 
     @property
     def H(self) -> LinearOperator:  # noqa: N802
@@ -507,11 +428,77 @@ class SelfAdjoint(LinearOperator):
         return self
 
 
-def _between_conjugates(apply: Apply) -> Apply:
-    def conjugated(parts: Parts, *, stacked: bool) -> Parts:
-        return [
-            t.conj().resolve_conj()
-            for t in apply([t.conj().resolve_conj() for t in parts], stacked=stacked)
-        ]
+def identity(space: Space) -> SelfAdjoint:
+    """Return the identity of a space, for damping: `J.gram() + 0.1 * identity(J.in_space)`.
 
-    return conjugated
+    Parameters
+    ----------
+    space
+        An operator's `in_space` or `out_space`.
+
+    Returns
+    -------
+    SelfAdjoint
+        Of shape (n, n).
+
+    Raises
+    ------
+    StructureError
+        If no space is given.
+    """
+    _check_space(space, "identity")
+
+    def apply(parts: Parts, *, stacked: bool) -> Parts:
+        return [t.clone() for t in parts]
+
+    def ones(chunk_size: ChunkSize) -> torch.Tensor:
+        spec = space.vector
+        return torch.ones(spec.shape, dtype=spec.dtype, device=spec.device)
+
+    return SelfAdjoint(space, apply, diagonal=ones, name="identity")
+
+
+def from_diagonal(space: Space, entries: Any) -> LinearOperator:
+    """Return the diagonal operator of a space with the given entries.
+
+    Parameters
+    ----------
+    space
+        An operator's `in_space` or `out_space`.
+    entries
+        A pytree structured like the space, or a flat vector of shape (n,).
+
+    Returns
+    -------
+    LinearOperator
+        Of shape (n, n); a `SelfAdjoint` if the entries are real.
+
+    Raises
+    ------
+    StructureError, SpaceError
+        If no space is given, or the entries do not fit.
+    """
+    _check_space(space, "from_diagonal")
+    if isinstance(entries, torch.Tensor) and tuple(entries.shape) == (space.size,):
+        check_flat(space, entries, "from_diagonal")
+        own = [t.clone() for t in split(space, entries)]
+    else:
+        given = zip(space.flatten(entries), space.tensors, strict=True)
+        own = [s.zeros() if t is None else t.clone() for t, s in given]
+
+    def entries_in_a_row(chunk_size: ChunkSize) -> torch.Tensor:
+        return join(space, own).clone()
+
+    apply, known = between.diagonal(own), entries_in_a_row
+    if not any(t.is_complex() for t in own):
+        return SelfAdjoint(space, apply, diagonal=known, name="diagonal")
+    back = between.diagonal([t.conj().resolve_conj() for t in own])
+    return LinearOperator(space, space, apply, back, diagonal=known, name="diagonal")
+
+
+def _check_space(space: Any, what: str) -> None:
+    if not isinstance(space, Space):
+        raise StructureError(
+            f"{what}: expected a space, an operator's in_space or out_space, got "
+            f"{type(space).__name__} {space!r}"
+        )

@@ -8,86 +8,22 @@ turns a flat list back into the user's structure.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .._torch.names import pytree, spec_children
-from ..errors import SpaceError, StructureError
+from .._torch.ranks import summed_over
+from ..errors import SpaceError, StructureError, UnsupportedError
+from .specs import TensorSpec, describe, differentiable, differing, tensor_spec
 from .trees import Tree, flatten
+from .vectors import VectorSpace
+
+__all__ = ["Space", "TensorSpec", "differentiable", "tensor_spec"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Shape, dtype and device of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, t: torch.Tensor) -> TensorSpec:
-        """Return the specification that `t` meets."""
-        return cls(tuple(t.shape), t.dtype, t.device)
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        where = "" if self.device.type == "cpu" else f" {self.device}"
-        return f"{dtype}[{','.join(map(str, self.shape))}]{where}"
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether such a tensor has tangents."""
-        return self.dtype.is_floating_point or self.dtype.is_complex
-
-    @property
-    def numel(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of such a tensor."""
-        return self.numel * self.dtype.itemsize
-
-    def matches(self, t: torch.Tensor) -> bool:
-        """Whether `t` has this shape, dtype and device."""
-        # A dtype is one object, and is compared as such: this runs at every call.
-        return t.dtype is self.dtype and t.shape == self.shape and t.device == self.device
-
-    def zeros(self) -> torch.Tensor:
-        """Return a tensor of zeros."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-
-    def random(self, generator: torch.Generator) -> torch.Tensor:
-        """Return normally distributed numbers, drawn on the CPU from `generator`.
-
-        The global random state stays untouched, and every device sees the same numbers.
-        """
-        double = self.dtype in (torch.float64, torch.complex128)
-        if self.dtype.is_complex:
-            drawn = torch.complex128 if double else torch.complex64
-        else:
-            drawn = torch.float64 if double else torch.float32
-        t = torch.randn(self.shape, dtype=drawn, generator=generator)
-        return t.to(device=self.device, dtype=self.dtype)
-
-
-@functools.lru_cache(maxsize=4096)
-def tensor_spec(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> TensorSpec:
-    """Return a specification; mostly the same object for the same one."""
-    return TensorSpec(shape, dtype, device)
-
-
-def differentiable(leaf: Any) -> bool:
-    """Whether a pytree leaf has tangents: a floating point or complex tensor."""
-    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
-class Space:
+class Space(VectorSpace):
     """A pytree of tensors, as seen from outside.
 
     Parameters
@@ -271,12 +207,12 @@ class Space:
         if expected is None:
             raise StructureError(
                 f"{self.word}{path}: the leaf of the {self.of} there is not a floating point or "
-                f"complex tensor and has no {self.word}; pass None, not {_describe(given)}"
+                f"complex tensor and has no {self.word}; pass None, not {describe(given)}"
             )
         if not isinstance(given, torch.Tensor):
             raise StructureError(
                 f"{self.word}{path}: expected a tensor {expected} or None (zero), "
-                f"got {_describe(given)}"
+                f"got {describe(given)}"
             )
         if given.is_nested:  # has no shape to speak of
             raise SpaceError(f"{self.word}{path}: expected {expected}, got a nested tensor")
@@ -288,18 +224,8 @@ class Space:
             layout = "" if given.layout == torch.strided else f" of layout {given.layout}"
             raise SpaceError(
                 f"{self.word}{path}: expected {expected}, got {TensorSpec.of(given)}{layout}"
-                f" ({self._differing(given, expected)})"
+                f" ({differing(given, expected)})"
             )
-
-    @staticmethod
-    def _differing(given: torch.Tensor, expected: TensorSpec) -> str:
-        pairs = (
-            ("shape", tuple(given.shape), expected.shape),
-            ("dtype", given.dtype, expected.dtype),
-            ("device", given.device, expected.device),
-            ("layout", given.layout, torch.strided),
-        )
-        return "; ".join(f"{n}: expected {e}, got {g}" for n, g, e in pairs if g != e)
 
     def _flatten_up_to(self, tree: Any, spec: Any, path: str, leaves: list[Any]) -> None:
         """Flatten `tree` along `spec`, a None standing for all leaves below it."""
@@ -315,7 +241,7 @@ class Space:
         if own.is_leaf() or (own.type is not spec.type and not mappings):
             raise StructureError(
                 f"{self.word}{path}: expected a {spec.type.__name__} of {len(expected)} as in the "
-                f"{self.of}, got {_describe(tree)}"
+                f"{self.of}, got {describe(tree)}"
             )
         if mappings:
             keys = list(spec.context[1] if spec.type.__name__ == "defaultdict" else spec.context)
@@ -339,7 +265,7 @@ class Space:
                 if getattr(tree, name) is not None:
                     raise StructureError(
                         f"{self.word}{path}.{name}: expected None as in the {self.of}, got "
-                        f"{_describe(getattr(tree, name))}"
+                        f"{describe(getattr(tree, name))}"
                     )
             for name, child in zip(fields, expected, strict=True):
                 self._flatten_up_to(getattr(tree, name), child, f"{path}.{name}", leaves)
@@ -361,12 +287,90 @@ class Space:
         noun = "item" if path else self.word
         return noun if count == 1 else f"{noun}s"
 
+    def as_real(self) -> Space:
+        """Return the space with real and imaginary parts in the place of complex numbers.
 
-def _describe(x: Any) -> str:
-    if isinstance(x, torch.Tensor):
-        return f"a tensor {TensorSpec.of(x)}"
-    if isinstance(x, (int, float, complex, str, bool)):
-        return f"{type(x).__name__} {x!r}"
-    if isinstance(x, (list, tuple, dict)):
-        return f"a {type(x).__name__} of {len(x)}"
-    return f"a {type(x).__name__}"
+        Each complex leaf has one more dimension of length 2, as by `torch.view_as_real`.
+        """
+        if not any(leaf.dtype.is_complex for leaf in self.tensors):
+            return self
+        check_whole(self, "as_real")
+        leaves = [
+            leaf
+            if leaf is None or not leaf.dtype.is_complex
+            else TensorSpec((*leaf.shape, 2), leaf.dtype.to_real(), leaf.device)
+            for leaf in self.leaves
+        ]
+        return Space(self.tree, leaves, self.word, self.of)
+
+    def part(self, key: Any) -> tuple[Space, list[int]]:
+        """Return the space below a key of the pytree, and the numbers of its tensors.
+
+        Parameters
+        ----------
+        key
+            The key of a dictionary, a position, the name of a field, or `:` for all.
+
+        Raises
+        ------
+        StructureError
+            If there is nothing of that name, or nothing there has tangents.
+        """
+        if key is Ellipsis or (isinstance(key, slice) and key == slice(None)):
+            return self, list(range(len(self.tensors)))
+        check_whole(self, "a block")
+        whole = self.tree.unflatten(list(range(len(self.leaves))))
+        fields = dataclasses.is_dataclass(whole) or (
+            isinstance(key, str) and hasattr(whole, "_fields")
+        )
+        try:
+            below = getattr(whole, key) if fields else whole[key]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise StructureError(
+                f"{self.word}: there is no part {key!r} in {self!r}; a part is the key of a "
+                "dictionary, a position in a tuple or list, the name of a field, or `:` for all"
+            ) from None
+        positions, tree = flatten(below)
+        order = [i for i, leaf in enumerate(self.leaves) if leaf is not None]
+        places = [order.index(i) for i in positions if self.leaves[i] is not None]
+        if not places:
+            raise StructureError(f"{self.word}: the part {key!r} of {self!r} has no {self.word}")
+        return Space(tree, [self.leaves[i] for i in positions], self.word, self.of), places
+
+    @staticmethod
+    def joined(spaces: Sequence[Space]) -> Space:
+        """Return the space of tuples with one element of each."""
+        for space in spaces:
+            check_whole(space, "an operator of several")
+        parts = tuple([s.tree.unflatten(list(range(len(s.leaves)))) for s in spaces])
+        leaves = [leaf for s in spaces for leaf in s.leaves]
+        return Space(flatten(parts)[1], leaves, spaces[0].word, spaces[0].of)
+
+    def dot(self, a: Any, b: Any) -> torch.Tensor:
+        """Return the inner product of two elements; of whole vectors, where these are parts."""
+        own = super().dot(a, b)
+        if self.group is None:
+            return own
+        if own.requires_grad:
+            raise UnsupportedError("dot: an inner product over ranks cannot be differentiated")
+        return summed_over(self.group, own)
+
+    def norm(self, a: Any) -> torch.Tensor:
+        """Return the Euclidean norm of an element; of a whole vector, where it is a part."""
+        return super().norm(a) if self.group is None else self.dot(a, a).abs().sqrt()
+
+    def _element(self, given: Any) -> Any:
+        """Return an element; of a tuple of one, its only entry may be given alone."""
+        children = spec_children(self.spec) if self.spec.type is tuple else ()
+        alone = len(children) == 1 and given is not None and type(given) is not tuple
+        return (given,) if alone else given
+
+
+def check_whole(space: Space, what: str) -> None:
+    """Raise if each rank has a part of the space's vectors only."""
+    if space.group is not None:
+        raise UnsupportedError(
+            f"{what}: each rank has a part of the vectors only, and unit vectors of all ranks at "
+            "once are none of the whole; use products, or linearize.scipy.aslinearoperator, whose "
+            "vectors are whole on every rank"
+        )

@@ -78,7 +78,7 @@ class ContextWatcher:
 
     While it is active, in this thread only, it is told of each new context, of the arguments
     of its `forward`, and of calls of `save_for_forward` (PyTorch drops those tensors after
-    `forward`) and `set_materialize_grads` (which can be set but not read).
+    `forward`), `set_materialize_grads` (which can be set but not read) and `mark_dirty`.
 
     The hooks are installed on PyTorch's context classes when a custom Function is applied while a
     watcher is active in that thread, and removed with the last watcher of any thread. Not before:
@@ -92,6 +92,8 @@ class ContextWatcher:
         Called with `(context, tensors)`.
     on_materialize
         Called with `(context, flag)`.
+    on_mark_dirty
+        Called with `(context, tensors)`.
     """
 
     _lock = threading.Lock()
@@ -100,16 +102,19 @@ class ContextWatcher:
     _local = threading.local()
     _save_for_forward: Callable[..., None] = FunctionCtx.save_for_forward
     _set_materialize: Callable[..., None] = FunctionCtx.set_materialize_grads
+    _mark_dirty: Callable[..., None] = FunctionCtx.mark_dirty
 
     def __init__(
         self,
         on_create: Callable[[Any, tuple[Any, ...] | None], None],
         on_save_for_forward: Callable[[Any, tuple[Any, ...]], None],
         on_materialize: Callable[[Any, bool], None],
+        on_mark_dirty: Callable[[Any, tuple[Any, ...]], None],
     ) -> None:
         self.on_create = on_create
         self.on_save_for_forward = on_save_for_forward
         self.on_materialize = on_materialize
+        self.on_mark_dirty = on_mark_dirty
 
     def __enter__(self) -> ContextWatcher:
         cls = ContextWatcher
@@ -151,6 +156,7 @@ class ContextWatcher:
         BackwardCFunction.__init__ = _created  # type: ignore[method-assign]
         FunctionCtx.save_for_forward = _saving  # type: ignore[method-assign]
         FunctionCtx.set_materialize_grads = _materializing  # type: ignore[method-assign]
+        FunctionCtx.mark_dirty = _dirtying  # type: ignore[method-assign]
         if _APPLY_CODE is None:
             torch.autograd.Function.apply = classmethod(_applied)  # type: ignore[assignment,method-assign]
 
@@ -162,6 +168,7 @@ class ContextWatcher:
         del BackwardCFunction.__init__
         FunctionCtx.save_for_forward = cls._save_for_forward  # type: ignore[method-assign]
         FunctionCtx.set_materialize_grads = cls._set_materialize  # type: ignore[method-assign]
+        FunctionCtx.mark_dirty = cls._mark_dirty  # type: ignore[method-assign]
         if _APPLY_CODE is None:
             torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
 
@@ -217,7 +224,12 @@ def _created(self: Any) -> None:
     # holds the arguments.
     frame = sys._getframe(1)
     known = frame.f_code in (_APPLY_CODE, _applied.__code__)
-    watcher.on_create(self, frame.f_locals.get("args") if known else None)
+    arguments = frame.f_locals.get("args") if known else None
+    if frame.f_globals.get("__name__") == "torch._library.autograd":
+        # An operator that takes lists goes past the Python part, if it was made before.
+        given = frame.f_locals
+        arguments = (*given["flat_args"], given["metadata"]) if "flat_args" in given else None
+    watcher.on_create(self, arguments)
 
 
 def _saving(self: Any, *tensors: torch.Tensor) -> None:
@@ -232,6 +244,13 @@ def _materializing(self: Any, value: bool) -> None:
     watcher = ContextWatcher.current()
     if watcher is not None:
         watcher.on_materialize(self, value)
+
+
+def _dirtying(self: Any, *tensors: torch.Tensor) -> None:
+    ContextWatcher._mark_dirty(self, *tensors)
+    watcher = ContextWatcher.current()
+    if watcher is not None:
+        watcher.on_mark_dirty(self, tensors)
 
 
 def _contexts_keep_nodes() -> bool:
@@ -282,3 +301,23 @@ def calls_watched(ctx: Any, watch: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del ctx.apply
+
+
+@contextlib.contextmanager
+def contexts_told(told: Callable[[Any, tuple[Any, ...] | None], None]) -> Iterator[None]:
+    """Have somebody else told too of the contexts that the watcher of this thread is told of."""
+    watcher = ContextWatcher.current()
+    if watcher is None:
+        yield
+        return
+    before = watcher.on_create
+
+    def both(ctx: Any, arguments: tuple[Any, ...] | None) -> None:
+        before(ctx, arguments)
+        told(ctx, arguments)
+
+    watcher.on_create = both
+    try:
+        yield
+    finally:
+        watcher.on_create = before

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.graph import Node as Node
 
 from .modes import NOTHING, subclasses_ignored
+from .names import OpOverload
 
 T = TypeVar("T")
 
@@ -72,6 +73,11 @@ def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
             if below:
                 metadata: Any = node.metadata
                 metadata["linearize"] = _Children(below)
+
+
+def has_outputs(node: Any) -> bool:
+    """Whether the call that made a custom node has returned."""
+    return len(node._input_metadata) > 0
 
 
 def forward_class(node: Node) -> Any:
@@ -246,19 +252,44 @@ def packed_by_hooks(node: Any) -> bool:
     )
 
 
+def is_vmapped(node: Any) -> bool:
+    """Whether a custom node is of a Function that `torch.vmap` generated of another."""
+    return str(forward_class(node).__name__).startswith("Vmapped")
+
+
 def only_raises(cls: Any) -> bool:
     """Whether a Function was made for a `torch.library` operator without autograd."""
     if not cls.__name__.startswith("GeneratedBackwardFor_"):
         return False
-    todo = [cls.backward]
+    infos = (x._backward_fn for x in _enclosed(cls.backward) if hasattr(x, "_backward_fn"))
+    return next(infos, True) is None
+
+
+def operator_of(cls: Any) -> OpOverload | None:
+    """Return the `torch.library` operator that a Function was made for, None for other ones."""
+    if not cls.__name__.startswith("GeneratedBackwardFor_"):
+        return None
+    return next((x for x in _enclosed(cls.forward) if isinstance(x, OpOverload)), None)
+
+
+def vmapped(cls: Any) -> Any:
+    """Return the Function that `torch.vmap` made another one of, None if it did not."""
+    if getattr(cls.jvp, "__module__", "") != "torch._functorch.autograd_function":
+        return None
+    classes = (x for x in _enclosed(cls.jvp) if isinstance(x, type) and x is not cls)
+    return next((x for x in classes if issubclass(x, torch.autograd.Function)), None)
+
+
+def _enclosed(fn: Any) -> Iterator[Any]:
+    """Yield what a function, and functions that it holds, found where they were made."""
+    todo, seen = [fn], {id(fn)}
     while todo:
         for cell in getattr(todo.pop(), "__closure__", None) or ():
             content = cell.cell_contents
-            if hasattr(content, "_backward_fn"):
-                return content._backward_fn is None
-            if callable(content) and hasattr(content, "__closure__"):
+            yield content
+            if hasattr(content, "__closure__") and id(content) not in seen:
+                seen.add(id(content))
                 todo.append(content)
-    return False
 
 
 def materialized_arguments(node: Node, output_nr: int) -> tuple[torch.Tensor | None, ...]:
@@ -291,3 +322,8 @@ def materialized_arguments(node: Node, output_nr: int) -> tuple[torch.Tensor | N
     finally:
         del attributes["apply"]
     return received[0]
+
+
+def signed(n: int) -> int:
+    """Return a dimension; some nodes hand out a negative one as an unsigned number."""
+    return n - (1 << 64) if n >= 1 << 63 else n

@@ -54,6 +54,19 @@ def functions_as_they_are() -> contextlib.AbstractContextManager[Any]:
     return disabled
 
 
+def undisturbed() -> bool:
+    """Whether nobody around the caller watches, replaces or transforms operations."""
+    return not (
+        functorch_active()
+        or functions_overridden()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_inference_mode_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._current_graph_task_id() != -1
+        or being_traced()
+    )
+
+
 def being_traced() -> bool:
     """Whether somebody writes down operations here: `torch.compile`, `export` or `make_fx`."""
     if torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import torch
+from torch._library.custom_ops import CustomOpDef as CustomOpDef
 from torch._ops import OpOverload as OpOverload
 from torch.autograd import forward_ad
 from torch.utils import _pytree
@@ -22,6 +23,19 @@ KeyPath: TypeAlias = tuple[Any, ...]
 def bare(op: Any) -> Any:
     """Return an operation without its Python part, which does nothing but call it."""
     return getattr(op, "_op", op)
+
+
+def holds_tensors(script: Any) -> bool:
+    """Whether a TorchScript function has tensors in it, as a trace of one that read some."""
+    graph: Any = script.inlined_graph  # held: its nodes do not hold it
+    constants = graph.findAllNodes("prim::Constant")
+    return any(n.hasAttribute("value") and n.kindOf("value") == "t" for n in constants)
+
+
+def operator_functions(op: CustomOpDef) -> list[Any]:
+    """Return the Python functions that a custom operator was made of."""
+    names = ("_init_fn", "_backend_fns", "_setup_context_fn", "_backward_fn", "_vmap_fn")
+    return [getattr(op, name, None) for name in names]
 
 
 def native_function(name: str) -> Callable[..., Any]:
@@ -94,6 +108,13 @@ def has_forward_tangent(t: Any) -> bool:
 def has_memory(t: torch.Tensor) -> bool:
     """Whether a dense tensor has memory; forward mode makes zeros that have none."""
     return not t._is_zerotensor()
+
+
+def unwrapped(t: torch.Tensor) -> torch.Tensor:
+    """Return the tensor inside of one of `torch.func`'s transforms, any other as it is."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 def batched_or_wrapped(t: torch.Tensor) -> bool:

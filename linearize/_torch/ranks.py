@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from ..errors import UnsupportedError
+from ..errors import DistributedError, UnsupportedError
 
 _FUNCTIONAL = "torch.distributed._functional_collectives"
 _GENERATED = "GeneratedBackwardFor_"
@@ -69,6 +69,19 @@ def device_of(group: Any) -> torch.device:
     if "gloo" in dist.get_backend(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def summed_over(group: Any, t: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over the ranks of a group."""
+    t = t.clone()
+    try:
+        dist.all_reduce(t, group=group)
+    except RuntimeError as error:
+        raise DistributedError(
+            f"an inner product: a rank cannot be reached; it may have died, or raised an error "
+            f"elsewhere ({error})"
+        ) from error
+    return t
 
 
 def store() -> Any:

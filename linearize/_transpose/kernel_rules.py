@@ -8,15 +8,14 @@ entry of the gradient by a slope of its own become plain ATen equations; the oth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .._programs.aten import schema_of
-from .._programs.program import Emitter, Equation, Operation, Var
-from .._programs.residuals import Residual, zero_residual
+from .._programs.program import Emitter, Equation, Operation
+from .._programs.values import Constant, Var, zeros
 from .._record.node_formulas import LogCumSumExpDifferential, MatrixExpDifferential
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
@@ -82,12 +81,22 @@ class KernelTranspose(Operation):
         return (self.formula(tangents, _named(self.kernel, args, kwargs)),)
 
 
-def _named(kernel: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a kernel's arguments after the gradient by name, defaults included."""
     declared = kernel._schema.arguments[1:]
     named = {a.name: a.default_value for a in declared if a.has_default_value()}
     named.update((a.name, x) for a, x in zip(declared, args, strict=False))
     return named | kwargs
+
+
+def _read(e: Emitter, eq: Equation) -> dict[str, Any]:
+    """Return a kernel's arguments by name, with tensors in place of constants.
+
+    Others are made of them, so that they must be what they were.
+    """
+    for r in e.numbers.residuals(eq.constants()):
+        r.check()
+    return _named(eq.op, e.numbers.filled(eq.args[1:]), e.numbers.filled(eq.kwargs))
 
 
 def _linear_in_first(eq: Equation) -> bool:
@@ -99,15 +108,15 @@ def _turned(e: Emitter, eq: Equation, cts: Cotangents, formula: Formula) -> Resu
     """Emit a `KernelTranspose`."""
     if not _linear_in_first(eq):
         return None
-    residuals = list(dict.fromkeys(eq.residuals()))
+    constants = list(dict.fromkeys(eq.constants()))
 
     def hole(x: Any) -> Any:
-        return _Hole(residuals.index(x)) if isinstance(x, Residual) else x
+        return _Hole(constants.index(x)) if isinstance(x, Constant) else x
 
     args, kwargs = map_leaves(hole, eq.args[1:]), map_leaves(hole, eq.kwargs)
     op = KernelTranspose(eq.op, args, kwargs, len(cts), formula)  # type: ignore[arg-type]
     grad = eq.args[0]
-    return [(grad, e.emit(op, (*cts, *residuals), grad.spec))]
+    return [(grad, e.emit(op, (*cts, *constants), grad.spec))]
 
 
 @rule(KernelTranspose)
@@ -131,22 +140,18 @@ def _differential(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
 # -- each entry of the gradient times a slope -------------------------------------------------
 
 
-def _slopes(e: Emitter, eq: Equation) -> Residual:
+def _slopes(e: Emitter, eq: Equation) -> Constant:
     """Return the kernel's result for a gradient of ones.
 
     It is kept in place of the residuals that it comes from, which must be what they were.
     """
-    for r in eq.residuals():
+    for r in e.numbers.residuals(eq.constants()):
         r.check()
-
-    def number(x: Any) -> Any:
-        return x.tensor if isinstance(x, Residual) else x
-
     spec = eq.args[0].spec
     ones = torch.ones(spec.shape, dtype=spec.dtype, device=spec.device)
-    args, kwargs = map_leaves(number, eq.args[1:]), map_leaves(number, eq.kwargs)
+    args, kwargs = e.numbers.filled(eq.args[1:]), e.numbers.filled(eq.kwargs)
     with torch.no_grad():
-        return Residual(eq.op(ones, *args, **kwargs).detach(), e.source)
+        return e.constant(eq.op(ones, *args, **kwargs).detach())
 
 
 def _summed(e: Emitter, eq: Equation, ct: Var, dims: list[int]) -> Result:
@@ -191,38 +196,6 @@ def _rows(ct: Var) -> tuple[tuple[int, ...], ...]:
     return ((), (1,)) if len(ct.spec.shape) == 2 else (ct.spec.shape[1:2],)
 
 
-@rule(aten._segment_reduce_backward.default)
-def _segments(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """Sum slopes times data: each entry has a share in one entry of the result: its segment's."""
-    (ct,) = cts
-    if not _linear_in_first(eq) or ct is None:
-        return None
-    grad, named = eq.args[0], _named(eq.op, eq.args[1:], eq.kwargs)  # type: ignore[arg-type]
-    axis, shape = named["axis"], ct.spec.shape
-    for r in eq.residuals():
-        r.check()
-    if named["lengths"] is not None:
-        ends = named["lengths"].tensor.cumsum(-1)
-    else:
-        ends = named["offsets"].tensor[..., 1:]
-    batch, length, segments = math.prod(shape[:axis]), shape[axis], ends.shape[-1]
-    if not segments:
-        return None
-    # Entries outside of all segments have slope zero, wherever they are put.
-    places = torch.arange(length, device=ends.device, dtype=ends.dtype).expand(batch, length)
-    ends = ends.reshape(batch, segments).contiguous()
-    segment = torch.searchsorted(ends, places.contiguous(), right=True).clamp(max=segments - 1)
-    first = segments * torch.arange(batch, device=ends.device)[:, None]
-    index = Residual((first + segment).flatten(), e.source)
-    out = e.emit(aten.mul.Tensor, (ct, _slopes(e, eq)), ct.spec)
-    flat = _like(ct, (batch * length, *shape[axis + 1 :]))
-    out = e.emit(aten.reshape.default, (out, list(flat.shape)), flat)
-    total = _like(ct, (batch * segments, *shape[axis + 1 :]))
-    out = e.emit(aten.index_add.default, (zero_residual(total), 0, index, out), total)
-    out = e.emit(aten.reshape.default, (out, list(grad.spec.shape)), _like(ct, grad.spec.shape))
-    return [(grad, fit(e, out, grad.spec))]
-
-
 def _like(v: Var, shape: tuple[int, ...]) -> TensorSpec:
     return TensorSpec(shape, v.spec.dtype, v.spec.device)
 
@@ -232,11 +205,11 @@ def _like(v: Var, shape: tuple[int, ...]) -> TensorSpec:
 
 def _bags(named: dict[str, Any]) -> torch.Tensor:
     """Return the bag of each index; the forward kernel may have left that out."""
-    known: torch.Tensor = named["offset2bag"].tensor
-    indices = named["indices"].tensor
+    known: torch.Tensor = named["offset2bag"]
+    indices = named["indices"]
     if known.numel() or not indices.numel():
         return known
-    offsets = named["offsets"].tensor
+    offsets = named["offsets"]
     places = torch.arange(indices.numel(), device=indices.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets, places, right=True) - 1
 
@@ -251,27 +224,25 @@ def _embedding_bag(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     (ct,) = cts
     if not _linear_in_first(eq) or ct is None:
         return None
-    grad, named = eq.args[0], _named(eq.op, eq.args[1:], eq.kwargs)  # type: ignore[arg-type]
+    grad, named = eq.args[0], _read(e, eq)
     if named.get("sparse") or named["scale_grad_by_freq"]:
         return None
-    for r in eq.residuals():
-        r.check()
-    indices, size = named["indices"].tensor.long(), named["bag_size"].tensor
+    indices, size = named["indices"].long(), named["bag_size"]
     if named["mode"] == 2:
-        place = named["maximum_indices"].tensor.long().clamp(min=0)
-        rows = e.emit(aten.gather.default, (ct, 0, Residual(place, e.source)), grad.spec)
+        place = named["maximum_indices"].long().clamp(min=0)
+        rows = e.emit(aten.gather.default, (ct, 0, e.constant(place)), grad.spec)
         filled = (size > 0).to(grad.spec.dtype)[:, None]
-        return [(grad, e.emit(aten.mul.Tensor, (rows, Residual(filled, e.source)), grad.spec))]
+        return [(grad, e.emit(aten.mul.Tensor, (rows, e.constant(filled)), grad.spec))]
     bags = _bags(named).long()
     factor = (indices != named["padding_idx"]).to(grad.spec.dtype)
     if named["per_sample_weights"] is not None:
-        factor = factor * named["per_sample_weights"].tensor.detach()
+        factor = factor * named["per_sample_weights"].detach()
     if named["mode"] == 1:
         factor = factor / size.clamp(min=1)[bags]
     spec = _like(ct, (indices.numel(), *ct.spec.shape[1:]))
-    rows = e.emit(aten.index_select.default, (ct, 0, Residual(indices, e.source)), spec)
-    rows = e.emit(aten.mul.Tensor, (rows, Residual(factor[:, None], e.source)), spec)
-    args = (zero_residual(grad.spec), 0, Residual(bags, e.source), rows)
+    rows = e.emit(aten.index_select.default, (ct, 0, e.constant(indices)), spec)
+    rows = e.emit(aten.mul.Tensor, (rows, e.constant(factor[:, None])), spec)
+    args = (zeros(grad.spec), 0, e.constant(bags), rows)
     return [(grad, e.emit(aten.index_add.default, args, grad.spec))]
 
 
@@ -281,17 +252,15 @@ def _per_sample_weights(e: Emitter, eq: Equation, cts: Cotangents) -> Result | N
     (ct,) = cts
     if not _linear_in_first(eq) or ct is None:
         return None
-    grad, named = eq.args[0], _named(eq.op, eq.args[1:], eq.kwargs)  # type: ignore[arg-type]
-    for r in eq.residuals():
-        r.check()
-    indices = named["indices"].tensor.long()
-    rows = named["weight"].tensor.detach().index_select(0, indices)
+    grad, named = eq.args[0], _read(e, eq)
+    indices = named["indices"].long()
+    rows = named["weight"].detach().index_select(0, indices)
     rows = rows * (indices != named["padding_idx"])[:, None]
     column = _like(ct, (indices.numel(), 1))
     out = e.emit(aten.unsqueeze.default, (ct, 1), column)
     spec = _like(ct, tuple(rows.shape))
-    out = e.emit(aten.mul.Tensor, (out, Residual(rows, e.source)), spec)
-    args = (zero_residual(grad.spec), 0, Residual(_bags(named).long(), e.source), out)
+    out = e.emit(aten.mul.Tensor, (out, e.constant(rows)), spec)
+    args = (zeros(grad.spec), 0, e.constant(_bags(named).long()), out)
     return [(grad, e.emit(aten.index_add.default, args, grad.spec))]
 
 
@@ -334,9 +303,9 @@ def _attention(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     With P = softmax(S), dP = P ∘ (dS - rowsum(P ∘ dS)) and dO = dP v + P dv, for blocks of
     queries, so that P as a whole is never there: Dao et al., FlashAttention (2022), appendix B.
     """
-    named = _named(eq.op, eq.args[1:], eq.kwargs)  # type: ignore[arg-type]
+    named = _read(e, eq)
     if named["dropout_p"] or any(
-        isinstance(named.get(k), Residual) and named[k].tensor.numel()
+        isinstance(named.get(k), torch.Tensor) and named[k].numel()
         for k in ("cum_seq_q", "cum_seq_k")
     ):
         return None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
 from .._capture.custom import CustomBackward, CustomJvp, CustomNode
-from .._execute.executor import Executor
-from .._programs.program import Emitter, Equation, Program, Var
+from .._execute.binding import BoundProgram
+from .._execute.executor import runner
+from .._programs.numbers import Numbers
+from .._programs.program import Emitter, Equation, Program
 from .._programs.residuals import Residual
+from .._programs.values import Var
 from .._record.recorder import OpaqueError
 from .._record.walk import record_function
-from .._spaces.compare import close
+from .._spaces.compare import close_at, magnitudes
 from .._spaces.space import TensorSpec
 from .._text.labels import beside
 from .._torch.names import aten
@@ -23,13 +27,15 @@ from .second import twice_differentiated
 from .transpose import TransposedNode, transpose
 
 
-def resolve(program: Program, *, materialize: bool, limit: int) -> Program:
+def resolve(program: Program, numbers: Numbers, *, materialize: bool, limit: int) -> Program:
     """Replace what an author did not give: calls of missing methods.
 
     Parameters
     ----------
     program
         In which such calls may occur.
+    numbers
+        Receive those that the result reads besides.
     materialize
         Whether to build a matrix from unit vectors where the other method is of no use.
     limit
@@ -42,7 +48,7 @@ def resolve(program: Program, *, materialize: bool, limit: int) -> Program:
     """
     if not any(_missing(eq.op) for eq in program.equations):
         return program
-    e = Emitter(fixed="a method of a custom Function was recorded")
+    e = Emitter(numbers=numbers, fixed="a method of a custom Function was recorded")
     names: dict[Var, Var] = {}
 
     for eq in program.equations:
@@ -51,7 +57,7 @@ def resolve(program: Program, *, materialize: bool, limit: int) -> Program:
             e.equations.append(renamed)
             continue
         e.source = eq.source
-        replacement = _replacement(eq, limit if materialize else None)
+        replacement = _replacement(eq, numbers, limit if materialize else None)
         results = e.inline(replacement, [a for a in renamed.args if isinstance(a, Var)])
         for out, got in zip(eq.outputs, results, strict=True):
             if out is not None:
@@ -82,7 +88,7 @@ def _missing(op: Any) -> bool:
     return isinstance(op, TransposedNode)
 
 
-def _replacement(eq: Equation, limit: int | None) -> Program:
+def _replacement(eq: Equation, numbers: Numbers, limit: int | None) -> Program:
     """Return a program from the equation's variables to its outputs."""
     op: Any = eq.op
     present = [isinstance(a, Var) for a in eq.args]
@@ -99,13 +105,14 @@ def _replacement(eq: Equation, limit: int | None) -> Program:
         if not op.node.has_jvp:
             raise MissingDerivativeError(_neither(beside(name, eq.source)))
     else:
-        fn, ins, outs = op, list(op.outputs), list(op.inputs)
+        fn, ins = op, list(op.outputs)
+        outs = [s if s is not None else _nothing() for s in op.inputs]
         has, lacks, name = "backward", "jvp", op.label
     # `fn` maps the equation's outputs to its arguments: it is the given direction.
     try:
         if isinstance(op, TransposedNode):
             raise OpaqueError(op.reason)
-        given = _recorded(fn, ins, outs, name, has)
+        given = _recorded(fn, ins, outs, numbers, op.node, has)
     except OpaqueError as reason:
         direction = op.node if isinstance(op, TransposedNode) else fn
         by_pytorch, fault = twice_differentiated(direction, ins, outs, present, wanted, name, has)
@@ -118,8 +125,8 @@ def _replacement(eq: Equation, limit: int | None) -> Program:
                 f"({reason}), by PyTorch neither ({fault}): {remedy}"
                 'pass opaque="materialize" to build its matrix from unit vectors'
             ) from None
-        return dense_transpose(fn, ins, outs, present, wanted, name, limit)
-    turned = transpose(given, f"transpose of {name}.{has}")
+        return dense_transpose(fn, ins, outs, present, wanted, name, limit, numbers)
+    turned = transpose(given, numbers, f"transpose of {name}.{has}")
     keep = [v if want else None for v, want in zip(turned.outputs, wanted, strict=True)]
     whole = Program(turned.inputs, turned.equations, keep, turned.specs, turned.name)
     return whole.restricted(present)
@@ -165,7 +172,8 @@ def _recorded(
     fn: Callable[..., Sequence[torch.Tensor | None]],
     ins: list[TensorSpec],
     outs: list[TensorSpec],
-    name: str,
+    numbers: Numbers,
+    node: CustomNode,
     method: str,
 ) -> Program:
     """Record the given direction, and test it with other numbers.
@@ -173,24 +181,61 @@ def _recorded(
     Code that leaves PyTorch half-way leaves a program that is right only for the numbers it
     was recorded with.
     """
-    source = f"{name}.{method}"
-    program, _, _ = record_function(fn, ins, outs, name=source, source=source)
+    source = f"{node.name}.{method}"
+    program, _, _ = record_function(fn, ins, outs, numbers, name=source, source=source)
     generator = torch.Generator().manual_seed(1)
-    numbers = [spec.random(generator) for spec in ins]
+    arguments = [spec.random(generator) for spec in ins]
     with torch.inference_mode(False), torch.no_grad():
-        expected = fn(*(t.clone() for t in numbers))
-        written = {storage_of(r) for r in program.residuals() if r.changed()}
+        expected = fn(*(t.clone() for t in arguments))
+        read = numbers.residuals(program.constants)
+        written = {storage_of(r) for r in read if r.changed()}
         if written:
             # The method writes to what it keeps, at each call: the program gets a copy.
-            program, _, _ = record_function(fn, ins, outs, name=source, source=source)
-            for r in program.residuals():
+            program, _, _ = record_function(fn, ins, outs, numbers, name=source, source=source)
+            for r in numbers.residuals(program.constants):
                 if storage_of(r) in written:
-                    r.tensor = r.tensor.clone()
-                    r.version = r.tensor._version
-        from_program = Executor(program)(numbers)
-    for e, got, spec in zip(expected, from_program, outs, strict=True):
-        want = spec.zeros() if e is None else e
-        have = spec.zeros() if got is None else got
-        if not close(have, want):
+                    r.replace(r.tensor.clone())
+        bound = BoundProgram.of(program, numbers)
+        if not _agree(1.0, runner(bound)(arguments), expected, outs):
             raise OpaqueError("the result depends on its argument in a way not seen by PyTorch")
+        kind = method, tuple(ins), tuple(outs)
+        tried = _TRIED.setdefault(node.cls, set())
+        if program.fixed or kind not in tried:
+            _try_scaled(bound, fn, arguments, outs)
+            tried.add(kind)
     return program
+
+
+#: What was tried at several magnitudes, by the class of the custom Function: at each point would
+#: cost too much, where nothing is compared with the argument.
+_TRIED: weakref.WeakKeyDictionary[type, set[Hashable]] = weakref.WeakKeyDictionary()
+
+
+def _try_scaled(
+    program: BoundProgram,
+    fn: Callable[..., Sequence[torch.Tensor | None]],
+    arguments: Sequence[torch.Tensor],
+    outs: Sequence[TensorSpec],
+) -> None:
+    """Raise unless a method does what its program does at several magnitudes."""
+    dtypes = {t.dtype for t in arguments}
+    for factor in magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max)):
+        scaled = [factor * t for t in arguments]
+        expected = fn(*(t.clone() for t in scaled))
+        if not _agree(factor, runner(program)(scaled), expected, outs):
+            raise OpaqueError(
+                f"it is not linear: its result for arguments {factor:.0e} times as large is not "
+                "as much larger, as where gradients are clipped or rounded"
+            )
+
+
+def _agree(
+    factor: float,
+    got: Sequence[torch.Tensor | None],
+    expected: Sequence[torch.Tensor | None],
+    specs: Sequence[TensorSpec],
+) -> bool:
+    return all(
+        close_at(factor, spec.zeros() if a is None else a, spec.zeros() if b is None else b)
+        for a, b, spec in zip(got, expected, specs, strict=True)
+    )

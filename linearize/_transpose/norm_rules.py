@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._programs.program import Emitter, Equation, Var
-from .._programs.residuals import Residual, evaluated
+import torch
+
+from .._programs.program import Emitter, Equation
+from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 from .rules import Cotangents, Result, as_gradient, conj, fit, rule
@@ -28,7 +30,7 @@ def _symmetric(e: Emitter, eq: Equation, ct: Var, args: tuple[Any, ...], spec: T
 
 
 def _affine(
-    e: Emitter, eq: Equation, cts: Cotangents, normal: Residual | None, shape: list[int]
+    e: Emitter, eq: Equation, cts: Cotangents, normal: Constant | None, shape: list[int]
 ) -> list[tuple[Var, Var]]:
     """Emit what tangents of weight and bias do to the output; both are seen as `shape`."""
     grad = eq.args[0]
@@ -47,16 +49,16 @@ def _affine(
     return results
 
 
-def _plain(*residuals: Any) -> bool:
+def _plain(*constants: Any) -> bool:
     """Whether nothing but the gradient is a variable, and all is real."""
     return all(
-        r is None or (isinstance(r, Residual) and not r.tensor.is_complex()) for r in residuals
+        c is None or (isinstance(c, Constant) and not c.spec.dtype.is_complex) for c in constants
     )
 
 
-def _mixed(x: Residual, weight: Residual | None) -> bool:
+def _mixed(x: Constant, weight: Constant | None) -> bool:
     """Whether the weight is more precise than the input, which the kernel must be told by it."""
-    return weight is not None and weight.tensor.dtype != x.tensor.dtype
+    return weight is not None and weight.spec.dtype != x.spec.dtype
 
 
 @rule(aten.native_layer_norm_backward.default)
@@ -69,12 +71,12 @@ def _layer_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
         args = (x, shape, mean, rstd, None, None, _FIRST)
         out = _symmetric(e, eq, cts[0], args, grad.spec)
         if weight is not None:
-            out = e.emit(aten.mul.Tensor, (out, conj(weight)), grad.spec)
+            out = e.emit(aten.mul.Tensor, (out, conj(e, weight)), grad.spec)
         results.append((grad, out))
     normal = None
     if cts[1] is not None:
-        centred = evaluated(aten.sub.Tensor, x, mean, source=e.source)
-        normal = evaluated(aten.mul.Tensor, centred, rstd, source=e.source)
+        centred = e.numbers.evaluated(aten.sub.Tensor, x, mean, source=e.source)
+        normal = e.numbers.evaluated(aten.mul.Tensor, centred, rstd, source=e.source)
     return [*results, *_affine(e, eq, cts, normal, list(shape))]
 
 
@@ -95,12 +97,12 @@ def _batch_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
         if train:
             centre, scale = save_mean, save_rstd
         else:
-            shifted = evaluated(aten.add.Scalar, var, eps, source=e.source)
-            centre, scale = mean, evaluated(aten.rsqrt.default, shifted, source=e.source)
-        centre = evaluated(aten.reshape.default, centre, channels, source=e.source)
-        scale = evaluated(aten.reshape.default, scale, channels, source=e.source)
-        centred = evaluated(aten.sub.Tensor, x, centre, source=e.source)
-        normal = evaluated(aten.mul.Tensor, centred, scale, source=e.source)
+            shifted = e.numbers.evaluated(aten.add.Scalar, var, eps, source=e.source)
+            centre, scale = mean, e.numbers.evaluated(aten.rsqrt.default, shifted, source=e.source)
+        centre = e.numbers.evaluated(aten.reshape.default, centre, channels, source=e.source)
+        scale = e.numbers.evaluated(aten.reshape.default, scale, channels, source=e.source)
+        centred = e.numbers.evaluated(aten.sub.Tensor, x, centre, source=e.source)
+        normal = e.numbers.evaluated(aten.mul.Tensor, centred, scale, source=e.source)
     shape = [grad.spec.shape[1], *(1,) * (rank - 2)]
     return [*results, *_affine(e, eq, cts, normal, shape)]
 
@@ -111,23 +113,37 @@ def _group_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     if not isinstance(grad, Var) or not _plain(x, mean, rstd, weight) or c == 0 or n == 0:
         return None
     if _mixed(x, weight):
-        return None
+        return _in_wide(e, eq, cts, weight.spec.dtype)
     shape = [c, *(1,) * (len(grad.spec.shape) - 2)]
     results = []
     if cts[0] is not None:
         args = (x, mean, rstd, None, n, c, size, groups, _FIRST)
         out = _symmetric(e, eq, cts[0], args, grad.spec)
         if weight is not None:
-            column = evaluated(aten.reshape.default, weight, shape, source=e.source)
+            column = e.numbers.evaluated(aten.reshape.default, weight, shape, source=e.source)
             out = e.emit(aten.mul.Tensor, (out, column), grad.spec)
         results.append((grad, out))
     normal = None
     if cts[1] is not None:
-        by_group = evaluated(aten.reshape.default, x, [n, groups, -1], source=e.source)
-        centre = evaluated(aten.unsqueeze.default, mean, -1, source=e.source)
-        scale = evaluated(aten.unsqueeze.default, rstd, -1, source=e.source)
-        centred = evaluated(aten.sub.Tensor, by_group, centre, source=e.source)
-        scaled = evaluated(aten.mul.Tensor, centred, scale, source=e.source)
+        by_group = e.numbers.evaluated(aten.reshape.default, x, [n, groups, -1], source=e.source)
+        centre = e.numbers.evaluated(aten.unsqueeze.default, mean, -1, source=e.source)
+        scale = e.numbers.evaluated(aten.unsqueeze.default, rstd, -1, source=e.source)
+        centred = e.numbers.evaluated(aten.sub.Tensor, by_group, centre, source=e.source)
+        scaled = e.numbers.evaluated(aten.mul.Tensor, centred, scale, source=e.source)
         whole = list(grad.spec.shape)
-        normal = evaluated(aten.reshape.default, scaled, whole, source=e.source)
+        normal = e.numbers.evaluated(aten.reshape.default, scaled, whole, source=e.source)
     return [*results, *_affine(e, eq, cts, normal, shape)]
+
+
+def _in_wide(e: Emitter, eq: Equation, cts: Cotangents, dtype: torch.dtype) -> Result:
+    """Transpose the kernel in the precision of its weight, between casts."""
+    grad, x, *rest = eq.args
+    x = e.numbers.evaluated(aten._to_copy.default, x, dtype=dtype, source=e.source)
+    wide = Var(TensorSpec(grad.spec.shape, dtype, grad.spec.device))
+    specs = [None if v is None else TensorSpec(v.spec.shape, dtype, v.spec.device) for v in cts]
+    given = [
+        None if v is None or spec is None else fit(e, v, spec)
+        for v, spec in zip(cts, specs, strict=True)
+    ]
+    pairs = _group_norm(e, Equation(eq.op, (wide, x, *rest), {}, eq.outputs, eq.source), given)
+    return [(grad, fit(e, ct, grad.spec)) for _, ct in pairs or ()]

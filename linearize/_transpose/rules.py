@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 import torch
 
 from .._programs.aten import UNTAGGED_POINTWISE, schema_of, wants_contiguous
-from .._programs.program import Emitter, Equation, Operation, Var
-from .._programs.residuals import Residual, viewed, zero_residual
+from .._programs.program import Emitter, Equation, Operation
+from .._programs.values import Constant, Var, zeros
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
 
@@ -83,16 +83,16 @@ def _with(spec: TensorSpec, **changes: Any) -> TensorSpec:
     return TensorSpec(**fields)
 
 
-def conj(x: Any) -> Any:
-    """Return the conjugate of a residual or number; real ones as they are."""
-    if isinstance(x, Residual):
-        return viewed(aten._conj.default, x) if x.tensor.is_complex() else x
+def conj(e: Emitter, x: Any) -> Any:
+    """Return the conjugate of a constant or number; real ones as they are."""
+    if isinstance(x, Constant):
+        return e.numbers.viewed(aten._conj.default, x) if x.spec.dtype.is_complex else x
     return x.conjugate() if isinstance(x, complex) else x
 
 
-def adjoint_matrix(x: Residual) -> Residual:
-    """Return the conjugate transpose of a residual, a view of it."""
-    return viewed(aten.mH.default, x)
+def adjoint_matrix(e: Emitter, x: Constant) -> Constant:
+    """Return the conjugate transpose of a constant, a view of it."""
+    return e.numbers.viewed(aten.mH.default, x)
 
 
 def rule(*ops: Any) -> Callable[[Rule], Rule]:
@@ -179,7 +179,7 @@ def _add(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
             continue
         term = ct
         if i == 1 and alpha != 1:
-            term = e.emit(aten.mul.Tensor, (term, conj(alpha)), term.spec)
+            term = e.emit(aten.mul.Tensor, (term, conj(e, alpha)), term.spec)
         if i == 1 and eq.op is aten.sub.Tensor:
             term = e.emit(aten.neg.default, (term,), term.spec)
         yield x, fit(e, term, x.spec)
@@ -193,7 +193,7 @@ def _scale(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     if isinstance(a, Var) and isinstance(b, Var):
         return None
     x, c = (a, b) if isinstance(a, Var) else (b, a)
-    out = e.emit(eq.op, (ct, conj(c)), ct.spec)
+    out = e.emit(eq.op, (ct, conj(e, c)), ct.spec)
     return [(x, fit(e, out, x.spec))]
 
 
@@ -203,7 +203,7 @@ def _where(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     ct = cts[0]
     assert ct is not None
     results = []
-    zero = zero_residual(_with(ct.spec, shape=()))
+    zero = zeros(_with(ct.spec, shape=()))
     for i, x in enumerate((a, b)):
         if isinstance(x, Var):
             picked = (condition, ct, zero) if i == 0 else (condition, zero, ct)
@@ -296,7 +296,7 @@ def _view_as_real(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
 def _cat(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     tensors = eq.args[0]
     dim = eq.args[1] if len(eq.args) > 1 else 0
-    shapes = [x.spec.shape if isinstance(x, Var) else tuple(x.tensor.shape) for x in tensors]
+    shapes = [x.spec.shape for x in tensors]
     if any(shape == (0,) and len(s) != 1 for shape in shapes for s in shapes):
         return None  # the old convention that an empty vector joins anything
     results, start = [], 0
@@ -332,7 +332,7 @@ def _as_strided(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     assert ct is not None
     if len(x.spec.shape) != 1 or offset is None or _overlaps(size, stride):
         return None
-    args = (zero_residual(x.spec), ct, size, stride, offset)
+    args = (zeros(x.spec), ct, size, stride, offset)
     return [(x, e.emit(aten.as_strided_scatter.default, args, x.spec))]
 
 
@@ -347,7 +347,7 @@ def _as_strided_scatter(e: Emitter, eq: Equation, cts: Cotangents) -> Result | N
     ct = e.emit(aten.clone.default, (ct,), ct.spec, memory_format=torch.contiguous_format)
     results = []
     if isinstance(x, Var):
-        hole = zero_residual(_with(ct.spec, shape=tuple(size)))
+        hole = zeros(_with(ct.spec, shape=tuple(size)))
         args = (ct, hole, size, stride, offset)
         results.append((x, e.emit(aten.as_strided_scatter.default, args, x.spec)))
     if isinstance(src, Var):
@@ -407,18 +407,18 @@ def _spread(e: Emitter, eq: Equation, cts: Cotangents, dims: list[int], *, keepd
 def _mm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     a, b = eq.args
     ct = cts[0]
-    if isinstance(a, Var) and isinstance(b, Residual):
-        return [(a, e.emit(eq.op, (ct, adjoint_matrix(b)), a.spec))]
-    if isinstance(b, Var) and isinstance(a, Residual):
-        return [(b, e.emit(eq.op, (adjoint_matrix(a), ct), b.spec))]
+    if isinstance(a, Var) and isinstance(b, Constant):
+        return [(a, e.emit(eq.op, (ct, adjoint_matrix(e, b)), a.spec))]
+    if isinstance(b, Var) and isinstance(a, Constant):
+        return [(b, e.emit(eq.op, (adjoint_matrix(e, a), ct), b.spec))]
     return None
 
 
 @rule(aten.mv.default)
 def _mv(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     a, x = eq.args
-    if isinstance(a, Residual):
-        return [(x, e.emit(aten.mv.default, (adjoint_matrix(a), cts[0]), x.spec))]
+    if isinstance(a, Constant):
+        return [(x, e.emit(aten.mv.default, (adjoint_matrix(e, a), cts[0]), x.spec))]
     return None
 
 
@@ -444,10 +444,10 @@ def _convolution_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result |
     ct_image, ct_weight, ct_bias = cts
     terms = []
     if ct_image is not None:
-        args = (ct_image, conj(weight), None, *geometry)
+        args = (ct_image, conj(e, weight), None, *geometry)
         terms.append(e.emit(aten.convolution.default, args, grad.spec))
     if ct_weight is not None:
-        args = (conj(image), ct_weight, None, *geometry)
+        args = (conj(e, image), ct_weight, None, *geometry)
         terms.append(e.emit(aten.convolution.default, args, grad.spec))
     if ct_bias is not None:
         channels = (1, ct_bias.spec.shape[0], *(1,) * (len(grad.spec.shape) - 2))
@@ -464,11 +464,11 @@ def _convolution(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     ct = cts[0]
     if bias is not None:
         return None
-    if isinstance(image, Var) and isinstance(weight, Residual):
-        args = (ct, zero_residual(image.spec), conj(weight), None, *geometry, [True, False, False])
+    if isinstance(image, Var) and isinstance(weight, Constant):
+        args = (ct, zeros(image.spec), conj(e, weight), None, *geometry, [True, False, False])
         out, index = image, 0
-    elif isinstance(weight, Var) and isinstance(image, Residual):
-        args = (ct, conj(image), zero_residual(weight.spec), None, *geometry, [False, True, False])
+    elif isinstance(weight, Var) and isinstance(image, Constant):
+        args = (ct, conj(e, image), zeros(weight.spec), None, *geometry, [False, True, False])
         out, index = weight, 1
     else:
         return None

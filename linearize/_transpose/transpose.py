@@ -20,9 +20,10 @@ from .._capture.collectives import Collective
 from .._capture.custom import CustomBackward, CustomJvp
 from .._capture.graph import Graph
 from .._capture.signature import shared_memory
+from .._programs.numbers import Numbers
 from .._programs.origins import Origin, Saved
-from .._programs.program import Emitter, Equation, Program, Var
-from .._programs.residuals import Residual
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Var
 from .._record.node_programs import NODE_PROGRAMS, NodeProgram, dense
 from .._record.stretch import NodeBackward
 from .._record.walk import record_function, record_pullback
@@ -35,15 +36,24 @@ from . import norm_rules as norm_rules  # registers its rules
 from .rules import fit, rule_for
 
 
-def transpose(program: Program, name: str = "pushforward") -> Program:
+def transpose(program: Program, numbers: Numbers, name: str = "pushforward") -> Program:
     """Return the transpose of a linear program.
+
+    Parameters
+    ----------
+    program
+        The program.
+    numbers
+        Those that it reads; receive those that the transpose reads.
+    name
+        Of the transpose.
 
     Raises
     ------
     UnsupportedError
         If an operation cannot be transposed; the message names it.
     """
-    e = Emitter(fixed=program.fixed)
+    e = Emitter(numbers=numbers, fixed=program.fixed)
     inputs = [Var(spec) for spec in program.specs]
     cotangents: dict[Var, Var] = {}
 
@@ -54,7 +64,7 @@ def transpose(program: Program, name: str = "pushforward") -> Program:
     for v, ct in zip(program.outputs, inputs, strict=True):
         if v is not None:
             add(v, ct)
-    masks = _masks(program)
+    masks = _masks(program, numbers)
     for eq in reversed(program.equations):
         cts = [None if v is None else cotangents.pop(v, None) for v in eq.outputs]
         if any(cts) or eq.communicates:
@@ -75,7 +85,7 @@ _SCALINGS = frozenset({aten.mul.Tensor, aten.div.Tensor})
 _PLAIN = frozenset({aten.mul.Scalar, aten.div.Scalar, aten.neg.default})
 
 
-def _masks(program: Program) -> dict[Var | None, Mask]:
+def _masks(program: Program, numbers: Numbers) -> dict[Var | None, Mask]:
     """Return what sets entries to zero in values that are read by nothing else.
 
     PyTorch divides by zero and drops the result afterwards. The transpose drops first, and
@@ -88,7 +98,7 @@ def _masks(program: Program) -> dict[Var | None, Mask]:
         inputs = eq.inputs()
         if len(inputs) != 1 or count[inputs[0]] != 1 or out is None or inputs[0].spec != out.spec:
             continue
-        if _is_mask(eq):
+        if _is_mask(eq, numbers):
             masks[inputs[0]] = functools.partial(_masked, eq)
         elif out in masks and eq.op in _SCALINGS | _PLAIN:
             masks[inputs[0]] = masks[out]
@@ -107,21 +117,21 @@ def _kept_zero(
     return [(x, fit(e, mask(e, ct), x.spec)) for _, ct in _transposed(e, whole, cts)]
 
 
-def _is_mask(eq: Equation) -> bool:
+def _is_mask(eq: Equation, numbers: Numbers) -> bool:
     """Whether an equation does nothing but set entries of its one variable to zero."""
     if eq.op is aten.masked_fill.Scalar:
         return bool(eq.args[2] == 0)
     if eq.op not in (aten.where.self, aten.masked_fill.Tensor):
         return False
-    others = [x for x in eq.args if isinstance(x, Residual) and x.tensor.dtype != torch.bool]
-    return isinstance(eq.args[eq.op is aten.masked_fill.Tensor], Residual) and all(
-        _is_always_zero(r) for r in others
+    others = [x for x in eq.args if isinstance(x, Constant) and x.spec.dtype != torch.bool]
+    return isinstance(eq.args[eq.op is aten.masked_fill.Tensor], Constant) and all(
+        _is_always_zero(c, numbers) for c in others
     )
 
 
-def _is_always_zero(r: Residual) -> bool:
-    """Whether a residual is zero at every point for which the program may be used."""
-    return (r.origin is None or r.origin.static) and not bool(r.tensor.any())
+def _is_always_zero(c: Constant, numbers: Numbers) -> bool:
+    """Whether a constant is zero at every point for which the program may be used."""
+    return (c.origin.static or not c.origin.portable) and not bool(numbers[c].any())
 
 
 def _masked(mask: Equation, e: Emitter, v: Var) -> Var:
@@ -183,62 +193,66 @@ def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tu
 
     That is done once for all such operations, with arguments of the same kind.
     """
-    variables = list(dict.fromkeys(eq.inputs()))
-    residuals = list(dict.fromkeys(eq.residuals()))
-    key = _kind(eq, cts, variables, residuals)
+    variables, constants = list(dict.fromkeys(eq.inputs())), list(dict.fromkeys(eq.constants()))
+    key = _kind(eq, cts, variables, constants, e.numbers)
     known = NODE_PROGRAMS.find(key)
     if known is None:
-        given = [
-            Residual(r.tensor, r.source, Saved(0, "given", i)) for i, r in enumerate(residuals)
-        ]
-        program = _recorded_transpose(eq, cts, variables, given)
+        own = Numbers()
+        given = [Constant(c.spec, Saved(0, "given", i)) for i, c in enumerate(constants)]
+        own.put(given, e.numbers.residuals(constants))
+        program = _recorded_transpose(eq, cts, variables, given, own)
         outputs = [None if v is None else (v, dense(v.spec.shape)) for v in program.outputs]
         known = NodeProgram.of(0, program.inputs, program.equations, outputs)
-        if known is None or program.fixed:
-            for r in program.residuals():
-                r.origin = None
-            return _inlined(e, program, variables, cts)
+        if known is None or program.fixed:  # it holds at this point only
+            theirs = {g.origin: c for g, c in zip(given, constants, strict=True)}
+            moved = {c: theirs.get(c.origin) or e.constant(own[c]) for c in program.constants}
+            results = e.inline(program, [ct for ct in cts if ct is not None], moved)
+            return _fitted(e, variables, results)
         NODE_PROGRAMS.keep(key, known)
-    mine = {id(r.tensor): r for r in residuals}
+    mine = {id(e.numbers[c]): c for c in constants}
 
-    def adopt(t: torch.Tensor, origin: Origin | None) -> Residual:
-        return mine.get(id(t)) or Residual(t, e.source, origin)
+    def adopt(t: torch.Tensor, origin: Origin) -> Constant:
+        return mine.get(id(t)) or e.numbers.constant(t, e.source, origin)
 
     with torch.inference_mode(False), torch.no_grad():
-        results = known.write(
+        written = known.write(
             e,
             [ct for ct in cts if ct is not None],
-            lambda o: residuals[o.position or 0].tensor,
-            lambda o: residuals[o.position or 0].origin,
+            lambda o: e.numbers[constants[o.position or 0]],
+            lambda o: constants[o.position or 0].origin,
             adopt,
         )
-    return [
-        (v, fit(e, got.var, v.spec))
-        for v, got in zip(variables, results, strict=True)
-        if got is not None
-    ]
+    return _fitted(e, variables, [None if g is None else g.var for g in written])
+
+
+def _fitted(
+    e: Emitter, variables: Sequence[Var], results: Sequence[Var | None]
+) -> list[tuple[Var, Var]]:
+    pairs = zip(variables, results, strict=True)
+    return [(v, fit(e, got, v.spec)) for v, got in pairs if got is not None]
 
 
 def _kind(
     eq: Equation,
     cts: Sequence[Var | None],
     variables: Sequence[Var],
-    residuals: Sequence[Residual],
+    constants: Sequence[Constant],
+    numbers: Numbers,
 ) -> Hashable:
     """Return what the transpose of an operation depends on besides numbers."""
 
     def kind(x: Any) -> Any:
         if isinstance(x, Var):
             return variables.index(x), x.spec
-        if isinstance(x, Residual):
-            t = x.tensor
-            return residuals.index(x), TensorSpec.of(t), t.stride(), t.is_conj(), t.is_neg()
+        if isinstance(x, Constant):
+            t = numbers[x]
+            return constants.index(x), x.spec, t.stride(), t.is_conj(), t.is_neg()
         if isinstance(x, (list, tuple)):
             return tuple(map(kind, x))
         return type(x), repr(x)
 
     keywords = tuple([(k, kind(x)) for k, x in sorted(eq.kwargs.items())])
-    shared = shared_memory([r.tensor for r in residuals])
+    shared = shared_memory([numbers[c] for c in constants])
     wanted = tuple([None if c is None else c.spec for c in cts])
     return eq.op, kind(eq.args), keywords, wanted, shared
 
@@ -247,27 +261,31 @@ def _recorded_transpose(
     eq: Equation,
     cts: Sequence[Var | None],
     variables: Sequence[Var],
-    given: Sequence[Residual],
+    given: Sequence[Constant],
+    own: Numbers,
 ) -> Program:
-    """Record the transpose of an operation, from its cotangents to those of its variables."""
+    """Record the transpose of an operation, from its cotangents to those of its variables.
+
+    What it reads is in `own`: `given` are its constants there.
+    """
     generator = torch.Generator().manual_seed(2)
-    stand_ins = dict(zip(dict.fromkeys(eq.residuals()), given, strict=True))
+    stand_ins = dict(zip(dict.fromkeys(eq.constants()), given, strict=True))
     with torch.inference_mode(False), torch.enable_grad():
         numbers = {v: v.spec.random(generator).requires_grad_() for v in variables}
 
         def number(x: Any) -> Any:
-            if isinstance(x, Residual):
-                return stand_ins[x].tensor
+            if isinstance(x, Constant):
+                return own[stand_ins[x]]
             return numbers[x] if isinstance(x, Var) else x
 
         arguments, keywords = map_leaves(number, eq.args), map_leaves(number, eq.kwargs)
         try:
             out = eq.op(*arguments, **keywords)
-            return _pullback_of(out, [numbers[v] for v in variables], cts, given)
+            return _pullback_of(out, [numbers[v] for v in variables], cts, given, own)
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            decomposed = _by_decomposition(eq, cts, variables, stand_ins)
+            decomposed = _by_decomposition(eq, cts, variables, stand_ins, own)
             if decomposed is not None:
                 return decomposed
             raise UnsupportedError(
@@ -280,7 +298,8 @@ def _pullback_of(
     out: Any,
     leaves: list[torch.Tensor],
     cts: Sequence[Var | None],
-    given: Sequence[Residual],
+    given: Sequence[Constant],
+    own: Numbers,
 ) -> Program:
     outs = out if isinstance(out, (tuple, list)) else (out,)
     roots = []
@@ -294,25 +313,15 @@ def _pullback_of(
         roots.append((edge.node, edge.output_nr))
         specs.append(ct.spec)
     graph = Graph(roots, [get_gradient_edge(x).node for x in leaves])
-    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves], given=given)
-
-
-def _inlined(
-    e: Emitter, program: Program, variables: Sequence[Var], cts: Sequence[Var | None]
-) -> list[tuple[Var, Var]]:
-    results = e.inline(program, [ct for ct in cts if ct is not None])
-    return [
-        (v, fit(e, got, v.spec))
-        for v, got in zip(variables, results, strict=True)
-        if got is not None
-    ]
+    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves], own, given=given)
 
 
 def _by_decomposition(
     eq: Equation,
     cts: Sequence[Var | None],
     variables: Sequence[Var],
-    stand_ins: Mapping[Residual, Residual],
+    stand_ins: Mapping[Constant, Constant],
+    own: Numbers,
 ) -> Program | None:
     """Transpose one operation through the operations that it decomposes into."""
     parts = decompositions(eq.op)
@@ -323,8 +332,8 @@ def _by_decomposition(
         given = dict(zip(variables, numbers, strict=True))
 
         def number(x: Any) -> Any:
-            if isinstance(x, Residual):
-                return stand_ins[x].tensor
+            if isinstance(x, Constant):
+                return own[stand_ins[x]]
             return given[x] if isinstance(x, Var) else x
 
         out = parts(*map_leaves(number, eq.args), **map_leaves(number, eq.kwargs))
@@ -336,11 +345,12 @@ def _by_decomposition(
             fn,
             [v.spec for v in variables],
             specs,
+            own,
             name=eq.name,
             source=eq.source,
             given=list(stand_ins.values()),
         )
-        turned = transpose(program)
+        turned = transpose(program, own)
     except (LinearizeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

@@ -17,9 +17,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from .._execute.binding import BoundProgram
 from .._programs.aten import schema_of
-from .._programs.program import Equation, Program, Var
-from .._programs.residuals import Residual
+from .._programs.program import Equation
+from .._programs.values import Constant, Var
 from .._spaces.nested import map_leaves
 from .._torch.names import OpOverload
 
@@ -58,11 +59,12 @@ class TooDenseError(Exception):
 class _Reader:
     """Propagates the boolean matrices through one program."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: BoundProgram) -> None:
         sizes = [v.spec.numel for v in program.inputs]
         self.width = sum(sizes)
         self.rows: dict[Var, Rows] = {}
         self.exact = True
+        self.numbers = program.numbers()
         start = 0
         for v, size in zip(program.inputs, sizes, strict=True):
             self.rows[v] = sp.eye_array(size, self.width, k=start, dtype=bool, format="csr")
@@ -114,7 +116,7 @@ class _Reader:
         return (relation.astype(bool) @ rows.astype(bool)).tocsr()
 
 
-def dependence(program: Program) -> tuple[Rows, bool]:
+def dependence(program: BoundProgram) -> tuple[Rows, bool]:
     """Return the boolean matrix of a program's result, and whether every operation had a rule.
 
     Raises
@@ -180,7 +182,7 @@ def _move(reader: _Reader, eq: Equation) -> list[Rows] | None:
     def number(x: Any) -> Any:
         if isinstance(x, Var):
             return _index(x.spec.shape, starts[x] + 1)
-        return x.tensor.cpu() if isinstance(x, Residual) else x
+        return reader.numbers[x].cpu() if isinstance(x, Constant) else x
 
     name = schema_of(eq.op).name
     if name == "_to_copy" or (name == "constant_pad_nd" and any(eq.args[2:])):
@@ -276,9 +278,9 @@ def _matmul(reader: _Reader, eq: Equation) -> list[Rows] | None:
     if isinstance(a, Var) == isinstance(b, Var):
         return None
     v, other = (a, b) if isinstance(a, Var) else (b, a)
-    if not isinstance(other, Residual):
+    if not isinstance(other, Constant):
         return None
-    t = other.tensor
+    t = reader.numbers[other]
     if t.dim() == 1:  # dot, or mv with a variable matrix
         t = t[:, None] if isinstance(a, Var) else t[None, :]
     if isinstance(a, Var):
@@ -331,18 +333,13 @@ def _convolution_relation(
     return _kron(*factors)
 
 
-def _shape(x: Any) -> Sequence[int]:
-    return tuple(x.spec.shape) if isinstance(x, Var) else tuple(x.tensor.shape)
-
-
 def _convolution(reader: _Reader, eq: Equation) -> list[Rows] | None:
     v, weight, _bias, stride, padding, dilation, transposed, _, groups = eq.args
     out = eq.outputs[0]
     if not isinstance(v, Var) or len(eq.inputs()) != 1 or out is None:
         return None
-    relation = _convolution_relation(
-        v.spec.shape, out.spec.shape, _shape(weight), stride, padding, dilation, transposed, groups
-    )
+    shapes = v.spec.shape, out.spec.shape, weight.spec.shape
+    relation = _convolution_relation(*shapes, stride, padding, dilation, transposed, groups)
     return [reader.joined(relation, reader.rows[v])]
 
 
@@ -352,9 +349,8 @@ def _convolution_backward(reader: _Reader, eq: Equation) -> list[Rows] | None:
         return None
     if any(out is not None for out in eq.outputs[1:]):
         return None
-    relation = _convolution_relation(
-        _shape(given), v.spec.shape, _shape(weight), stride, padding, dilation, transposed, groups
-    )
+    shapes = given.spec.shape, v.spec.shape, weight.spec.shape
+    relation = _convolution_relation(*shapes, stride, padding, dilation, transposed, groups)
     joined = reader.joined(relation.T.tocsr(), reader.rows[v])
     return [joined, *([sp.csr_array((0, reader.width), dtype=bool)] * (len(eq.outputs) - 1))]
 
@@ -364,7 +360,7 @@ def _index_put(reader: _Reader, eq: Equation) -> list[Rows] | None:
     out = eq.outputs[0]
     if out is None or any(isinstance(i, Var) for i in indices):
         return None
-    places = [None if i is None else i.tensor.cpu() for i in indices]
+    places = [None if i is None else reader.numbers[i].cpu() for i in indices]
     target = torch.ops.aten.index.Tensor(_index(out.spec.shape), places)
     height = out.spec.numel
     total = sp.csr_array((height, reader.width), dtype=bool)
@@ -380,9 +376,9 @@ def _index_put(reader: _Reader, eq: Equation) -> list[Rows] | None:
 def _scatter_add(reader: _Reader, eq: Equation) -> list[Rows] | None:
     base, dim, index, source = eq.args[:4]
     out = eq.outputs[0]
-    if out is None or not isinstance(index, Residual):
+    if out is None or not isinstance(index, Constant):
         return None
-    places = index.tensor.cpu()
+    places = reader.numbers[index].cpu()
     total = sp.csr_array((out.spec.numel, reader.width), dtype=bool)
     if isinstance(base, Var):
         total = total + reader.rows[base]

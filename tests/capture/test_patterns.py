@@ -16,7 +16,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import linearize as lz
-from linearize.errors import UnsupportedError
+from linearize.errors import IgnoredHookWarning, UnsupportedError
 from tests.support.comparing import CALLS, Counted, close, compare
 from tests.support.references import like
 
@@ -263,7 +263,8 @@ def test_tensor_hooks_are_no_part_of_the_derivative() -> None:
         return h * 2
 
     x = rand(3)
-    here = lz.Linearizer(f).at(x)
+    with pytest.warns(IgnoredHookWarning, match="SinBackward0"):
+        here = lz.Linearizer(f).at(x)
     for call in range(CALLS):
         v = rand(3, seed=call)
         close(here.jvp_fn(v), 2 * x.cos() * v, 1e-12)
@@ -284,7 +285,8 @@ def test_module_hooks() -> None:
     net[0].register_full_backward_pre_hook(
         lambda m, go: called.append("pre") or tuple(7 * g for g in go)
     )
-    here = lz.Linearizer(net).at(rand(3))
+    with pytest.warns(IgnoredHookWarning, match="BackwardHookFunction"):
+        here = lz.Linearizer(net).at(rand(3))
     for call in range(CALLS):
         v, u = rand(3, seed=call), rand(2, seed=call)
         close(here.jvp_fn(v), plain.jvp_fn(v), 1e-12)
@@ -375,6 +377,26 @@ def test_plain_subclasses(kind: Any) -> None:
         ):
             assert type(mine) is torch.Tensor
             torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", [Tagged, Logging, nn.Parameter, nn.Buffer])
+def test_plain_subclasses_at_points_that_take_programs_over(kind: Any) -> None:
+    lin = lz.Linearizer(mixing)
+    for point in range(4):
+        x = rand(3, 4, seed=point)
+        given = x.as_subclass(kind) if issubclass(kind, (Tagged, Logging)) else kind(x)
+        here, plain = lin.at(given), lz.Linearizer(mixing, simplify=False).at(x)
+        for call in range(CALLS):
+            v = rand(3, 4, seed=call)
+            for mine, theirs in (
+                (here.jvp_fn(v), plain.jvp_fn(v)),
+                (here.vjp_fn(v)[0], plain.vjp_fn(v)[0]),
+            ):
+                assert type(mine) is torch.Tensor
+                torch.testing.assert_close(mine, theirs)
+        kept = [r.tensor for p in (here.jvp_fn, here.vjp_fn) for r in p.program.residuals()]
+        assert {type(t) for t in kept} == {torch.Tensor}
+    assert lin.stats().reused == 3
 
 
 def test_subclasses_as_directions() -> None:

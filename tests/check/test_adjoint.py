@@ -11,7 +11,8 @@ from torch.autograd import Function
 import linearize as lz
 from linearize._check.proof import Proof
 from linearize._execute.executor import Executor
-from linearize._programs.program import Equation, Program, Var
+from linearize._programs.program import Equation, Program
+from linearize._programs.values import Var
 from linearize._reuse.structure import PROVED
 from linearize._spaces.space import TensorSpec
 from linearize._torch.names import aten

@@ -64,6 +64,7 @@ RIGHT: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::linearize.errors.IndependenceWarning")
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_functions_pass(name: str) -> None:
     f, primals = RIGHT[name]

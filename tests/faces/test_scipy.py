@@ -272,8 +272,6 @@ def test_wrong_arguments():
         lz.scipy.VectorFunction(torch.sin, x, jac="banded")
     with pytest.raises(lz.errors.StructureError):
         lz.scipy.VectorFunction(torch.sin, 3.0)
-    with pytest.raises(lz.errors.UnsupportedError, match="complex"):
-        lz.scipy.VectorFunction(torch.sin, torch.zeros(2, dtype=torch.complex128))
     p = lz.scipy.ScalarFunction(torch.sin, x)
     with pytest.raises(lz.errors.StructureError, match=r"one real number.*\(3,\)"):
         p.fun(p.x0)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+import linearize as lz
 import linearize.func as lf
-from linearize import curvature, functional
+from linearize import curvature, functional, implicit
 from linearize.errors import UnsupportedError
 
 D = torch.float64
@@ -89,6 +92,10 @@ class ThroughAnother(Cube):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         return SquareNumpy.apply(ctx.saved_tensors[0], g)
+
+    @staticmethod
+    def jvp(ctx: Any, t: torch.Tensor) -> torch.Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * t
 
 
 class Once(Cube):
@@ -247,6 +254,7 @@ cube_op.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
+
 @torch.library.custom_op("second_derivatives::opaque", mutates_args=())
 def opaque_op(x: torch.Tensor) -> torch.Tensor:
     return x**3
@@ -329,3 +337,187 @@ def test_refused_by_name_where_it_has_none(name: str, face: str, outer: str) -> 
     kind = RuntimeError if name == "slope" else UnsupportedError
     with pytest.raises(kind, match=name):
         HESSIANS[face](make(REFUSED[name]))
+
+
+def test_gauss_newton_losses_and_minima_are_refused_too() -> None:
+    params = {"w": X.clone()}
+    losses: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        name: (lambda y, apply=apply: apply(y).sum()) for name, apply in REFUSED.items()
+    }
+    for name in ("Once", "OverNumpy", "HalfNumpy", "Items"):
+        with pytest.raises(UnsupportedError, match=name):
+            curvature.gauss_newton(lambda p: 2 * p["w"], params, losses[name])
+    right = curvature.gauss_newton(lambda p: 2 * p["w"], params, lambda y: Cube.apply(y).sum())
+    torch.testing.assert_close(right @ {"w": V}, {"w": 4 * 6 * 2 * X * V})
+
+    p = X.clone().requires_grad_()
+    found = p.detach() ** 2
+    for apply in (Once.apply, OverNumpy.apply):
+        with pytest.raises(UnsupportedError, match="second derivative"):
+            implicit.minimum(lambda x, p, apply=apply: (apply(x) / 3 - p**4 * x).sum(), found, p)
+    x = implicit.minimum(lambda x, p: (Cube.apply(x) / 3 - p**4 * x).sum(), found, p)
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), p)[0], 2 * X)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_product_differentiated_by_the_point_is_refused(name: str) -> None:
+    kind = RuntimeError if name == "slope" else UnsupportedError
+    x, u = X.clone().requires_grad_(), V.clone().requires_grad_()
+    (g,) = lf.vjp(REFUSED[name], x)[1](u)
+    torch.testing.assert_close(g.detach(), 3 * X**2 * V)
+    with pytest.raises(kind, match=name):
+        (g.sum() + (x**2).sum()).backward()
+    J = lf.jacrev(REFUSED[name])(x)
+    with pytest.raises(kind, match=name):
+        J.sum().backward()
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_product_differentiated_by_the_point_is_right(name: str) -> None:
+    x, u = X.clone().requires_grad_(), V.clone().requires_grad_()
+    for g in (lf.vjp(RIGHT[name], x)[1](u)[0], lf.jvp(RIGHT[name], (x,), (u,))[1]):
+        by_x, by_u = torch.autograd.grad((g * g).sum(), [x, u])
+        torch.testing.assert_close(by_x, 36 * X**3 * V**2)
+        torch.testing.assert_close(by_u, 18 * X**4 * V)
+
+
+def test_third_derivatives() -> None:
+    x = X.clone().requires_grad_()
+    (h,) = torch.autograd.grad(lf.vjp(Cube.apply, x)[1](V)[0].sum(), x, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(h.sum(), x)[0], 6 * V)
+
+
+def test_a_function_that_is_not_refused_is_called_as_often_as_before() -> None:
+    calls = []
+
+    class Counted(Cube):
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> Any:
+            calls.append(1)
+            return 3 * ctx.saved_tensors[0] ** 2 * g
+
+    here = curvature.hessian(lambda x: Counted.apply(x).sum(), X)
+    assert len(calls) == 1
+    for _ in range(5):
+        torch.testing.assert_close(here @ V, 6 * X * V)
+
+
+def test_contexts_are_left_as_they_were() -> None:
+    kept = []
+
+    class Kept(Cube):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            kept.append(ctx)
+            ctx.save_for_backward(x)
+            return x**3
+
+    lf.hessian(lambda x: Kept.apply(x).sum())(X)
+    assert not vars(kept.pop())
+
+
+def test_an_object_computed_outside_is_no_constant() -> None:
+    class Array(Cube):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.kept = {"slope": np.square(x.detach().numpy()) * 3}
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> Any:
+            return torch.as_tensor(ctx.kept["slope"]) * g + 0 * ctx.saved_tensors[0]
+
+    with pytest.raises(UnsupportedError, match=r"Array.*ctx\.kept"):
+        lf.hessian(lambda x: Array.apply(x).sum())(X)
+
+
+def test_first_derivatives_need_no_second_one() -> None:
+    for apply in REFUSED.values():
+        here = lz.Linearizer(apply).at(X)
+        torch.testing.assert_close(here.vjp_fn(V)[0], 3 * X**2 * V)
+        torch.testing.assert_close(lf.vjp(apply, X)[1](V)[0], 3 * X**2 * V)
+
+
+class InPlace(Function):
+    """Writes into a view, so that its node is hidden inside another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.kept = x.detach().clone()
+        x.pow_(3)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return 3 * ctx.kept**2 * g
+
+
+def test_a_node_hidden_inside_another() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x * 1.0
+        InPlace.apply(y[:1])
+        return y.sum()
+
+    with pytest.raises(UnsupportedError, match="InPlace"):
+        lf.hessian(f)(X)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_a_checkpoint(reentrant: bool) -> None:
+    def loss(apply: Apply) -> Apply:
+        def block(x: torch.Tensor) -> torch.Tensor:
+            return apply(x).sin()
+
+        return lambda x: checkpoint(block, x * 1, use_reentrant=reentrant).sum()
+
+    expected = torch.func.hessian(lambda x: (x**3).sin().sum())(X)
+    for cls in (Cube, KeepsInput):
+        torch.testing.assert_close(lf.hessian(loss(cls.apply))(X), expected)
+    for cls in (Once, SlopeKept, SlopeOverNumpy):
+        with pytest.raises(UnsupportedError, match=cls.__name__):
+            lf.hessian(loss(cls.apply))(X)
+
+
+class Mapped(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> Any:
+        return x**3, 3 * x**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs, output[1].detach())
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor, _: Any) -> Any:
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class MappedDetached(Mapped):
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor, _: Any) -> Any:
+        return 3 * ctx.saved_tensors[0].detach() ** 2 * g
+
+
+class MappedKept(Mapped):
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor, _: Any) -> Any:
+        return ctx.saved_tensors[1] * g
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_inside_vmap(mapped: bool) -> None:
+    def loss(cls: Any) -> Apply:
+        def single(x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = cls.apply(x)[0]
+            return result
+
+        return lambda x: (torch.vmap(single)(x) if mapped else single(x)).sum()
+
+    torch.testing.assert_close(lf.hessian(loss(Mapped))(X), torch.diag(6 * X))
+    for cls in (MappedDetached, MappedKept):
+        with pytest.raises(UnsupportedError, match=cls.__name__):
+            lf.hessian(loss(cls))(X)

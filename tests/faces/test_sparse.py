@@ -183,7 +183,7 @@ def test_as_many_products_as_colours():
 
     J._apply = counting
     got = sparse.jacobian(J, pattern=found)
-    assert sum(mapped) == colours.max() + 2  # the last one checks the result
+    assert sum(mapped) == colours.max() + 3  # the last two check the result
     assert runs == 1
     torch.testing.assert_close(got.to_dense(), dense(grid, u))
 

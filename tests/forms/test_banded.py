@@ -9,11 +9,13 @@ import torch
 from torch.autograd.functional import jacobian
 
 import linearize as lz
-from linearize._execute.executor import Executor
+from linearize._execute.binding import BoundProgram
+from linearize._execute.executor import runner
 from linearize._forms import dense as _dense
 from linearize._forms.banded import Banded
 from linearize._forms.dense import LEAST
-from linearize._programs.program import Emitter, Program, Var
+from linearize._programs.program import Emitter, Program
+from linearize._programs.values import Var
 from linearize._spaces.space import TensorSpec
 
 N = 30
@@ -32,7 +34,8 @@ def with_diagonals(n: int, *offsets: int) -> torch.Tensor:
 def product(banded: Banded, x: torch.Tensor, *, forward: bool) -> torch.Tensor:
     e, v = Emitter("a band"), Var(TensorSpec.of(x))
     out = (banded.times if forward else banded.transposed_times)(e, v)
-    result = Executor(Program([v], e.equations, [out], [v.spec]))([x])[0]
+    program = Program([v], e.equations, [out], [v.spec])
+    result = runner(BoundProgram.of(program, e.numbers))([x])[0]
     assert result is not None
     return result
 

@@ -18,7 +18,8 @@ from linearize._execute.executor import Executor
 from linearize._forms import compiled as _compile
 from linearize._forms.cuda_graphs import Replays
 from linearize._forms.segments import Segments, Stretch
-from linearize._programs.program import Equation, Operation, Program, Var
+from linearize._programs.program import Equation, Operation, Program
+from linearize._programs.values import Var
 from linearize._spaces.space import TensorSpec
 from linearize._torch.names import aten
 from linearize.errors import CompilationWarning, OptionError, StalenessError
@@ -329,7 +330,7 @@ def test_a_program_in_segments() -> None:
     whole = program(calls)
     executor = Executor(whole)
     segments = Segments(whole, executor.copies)
-    binding = Binding.of(whole)
+    binding = Binding((), whole.opaque())
     check(lambda t: segments([t], binding), [2.5, 4, 1, 5, None])
     assert sorted(calls) == sorted(["first", "second", "third"] * 3)
     # What needs no call before it is in one stretch.
@@ -345,7 +346,7 @@ def test_a_program_in_segments() -> None:
 def test_undefined_results_are_zero_in_segments() -> None:
     whole = program([], nothing=True)
     segments = Segments(whole, Executor(whole).copies)
-    e, h, a, d, _ = segments([torch.ones(3, dtype=torch.float64)], Binding.of(whole))
+    e, h, a, d, _ = segments([torch.ones(3, dtype=torch.float64)], Binding((), whole.opaque()))
     for t, value in ((e, 0), (h, 4), (a, 1), (d, 0)):
         assert t is not None
         assert t.tolist() == [value] * 3
@@ -382,7 +383,7 @@ def test_stretches_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     whole = program(calls)
     segments = Segments(whole, Executor(whole).copies)
-    binding, replays = Binding.of(whole), Replays(capture, SPEC.device)
+    binding, replays = Binding((), whole.opaque()), Replays(capture, SPEC.device)
     check(lambda t: segments([t], binding, replays), [2.5, 4, 1, 5, None])
     assert len(captures) == 2
     assert log == ["begin", "replay", "end"] * 6
@@ -397,7 +398,7 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
     whole = program([])
     segments = Segments(whole, Executor(whole).copies)
-    binding, replays = Binding.of(whole), Replays(capture, SPEC.device)
+    binding, replays = Binding((), whole.opaque()), Replays(capture, SPEC.device)
     check(lambda t: segments([t], binding, replays), [2.5, 4, 1, 5, None])
 
 
@@ -406,14 +407,14 @@ def test_what_is_elsewhere_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> N
     whole = program([])
     segments = Segments(whole, Executor(whole).copies)
     replays = Replays(lambda _: pytest.fail("captured"), torch.device("meta"))
-    check(lambda t: segments([t], Binding.of(whole), replays), [2.5, 4, 1, 5, None])
+    check(lambda t: segments([t], Binding((), whole.opaque()), replays), [2.5, 4, 1, 5, None])
 
 
 def test_short_stretches_are_not_captured() -> None:
     whole = program([])
     segments = Segments(whole, Executor(whole).copies)
     replays = Replays(lambda _: pytest.fail("captured"), SPEC.device)
-    check(lambda t: segments([t], Binding.of(whole), replays), [2.5, 4, 1, 5, None])
+    check(lambda t: segments([t], Binding((), whole.opaque()), replays), [2.5, 4, 1, 5, None])
 
 
 def test_memory_is_let_go_after_a_compiler_failed() -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import linearize as lz
+from linearize.errors import IgnoredHookWarning
 
 # `torch.func.jvp`, the reference here, compiles something when it is first called.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -435,7 +436,8 @@ def test_gradient_hooks_of_f_are_no_part_of_its_derivative() -> None:
 
     x = rand(3)
     ones = torch.ones(3, dtype=torch.float64)
-    here = lz.Linearizer(f).at(x)
+    with pytest.warns(IgnoredHookWarning, match="SinBackward0"):
+        here = lz.Linearizer(f).at(x)
     torch.testing.assert_close(here.vjp_fn(ones)[0], 2 * x.cos())
     torch.testing.assert_close(here.jvp_fn(ones), torch.func.jvp(f, (x,), (ones,))[1])
 
@@ -458,7 +460,8 @@ def test_outputs_that_do_not_depend_on_the_primals() -> None:
     back = here.vjp_fn((None, torch.ones(3), rand(2), None, None))
     assert not any(t.any() for t in back)
 
-    constant = lz.Linearizer(lambda x: torch.ones(3)).at(x)
+    with pytest.warns(lz.errors.IndependenceWarning, match="depends on no primal"):
+        constant = lz.Linearizer(lambda x: torch.ones(3)).at(x)
     assert constant.jvp_fn(x).tolist() == [0, 0, 0]
     assert constant.vjp_fn(torch.ones(3))[0].tolist() == [0, 0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -466,12 +467,14 @@ def test_the_gradient_of_a_product_is_not_stale_either() -> None:
         torch.autograd.grad(y.sum(), v)
 
 
-def test_clear_for_what_cannot_be_seen() -> None:
-    factor = 1.0
-    lin = lz.Linearizer(lambda x: x * factor)
+def test_clear_for_what_cannot_be_seen(tmp_path: Path) -> None:
+    file = tmp_path / "factor"
+    file.write_text("1")
+    lin = lz.Linearizer(lambda x: x * float(file.read_text()))
     x = point(1, 2)
     old = lin.at(x)
-    factor = 3.0
+    file.write_text("3")
+    assert lin.at(x) is old
     lin.clear()
     assert lin.at(x).value.tolist() == [3, 6]
     assert old.jvp_fn(x).tolist() == [1, 2]

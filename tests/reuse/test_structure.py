@@ -337,3 +337,22 @@ def test_what_was_folded_is_let_go_at_later_points_too() -> None:
     here.vjp_fn(x)
     assert counts(lin) == (1, 1)
     assert here.nbytes <= 2 * x.nbytes
+
+
+def test_a_product_of_two_points_reads_the_numbers_of_both() -> None:
+    """Points of one structure run one program, each with numbers of its own."""
+    lin = lz.Linearizer(lambda x: x.sin() * x.exp())
+    x, y = (torch.linspace(0.1, k, 4, dtype=torch.float64) for k in (1, 2))
+    here, there = lin.at(x), lin.at(y)
+    for _ in range(4):  # what comes of both directions is simplified and shared
+        here.jvp_fn(x), here.vjp_fn(x), there.jvp_fn(x), there.vjp_fn(x)
+    both = here.jvp_fn._then(there.vjp_fn, "both")
+    turned = both._transposed()
+
+    def d(x: torch.Tensor) -> torch.Tensor:
+        return x.exp() * (x.sin() + x.cos())
+
+    for _ in range(5):
+        torch.testing.assert_close(both._apply([x])[0], d(x) * d(y) * x)
+        torch.testing.assert_close(turned._apply([x])[0], d(x) * d(y) * x)
+        here.jvp_fn(x), there.vjp_fn(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import linearize as lz
-from linearize._execute.executor import Executor
-from linearize._programs import recipes
-from linearize._programs.program import Emitter, Program, Var
-from linearize._programs.residuals import Residual
-from linearize._simplify import equal_numbers, rowwise_matrices
+from linearize._execute.binding import BoundProgram
+from linearize._execute.executor import runner
+from linearize._programs.program import Emitter, Program
+from linearize._programs.values import Var
 from linearize._simplify.moves import merge_moves
 from linearize._simplify.products import scale_products
 from linearize._spaces.space import TensorSpec
@@ -34,13 +34,13 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, dtype=D, generator=generator)
 
 
-def simplified(f: Callable[..., Any], *primals: torch.Tensor) -> tuple[Program, Program]:
+def simplified(f: Callable[..., Any], *primals: torch.Tensor) -> tuple[BoundProgram, BoundProgram]:
     """Return both programs as they are run in the end, compared with references on the way."""
     pair = compare(f, *primals).program
     return pair.pushforward, pair.pullback
 
 
-def names(program: Program) -> Counter[str]:
+def names(program: Program | BoundProgram) -> Counter[str]:
     return Counter(eq.name for eq in program.equations)
 
 
@@ -203,10 +203,11 @@ def test_chains_of_moves_stay_the_same(seed: int) -> None:
     x = randn(4, 6, 3)
     here = lz.Linearizer(f, simplify=False).at(x)
     for program, v in ((here.program.pushforward, x), (here.program.pullback, randn(*f(x).shape))):
-        moved = merge_moves(program)
+        numbers = program.numbers()
+        moved = merge_moves(program.program, numbers)
         moved.check()
         assert len(moved.equations) <= len(program.equations)
-        (got,), (expected,) = Executor(moved)([v]), Executor(program)([v])
+        (got,), (expected,) = runner(BoundProgram.of(moved, numbers))([v]), runner(program)([v])
         torch.testing.assert_close(got, expected)
     simplified(f, x)
     torch.testing.assert_close(lz.Linearizer(f).at(x).jvp_fn(x), f(x))
@@ -220,13 +221,13 @@ def test_a_common_factor_of_products_is_multiplied_once(of_argument: bool) -> No
     results = []
     for factor in (a, b):
         spec = TensorSpec.of(x @ factor)
-        product = e.emit(aten.mm.default, (y, Residual(factor)), spec)
+        product = e.emit(aten.mm.default, (y, e.constant(factor)), spec)
         results.append(e.emit(aten.mul.Scalar, (product, 0.5), spec))
     program = Program([v], e.equations, results, [r.spec for r in results])
     scaled = scale_products(program)
     assert names(scaled)["mul.Scalar"] == (2 if of_argument else 1)
     z = x if of_argument else x.cumsum(0)
-    for got, factor in zip(Executor(scaled)([x]), (a, b), strict=True):
+    for got, factor in zip(runner(BoundProgram.of(scaled, e.numbers))([x]), (a, b), strict=True):
         torch.testing.assert_close(got, z @ factor / 2)
 
 
@@ -327,7 +328,7 @@ def test_both_directions_keep_the_same_matrices_of_rows(first: str) -> None:
         assert len(rows_of(here.jvp_fn.program)) == 1
 
 
-def rows_of(program: Program) -> set[int]:
+def rows_of(program: BoundProgram) -> set[int]:
     return {id(r.tensor) for r in program.residuals() if r.source == "rows"}
 
 
@@ -419,7 +420,7 @@ def test_what_is_only_watched_is_not_kept() -> None:
 # -- what both directions keep ------------------------------------------------------------------
 
 
-def folded(program: Program) -> set[int]:
+def folded(program: BoundProgram) -> set[int]:
     """Return the addresses of the folded diagonals of a program."""
     return {r.tensor.data_ptr() for r in program.residuals() if r.source == "folded diagonals"}
 
@@ -498,19 +499,11 @@ def test_a_mask_is_read_where_the_graph_keeps_it(f: Callable[..., Any]) -> None:
     for program in (there, back):
         assert not any(r.source == "folded diagonals" for r in program.residuals())
         (mask,) = [eq.args[1] for eq in program.equations if eq.name == "threshold_backward"]
-        masks.append(mask.tensor.untyped_storage().data_ptr())
+        masks.append(program.numbers()[mask].untyped_storage().data_ptr())
     assert masks[0] == masks[1]
 
 
 def test_nothing_is_remembered_of_points_that_are_gone() -> None:
-    registers = (
-        recipes._KNOWN,
-        equal_numbers._KEPT,
-        rowwise_matrices._KEPT,
-        rowwise_matrices._WIDTHS,
-    )
-    gc.collect()
-    before = [len(r) for r in registers]
     points = []
     for f, primals in (
         (reproject, (randn(7, 3), randn(7, 3, seed=1), randn(20, 3))),
@@ -520,10 +513,15 @@ def test_nothing_is_remembered_of_points_that_are_gone() -> None:
         for _ in range(5):
             here.vjp_fn(here.jvp_fn(*primals))
         points.append(here)
-    assert all(len(r) > n for r, n in zip(registers, before, strict=True))
-    del here, points
+    pools = [here.jvp_fn._pool for here in points]
+    for pool in pools:
+        assert pool.made
+        assert pool.residuals
+        assert pool.alike
+    gone = [weakref.ref(x) for pool in pools for x in (pool, *pool.residuals.values())]
+    del here, points, pools, pool
     gc.collect()
-    assert [len(r) for r in registers] == before
+    assert all(ref() is None for ref in gone)
 
 
 def test_long_chains_are_not_remembered_link_by_link() -> None:
@@ -532,10 +530,8 @@ def test_long_chains_are_not_remembered_link_by_link() -> None:
             x = x + torch.sin(x) * 1e-4
         return x
 
-    gc.collect()
-    before = len(recipes._KNOWN)
     here = lz.Linearizer(f).at(randn(4))
     for _ in range(5):
         here.vjp_fn(here.jvp_fn(randn(4)))
     gc.collect()
-    assert len(recipes._KNOWN) - before < 500
+    assert len(here.jvp_fn._pool.made) < 500

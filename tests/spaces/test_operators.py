@@ -224,7 +224,7 @@ def test_gram_is_one_program():
     for _ in range(4):
         v = rand(7, seed=1)
         torch.testing.assert_close(G @ v, d * d * v)
-    assert len(G._apply.args[0].program.equations) == 1
+    assert len(G._product.program.equations) == 1
 
 
 @pytest.mark.parametrize("used_before", [False, True])

@@ -88,7 +88,7 @@ for name in {names}:
 
 
 def run(*parts: str) -> None:
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "\n".join(parts)],
         capture_output=True,

@@ -14,8 +14,8 @@ from torch.autograd import Function
 
 import linearize as lz
 from linearize.errors import MissingDerivativeError, StalenessError, UnsupportedError
-
-from .comparing import CALLS, Counted, close, like
+from tests.support.comparing import CALLS, Counted, close
+from tests.support.references import like
 
 D, C = torch.float64, torch.complex128
 pytestmark = [

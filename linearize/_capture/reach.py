@@ -1,0 +1,501 @@
+"""What the code of f can reach, beside its arguments.
+
+A value that is remembered is right only as long as all that it came from is the same: variables
+of enclosing functions, defaults, global variables that the code names, attributes of objects,
+lists, dicts, arrays. `Reach.now` writes all that down. Objects whose attributes are read by code
+that can be seen count with the attributes that this code names, others with all of them. Tensors,
+classes and modules are referred to weakly.
+"""
+
+from __future__ import annotations
+
+import abc
+import array
+import collections
+import enum
+import functools
+import io
+import logging
+import operator
+import random
+import re
+import sys
+import threading
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, ItemsView, Iterable, KeysView, Mapping, ValuesView
+from itertools import repeat
+from typing import Any, Generic, Protocol, TypeAlias
+
+import torch
+
+from .._torch.names import CustomOpDef, holds_tensors, operator_functions
+from .code import is_installed, read_by
+from .module_tree import Tree
+from .state import PLAIN, State
+
+#: A name, and in what it stands: `(("f", "net"), "scale")`.
+Where: TypeAlias = tuple[Any, str]
+
+#: How many things are looked at.
+_MOST = 50_000
+#: What f writes to, waits for or draws from, and objects that stay what they are.
+_LEFT_ALONE: tuple[type, ...] = (
+    *(logging.Logger, logging.Handler, logging.LoggerAdapter, io.IOBase),
+    *(threading.Thread, threading.Event, threading.Barrier, threading.local),
+    *(threading.Condition, threading.Semaphore, type(threading.Lock()), type(threading.RLock())),
+    *(enum.Enum, re.Pattern, random.Random, torch.Generator),
+    *(types.WrapperDescriptorType, types.MethodDescriptorType, types.MethodWrapperType),
+    *(types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
+)
+#: Packages whose C code is taken to hide nothing.
+_TRUSTED = (frozenset(("torch", "numpy", "scipy")) | sys.stdlib_module_names) - {
+    "ctypes",
+    "_ctypes",
+}
+_LEFT_ALONE_PACKAGES = frozenset(
+    "asyncio concurrent contextlib contextvars multiprocessing queue threading".split()
+)
+#: What stands in a class and is not read by code that can be seen.
+_BORING = frozenset(
+    "__module__ __doc__ __dict__ __weakref__ __qualname__ __annotations__ __annotate__ "
+    "__annotate_func__ __annotations_cache__ __firstlineno__ __static_attributes__ "
+    "__orig_bases__ __parameters__ __abstractmethods__ _abc_impl __repr__ __str__ __slots__ "
+    "__match_args__ __dataclass_fields__ __dataclass_params__ __hash__ __reduce__".split()
+)
+#: What of it is read when an object is made.
+_MAKING = frozenset("__init__ __new__ __post_init__ __init_subclass__ __set_name__".split())
+
+
+class Reach:
+    """What the code of a function can reach.
+
+    Parameters
+    ----------
+    f
+        The function.
+    """
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self._f = f
+        #: Attributes that any code in reach reads. They grow until no code is new.
+        self.names: set[str] = set()
+        self.any_name = False
+        self._trees: weakref.WeakKeyDictionary[torch.nn.Module, Tree]
+        self._trees = weakref.WeakKeyDictionary()
+
+    def tree(self, root: torch.nn.Module) -> Tree:
+        """Return what a module and those inside it hold now."""
+        try:
+            known = self._trees.get(root)
+            if known is None or not known.unchanged():
+                known = self._trees[root] = Tree(root, _is_own, _has_code)
+        except TypeError:  # it has no hash
+            known = Tree(root, _is_own, _has_code)
+        return known
+
+    def forget(self) -> None:
+        """Let go of what was noted of modules, weak references to tensors among it."""
+        self._trees.clear()
+
+    def now(self, others: Iterable[Any] = ()) -> State:
+        """Return what can be reached now, from f or from one of `others`."""
+        roots = [(x, (None, f"argument {i}")) for i, x in enumerate(others)]
+        name = getattr(self._f, "__qualname__", None) or type(self._f).__name__
+        roots.append((self._f, (None, name)))
+        while True:
+            before = len(self.names), self.any_name
+            walk = _Walk(self)
+            try:
+                walk.run(roots)
+            except Exception as error:  # an object of the user's does as it likes
+                walk.unseen = f"what f can reach ({type(error).__name__}: {error})"
+            if (len(self.names), self.any_name) == before:
+                return State(walk.tokens, walk.tensors, walk.unseen)
+
+
+class _Walk:
+    """One look at all that can be reached."""
+
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
+        self._names = reach.names
+        self.tokens: list[Any] = []
+        self.tensors: list[weakref.ref[torch.Tensor]] = []
+        self.unseen = ""
+        self._stack: list[tuple[Any, Where]] = []
+        #: What was seen, in order: kept alive, so that no other thing gets its id.
+        self._seen: dict[int, tuple[int, Any]] = {}
+        self._classes: dict[tuple[int, bool], type] = {}
+
+    def run(self, roots: Iterable[tuple[Any, Where]]) -> None:
+        """Look at everything that can be reached from some roots."""
+        stack, tokens, seen = self._stack, self.tokens, self._seen
+        stack.extend(roots)
+        while stack:
+            x, where = stack.pop()
+            kind = type(x)
+            if kind in PLAIN:
+                tokens.append(x)
+                continue
+            before = seen.get(id(x))
+            if before is not None:
+                tokens.append(_again(before[0]))
+                continue
+            seen[id(x)] = (len(seen), x)
+            if len(seen) > _MOST:
+                self.unseen = f"{_text(where)} (more than {_MOST} things)"
+                return
+            _look_of(kind)(self, x, where)
+
+    def _hidden(self, x: Any, where: Where) -> None:
+        """Take note of something that cannot be looked into."""
+        self.tokens.append(type(x).__name__)
+        self.unseen = self.unseen or f"{_text(where)} ({type(x).__module__}.{type(x).__name__})"
+
+    def _fixed(self, x: Any, _: Where) -> None:
+        """Take note of something that stays what it is."""
+        try:
+            self.tokens.append(weakref.ref(x))
+        except TypeError:
+            self.tokens.append(x)
+
+    def _tensor(self, x: torch.Tensor, _: Where) -> None:
+        ref = weakref.ref(x)
+        self.tokens.append(ref)
+        self.tensors.append(ref)
+
+    def _sequence(self, x: Any, where: Where) -> None:
+        items = tuple(x)
+        self._head(x)
+        if PLAIN.issuperset(map(type, items)):
+            self.tokens.append(items)
+            return
+        self.tokens.append(len(items))
+        self._stack.extend(zip(items, repeat((where, "[...]"))))
+
+    def _mapping(self, x: Mapping[Any, Any], where: Where) -> None:
+        self._sequence(tuple(x.keys()), where)
+        self._sequence(tuple(x.values()), where)
+        self._head(x)
+        if hasattr(x, "default_factory"):
+            self._stack.append((x.default_factory, (where, "default_factory")))
+
+    def _head(self, x: Any) -> None:
+        """Take note of a container's type, and of what a subclass adds to it."""
+        kind = type(x)
+        if kind.__module__ == "builtins":
+            self.tokens.append(kind)
+            return
+        self._code_of(kind, (None, kind.__qualname__))
+        if getattr(x, "__dict__", None):
+            self._attributes(x, vars(x), (None, kind.__qualname__))
+
+    def _buffer(self, x: Any, _: Where) -> None:
+        """Take note of memory, by its content."""
+        self.tokens.append((type(x).__name__, hash(bytes(x))))
+
+    def _array(self, x: Any, where: Where) -> None:
+        described = x.__array_interface__
+        self.tokens.append((described["typestr"], described["shape"], repr(described["descr"])))
+        if "O" in described["typestr"]:
+            self._sequence(x.ravel().tolist(), where)
+        else:
+            self.tokens.append(hash(x.tobytes()))
+
+    def _function(self, f: types.FunctionType, where: Where) -> None:
+        inner = f.__dict__.get("_torchdynamo_orig_callable")
+        if inner is not None:  # the rest is what the compiler keeps
+            self._stack.append((inner, where))
+            return
+        code = f.__code__
+        read = read_by(code)
+        tokens, stack = self.tokens, self._stack
+        tokens.append(code)
+        for given in (f.__defaults__, f.__kwdefaults__):
+            if given:
+                stack.append((given, (where, "default")))
+        for name, cell in zip(code.co_freevars, f.__closure__ or (), strict=True):
+            if name in read.free:
+                tokens.append(name)
+                try:
+                    stack.append((cell.cell_contents, (where, name)))
+                except ValueError:  # has no value yet
+                    tokens.append(cell)
+        if read.installed:
+            return
+        self._names |= read.attributes
+        self._reach.any_name |= read.any_attribute
+        for name in read.modules:
+            if name in sys.modules:
+                stack.append((sys.modules[name], (where, name)))
+        known = f.__globals__
+        for name in read.globals:
+            if name in known:
+                tokens.append(name)
+                stack.append((known[name], (where, name)))
+        if f.__dict__:
+            self._named(f.__dict__, where, any_name=self._reach.any_name)
+        tokens.append(_END)
+
+    def _method(self, f: types.MethodType, where: Where) -> None:
+        self._stack.append((f.__func__, where))
+        self._stack.append((f.__self__, (where, "__self__")))
+
+    def _builtin(self, f: Any, where: Where) -> None:
+        of = f.__self__
+        if of is None or isinstance(of, types.ModuleType):
+            package = (f.__module__ or getattr(of, "__name__", "")).partition(".")[0]
+            self.tokens.append(f)
+            if package not in _TRUSTED:
+                self._hidden(f, where)
+            return
+        self.tokens.append(f.__name__)
+        self._stack.append((of, (where, "__self__")))
+
+    def _partial(self, f: functools.partial[Any], where: Where) -> None:
+        self.tokens.append(functools.partial)
+        self._stack.append(((f.func, f.args, f.keywords), where))
+
+    def _wrapper(self, f: Any, where: Where) -> None:
+        """Look through a wrapper of C code around a function."""
+        self.tokens.append(type(f).__name__)
+        self._stack.append((f.__wrapped__, where))
+
+    def _property(self, p: property, where: Where) -> None:
+        self._stack.append((p.fget, where))
+
+    def _cached_property(self, p: functools.cached_property[Any], where: Where) -> None:
+        self._stack.append((p.func, where))
+
+    def _static(self, m: Any, where: Where) -> None:
+        self._stack.append((m.__func__, where))
+
+    def _reference(self, r: weakref.ref[Any], where: Where) -> None:
+        self._stack.append((r(), where))
+
+    def _python_module(self, m: types.ModuleType, where: Where) -> None:
+        self.tokens.append(m.__name__)
+        file = getattr(m, "__file__", None)
+        builtin = m.__name__ in sys.builtin_module_names
+        if not (builtin if file is None else is_installed(file)):
+            self._named(vars(m), where)
+
+    def _class(self, cls: type, where: Where) -> None:
+        """Look at a class that code can make objects of."""
+        self._code_of(cls, where, makes=True)
+
+    def _code_of(self, cls: type, where: Where, *, makes: bool = False) -> None:
+        """Look at what code can read of a class, if it is not an installed one."""
+        names, stack, tokens = self._names, self._stack, self.tokens
+        tokens.append(weakref.ref(cls))
+        if (id(cls), makes) in self._classes or not _has_code(cls):
+            return
+        self._classes[id(cls), makes] = cls
+        installed = [base for base in cls.__mro__ if _installed_class(base)]
+        for base in cls.__mro__:
+            if base in installed:
+                continue
+            for name, value in list(vars(base).items()):
+                if name in _BORING or (name in _MAKING and not makes):
+                    continue
+                # Methods of a known name may be called from code that is not looked at.
+                special = name[:2] == "__" or any(name in vars(b) for b in installed)
+                if name in names or special:
+                    tokens.append(name)
+                    stack.append((value, (where, name)))
+        tokens.append(_END)
+
+    def _object(self, x: Any, where: Where) -> None:
+        """Look at an object: its class, and its attributes."""
+        kind = type(x)
+        self._code_of(kind, (where, "__class__"))
+        found = False
+        for name in _slots(kind):
+            if hasattr(x, name):
+                found = True
+                self.tokens.append(name)
+                self._stack.append((getattr(x, name), (where, name)))
+        own = getattr(x, "__dict__", None)
+        if isinstance(own, dict):
+            self._attributes(x, own, where)
+        elif not found:
+            (self._fixed if _stays(kind) else self._hidden)(x, where)
+
+    def _attributes(self, x: Any, own: dict[str, Any], where: Where) -> None:
+        self._named(own, where, any_name=self._reach.any_name or not _is_own(type(x)))
+
+    def _named(self, own: Mapping[str, Any], where: Where, *, any_name: bool = False) -> None:
+        names, tokens, stack = self._names, self.tokens, self._stack
+        for name, value in list(own.items()):
+            if any_name or name in names:
+                tokens.append(name)
+                if type(value) in PLAIN:
+                    tokens.append(value)
+                else:
+                    stack.append((value, (where, name)))
+        tokens.append(_END)
+
+    def _ours(self, x: Any, where: Where) -> None:
+        """Look at an object of this package: what it keeps for itself is its own affair."""
+        self._fixed(x, where)
+        f = getattr(x, "f", None)
+        if callable(f):
+            self._stack.append((f, (where, "f")))
+
+    def _torch_module(self, m: torch.nn.Module, where: Where) -> None:
+        inner = m.__dict__.get("_modules", {}).get("_orig_mod")
+        if inner is not None:  # the rest is what the compiler keeps
+            self._stack.append((inner, where))
+            return
+        tree = self._reach.tree(m)
+        self.tokens.append(tree.tokens)
+        self.tensors += tree.tensors
+        for ref in tree.classes:
+            cls = ref()
+            if cls is not None:
+                self._code_of(cls, (where, cls.__qualname__))
+        for name, value in tree.others(self._names, any_name=self._reach.any_name):
+            self.tokens.append(name)
+            self._stack.append((value, (where, name)))
+        self.tokens.append(_END)
+
+    def _getter(self, x: Any, where: Where) -> None:
+        """Look at what reads attributes by names that no code shows."""
+        self._fixed(x, where)
+        self._reach.any_name = True
+
+    def _operator(self, op: Any, where: Where) -> None:
+        self._fixed(op, where)
+        self._stack.append((operator_functions(op), where))
+
+    def _script_function(self, f: Any, where: Where) -> None:
+        (self._hidden if holds_tensors(f) else self._fixed)(f, where)
+
+    def _scripted(self, m: Any, where: Where) -> None:
+        """Look at a TorchScript module, as far as Python sees it."""
+        self._fixed(m, where)
+        for part in m.modules():
+            self.tokens.append(part.training)
+        for t in (*m.parameters(), *m.buffers()):
+            self._tensor(t, where)
+
+
+_END = "end"
+
+_Look: TypeAlias = Callable[[_Walk, Any, Where], None]
+#: By exact type, for speed.
+_KNOWN: dict[type, _Look] = {
+    types.FunctionType: _Walk._function,
+    types.MethodType: _Walk._method,
+    types.BuiltinFunctionType: _Walk._builtin,
+    types.ModuleType: _Walk._python_module,
+    torch.Tensor: _Walk._tensor,
+    torch.nn.Parameter: _Walk._tensor,
+    dict: _Walk._mapping,
+    list: _Walk._sequence,
+    tuple: _Walk._sequence,
+    type: _Walk._class,
+}
+#: By base class, in this order.
+_KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
+    (torch.Tensor, _Walk._tensor),
+    (torch.jit.ScriptModule, _Walk._scripted),
+    (torch.nn.Module, _Walk._torch_module),
+    (torch.jit.ScriptFunction, _Walk._script_function),
+    (functools.partial, _Walk._partial),
+    (functools.cached_property, _Walk._cached_property),
+    (property, _Walk._property),
+    ((staticmethod, classmethod), _Walk._static),
+    (type(functools.lru_cache(len)), _Walk._wrapper),
+    (weakref.ref, _Walk._reference),
+    (CustomOpDef, _Walk._operator),
+    ((operator.attrgetter, operator.methodcaller), _Walk._getter),
+    (_LEFT_ALONE, _Walk._fixed),
+    (type, _Walk._class),
+    (types.ModuleType, _Walk._python_module),
+    ((dict, types.MappingProxyType, collections.UserDict), _Walk._mapping),
+    ((list, tuple, set, frozenset, deque, KeysView, ValuesView, ItemsView), _Walk._sequence),
+    ((bytearray, memoryview, array.array), _Walk._buffer),
+)
+_LOOKS: weakref.WeakKeyDictionary[type, _Look] = weakref.WeakKeyDictionary()
+_CODE: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_INSTALLED: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+#: Bases that read no attributes of their own accord, but those that are always looked at.
+_HARMLESS = (object, torch.nn.Module, torch.autograd.Function, abc.ABC, Generic, Protocol)
+_HEAP_TYPE = 1 << 9
+
+
+def _look_of(kind: type) -> _Look:
+    """Return how things of a type are looked at."""
+    look = _KNOWN.get(kind) or _LOOKS.get(kind)
+    if look is None:
+        look = _LOOKS[kind] = _found_look(kind)
+    return look
+
+
+def _found_look(kind: type) -> _Look:
+    package = kind.__module__.partition(".")[0]
+    if package == __name__.partition(".")[0]:
+        return _Walk._ours
+    if package in _LEFT_ALONE_PACKAGES or kind.__module__ == "torch._ops":
+        return _Walk._fixed
+    for base, look in _KINDS:
+        if issubclass(kind, base):
+            return look
+    return _Walk._array if hasattr(kind, "__array_interface__") else _Walk._object
+
+
+def _installed_class(cls: type) -> bool:
+    """Whether a class belongs to Python itself, to an installed package, or is written in C."""
+    known = _INSTALLED.get(cls)
+    if known is None:
+        if cls.__flags__ & _HEAP_TYPE:
+            module = sys.modules.get(cls.__module__)
+            file = getattr(module, "__file__", None)
+            builtin = module is not None and cls.__module__ in sys.builtin_module_names
+            known = builtin if file is None else is_installed(file)
+        else:
+            known = True
+        _INSTALLED[cls] = known
+    return known
+
+
+def _has_code(cls: type) -> bool:
+    """Whether some code of a class can be seen."""
+    known = _CODE.get(cls)
+    if known is None:
+        known = _CODE[cls] = not all(map(_installed_class, cls.__mro__))
+    return known
+
+
+def _is_own(cls: type) -> bool:
+    """Whether all code that reads attributes of a class's objects can be seen."""
+    return all(base in _HARMLESS or not _installed_class(base) for base in cls.__mro__)
+
+
+def _slots(cls: type) -> list[str]:
+    names: list[str] = []
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        names += (slots,) if isinstance(slots, str) else slots
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def _stays(cls: type) -> bool:
+    """Whether an object without attributes stays what it is."""
+    if hasattr(cls, "__next__") or issubclass(cls, torch.UntypedStorage):
+        return False
+    return _is_own(cls) or cls.__module__.partition(".")[0] in _TRUSTED
+
+
+@functools.cache
+def _again(place: int) -> tuple[str, int]:
+    """Return what stands for something that was seen before."""
+    return ("again", place)
+
+
+def _text(where: Where) -> str:
+    outer, name = where
+    return name if outer is None else f"{_text(outer)}: {name}"

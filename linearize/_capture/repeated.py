@@ -1,0 +1,115 @@
+"""Writes that put several entries at one place, where the last one stays.
+
+Autograd gives the gradient of the place to each of them. The nodes of such writes are told
+from those that write each place once, as the derivative is another one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .._torch.graphs import Node, input_metadata, recomputed_apart, signed
+from .._torch.modes import unobserved
+
+#: Fewer entries are written by one thread, in order.
+_ONE_THREAD = 1 << 15
+
+
+def _positions(indices: Sequence[torch.Tensor | None], shape: Sequence[int]) -> torch.Tensor:
+    """Return where entries go along the dimensions that are indexed, as one number for each."""
+    place, dim = torch.zeros((), dtype=torch.long), 0
+    for index in indices:
+        if index is None:
+            dim += 1
+            continue
+        masks = index.dtype in (torch.bool, torch.uint8)
+        for part in index.nonzero().unbind(1) if masks else (index,):
+            place = place.to(part.device) * shape[dim] + part % max(shape[dim], 1)
+            dim += 1
+    return place
+
+
+def _indexed(node: Any, shape: Sequence[int]) -> torch.Tensor | None:
+    return None if node._saved_accumulate else _positions(node._saved_indices, shape)
+
+
+def _put(node: Any, shape: Sequence[int]) -> torch.Tensor | None:
+    count = max(torch.Size(shape).numel(), 1)
+    return None if node._saved_accumulate else node._saved_index % count
+
+
+def _along(node: Any, shape: Sequence[int]) -> torch.Tensor:
+    index: torch.Tensor = node._saved_index
+    return index % max(shape[signed(node._saved_dim)], 1) if shape else index
+
+
+def _scattered(node: Any, shape: Sequence[int]) -> torch.Tensor:
+    return _on_grid(signed(node._saved_dim), node._saved_index, shape)
+
+
+def _on_grid(dim: int, index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    if not shape:
+        return index
+    places = [torch.arange(n, device=index.device) for n in index.shape]
+    grid = [g.expand(index.shape) for g in torch.meshgrid(*places, indexing="ij")]
+    grid[dim % len(shape)] = index
+    return _positions(grid, shape)
+
+
+#: By the node's name: the places that it writes to; None if it adds.
+_PLACES: dict[str, Callable[[Any, Sequence[int]], torch.Tensor | None]] = {
+    "IndexCopyBackward0": _along,
+    "IndexPutBackward0": _indexed,
+    "PutBackward0": _put,
+    "ScatterBackward0": _scattered,
+    "UnsafeIndexPutBackward0": _indexed,
+}
+
+
+def may_repeat(kind: type) -> bool:
+    """Whether nodes of a class can put several entries at one place."""
+    return kind.__name__ in _PLACES
+
+
+def repeats(node: Node) -> bool:
+    """Whether a node puts several entries at one place, and it matters which of them stays."""
+    places = _PLACES.get(type(node).__name__)
+    if places is None or node.next_functions[1][0] is None:
+        return False
+    (meta,) = input_metadata(node)
+    with unobserved(), recomputed_apart():
+        found = places(node, tuple(meta.shape))
+        return found is not None and bool(found.unique().numel() < found.numel())
+
+
+def read_repeatedly(name: str, args: Sequence[Any], shape: Sequence[int]) -> bool:
+    """Whether an operation that reads entries by indices reads one several times.
+
+    Parameters
+    ----------
+    name
+        "index", "gather", "index_select" or "take".
+    args
+        Its arguments after the first.
+    shape
+        The shape of that.
+    """
+    with unobserved():
+        if name == "index":
+            found = _positions(args[0], shape)
+        elif name == "gather":
+            found = _on_grid(args[0], args[1], shape)
+        else:
+            count = shape[args[0]] if name == "index_select" and shape else math.prod(shape)
+            found = args[-1] % max(count, 1)
+        return bool(found.unique().numel() < found.numel())
+
+
+def left_to_chance(entries: torch.Tensor) -> bool:
+    """Whether several threads write entries, so that any of those at one place may stay."""
+    one = entries.numel() < _ONE_THREAD or torch.get_num_threads() == 1
+    return entries.device.type != "cpu" or not one

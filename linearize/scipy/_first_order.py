@@ -1,0 +1,105 @@
+"""Value and gradient of a scalar function, without its linearization."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+
+from .._capture.contexts import ContextRecords
+from .._capture.reach import Reach
+from .._capture.reads import Reads
+from .._capture.state import State
+from .._derivatives.gradient import check_scalar
+from .._spaces.space import differentiable
+from .._torch.names import pytree
+from ._operators import Array
+
+
+class Slope(NamedTuple):
+    """What one run of f and its backward gave."""
+
+    value: float
+    gradient: Array
+    #: What f could reach before the run.
+    state: State
+    #: What f read, with the versions after the run.
+    reads: list[tuple[weakref.ref[torch.Tensor], int]]
+
+    def fresh(self, now: State) -> bool:
+        """Whether all that f can reach and has read is as it was."""
+        same = not now.unseen and self.state.same(now)
+        return same and all(
+            (t := ref()) is None or t._version == version for ref, version in self.reads
+        )
+
+
+class FirstOrder:
+    """Runs f and its backward once at each point; the points are recognised by their numbers.
+
+    Parameters
+    ----------
+    f
+        A function of one pytree that returns one real number as a tensor.
+    maxsize
+        The most points that are remembered.
+    unravel, ravel
+        Make the pytree of a flat vector, and the flat vector of its differentiable tensors.
+    """
+
+    def __init__(
+        self,
+        f: Callable[[Any], torch.Tensor],
+        maxsize: int,
+        unravel: Callable[[Array], Any],
+        ravel: Callable[[list[torch.Tensor]], Array],
+    ) -> None:
+        self._f = f
+        self._unravel, self._ravel = unravel, ravel
+        self._maxsize = maxsize
+        self._reach = Reach(f)
+        self._known: OrderedDict[Hashable, Slope] = OrderedDict()
+
+    def at(self, x: Array) -> Slope:
+        """Return value and gradient at a flat vector."""
+        key = (
+            x.dtype.str,
+            x.tobytes(),
+            torch.get_default_dtype(),
+            *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        )
+        found = self._known.get(key)
+        state = self._reach.now()
+        if found is None or not found.fresh(state):
+            found = self._run(self._unravel(x), state)
+            self._known[key] = found
+        self._known.move_to_end(key)
+        while len(self._known) > self._maxsize:
+            self._known.popitem(last=False)
+        return found
+
+    def _run(self, x: Any, state: State) -> Slope:
+        leaves = [t for t in pytree.tree_leaves(x) if differentiable(t)]
+        with torch.inference_mode(False), torch.enable_grad():
+            for t in leaves:
+                t.requires_grad_()
+            with Reads(ContextRecords()) as reads:
+                value = self._f(x)
+            check_scalar(value)
+            gradient = (
+                torch.autograd.grad(value, leaves, _ones_like(value), allow_unused=True)
+                if value.requires_grad
+                else [None] * len(leaves)
+            )
+        parts = [
+            torch.zeros_like(t, requires_grad=False) if g is None else g
+            for t, g in zip(leaves, gradient, strict=True)
+        ]
+        return Slope(value.item(), self._ravel(parts), state, reads.stamps())
+
+
+def _ones_like(value: torch.Tensor) -> torch.Tensor:
+    return torch.ones((), dtype=value.dtype, device=value.device).expand(value.shape)

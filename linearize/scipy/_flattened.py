@@ -1,0 +1,200 @@
+"""Functions of pytrees, seen as functions of the real vectors that SciPy's optimizers move."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from .. import sparse
+from .._points.jacobian import Jacobian
+from .._points.linearization import Linearization
+from .._points.linearizer import Linearizer
+from .._spaces.between import as_complex, as_real
+from .._spaces.operators import LinearOperator
+from .._spaces.space import Space, differentiable
+from .._torch.names import pytree
+from ..errors import OptionError, SpaceError, StructureError
+from ._operators import Array, array, aslinearoperator
+
+KINDS = ("dense", "operator", "sparse")
+
+
+class Flattened:
+    """A function of a pytree, seen as a function of a flat real vector."""
+
+    #: How a remembered function is told from others.
+    _name = ""
+
+    def __init__(self, f: Callable[..., Any], x0: Any, maxsize: int, *, has_aux: bool) -> None:
+        start = as_tensors(x0)
+        self._space = Space.of_tree(start, "tangent", "x0")
+        if not self._space.tensors:
+            raise StructureError(
+                "x0: expected floating point or complex numbers: a tensor, a NumPy array, a list "
+                f"of numbers, or a pytree of tensors and arrays; got {_described(x0)}"
+            )
+        self._real = self._space.as_real()
+        self._arrays = not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(x0))
+        self._vector = self._real.vector
+        leaves = pytree.tree_leaves(start)
+        # What is no variable stays as it is given.
+        self._others = [None if differentiable(x) else x for x in leaves]
+        #: The start as SciPy wants it.
+        self.x0: Array = self._of_parts([x.detach() for x in leaves if differentiable(x)]).astype(
+            float
+        )
+        self.linearizer = Linearizer(f, match="value", maxsize=maxsize, has_aux=has_aux)
+
+    def unravel(self, x: Array) -> Any:
+        """Return the pytree that a flat vector stands for.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        pytree
+            Of tensors, structured like the start, with its dtypes and devices; leaves that are
+            not differentiated are the start's.
+
+        Raises
+        ------
+        SpaceError
+            If the vector has another length.
+        """
+        given, spec = torch.tensor(np.ascontiguousarray(x)), self._vector
+        if tuple(given.shape) != spec.shape:
+            raise SpaceError(f"x: expected shape {spec.shape}, got {tuple(given.shape)}")
+        parts = self._real.split(given.to(dtype=spec.dtype, device=spec.device))
+        return self._space.unflatten(as_complex(parts, self._space), self._others)
+
+    def _of_parts(self, parts: list[torch.Tensor]) -> Array:
+        """Return the flat vector of the start's differentiable tensors, or others like them."""
+        return array(self._real.join(as_real(parts, self._space)))
+
+    def at(self, x: Array) -> Linearization:
+        """Return the linearization at a flat vector.
+
+        For a `ScalarFunction` it is that of the gradient, and its `aux` is the value.
+
+        Parameters
+        ----------
+        x
+            A NumPy vector of shape (n,).
+
+        Returns
+        -------
+        Linearization
+            The same object if the point is remembered.
+
+        Raises
+        ------
+        SpaceError
+            If the vector has another length.
+        """
+        here = self.linearizer.at(self.unravel(x))
+        here._check_whole("functions for SciPy's optimizers")
+        return here
+
+    def like_start(self, x: Array) -> Any:
+        """Return what a flat vector stands for, as arrays if the start was given as such."""
+        found = self.unravel(x)
+        if not self._arrays:
+            return found
+        return pytree.tree_map(lambda t: array(t) if isinstance(t, torch.Tensor) else t, found)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._name}: {self._space}>"
+
+
+class Matrices:
+    """Hands out the matrix of an operator in the form that was asked for.
+
+    The pattern of a sparse one is found at the first point.
+    """
+
+    def __init__(self, kind: str, option: str) -> None:
+        if kind not in KINDS:
+            raise OptionError(f'{option} must be "dense", "operator" or "sparse", got {kind!r}')
+        self._kind = kind
+        self._pattern: Any = None
+
+    def of(self, J: Jacobian) -> Any:
+        """Return the matrix of a Jacobian, of real and imaginary parts."""
+        A: LinearOperator = J.as_real()
+        if self._kind == "operator":
+            return aslinearoperator(A)
+        if self._kind == "dense":
+            return array(A.materialize())
+        if self._pattern is None:
+            self._pattern = _in_parts(sparse.pattern(J), J)
+        t = sparse.jacobian(A, pattern=self._pattern)
+        return scipy.sparse.csr_matrix(
+            (array(t.values()), t.indices().cpu().numpy()), shape=A.shape
+        )
+
+
+def _in_parts(pattern: Any, J: Jacobian) -> Any:
+    """Return the pattern by real and imaginary parts: all of them where a number is complex."""
+    rows, columns = _parts(J.out_space), _parts(J.in_space)
+    return (rows @ scipy.sparse.csr_matrix(pattern).astype(int) @ columns.T).astype(bool)
+
+
+def _parts(space: Space) -> Any:
+    """Return the matrix that has a one where a real coordinate is part of a number."""
+    count = np.repeat(
+        [1 + leaf.dtype.is_complex for leaf in space.tensors],
+        [leaf.numel for leaf in space.tensors],
+    )
+    number = np.repeat(np.arange(len(count)), count)
+    ones = np.ones(len(number), dtype=int)
+    shape = (len(number), len(count))
+    return scipy.sparse.csr_matrix((ones, (np.arange(len(number)), number)), shape=shape)
+
+
+def values(here: Linearization) -> Array:
+    """Return a value as a flat vector, complex numbers as two."""
+    parts = [t for t in pytree.tree_leaves(here.value) if differentiable(t)]
+    return array(here.out_space.as_real().join(as_real(parts, here.out_space)))
+
+
+def as_tensors(x0: Any) -> Any:
+    """Return a start with tensors in the place of NumPy arrays and lists of numbers."""
+    if isinstance(x0, (list, tuple)) and x0 and all(map(_is_numbers, x0)):
+        x0 = np.array(x0)
+    if isinstance(x0, np.ndarray) and np.issubdtype(x0.dtype, np.integer):
+        x0 = x0.astype(float)
+    return pytree.tree_map(_as_tensor, x0)
+
+
+def _as_tensor(leaf: Any) -> Any:
+    """Return a floating point or complex array as a tensor; anything else as it is."""
+    if not isinstance(leaf, np.ndarray) or not np.issubdtype(leaf.dtype, np.inexact):
+        return leaf
+    try:
+        return torch.tensor(np.ascontiguousarray(leaf, dtype=leaf.dtype.newbyteorder("=")))
+    except TypeError as error:
+        raise StructureError(
+            f"x0: PyTorch has no numbers of dtype {leaf.dtype}; convert it, x0.astype(float)"
+        ) from error
+
+
+def _is_numbers(x: Any) -> bool:
+    if isinstance(x, (list, tuple)):
+        return all(map(_is_numbers, x))
+    return isinstance(x, numbers.Number) and not isinstance(x, bool)
+
+
+def _described(x0: Any) -> str:
+    kinds = [
+        f"an array of {x.dtype}" if isinstance(x, (np.ndarray, torch.Tensor)) else repr(x)
+        for x in pytree.tree_leaves(x0)
+    ]
+    return ", ".join(kinds[:5]) or f"an empty {type(x0).__name__}"
