@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table([*header, "bytes kept", "difference", "seconds"], lines))
     print("Messages of J·v: as many as of f, and those by which ranks agree on the product.")
     made, axes = figure(1, width=5)
-    image = axes[0, 0].imshow(found[1][kinds[0]]["u"], extent=(0, 1, 1, 0), cmap="viridis")
+    image = axes[0, 0].imshow(found[1][kinds[0]]["u"].numpy(), extent=(0, 1, 1, 0), cmap="viridis")
     made.colorbar(image)
     for cut in [len(r) for r in torch.arange(n).tensor_split(worlds[-1])][:-1]:
         axes[0, 0].axhline(cut / n * (1 + len(axes[0, 0].lines)), color="white", ls="--")
