@@ -113,6 +113,8 @@ class Proof:
             return False
         assert self._programs is not None
         # A method that was missing is not called: a program stands in its place.
+        if any(op.communicates for op in binding.ops):
+            return False  # nobody may have to run it a second time, which others would not
         called = {id(node_of(op)) for op in binding.ops}
         return all({id(node_of(op)) for op in _opaque(p)} <= called for p in self._programs)
 

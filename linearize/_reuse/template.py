@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 
-from .._capture.custom import CustomNode
+from .._capture.collectives import OpaqueNode
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.schedule import Portable
@@ -84,7 +84,7 @@ class Template(Portable):
     def bind(
         self,
         read: Callable[[Saved], Residual],
-        node: Callable[[int], CustomNode],
+        node: Callable[[int], OpaqueNode],
         known: dict[Origin, Residual],
     ) -> Binding | None:
         """Compute the residuals of another point.
@@ -124,7 +124,7 @@ class Template(Portable):
 def _placed(program: Program, places: dict[int, int]) -> Program | None:
     """Return a program with places for the nodes of its graph, None if it has others."""
 
-    def place(node: CustomNode) -> Place:
+    def place(node: OpaqueNode) -> Place:
         return Place(
             places[id(node)], node.name, node.has_jvp, node.has_backward, node.takes_batches
         )
