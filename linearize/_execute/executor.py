@@ -7,10 +7,9 @@ nothing that is kept or owned by somebody else.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -24,16 +23,8 @@ from .._torch.modes import functions_as_they_are, functions_overridden, functorc
 from ..errors import LinearizeError
 from .binding import Binding, BoundProgram, unread_after
 from .mapped import call
+from .thresholds import LARGE_ENTRY, WRITE_OUT_AT, WRITE_OUT_SOON
 from .written import Bound, generate_bound
-
-#: From arguments and the numbers of a point to results.
-Compiled: TypeAlias = Callable[[Sequence[torch.Tensor], "Binding"], list[torch.Tensor | None]]
-
-#: At which run a program is written out as a function: one that is to be simplified before that,
-#: and others.
-WRITE_OUT_AT, WRITE_OUT_SOON = 3, 1
-#: From how many numbers in one value on arguments are not taken together on a CPU.
-LARGE_ENTRY = 1 << 16
 
 
 class _Slot:
@@ -144,6 +135,7 @@ class Executor:
     """
 
     __slots__ = (
+        "__weakref__",
         "_function",
         "_gains",
         "_inputs",
@@ -152,11 +144,9 @@ class Executor:
         "_steps",
         "_verified",
         "_write_out_at",
-        "compiled",
         "copies",
         "program",
         "runs",
-        "tried",
     )
 
     def __init__(self, program: Program, *, final: bool = True) -> None:
@@ -218,16 +208,6 @@ class Executor:
         self._function: Bound | None = None
         #: How often it ran.
         self.runs = 0
-        #: What runs in its place outside of transforms, once it was compiled.
-        self.compiled: Compiled | None = None
-        #: Whether that was tried.
-        self.tried = False
-
-    def fork(self) -> Executor:
-        """Return one that can be compiled without the other."""
-        made = copy.copy(self)
-        made.compiled, made.tried = None, False
-        return made
 
     @property
     def gains_by_stacks(self) -> bool:
@@ -268,8 +248,6 @@ class Executor:
             binding = Binding((), self.program.opaque())
         batching = functorch_active()
         if tape is None and not batching:
-            if self.compiled is not None:
-                return self.compiled(arguments, binding)
             if self._function is not None:
                 binding.check()
                 if not functions_overridden():

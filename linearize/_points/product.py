@@ -16,6 +16,7 @@ from .._execute.executor import Executor
 from .._forms.compiled import Options
 from .._forms.dense import Dense
 from .._forms.plan import Plan
+from .._forms.succession import Learned, Left, Succession
 from .._programs.numbers import Pool
 from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
@@ -149,10 +150,10 @@ class Product:
             return None
         template, binding = known
         simplify = self._policy.simplify
-        waits = (
-            simplify and not template.simplified and source.has_better(self._direction, present)
-        )
-        if all(present) and not waits:
+        left = source.better(self._direction, present) if simplify else None
+        if template.simplified:
+            left = None
+        if all(present) and left is None:
             source.served(self._direction)
 
         direction = self._direction  # a reference to the product itself would make a cycle
@@ -168,8 +169,9 @@ class Product:
             present,
             template.executor,
             binding,
-            settled=template.simplified or not simplify,
-            better=better if waits else None,
+            simplify=simplify and not template.simplified,
+            left=left,
+            better=None if left is None else better,
         )
 
     def _own_plan(self, present: tuple[bool, ...]) -> Plan:
@@ -184,12 +186,19 @@ class Product:
             present,
             Executor(program, final=False) if template is None else template.executor,
             Binding.of(program, numbers),
-            settled=not self._policy.simplify,
+            simplify=self._policy.simplify,
             proof=self._proof(),
         )
 
     def _made_plan(
-        self, present: tuple[bool, ...], executor: Executor, binding: Binding, **more: Any
+        self,
+        present: tuple[bool, ...],
+        executor: Executor,
+        binding: Binding,
+        *,
+        simplify: bool,
+        left: Left | None = None,
+        **more: Any,
     ) -> Plan:
         me = weakref.ref(self)  # a reference to the product itself would make a cycle
 
@@ -197,31 +206,59 @@ class Product:
             product = me()
             return None if product is None else product._take_note(program, present)
 
+        source = self._source
+        learned = Learned() if source is None else source.learned(self._direction, present)
+        succession = Succession(
+            simplify=simplify,
+            left=left,
+            now=executor.program,
+            dense=self._dense(executor.program, present, learned),
+            compiling=self._compiling,
+            soon=self._hurry,
+            learned=learned,
+        )
         return Plan(
             executor,
             binding,
+            succession=succession,
             whole=all(present),
-            dense=self._dense(executor.program, present),
             forward=self._direction != PULLBACK,
-            compiling=self._compiling,
-            hurry=self._hurry,
-            counted=_nothing if self._source is None else self._source.count_compiled,
+            forms=None if source is None else source.forms,
+            counted=_nothing if source is None else source.count_compiled,
             taken=taken,
             pool=self._pool,
             **more,
         )
 
-    def _dense(self, program: Program, present: tuple[bool, ...]) -> Dense | None:
+    def _dense(
+        self, program: Program, present: tuple[bool, ...], learned: Learned
+    ) -> Dense | None:
         """Return what may become the matrix of a program."""
         policy, source = self._policy, self._source
         if not (policy.simplify and policy.dense_limit and all(present)):
             return None
+        if learned.matrix is False:
+            return None
         if any(isinstance(eq.op, Operation) and eq.op.of_point for eq in program.equations):
             return None  # custom Functions are promised one call for each product
         if source is not None and self._direction in (PUSHFORWARD, PULLBACK):
-            return source.dense(policy.dense_limit)
-        sides = self._arguments.tensors, self._results.tensors
-        return Dense.of(*sides, policy.dense_limit, lambda: None)
+            dense = source.dense(policy.dense_limit)
+        else:
+            sides = self._arguments.tensors, self._results.tensors
+            dense = Dense.of(*sides, policy.dense_limit, lambda: None)
+        if dense is not None and learned.matrix:
+            dense.won(program)
+        return dense
+
+    def _written(self, matrix: torch.Tensor) -> None:
+        """Let products use the matrix of the pushforward, if that is cheaper."""
+        policy, source = self._policy, self._source
+        real = not any(
+            s.dtype.is_complex for s in (*self._arguments.tensors, *self._results.tensors)
+        )
+        dense = source.dense(policy.dense_limit) if source is not None and real else None
+        if dense is not None:
+            dense.written(matrix)
 
     def _proof(self) -> Proof | None:
         """Return what is to be checked before the first product is handed out."""

@@ -13,7 +13,6 @@ Numbers decide nothing: a recording that looked at some has `fixed` set, and is 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -49,13 +48,13 @@ class Template(Portable):
         Runs it with a `Binding`.
     simplified
         Whether it is the simplified one.
-    costly
-        Whether its numbers cost as much to compute as several products.
+    cost
+        The price of its numbers, as far as these cost as much as several products; else 0.
     verified
-        Set when it was held against a graph that it was not made from; forks share it.
+        Set when it was held against a graph that it was not made from.
     """
 
-    __slots__ = ("_saved", "costly", "executor", "simplified", "verified")
+    __slots__ = ("_saved", "cost", "executor", "simplified", "verified")
 
     def __init__(self, program: Program, *, simplified: bool) -> None:
         super().__init__(program)
@@ -63,7 +62,7 @@ class Template(Portable):
         self.simplified = simplified
         self.verified = threading.Event()
         needed = ordered([c.origin for c in program.constants])
-        self.costly = any(isinstance(o.op, Costly) for o in needed)
+        self.cost = sum(op.cost for op in (o.op for o in needed) if isinstance(op, Costly))
         #: What is read of the graph, by this direction or by the other one before.
         self._saved = [o for o in needed if isinstance(o, Saved)]
 
@@ -74,12 +73,6 @@ class Template(Portable):
             return None
         placed = _placed(program, places)
         return None if placed is None else Template(placed, simplified=simplified)
-
-    def fork(self) -> Template:
-        """Return one that can be compiled without the other."""
-        made = copy.copy(self)
-        made.executor = self.executor.fork()
-        return made
 
     def bind(
         self,

@@ -18,6 +18,7 @@ from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._programs.numbers import Numbers
 from .._programs.origins import Costly, Origin, roots
+from .._programs.price import price_of_many
 from .._programs.program import Emitter, Equation, Program
 from .._programs.residuals import Residual
 from .._programs.values import Constant
@@ -60,6 +61,7 @@ class _Matrices(Costly):
         self._specs = [v.spec for v in program.inputs]
         self._order = order
         self.widths = widths
+        self.cost = price_of_many(program, sum(map(width, self._specs)))
 
     def __call__(self, *constants: torch.Tensor) -> torch.Tensor:
         """Return the matrices."""
