@@ -62,7 +62,8 @@ class Template(Portable):
         self.simplified = simplified
         self.verified = threading.Event()
         needed = ordered([c.origin for c in program.constants])
-        self.cost = sum(op.cost for op in (o.op for o in needed) if isinstance(op, Costly))
+        costly = [cast("Costly", o.op) for o in needed if isinstance(o.op, Costly)]
+        self.cost = sum(op.cost for op in costly)
         #: What is read of the graph, by this direction or by the other one before.
         self._saved = [o for o in needed if isinstance(o, Saved)]
 
