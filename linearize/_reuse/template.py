@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
