@@ -26,7 +26,7 @@ from .._programs.numbers import Numbers
 from .._programs.program import Equation, Operation, Program, op_name
 from .._programs.residuals import Residual
 from .._programs.values import Var
-from .._spaces.compare import close, roughly, tolerance
+from .._spaces.compare import close, largest, roughly, tolerance
 from .._spaces.space import TensorSpec
 from ..errors import AdjointError, NotLinearError
 
@@ -52,9 +52,17 @@ class Balance:
         #: The products themselves, all taken as positive.
         self._sum = 0.0
         self._scale = 0.0
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
 
-    def add(self, sign: int, first: Tensors, second: Tensors, *, lasting: bool = True) -> None:
+    def add(
+        self,
+        sign: int,
+        first: Tensors,
+        second: Tensors,
+        *,
+        lasting: bool = True,
+        drawn: Tensors | None = None,
+    ) -> None:
         """Add Re⟨first, second⟩, None for zero.
 
         Parameters
@@ -65,14 +73,17 @@ class Balance:
             The vectors.
         lasting
             Whether nobody writes to them before the balance is drawn.
+        drawn
+            What the first are, before they were divided by sizes: the second are, to tell how
+            large the product could be.
         """
-        for a, b in zip(first, second, strict=True):
+        for a, b, d in zip(first, second, drawn or [None] * len(first), strict=True):
             if a is not None and b is not None and a.numel():
                 product = _dot(a, b)
                 self.total += sign * product
                 self._sum += abs(product)
                 if lasting:
-                    self._pairs.append((a, b))
+                    self._pairs.append((a, b, d))
                 else:
                     self._scale += _size(a, b)
 
@@ -84,7 +95,10 @@ class Balance:
     @property
     def off(self) -> float:
         """By how much the sum is not zero, relative to its terms; NaN if they are not finite."""
-        self._scale += sum(_size(a, b) for a, b in self._pairs)
+        self._scale += sum(
+            _size(a, b) if d is None else _size(d, b * (a / torch.where(d == 0, 1, d)))
+            for a, b, d in self._pairs
+        )
         self._pairs = []
         return abs(self.total) / self._scale if self._scale else abs(self.total)
 
@@ -382,7 +396,9 @@ def balances(
             tangent = over(v, sizes)
 
 
-def weights_of(tensors: Tensors, others: Tensors) -> list[torch.Tensor | None]:
+def weights_of(
+    tensors: Tensors, others: Tensors, most: float | None = None
+) -> list[torch.Tensor | None]:
     """Return the sizes of numbers relative to the largest, but not below what rounding may be.
 
     Parameters
@@ -391,8 +407,10 @@ def weights_of(tensors: Tensors, others: Tensors) -> list[torch.Tensor | None]:
         The numbers; None for zeros.
     others
         Tensors of the same shapes; None where no sizes are wanted.
+    most
+        The largest number, if it is known.
     """
-    most = max((float(t.abs().max()) for t in tensors if t is not None and t.numel()), default=0.0)
+    most = _largest(tensors) if most is None else most
     found: list[torch.Tensor | None] = []
     for t, other in zip(tensors, others, strict=True):
         if other is None:
@@ -405,6 +423,30 @@ def weights_of(tensors: Tensors, others: Tensors) -> list[torch.Tensor | None]:
             sizes = torch.zeros_like(other.real) if t is None else t.abs() / most
         found.append(sizes.clamp(min=least))
     return found
+
+
+def over_sizes(drawn: Tensors, tensors: Tensors) -> list[torch.Tensor | None]:
+    """Return random numbers over the sizes of others, much as `weights_of` has them.
+
+    In as few passes over memory as there can be.
+    """
+    most = _largest(tensors)
+    found: list[torch.Tensor | None] = []
+    for d, t in zip(drawn, tensors, strict=True):
+        if d is None or t is None or t.dtype not in _REAL or not 0 < most < math.inf:
+            found += over([d], weights_of([t], [d], most))
+        else:
+            zero = torch.zeros((), dtype=t.dtype, device=t.device)
+            sizes = torch.hypot(t, torch.full_like(zero, math.sqrt(_eps(t.dtype)) * most))
+            found.append(torch.addcdiv(zero, d, sizes, value=most))
+    return found
+
+
+_REAL = (torch.float32, torch.float64)
+
+
+def _largest(tensors: Tensors) -> float:
+    return max((float(largest(t)) for t in tensors if t is not None and t.numel()), default=0.0)
 
 
 def over(tensors: Tensors, weights: Tensors) -> list[torch.Tensor | None]:

@@ -62,7 +62,7 @@ class Template(Portable):
         self.simplified = simplified
         self.verified = threading.Event()
         needed = ordered([c.origin for c in program.constants])
-        self.cost = sum(op.cost for op in (o.op for o in needed) if isinstance(op, Costly))
+        self.cost = sum(map(_cost, needed))
         #: What is read of the graph, by this direction or by the other one before.
         self._saved = [o for o in needed if isinstance(o, Saved)]
 
@@ -112,6 +112,11 @@ class Template(Portable):
         mine = set(map(id, residuals))
         guards = [r for r in used.values() if id(r) not in mine]
         return Binding(residuals, [op for op in ops if op is not None], guards)
+
+
+def _cost(origin: Origin) -> float:
+    op = origin.op
+    return op.cost if isinstance(op, Costly) else 0.0
 
 
 def _placed(program: Program, places: dict[int, int]) -> Program | None:
