@@ -11,15 +11,16 @@ operator and a vector can take their place.
 True
 
 For definite matrices and least squares there are CG, MINRES and LSMR in torchsparsegradutils,
-which take a function: `linear_cg(G.__matmul__, b)`.
+which take a function: `linear_cg(G.__matmul__, b)`. `linearize.operators.inverse` makes a solver
+an operator.
 """
 
 from __future__ import annotations
 
 from ._spaces.gmres import gmres
-from ._spaces.solvers import Solve, dense, inverse, iterative
+from ._spaces.solvers import dense, iterative
 
-__all__ = ["Solve", "dense", "gmres", "inverse", "iterative"]
+__all__ = ["dense", "gmres", "iterative"]
 
 
 def __dir__() -> list[str]:

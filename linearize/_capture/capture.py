@@ -21,6 +21,7 @@ from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, pytree
+from .._torch.ranks import collectives_seen
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .dependence import check_not_behind, is_derivative, warn_independent
@@ -135,6 +136,54 @@ def capture(
     UnsupportedError
         If a primal or an output has a layout that cannot be linearized.
     """
+    _refuse_transforms()
+    given, tree = flatten(tuple([args[i] for i in argnums]))
+    _check_layouts(given, tree)
+    in_space = Space.of_leaves(given, tree, "tangent", "primals")
+    _check_some(given, in_space)
+    records = ContextRecords() if records is None else records
+    frozen = torch.is_inference_mode_enabled()
+    reads = Reads(records, thaw=frozen) if watch or frozen else None
+    traced = Trace(_called.__code__, records) if trace else None
+    with torch.inference_mode(False), torch.enable_grad():
+        aliases = _Aliases(copy)
+        arguments, keywords = aliases.arguments(args, kwargs, argnums, given, tree)
+        nodes = accumulators(aliases.leaves)
+        if reads is not None:
+            reads.note(scripted_state(f, aliases.others))
+        result = _called(f, arguments, keywords, records, reads, traced)
+        result, aux = _apart(result) if has_aux else (result, None)
+        outputs, out_space = _outputs(result)
+        edges = [
+            _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
+        ]
+        chosen = [x for x in given if differentiable(x)]
+        names = [f"primal{p}" for x, p in zip(given, tree.paths, strict=True) if differentiable(x)]
+        check_not_behind(edges, chosen, nodes, names)
+        made = (owner_of(x) for x in outputs if isinstance(x, torch.Tensor))
+        owners = [node for node in made if node is not None]
+        value = out_space.tree.unflatten(_detached(outputs, own=len(records) > 0))
+    return Capture(
+        value=value,
+        aux=aux,
+        in_space=in_space,
+        out_space=out_space,
+        edges=edges,
+        owners=owners,
+        leaves=list(zip(aliases.leaves, nodes, strict=True)),
+        records=records,
+        reads=[] if reads is None else reads.stamps(),
+        watched=reads is not None,
+        moving=[] if reads is None else reads.moving(),
+        hooked=[] if reads is None else reads.hooked(),
+        outputs=[x for x in outputs if differentiable(x)],
+        trace=traced,
+        name=getattr(f, "__qualname__", None) or type(f).__name__,
+        derivative=is_derivative(f),
+    )
+
+
+def _refuse_transforms() -> None:
     if functorch_active():
         raise UnsupportedError(
             "a Linearizer cannot run inside torch.func transforms (vmap, grad, jvp, ...); "
@@ -146,88 +195,96 @@ def capture(
             "numbers of this one point; trace functions of linearize.func, which go to torch.func "
             "there, or linearize before the trace"
         )
-    given, tree = flatten(tuple([args[i] for i in argnums]))
-    _check_layouts(given, tree)
-    in_space = Space.of_leaves(given, tree, "tangent", "primals")
-    _check_some(given, in_space)
-    whole = list(argnums) == list(range(len(args)))
-    chosen = set(argnums)
-    others = [] if whole else [a for i, a in enumerate(args) if i not in chosen]
-    rest, frame = flatten((others, dict(kwargs)))
-    records = ContextRecords() if records is None else records
-    frozen = torch.is_inference_mode_enabled()
-    reads = Reads(records, thaw=frozen) if watch or frozen else None
-    traced = Trace(capture.__code__, records) if trace else None
-    if traced is not None:
-        records.locate = traced.locate
-    with torch.inference_mode(False), torch.enable_grad():
-        leaves: list[torch.Tensor] = []
 
-        def alias(x: Any, differentiate: bool) -> Any:
-            if not isinstance(x, torch.Tensor):
-                return x.copy() if copy and hasattr(x, "__array_interface__") else x
-            t = x.clone().detach() if copy or x.is_inference() else x.detach()
-            if differentiate and differentiable(t):
-                leaves.append(t.requires_grad_())
-            return t
 
-        # Arguments that are not differentiated are aliased too: the graph may keep them,
-        # and must not keep the caller's own objects alive.
-        arguments: Sequence[Any] = tree.unflatten([alias(x, True) for x in given])
-        fixed, keywords = frame.unflatten([alias(x, False) for x in rest])
-        if not whole:
-            mine, theirs = dict(zip(argnums, arguments, strict=True)), iter(fixed)
-            arguments = [mine[i] if i in chosen else next(theirs) for i in range(len(args))]
-        nodes = accumulators(leaves)
-        with records.watching(), eager_compiled_functions(), contextlib.ExitStack() as modes:
-            if reads is not None:
-                reads.note(scripted_state(f, (*given, *rest)))
-                modes.enter_context(reads)
-            if traced is not None:
-                modes.enter_context(traced)
-            result = applied_late(f)(*arguments, **keywords)
-        aux = None
-        if has_aux:
-            if not (isinstance(result, tuple) and len(result) == 2):
-                raise StructureError(
-                    "has_aux=True: f must return a tuple (value, aux), got "
-                    f"{type(result).__name__}"
-                )
-            result, aux = result
-            aux = pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, aux)
-        outputs, out_space = _outputs(result)
-        # A custom Function may overwrite or free what its outputs alias.
-        own = len(records) > 0
-        detached = [
-            (x.detach().clone() if own else x.detach()) if isinstance(x, torch.Tensor) else x
-            for x in outputs
-        ]
-        edges = [
-            _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
-        ]
-        chosen_leaves = [x for x in given if differentiable(x)]
-        names = [f"primal{p}" for x, p in zip(given, tree.paths, strict=True) if differentiable(x)]
-        check_not_behind(edges, chosen_leaves, nodes, names)
-        made = (owner_of(x) for x in outputs if isinstance(x, torch.Tensor))
-        owners = [node for node in made if node is not None]
-    return Capture(
-        value=out_space.tree.unflatten(detached),
-        aux=aux,
-        in_space=in_space,
-        out_space=out_space,
-        edges=edges,
-        owners=owners,
-        leaves=list(zip(leaves, nodes, strict=True)),
-        records=records,
-        reads=[] if reads is None else reads.stamps(),
-        watched=reads is not None,
-        moving=[] if reads is None else reads.moving(),
-        hooked=[] if reads is None else reads.hooked(),
-        outputs=[x for x in outputs if differentiable(x)],
-        trace=traced,
-        name=getattr(f, "__qualname__", None) or type(f).__name__,
-        derivative=is_derivative(f),
-    )
+class _Aliases:
+    """Detached aliases of f's arguments.
+
+    Arguments that are not differentiated are aliased too: the graph may keep them, and must not
+    keep the caller's own objects alive.
+
+    Attributes
+    ----------
+    leaves
+        Those that are differentiated.
+    others
+        What is no tensor, as it is.
+    """
+
+    def __init__(self, copy: bool) -> None:
+        self._copy = copy
+        self.leaves: list[torch.Tensor] = []
+        self.others: list[Any] = []
+
+    def arguments(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        argnums: Sequence[int],
+        given: Sequence[Any],
+        tree: Tree,
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Return what f is called with, where some arguments were flattened already."""
+        whole = list(argnums) == list(range(len(args)))
+        chosen = set(argnums)
+        others = [] if whole else [a for i, a in enumerate(args) if i not in chosen]
+        rest, frame = flatten((others, dict(kwargs)))
+        mine: Sequence[Any] = tree.unflatten([self._alias(x, True) for x in given])
+        fixed, keywords = frame.unflatten([self._alias(x, False) for x in rest])
+        if whole:
+            return mine, keywords
+        by_place, theirs = dict(zip(argnums, mine, strict=True)), iter(fixed)
+        return [by_place[i] if i in chosen else next(theirs) for i in range(len(args))], keywords
+
+    def _alias(self, x: Any, differentiate: bool) -> Any:
+        if not isinstance(x, torch.Tensor):
+            self.others.append(x)
+            return x.copy() if self._copy and hasattr(x, "__array_interface__") else x
+        t = x.clone().detach() if self._copy or x.is_inference() else x.detach()
+        if differentiate and differentiable(t):
+            self.leaves.append(t.requires_grad_())
+        return t
+
+
+def _called(
+    f: Callable[..., Any],
+    arguments: Sequence[Any],
+    keywords: Mapping[str, Any],
+    records: ContextRecords,
+    reads: Reads | None,
+    traced: Trace | None,
+) -> Any:
+    """Call f; this is where a trace of its lines begins."""
+    with (
+        records.watching(),
+        eager_compiled_functions(),
+        collectives_seen(),
+        contextlib.ExitStack() as modes,
+    ):
+        if reads is not None:
+            modes.enter_context(reads)
+        if traced is not None:
+            records.locate = traced.locate
+            modes.enter_context(traced)
+        return applied_late(f)(*arguments, **keywords)
+
+
+def _apart(result: Any) -> tuple[Any, Any]:
+    """Return f's value, and what it returned beside it, without history."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise StructureError(
+            f"has_aux=True: f must return a tuple (value, aux), got {type(result).__name__}"
+        )
+    value, aux = result
+    return value, pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, aux)
+
+
+def _detached(outputs: Sequence[Any], *, own: bool) -> list[Any]:
+    """Return outputs without history; `own` copies, for a custom Function may overwrite them."""
+    return [
+        (x.detach().clone() if own else x.detach()) if isinstance(x, torch.Tensor) else x
+        for x in outputs
+    ]
 
 
 def _edge(output: torch.Tensor) -> Edge | None:

@@ -25,6 +25,7 @@ _LOADS = _GLOBAL | _FREE | _ATTRIBUTE
 _STORES = frozenset(("STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_ATTR"))
 _CONSTANTS = frozenset(("LOAD_CONST", "LOAD_SMALL_INT"))
 _COPIES = frozenset(("COPY", "SWAP"))
+_COMPARES = frozenset(("COMPARE_OP", "CONTAINS_OP"))
 #: Methods that tell nothing of what they are called on, if nobody looks at what they return.
 _NOTING = frozenset(("append", "add", "extend", "update"))
 #: Who names one of these may read any attribute; one of the second, as a global variable.
@@ -51,6 +52,8 @@ class Code:
         Names of modules that it imports when it runs.
     any_attribute
         Whether it may read attributes that it does not name.
+    compares
+        Whether it compares objects, or looks for one among others.
     installed
         Whether it belongs to Python itself or to an installed package.
     """
@@ -60,6 +63,7 @@ class Code:
     attributes: frozenset[str]
     modules: tuple[str, ...]
     any_attribute: bool
+    compares: bool
     installed: bool
 
 
@@ -97,10 +101,12 @@ def read_by(code: types.CodeType) -> Code:
 def _look(code: types.CodeType) -> Code:
     loads: dict[str, set[str]] = {"global": set(), "free": set(), "attribute": set()}
     modules: set[str] = set()
+    compares = False
     for one in _with_nested(code):
         found = list(dis.get_instructions(one))
         for i, instruction in enumerate(found):
             name = instruction.opname
+            compares = compares or name in _COMPARES
             if name == "IMPORT_NAME":
                 modules.add(instruction.argval)
             elif name in _LOADS and not _only_writes(found, i):
@@ -113,6 +119,7 @@ def _look(code: types.CodeType) -> Code:
         attributes=frozenset(loads["attribute"]),
         modules=tuple(sorted(modules)),
         any_attribute=bool(named),
+        compares=compares,
         installed=is_installed(code.co_filename),
     )
 

@@ -1,8 +1,8 @@
 """Which of the two methods of a derivative the author of a custom Function gave.
 
 A method is not given if there is none, or if PyTorch made it around one that is not given, as
-`torch.vmap` does. Beside a `backward`, a `jvp` that only raises, or returns nothing but None, is a
-stub; a `backward` that returns None means zero.
+`torch.vmap` does. Beside a `backward`, a `jvp` that only raises `NotImplementedError`, or returns
+nothing but None, is a stub; a `backward` that returns None means zero.
 """
 
 from __future__ import annotations
@@ -44,14 +44,16 @@ def _is_stub(method: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _returns_nothing(code: CodeType) -> bool:
-    """Whether a function returns None or raises, whatever it is given."""
+    """Whether a function returns None or says that it is not implemented, whatever comes in."""
     steps = list(dis.get_instructions(code))
-    loads = [(step.opname, step.argval) for step in steps]
-    returned = [
-        loads[i] if name == "RETURN_CONST" else loads[i - 1]
-        for i, (name, _) in enumerate(loads)
-        if name in ("RETURN_CONST", "RETURN_VALUE")
-    ]
-    return all(
-        name in ("LOAD_CONST", "RETURN_CONST") and value is None for name, value in returned
-    )
+    ends = [i for i, step in enumerate(steps) if step.opname in ("RETURN_CONST", "RETURN_VALUE")]
+    if not ends:
+        return "NotImplementedError" in code.co_names
+    for i in ends:
+        end = steps[i]
+        loaded = end if end.opname == "RETURN_CONST" else steps[i - 1]
+        constant = loaded.opname in ("LOAD_CONST", "RETURN_CONST") and loaded.argval is None
+        # Where a jump leads to, there may be another value.
+        if not constant or (end is not loaded and end.is_jump_target):
+            return False
+    return True

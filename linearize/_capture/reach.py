@@ -68,6 +68,10 @@ _BORING = frozenset(
 _MAKING = frozenset("__init__ __new__ __post_init__ __init_subclass__ __set_name__".split())
 
 
+#: Methods that dataclasses are given, which read all fields.
+_COMPARING = frozenset("__eq__ __lt__ __le__ __gt__ __ge__".split())
+
+
 class Reach:
     """What the code of a function can reach.
 
@@ -82,6 +86,8 @@ class Reach:
         #: Attributes that any code in reach reads. They grow until no code is new.
         self.names: set[str] = set()
         self.any_name = False
+        #: Whether some code in reach compares objects.
+        self.compares = False
         self._trees: weakref.WeakKeyDictionary[torch.nn.Module, Tree]
         self._trees = weakref.WeakKeyDictionary()
 
@@ -105,14 +111,17 @@ class Reach:
         name = getattr(self._f, "__qualname__", None) or type(self._f).__name__
         roots.append((self._f, (None, name)))
         while True:
-            before = len(self.names), self.any_name
+            before = self._known()
             walk = _Walk(self)
             try:
                 walk.run(roots)
             except Exception as error:  # an object of the user's does as it likes
                 walk.unseen = f"what f can reach ({type(error).__name__}: {error})"
-            if (len(self.names), self.any_name) == before:
+            if self._known() == before:
                 return State(walk.tokens, walk.tensors, walk.unseen)
+
+    def _known(self) -> tuple[int, bool, bool]:
+        return len(self.names), self.any_name, self.compares
 
 
 class _Walk:
@@ -227,6 +236,7 @@ class _Walk:
             return
         self._names |= read.attributes
         self._reach.any_name |= read.any_attribute
+        self._reach.compares |= read.compares
         for name in read.modules:
             if name in sys.modules:
                 stack.append((sys.modules[name], (where, name)))
@@ -299,6 +309,8 @@ class _Walk:
                 continue
             for name, value in list(vars(base).items()):
                 if name in _BORING or (name in _MAKING and not makes):
+                    continue
+                if name in _COMPARING and _is_generated(base) and not self._reach.compares:
                     continue
                 # Methods of a known name may be called from code that is not looked at.
                 special = name[:2] == "__" or any(name in vars(b) for b in installed)
@@ -499,3 +511,8 @@ def _again(place: int) -> tuple[str, int]:
 def _text(where: Where) -> str:
     outer, name = where
     return name if outer is None else f"{_text(outer)}: {name}"
+
+
+def _is_generated(cls: type) -> bool:
+    """Whether a class is a dataclass: it compares field by field."""
+    return "__dataclass_params__" in vars(cls)

@@ -121,8 +121,6 @@ def _node_key(node: Node, seen: list[torch.Tensor | None]) -> tuple[Any, ...]:
     if partial and not all(wanted):
         raise HiddenError(node.name())
     others = tuple([exact(getattr(node, name)) for name in static]) if static else ()
-    if writes:
-        others += (repeats(node),)
     saved: list[torch.Tensor | None] = []
     for name, raw in tensors:
         value = unpacked(node, name, raw)
@@ -130,6 +128,8 @@ def _node_key(node: Node, seen: list[torch.Tensor | None]) -> tuple[Any, ...]:
             saved.extend(value)
         else:
             saved.append(value)
+    if writes:  # not before it is known that no hook has to unpack anything
+        others += (repeats(node),)
     seen += saved
     layouts = tuple([_layout(t) for t in saved])
     return type(node), wanted, expected(node), others, layouts, shared_memory(saved)

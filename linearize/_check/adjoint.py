@@ -26,100 +26,15 @@ from .._programs.numbers import Numbers
 from .._programs.program import Equation, Operation, Program, op_name
 from .._programs.residuals import Residual
 from .._programs.values import Var
-from .._spaces.compare import close, largest, roughly, tolerance
+from .._spaces.compare import close, roughly, tolerance
 from .._spaces.space import TensorSpec
 from ..errors import AdjointError, NotLinearError
+from .balance import Balance, Tensors, Total, eps_of, inner, over, weights_of
 
-Tensors: TypeAlias = Sequence[torch.Tensor | None]
 #: A linear map on flat lists of tensors; None is zero.
 Map: TypeAlias = Callable[[Sequence[Any]], Tensors]
 #: What makes a program's transpose.
 Transposed: TypeAlias = Callable[[Program, Numbers], Program]
-
-
-# -- sums of inner products -----------------------------------------------------------------
-
-
-class Balance:
-    """A sum of inner products that should be zero, and how large it could well be.
-
-    A random vector with entries of size one and any other one x have a product of the size of
-    ‖x‖, not ‖x‖ times the length of the first; rounding has no preferred direction either.
-    """
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        #: The products themselves, all taken as positive.
-        self._sum = 0.0
-        self._scale = 0.0
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-
-    def add(
-        self,
-        sign: int,
-        first: Tensors,
-        second: Tensors,
-        *,
-        lasting: bool = True,
-        drawn: Tensors | None = None,
-    ) -> None:
-        """Add Re⟨first, second⟩, None for zero.
-
-        Parameters
-        ----------
-        sign
-            1 or -1.
-        first, second
-            The vectors.
-        lasting
-            Whether nobody writes to them before the balance is drawn.
-        drawn
-            What the first are, before they were divided by sizes: the second are, to tell how
-            large the product could be.
-        """
-        for a, b, d in zip(first, second, drawn or [None] * len(first), strict=True):
-            if a is not None and b is not None and a.numel():
-                product = _dot(a, b)
-                self.total += sign * product
-                self._sum += abs(product)
-                if lasting:
-                    self._pairs.append((a, b, d))
-                else:
-                    self._scale += _size(a, b)
-
-    def holds(self, limit: float) -> bool:
-        """Whether the sum is zero within a relative error, or not finite."""
-        # Mostly the products are as large as can be expected, and no lengths are needed.
-        return abs(self.total) <= limit * self._sum or not self.off > limit
-
-    @property
-    def off(self) -> float:
-        """By how much the sum is not zero, relative to its terms; NaN if they are not finite."""
-        self._scale += sum(
-            _size(a, b) if d is None else _size(d, b * (a / torch.where(d == 0, 1, d)))
-            for a, b, d in self._pairs
-        )
-        self._pairs = []
-        return abs(self.total) / self._scale if self._scale else abs(self.total)
-
-
-def _size(a: torch.Tensor, b: torch.Tensor) -> float:
-    return math.sqrt(_dot(a, a) / a.numel()) * math.sqrt(_dot(b, b))
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return Re⟨a, b⟩."""
-    if a.is_complex():
-        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
-    a, b = a.reshape(-1), b.reshape(-1)
-    if a.dtype not in (torch.float32, torch.float64):
-        a, b = a.float(), b.float()
-    result = float(torch.dot(a, b))
-    return result if math.isfinite(result) else float(torch.dot(a.double(), b.double()))
-
-
-def _inner(a: Tensors, b: Tensors) -> float:
-    return sum(_dot(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None)
 
 
 def rounding_limit(*programs: BoundProgram | Program) -> float:
@@ -131,11 +46,7 @@ def rounding_limit(*programs: BoundProgram | Program) -> float:
 
 def _coarsest(*programs: BoundProgram) -> float:
     values = [v for p in programs for eq in p.equations for v in (*eq.outputs, *p.inputs) if v]
-    return max((_eps(v.spec.dtype) for v in values), default=0.0)
-
-
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+    return max((eps_of(v.spec.dtype) for v in values), default=0.0)
 
 
 def node_of(op: Any) -> Any:
@@ -158,7 +69,7 @@ class RankOne(Operation):
 
     def __call__(self, *args: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Apply the map."""
-        total = _inner(self.a, args)
+        total = inner(self.a, args)
         return [None if b is None else b * total for b in self.b]
 
 
@@ -238,6 +149,8 @@ def check_maps(
     transposed: Transposed,
     *,
     thorough: bool,
+    total: Total | None = None,
+    seed: int = 4,
 ) -> None:
     """Check that two products are adjoint, with the user code in them.
 
@@ -254,6 +167,10 @@ def check_maps(
     thorough
         Whether to spend more calls of user code: on a pair in which small columns count as much
         as large ones, and on arguments of other magnitudes.
+    total
+        Sums over the ranks, where the products communicate; other magnitudes are not tried then.
+    seed
+        Of the random numbers.
 
     Raises
     ------
@@ -262,11 +179,12 @@ def check_maps(
     NotLinearError
         If one of them is not linear.
     """
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(seed)
     maps = pullback, pushforward
-    off = parting(*maps, generator, programs, cotangents, tangents, columns=thorough)
+    off = parting(*maps, generator, programs, cotangents, tangents, columns=thorough, total=total)
+    alone = total is None
     for product, program, name in zip(maps, (cotangents, tangents), _NAMES, strict=True):
-        if thorough and any(node_of(eq.op) is not None for eq in program.equations):
+        if thorough and alone and any(node_of(eq.op) is not None for eq in program.equations):
             _check_linear(product, program, name, generator)
     if off is not None:
         fault = _name_fault(*programs(), transposed)
@@ -325,6 +243,7 @@ def parting(
     of_pushforward: BoundProgram,
     *,
     columns: bool = False,
+    total: Total | None = None,
 ) -> float | None:
     """Return by how much two maps miss being adjoint, None if rounding explains it.
 
@@ -343,19 +262,32 @@ def parting(
     columns
         Whether to try another pair too, in which small columns count as much as large ones, as
         small rows do anyhow.
+    total
+        Sums over the ranks, which all come to the same conclusion then.
     """
     u = [v.spec.random(generator) for v in of_pullback.inputs]
     v = [v.spec.random(generator) for v in of_pushforward.inputs]
     limit = rounding_limit(of_pullback, of_pushforward)
     with torch.inference_mode(False), torch.no_grad():
         for balance, arguments, results in balances(pullback, pushforward, u, v, columns=columns):
+            if total is not None:
+                limit = _mean(total, limit)
+                balance.sum_up(total)
             if balance.holds(limit):
                 continue
             noise = _noise(programs(), generator, arguments, results)
             factor = min(100.0, 0.05 / max(_coarsest(*programs()), 1e-300))
+            if total is not None:
+                factor = _mean(total, factor)
+                (noise,) = total([noise])
             if math.isfinite(noise) and abs(balance.total) > factor * noise:
                 return balance.off
     return None
+
+
+def _mean(total: Total, number: float) -> float:
+    whole, count = total([number, 1.0])
+    return whole / count
 
 
 #: A cotangent and a tangent, or what the two maps make of them.
@@ -396,66 +328,6 @@ def balances(
             tangent = over(v, sizes)
 
 
-def weights_of(
-    tensors: Tensors, others: Tensors, most: float | None = None
-) -> list[torch.Tensor | None]:
-    """Return the sizes of numbers relative to the largest, but not below what rounding may be.
-
-    Parameters
-    ----------
-    tensors
-        The numbers; None for zeros.
-    others
-        Tensors of the same shapes; None where no sizes are wanted.
-    most
-        The largest number, if it is known.
-    """
-    most = _largest(tensors) if most is None else most
-    found: list[torch.Tensor | None] = []
-    for t, other in zip(tensors, others, strict=True):
-        if other is None:
-            found.append(None)
-            continue
-        least = math.sqrt(_eps(other.dtype))
-        if not 0 < most < math.inf:
-            sizes = torch.ones_like(other.real)
-        else:
-            sizes = torch.zeros_like(other.real) if t is None else t.abs() / most
-        found.append(sizes.clamp(min=least))
-    return found
-
-
-def over_sizes(drawn: Tensors, tensors: Tensors) -> list[torch.Tensor | None]:
-    """Return random numbers over the sizes of others, much as `weights_of` has them.
-
-    In as few passes over memory as there can be.
-    """
-    most = _largest(tensors)
-    found: list[torch.Tensor | None] = []
-    for d, t in zip(drawn, tensors, strict=True):
-        if d is None or t is None or t.dtype not in _REAL or not 0 < most < math.inf:
-            found += over([d], weights_of([t], [d], most))
-        else:
-            zero = torch.zeros((), dtype=t.dtype, device=t.device)
-            sizes = torch.hypot(t, torch.full_like(zero, math.sqrt(_eps(t.dtype)) * most))
-            found.append(torch.addcdiv(zero, d, sizes, value=most))
-    return found
-
-
-_REAL = (torch.float32, torch.float64)
-
-
-def _largest(tensors: Tensors) -> float:
-    return max((float(largest(t)) for t in tensors if t is not None and t.numel()), default=0.0)
-
-
-def over(tensors: Tensors, weights: Tensors) -> list[torch.Tensor | None]:
-    """Return tensors divided by weights; None for what is None."""
-    return [
-        None if t is None or w is None else t / w for t, w in zip(tensors, weights, strict=True)
-    ]
-
-
 def _noise(
     programs: tuple[BoundProgram, BoundProgram],
     generator: torch.Generator,
@@ -468,12 +340,12 @@ def _noise(
     different in their last digits it is seen how much.
     """
     (back, forth), (u, v), (jtu, jv) = programs, arguments, results
-    noise = _lost(back, u) * math.sqrt(_inner(v, v)) + _lost(forth, v) * math.sqrt(_inner(u, u))
+    noise = _lost(back, u) * math.sqrt(inner(v, v)) + _lost(forth, v) * math.sqrt(inner(u, u))
     for _ in range(2):
         jv_near = runner(_nudged_residuals(forth, generator))(_nudged(v, generator))
         jtu_near = runner(_nudged_residuals(back, generator))(_nudged(u, generator))
-        noise += abs(_inner(u, jv) - _inner(u, jv_near))
-        noise += abs(_inner(jtu, v) - _inner(jtu_near, v))
+        noise += abs(inner(u, jv) - inner(u, jv_near))
+        noise += abs(inner(jtu, v) - inner(jtu_near, v))
     return noise
 
 
@@ -484,7 +356,7 @@ def _lost(program: BoundProgram, arguments: Sequence[Any]) -> float:
     whole = Program(program.inputs, program.equations, values, specs)
     results = Executor(whole)(arguments, program.binding)
     return max(
-        (float(t.abs().max()) * _eps(t.dtype) for t in results if t is not None and t.numel()),
+        (float(t.abs().max()) * eps_of(t.dtype) for t in results if t is not None and t.numel()),
         default=0.0,
     )
 
@@ -495,7 +367,7 @@ def _nudged(tensors: Iterable[Any], generator: torch.Generator) -> list[torch.Te
 
 def _nudged_residuals(program: BoundProgram, generator: torch.Generator) -> BoundProgram:
     near = [
-        Residual(_near(r.tensor, generator), r.source) if _eps(r.tensor.dtype) else r
+        Residual(_near(r.tensor, generator), r.source) if eps_of(r.tensor.dtype) else r
         for r in program.binding.residuals
     ]
     return BoundProgram(program.program, Binding(near, program.binding.ops))
@@ -503,7 +375,7 @@ def _nudged_residuals(program: BoundProgram, generator: torch.Generator) -> Boun
 
 def _near(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return numbers that differ from others by some of their last digits."""
-    return t + 4 * _eps(t.dtype) * t * TensorSpec.of(t).random(generator)
+    return t + 4 * eps_of(t.dtype) * t * TensorSpec.of(t).random(generator)
 
 
 def _by(off: float) -> str:

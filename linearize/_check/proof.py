@@ -15,14 +15,12 @@ from .._programs.program import Equation, Operation
 from .._torch.modes import being_traced, functorch_active, outside_transforms, unobserved
 from ..errors import AdjointError
 from .adjoint import (
-    Balance,
-    Tensors,
     Transposed,
     check_built_in,
     node_of,
-    over_sizes,
     rounding_limit,
 )
+from .balance import Balance, Tensors, over_sizes
 
 
 class Proof:
@@ -133,6 +131,8 @@ class Proof:
             return False
         assert self._programs is not None
         # A method that was missing is not called: a program stands in its place.
+        if any(op.communicates for op in binding.ops):
+            return False  # nobody may have to run it a second time, which others would not
         called = {id(node_of(op)) for op in binding.ops}
         return all({id(node_of(op)) for op in _opaque(p)} <= called for p in self._programs)
 

@@ -43,6 +43,7 @@ class _Step:
 
     __slots__ = (
         "call",
+        "communicates",
         "expected",
         "free",
         "many",
@@ -85,6 +86,7 @@ class _Step:
         self.call = (args, kwargs)
         self.outs: list[int] = []
         self.opaque = isinstance(eq.op, Operation)
+        self.communicates = eq.communicates
         self.many = self.opaque or len(eq.outputs) != 1 or returns_several(eq.op)
         self.free: list[int] = []
         #: The places of residuals that later steps read, for user code.
@@ -105,7 +107,7 @@ class _Step:
     ) -> Any:
         """Run the operation with some values undefined; all undefined gives undefined."""
         template, _ = self.call
-        positional = all(map(_all_undefined, template, args))
+        positional = all(map(_all_undefined, template, args)) and not self.communicates
         if positional and all(_all_undefined(a, keywords[k]) for k, a in self.tail.items()):
             return (None,) * len(self.outs) if self.many else None
         if self.opaque:
@@ -211,7 +213,9 @@ class Executor:
     def gains_by_stacks(self) -> bool:
         """Whether several arguments are taken together faster than one after the other."""
         if self._gains is None:
-            self._gains = not (_mostly_opaque(self.program) or _fills_caches(self.program))
+            program = self.program
+            slower = _mostly_opaque(program) or _fills_caches(program)
+            self._gains = program.communicates() or not slower  # all ranks do the same
         return self._gains
 
     def __call__(

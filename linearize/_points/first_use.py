@@ -40,6 +40,7 @@ def check_adjoint(pushforward: Product, pullback: Product, *, thorough: bool = T
     with outside_transforms(), torch.inference_mode(False), torch.no_grad():
         # Both programs are made first: what is derived of one is then at hand for both.
         programs = pullback.program, pushforward.program
+        ranks = pushforward._lifetime.ranks
         check_maps(
             pullback._apply,
             pushforward._apply,
@@ -47,6 +48,8 @@ def check_adjoint(pushforward: Product, pullback: Product, *, thorough: bool = T
             lambda: (resolved(programs[0]), resolved(programs[1])),
             transpose,
             thorough=thorough,
+            total=None if ranks is None else ranks.total,
+            seed=4 if ranks is None else ranks.seed,
         )
 
 

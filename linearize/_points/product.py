@@ -25,7 +25,7 @@ from .._spaces.space import Space
 from .._torch.modes import functorch_active, outside_transforms, set_grad_mode
 from .._transpose.missing import resolve
 from .._transpose.transpose import transpose
-from ..errors import ClosedError, CopyError
+from ..errors import ClosedError, CopyError, StructureError, UnsupportedError
 from .lifetime import Lifetime
 from .policy import Policy
 from .programs import PULLBACK, PUSHFORWARD, PointPrograms, tidy
@@ -61,7 +61,7 @@ class Product:
         self._make: Callable[[], BoundProgram] | None = make
         self._source = source
         #: What is known of the numbers of the point.
-        self._pool = pool or (Pool() if source is None else source.pool)
+        self._pool = pool if pool is not None else Pool() if source is None else source.pool
         #: What it is called among the programs that points of one structure share.
         self._direction = joined or self._direction
         self._arguments = arguments
@@ -318,8 +318,20 @@ class Product:
         if len(given) < len(tensors):
             present = tuple([t is not None for t in tensors])
         if transformed or not len(given[0]):
+            self._check_untransformed(transformed)
             pieces_of = chunk_size if len(given[0]) else None
             return list(torch.vmap(self._one(present), chunk_size=pieces_of)(*given))
+        ranks = self._lifetime.ranks
+        if ranks is not None and not ranks.inside:
+            count = len(given[0])
+            step = chunk_size or count
+            sizes = [min(step, count - i) for i in range(0, count, step)]
+            return ranks.run(
+                f"{self._called} of {sizes} vectors at once",
+                lambda: self._prepared(present),
+                lambda: self._batched(tensors, chunk_size),
+                sizes,
+            )
         if self._lifetime.closed:
             self._check_open()
         if self._first is not None:
@@ -330,6 +342,34 @@ class Product:
         pieces = zip(*(t.split(chunk_size) for t in given), strict=True)
         chunks = [self._stack(plan, present, parts) for parts in pieces]
         return [torch.cat(c) for c in zip(*chunks, strict=True)]
+
+    @property
+    def _called(self) -> str:
+        """The product's name among the ranks'."""
+        return self._direction or self._name
+
+    def _prepared(self, present: tuple[bool, ...]) -> Plan:
+        """Do all that can fail before a product is run."""
+        self._check_open()
+        if self._first is not None:
+            self._first()
+        plan = self._plans.get(present) or self._plan(present)
+        plan.binding.check()
+        return plan
+
+    def _check_untransformed(self, transformed: bool) -> None:
+        if transformed and self._lifetime.ranks is not None:
+            raise UnsupportedError(
+                f"{self._called}: f communicates, and its products cannot be mapped inside of "
+                "other transforms; stack the vectors and call batched() outside of them"
+            )
+
+    def _stacked(self, tree: Any, chunk_size: int | None) -> Any:
+        """Apply the map to a tree of stacks."""
+        self._check_open()
+        flat = self._arguments.flatten(tree, stacked=True)
+        stack_sizes(self._arguments, flat)
+        return self._results.unflatten(self._batched(flat, chunk_size))
 
     def _one(self, present: tuple[bool, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:
         """Return the map as a function of the tensors that are there."""
@@ -377,6 +417,11 @@ class Product:
                 given = [t for t in tensors if t is not None]
             elif grad and t.requires_grad:
                 return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
+        ranks = self._lifetime.ranks
+        if ranks is not None and not ranks.inside:
+            return ranks.run(
+                self._called, lambda: self._prepared(present), lambda: self._apply(tensors)
+            )
         if self._lifetime.closed:
             self._check_open()
         if self._first is not None:
@@ -407,7 +452,12 @@ class Product:
         lifetime = self._lifetime
         with self._lock:
             self._shortened = True
-            fits = self._takes_one_tensor and (self._results.is_single or self._results.is_row)
+            alone = lifetime.ranks is None
+            fits = (
+                alone
+                and self._takes_one_tensor
+                and (self._results.is_single or self._results.is_row)
+            )
             if fits and not lifetime.closed and self._first is None:
                 self._short = plan.short_way(lifetime, in_tuple=self._results.is_row)
 
@@ -481,6 +531,17 @@ class Product:
         for plan in plans:
             for binding in plan.bindings():
                 yield from binding.kept()
+
+
+def stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:
+    if len(flat) == 1 and flat[0] is not None:
+        return
+    sizes = {t.shape[0] for t in flat if t is not None}
+    if len(sizes) != 1:
+        raise StructureError(
+            f"batched: expected {space.word}s stacked along their first dimension, all of one "
+            f"length, got lengths {sorted(sizes)}"
+        )
 
 
 class _DifferentiableProduct(torch.autograd.Function):

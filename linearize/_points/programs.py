@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .._capture.capture import Capture
-from .._capture.custom import CustomNode
+from .._capture.collectives import OpaqueNode
 from .._capture.graph import Graph
 from .._capture.signature import signature
 from .._check.proof import Proof
@@ -393,7 +393,7 @@ class PointPrograms:
             self._read[origin.place] = known
         return known
 
-    def _custom(self, place: int) -> CustomNode:
+    def _custom(self, place: int) -> OpaqueNode:
         assert self._graph is not None
         return self._graph.custom[self._graph.order[place]]
 

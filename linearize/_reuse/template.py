@@ -16,10 +16,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
-from .._capture.custom import CustomNode
+from .._capture.collectives import OpaqueNode
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.schedule import Portable
@@ -62,7 +63,8 @@ class Template(Portable):
         self.simplified = simplified
         self.verified = threading.Event()
         needed = ordered([c.origin for c in program.constants])
-        self.cost = sum(map(_cost, needed))
+        costly = [cast("Costly", o.op) for o in needed if isinstance(o.op, Costly)]
+        self.cost = sum(op.cost for op in costly)
         #: What is read of the graph, by this direction or by the other one before.
         self._saved = [o for o in needed if isinstance(o, Saved)]
 
@@ -77,7 +79,7 @@ class Template(Portable):
     def bind(
         self,
         read: Callable[[Saved], Residual],
-        node: Callable[[int], CustomNode],
+        node: Callable[[int], OpaqueNode],
         known: dict[Origin, Residual],
     ) -> Binding | None:
         """Compute the residuals of another point.
@@ -114,15 +116,10 @@ class Template(Portable):
         return Binding(residuals, [op for op in ops if op is not None], guards)
 
 
-def _cost(origin: Origin) -> float:
-    op = origin.op
-    return op.cost if isinstance(op, Costly) else 0.0
-
-
 def _placed(program: Program, places: dict[int, int]) -> Program | None:
     """Return a program with places for the nodes of its graph, None if it has others."""
 
-    def place(node: CustomNode) -> Place:
+    def place(node: OpaqueNode) -> Place:
         return Place(
             places[id(node)], node.name, node.has_jvp, node.has_backward, node.takes_batches
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from .._programs.aten import RESHAPES, permutation
 from .._programs.numbers import Numbers
-from .._programs.program import Equation, Operation, Program
+from .._programs.program import Equation, Program
 from .._programs.values import Var, frozen
 from .._torch.names import OpOverload, aten
 
@@ -41,66 +41,104 @@ def merge_copies(program: Program, _: Numbers | None = None) -> Program:
 
     What is flipped twice is as it was.
     """
-    same: dict[Var, Var] = {}
-    origin: dict[Var, Var] = {}
-    turned: dict[Var, tuple[Var, tuple[int, ...]]] = {}
-    flipped: dict[Var, tuple[Var, Any]] = {}
-    strided, uses = laid_out(program), program.uses()
-    known: dict[Any, tuple[Var | None, ...]] = {}
-    kept: list[Equation] = []
+    return _Merging(program).run()
 
-    def current(x: Any) -> Any:
-        return same.get(x, x)
 
-    for eq in program.equations:
-        renamed = eq.renamed(current)
-        args, kwargs = renamed.args, renamed.kwargs
+class _Call:
+    """An operation on its way into the program, with one result or several."""
+
+    __slots__ = ("args", "kwargs", "op", "out")
+
+    def __init__(self, op: OpOverload, args: Any, kwargs: Any, out: Var) -> None:
+        self.op, self.args, self.kwargs, self.out = op, args, kwargs, out
+
+
+class _Merging:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        #: What takes the place of a variable.
+        self.same: dict[Var, Var] = {}
+        #: Of what it is the numbers in another shape; an order of the dimensions; flipped.
+        self.origin: dict[Var, Var] = {}
+        self.turned: dict[Var, tuple[Var, tuple[int, ...]]] = {}
+        self.flipped: dict[Var, tuple[Var, Any]] = {}
+        self.strided, self.uses = laid_out(program), program.uses()
+        self.known: dict[Any, tuple[Var | None, ...]] = {}
+
+    def run(self) -> Program:
+        kept: list[Equation] = []
+        for eq in self.program.equations:
+            left: Equation | None = eq.renamed(lambda x: self.same.get(x, x))
+            if left is not None and isinstance(eq.op, OpOverload):
+                left = self.merged(left, eq.op)
+            if left is not None:
+                kept.append(left)
+        outputs = [None if v is None else self.same.get(v, v) for v in self.program.outputs]
+        return self.program.with_equations(kept, outputs).live()
+
+    def merged(self, eq: Equation, op: OpOverload) -> Equation | None:
+        """Return what an equation becomes, None if its results are there already."""
         out = eq.outputs[0] if len(eq.outputs) == 1 else None
-        if isinstance(eq.op, Operation) or not isinstance(eq.op, OpOverload):
-            kept.append(renamed)
-            continue
-        idle = eq.op in _NOTHING and isinstance(args[0], Var)
-        if out is not None and idle and args[0].spec == out.spec and out not in strided:
-            same[out] = args[0]
-            continue
-        # Other than `view`, `reshape` takes any strides.
-        op = aten.reshape.default if eq.op is aten.view.default else eq.op
-        if out is not None and op in RESHAPES and isinstance(args[0], Var):
-            base = origin.get(args[0], args[0])
-            origin[out] = base
-            if base.spec == out.spec:
-                same[out] = base
-                continue
-            # What is permuted is copied to be shown in another shape, and that once.
-            copied = base in turned and uses[args[0]] > 1
-            if base is not args[0] and not copied:
-                op, args, kwargs = aten.reshape.default, (base, list(out.spec.shape)), {}
-        order = None if out is None else permutation(op, args)
-        if out is not None and order is not None:
-            base, before = turned.get(args[0], (args[0], None))
+        if out is not None:
+            call = _Call(op, eq.args, eq.kwargs, out)
+            steps = (self.idle, self.reshaped, self.permuted, self.turned_back)
+            before = next((v for v in (step(call) for step in steps) if v is not None), None)
             if before is not None:
-                order = tuple([before[i] for i in order])
-                op, args, kwargs = aten.permute.default, (base, list(order)), {}
-            turned[out] = base, order
-            if order == tuple(range(len(order))):
-                same[out] = base
-                continue
-        if out is not None and op is aten.flip.default and isinstance(args[0], Var):
-            if flipped.get(args[0], (None, ()))[1] == args[1]:
-                same[out] = flipped[args[0]][0]
-                continue
-            flipped[out] = args[0], args[1]
-        key = frozen(op, args, kwargs)
-        if key in known and all(
-            a is not None or b is None for a, b in zip(known[key], eq.outputs, strict=True)
+                self.same[out] = before
+                return None
+            op, eq = call.op, Equation(call.op, call.args, call.kwargs, eq.outputs, eq.source)
+        key = frozen(op, eq.args, eq.kwargs)
+        known = self.known.get(key)
+        if known is not None and all(
+            a is not None or b is None for a, b in zip(known, eq.outputs, strict=True)
         ):
-            pairs = zip(eq.outputs, known[key], strict=True)
-            same |= {ours: theirs for ours, theirs in pairs if ours and theirs}
-            continue
-        known[key] = eq.outputs
-        kept.append(Equation(op, args, kwargs, eq.outputs, eq.source))
-    outputs = [None if v is None else same.get(v, v) for v in program.outputs]
-    return program.with_equations(kept, outputs).live()
+            pairs = zip(eq.outputs, known, strict=True)
+            self.same |= {ours: theirs for ours, theirs in pairs if ours and theirs}
+            return None
+        self.known[key] = eq.outputs
+        return eq
+
+    # Each returns what the result is, if it is there already, and may change the call.
+
+    def idle(self, c: _Call) -> Var | None:
+        x = c.args[0] if c.args else None
+        idle = c.op in _NOTHING and isinstance(x, Var) and x.spec == c.out.spec
+        if c.op is aten.view.default:  # other than that, `reshape` takes any strides
+            c.op = aten.reshape.default
+        return x if idle and c.out not in self.strided else None
+
+    def reshaped(self, c: _Call) -> Var | None:
+        if c.op not in RESHAPES or not isinstance(c.args[0], Var):
+            return None
+        x = c.args[0]
+        base = self.origin[c.out] = self.origin.get(x, x)
+        if base.spec == c.out.spec:
+            return base
+        # What is permuted is copied to be shown in another shape, and that once.
+        copied = base in self.turned and self.uses[x] > 1
+        if base is not x and not copied:
+            c.op, c.args, c.kwargs = aten.reshape.default, (base, list(c.out.spec.shape)), {}
+        return None
+
+    def permuted(self, c: _Call) -> Var | None:
+        order = permutation(c.op, c.args)
+        if order is None:
+            return None
+        base, before = self.turned.get(c.args[0], (c.args[0], None))
+        if before is not None:
+            order = tuple([before[i] for i in order])
+            c.op, c.args, c.kwargs = aten.permute.default, (base, list(order)), {}
+        self.turned[c.out] = base, order
+        return base if order == tuple(range(len(order))) else None
+
+    def turned_back(self, c: _Call) -> Var | None:
+        if c.op is not aten.flip.default or not isinstance(c.args[0], Var):
+            return None
+        base, dims = self.flipped.get(c.args[0], (None, ()))
+        if dims == c.args[1]:
+            return base
+        self.flipped[c.out] = c.args[0], c.args[1]
+        return None
 
 
 _SAME_NUMBERS = _NOTHING | RESHAPES

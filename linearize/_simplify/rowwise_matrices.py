@@ -151,7 +151,7 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
             from_first = kept is not None
         kept = kept or _kept(e.numbers, made_of, t, *widths)
         if kept is None:
-            e.numbers.pool.alike[SOURCE, made_of] = matrices
+            e.numbers.pool[SOURCE, made_of] = matrices
     starts = _starts(widths[0]), _starts(widths[1])
     if kept is not None:
         matrices, starts = kept
@@ -224,7 +224,7 @@ def _kept(
         None if there are none, or if several orders give the same numbers: at another point
         only one of them may be right.
     """
-    known = numbers.pool.alike.get((SOURCE, made_of))
+    known = numbers.pool.get((SOURCE, made_of))
     if known is None or known.spec.numel != t.numel() or not numbers.found(known):
         return None
     theirs = numbers[known]

@@ -79,7 +79,7 @@ class SometimesNone(Square):
         return 2 * ctx.saved_tensors[0] * t
 
 
-STUBS = [Passed, ReturnsNone, ReturnsNoneLater, Raises, RaisesInWords]
+STUBS = [Passed, ReturnsNone, ReturnsNoneLater, Raises]
 
 
 @pytest.mark.parametrize("function", [*STUBS, Real, SometimesNone, Square])
@@ -95,6 +95,28 @@ def test_a_stub_is_no_jvp(function: Any) -> None:
             torch.testing.assert_close(here.jvp_fn(v), slope * v)
             torch.testing.assert_close(here.vjp_fn(v)[0], slope * v)
         here.check()
+
+
+def test_the_error_of_an_author_reaches_the_caller() -> None:
+    assert gives_jvp(RaisesInWords)
+    here = lz.Linearizer(RaisesInWords.apply).at(numbers(3))
+    with pytest.raises(RuntimeError, match="no forward mode"):
+        here.jvp_fn(numbers(3))
+
+
+def test_a_choice_between_a_tangent_and_none_is_no_stub() -> None:
+    class Chooses(Square):
+        @staticmethod
+        def jvp(ctx: Any, t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else 2 * ctx.saved_tensors[0] * t
+
+    class ChoosesLast(Square):
+        @staticmethod
+        def jvp(ctx: Any, t: torch.Tensor | None) -> torch.Tensor | None:
+            return 2 * ctx.saved_tensors[0] * t if t is not None else None
+
+    assert gives_jvp(Chooses)
+    assert gives_jvp(ChoosesLast)
 
 
 def test_a_stub_beside_an_opaque_backward_is_named() -> None:

@@ -52,7 +52,7 @@ def part(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def decorated(x: torch.Tensor) -> torch.Tensor:
-    return torch.relu(NET(x)).exp()
+    return torch.tanh(NET(x)).exp()
 
 
 def largest(x: torch.Tensor) -> torch.Tensor:

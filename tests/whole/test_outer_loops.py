@@ -1,7 +1,7 @@
 """Outer loops at random, a few each time and as many as are asked for.
 
-`LINEARIZE_FUZZ_CASES=20000 LINEARIZE_FUZZ_SEED=7 pytest -m slow -s -k outer_loops` goes on for
-about an hour; the seed is printed.
+`LINEARIZE_FUZZ_CASES=4000 pytest -m slow -s tests/whole/test_outer_loops.py` goes on for about an
+hour. The seed is printed, and may be set: `LINEARIZE_FUZZ_SEED=7`.
 """
 
 from __future__ import annotations
