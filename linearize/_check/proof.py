@@ -15,15 +15,12 @@ from .._programs.program import Equation, Operation
 from .._torch.modes import being_traced, functorch_active, outside_transforms, unobserved
 from ..errors import AdjointError
 from .adjoint import (
-    Balance,
-    Tensors,
     Transposed,
     check_built_in,
     node_of,
-    over,
     rounding_limit,
-    weights_of,
 )
+from .balance import Balance, Tensors, over_sizes
 
 
 class Proof:
@@ -149,7 +146,7 @@ class Proof:
             # One after the other, which takes less memory.
             results = executor(arguments, binding)
             trial = _Trial(pullback, results)
-            balance.add(1, trial.drawn, over(results, trial.weights))
+            balance.add(1, trial.cotangents, results, drawn=trial.drawn)
             balance.add(-1, trial.results, arguments)
             return results, balance
         trial = _Trial(pullback)
@@ -216,10 +213,8 @@ class _Trial:
         with unobserved(), torch.inference_mode(False), torch.no_grad():
             self.drawn = [v.spec.random(generator) for v in program.inputs]
             self.cotangents: Any = self.drawn
-            self.weights: Tensors = ()
             if met is not None:
-                self.weights = weights_of(met, self.drawn)
-                self.cotangents = over(self.drawn, self.weights)
+                self.cotangents = over_sizes(self.drawn, met)
             self.results = runner(program)(self.cotangents)
 
 

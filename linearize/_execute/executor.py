@@ -265,6 +265,40 @@ class Executor:
         """The program written out, once it has run often enough."""
         return self._function
 
+    def first(
+        self, arguments: Sequence[torch.Tensor], binding: Binding, tape: list[Any]
+    ) -> tuple[list[torch.Tensor | None], Bound | None]:
+        """Run the program to compare it with another one, written out at once where that can be.
+
+        Parameters
+        ----------
+        arguments, binding
+            As of a call.
+        tape
+            The results of user code, which is not called.
+
+        Returns
+        -------
+        results, function
+            The second, if there is one, is for `adopt` if the first are right.
+        """
+        function = None if binding.ops or functions_overridden() else self._written()
+        if function is not None:
+            binding.check()
+            try:
+                return function(binding, arguments, self), function
+            except TypeError:  # an operation's quicker name does not take these arguments
+                pass
+        return self(arguments, binding, tape, replay=True), None
+
+    def adopt(self, function: Bound) -> None:
+        """Run the program, or an equal one, by a function that was found to give the same."""
+        self._function = function
+        self._write_out_at = 0
+
+    def _written(self) -> Bound | None:
+        return generate_bound(self.program, self.copies) if self._write_out_at else None
+
     def resume(
         self, binding: Binding, start: int, known: dict[int, torch.Tensor | None]
     ) -> list[torch.Tensor | None]:

@@ -179,7 +179,8 @@ def pays(before: Program, after: Program) -> bool:
     then, now = price(after), price(before)
     if then <= thresholds.SIMPLIFIED_SHARE * now:
         return True
-    return then <= now and _kept(after) <= thresholds.SIMPLIFIED_SHARE * _kept(before)
+    kept = _kept(before)
+    return then <= now and kept > 0 and _kept(after) <= thresholds.SIMPLIFIED_SHARE * kept
 
 
 def _kept(program: Program) -> int:

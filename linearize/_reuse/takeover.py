@@ -18,7 +18,8 @@ import torch
 from .._capture.collectives import Collective, OpaqueNode
 from .._capture.custom import CustomBackward
 from .._capture.graph import Edge, Graph
-from .._check.adjoint import Balance, RankOne
+from .._check.adjoint import RankOne
+from .._check.balance import Balance
 from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor
 from .._programs.program import Operation
