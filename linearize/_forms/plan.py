@@ -27,7 +27,7 @@ from .._torch.modes import functorch_active
 from ..errors import CompilationWarning
 from .compiled import Options, compiled, replayed
 from .cuda_graphs import Replays, capture_on_cuda
-from .dense import Dense, random_arguments
+from .dense import Dense, can_be_looked_at, can_be_trusted, random_arguments
 from .segments import Segments
 from .stacked import vectorized
 
@@ -91,6 +91,8 @@ class Plan:
     ) -> None:
         #: One reference, so that a change is seen as a whole.
         self._running = executor, binding
+        #: What a matrix took the place of: it spreads an infinity or a NaN to all results.
+        self._exact: tuple[Executor, Binding] | None = None
         self._settled = settled
         self._proof = proof
         self._whole = whole
@@ -114,6 +116,22 @@ class Plan:
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run the map."""
+        exact = self._exact
+        if exact is not None:
+            return self._by_matrix(arguments, *exact)
+        return self._run(arguments)
+
+    def _by_matrix(
+        self, arguments: Sequence[torch.Tensor], executor: Executor, binding: Binding
+    ) -> list[torch.Tensor | None]:
+        """Run the map by its matrix, and without it where something is not finite."""
+        if can_be_looked_at(arguments):
+            results = self._run(arguments)
+            if can_be_trusted(results):
+                return results
+        return executor(arguments, binding)
+
+    def _run(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         executor, binding = self._running
         if self._quiet:
             return executor(arguments, binding)
@@ -138,7 +156,8 @@ class Plan:
         executor, binding = self._running
         if not self._quiet:
             return None
-        return short_way(executor, binding, lifetime, in_tuple=in_tuple)
+        fine = None if self._exact is None else can_be_trusted
+        return short_way(executor, binding, lifetime, in_tuple=in_tuple, fine=fine)
 
     @property
     def quiet(self) -> bool:
@@ -183,7 +202,10 @@ class Plan:
         known = self._stacked.get(count)
         if known is not None:
             executor, binding = known
-            return executor(arguments, binding)
+            results = executor(arguments, binding)
+            if self._exact is None or can_be_trusted(results):
+                return results
+            return mapped()
         if not self._running[0].gains_by_stacks:
             return self._looped(arguments)
         self._counts[count] += 1
@@ -240,7 +262,8 @@ class Plan:
         return [bound(e.program, b) for e, b in self._all()]
 
     def _all(self) -> list[tuple[Executor, Binding]]:
-        return [self._running, *(known for known in self._stacked.values() if known is not None)]
+        exact = [] if self._exact is None else [self._exact]
+        return [self._running, *exact, *(s for s in self._stacked.values() if s is not None)]
 
     # -- better forms -------------------------------------------------------------------
 
@@ -321,10 +344,13 @@ class Plan:
                 return results
             smaller, binding = Executor(after.program), after.binding
             probe = random_arguments(before)
-            if _same(smaller(probe, binding), executor(probe, old)) and _same(
-                smaller(arguments, binding), results
+            # A result that is not finite is left to the program anyway.
+            if _same(smaller(probe, binding), executor(probe, old)) and (
+                not can_be_trusted(results) or _same(smaller(arguments, binding), results)
             ):
                 self._replays = None
+                if dense.spreads:
+                    self._exact = executor, old
                 self._take(smaller, after)
                 dense.taken()
         return results
