@@ -38,9 +38,9 @@ from .._programs.program import Emitter, Program
 from .._programs.values import Var
 from .._simplify.copies import merge_copies
 from .._spaces.space import TensorSpec
-from .._transpose.transpose import transpose
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import aten
+from .._transpose.transpose import transpose
 from ..errors import LinearizeError
 from .banded import Banded
 from .timing import seconds

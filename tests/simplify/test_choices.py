@@ -113,3 +113,25 @@ def test_a_choice_made_twice_is_made_once() -> None:
     ).at(X)
     smaller = here.program.pushforward.made(simplify)
     assert [eq.name for eq in smaller.equations] == ["masked_fill.Scalar", "mul.Scalar"]
+
+
+def test_rows_hold_apart_what_does_not_depend_on_each_other() -> None:
+    def narrow(x: torch.Tensor) -> torch.Tensor:
+        a, b, c = x.unbind(1)
+        for _ in range(6):
+            a, b = (a + b).sin() * 1.1, b.exp() * b.cos()
+        return torch.stack([a, c.sin() * c.cos().exp(), b], 1)
+
+    def wide(x: torch.Tensor) -> torch.Tensor:
+        a, b = x[:, :4], x[:, 4:]
+        for _ in range(6):
+            a, b = (a + b).roll(1, 1).sin() * a.sum(1, keepdim=True), b.exp() * b.flip(1)
+        return torch.cat([a, b], 1)
+
+    for f, width in ((narrow, 3), (wide, 8)):
+        lin = lz.Linearizer(f)
+        x = torch.linspace(-1, 1, 40 * width, dtype=D).reshape(40, width)
+        for point in range(3):
+            here = compare_infinite(lin, f, x * (1 - 0.1 * point), calls=7)
+        kept = [r for p in (here.program.pushforward, here.program.pullback) for r in p.residuals()]
+        assert any(r.source == "rows" for r in kept) == (width == 3)
