@@ -168,9 +168,7 @@ def _is_pointwise(eq: Equation, shape: Sequence[int]) -> bool:
     assert isinstance(eq.op, OpOverload)
     schema = schema_of(eq.op)
     # In a matrix, what is not chosen would be multiplied by zero.
-    return (
-        schema.pointwise and not schema.writes and _aligned(eq, shape) and not _is_choice(eq)
-    )
+    return schema.pointwise and not schema.writes and _aligned(eq, shape) and not _is_choice(eq)
 
 
 def _is_choice(eq: Equation) -> bool:
