@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 
 import linearize as lz
-from linearize._forms import dense as _dense
-from linearize._forms.dense import LEAST
+from linearize._execute.thresholds import MATRIX_FROM as LEAST
 from tests.support.infinite import compare_infinite, same_where_finite
 
 D = torch.float64
@@ -36,13 +34,6 @@ def layers(x: torch.Tensor) -> torch.Tensor:
     for _ in range(5):
         x = (W @ x).relu().roll(1) * 0.2
     return x
-
-
-@pytest.fixture(autouse=True)
-def matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each form that is timed be quicker than the one before."""
-    calls = itertools.count()
-    monkeypatch.setattr(_dense, "seconds", lambda *_: 0.5 ** next(calls))
 
 
 @pytest.mark.parametrize("f", [halves, steps, layers])
