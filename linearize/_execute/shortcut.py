@@ -6,7 +6,7 @@ product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,12 @@ class Closable(Protocol):
 
 
 def short_way(
-    executor: Executor, binding: Binding, lifetime: Closable, *, in_tuple: bool
+    executor: Executor,
+    binding: Binding,
+    lifetime: Closable,
+    *,
+    in_tuple: bool,
+    fine: Callable[[Sequence[Any]], bool] | None = None,
 ) -> Callable[[Any], Any] | None:
     """Return what runs a program of one argument and one result, and little else.
 
@@ -37,6 +42,8 @@ def short_way(
         Whether the point was closed.
     in_tuple
         Whether the result comes as a tuple of one.
+    fine
+        Tells of results whether they can be handed out; by default all can.
 
     Returns
     -------
@@ -71,6 +78,8 @@ def short_way(
             if kept._version != version:
                 return None
         result = run(binding, (t,), executor)
+        if fine is not None and not fine(result):
+            return None
         return tuple(result) if in_tuple else result[0]
 
     return short

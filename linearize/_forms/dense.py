@@ -15,6 +15,10 @@ for, and then the matrix takes over, by a rule in numbers:
 Where a square matrix is zero but for a band of diagonals, the diagonals are kept if a product
 with them has the lower price. Prices are those of `_programs.price`: nothing is measured.
 
+A matrix multiplies zeros too: an infinity or a NaN in the argument, or one that comes about
+where the program chooses what else to take, would spread to all results. Where a result is not
+finite, the program runs that the matrix took the place of.
+
 Complex numbers count as pairs of real ones, because a derivative need not be linear over the
 complex numbers.
 """
@@ -43,6 +47,8 @@ from .._programs.program import Emitter, Program
 from .._programs.values import Var
 from .._simplify.copies import merge_copies
 from .._spaces.space import TensorSpec
+from .._torch.modes import being_traced, functorch_active
+from .._torch.names import aten
 from .._transpose.transpose import transpose
 from ..errors import LinearizeError
 from .banded import Banded
@@ -131,6 +137,18 @@ class Dense:
                     self.matrix = None if matrix is None else _narrowed(matrix)
                     self._given = None
         return None if self.matrix is None else _around(self.matrix, program, forward=forward)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether a number that is not finite may reach a result that it should not reach.
+
+        To look at results makes the host wait for an accelerator. There a matrix without zeros
+        is trusted: each number of the argument does reach each result.
+        """
+        matrix = self.matrix
+        if not isinstance(matrix, torch.Tensor) or matrix.device.type == "cpu":
+            return True
+        return bool((matrix == 0).any())
 
     def taken(self) -> None:
         """Note that the matrix has taken the place of a program."""
@@ -246,3 +264,25 @@ def random_arguments(program: BoundProgram) -> list[torch.Tensor]:
     """Return random arguments of a program, the same each time."""
     generator = torch.Generator().manual_seed(7)
     return [v.spec.random(generator) for v in program.inputs]
+
+
+def can_be_trusted(results: Sequence[torch.Tensor | None]) -> bool:
+    """Whether no result of a matrix holds an infinity or NaN, seen here and now.
+
+    Denied too if a sum overflows.
+    """
+    if not can_be_looked_at([t for t in results if t is not None]):
+        return False
+    for t in results:
+        if t is not None:
+            total = aten.sum.default(t).item()
+            if total - total != 0:
+                return False
+    return True
+
+
+def can_be_looked_at(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether numbers can be told here and now."""
+    if functorch_active() or being_traced():
+        return False
+    return not (any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing())

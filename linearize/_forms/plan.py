@@ -27,7 +27,7 @@ from .._spaces.compare import all_close, close, rounding
 from .._torch.modes import functorch_active
 from ..errors import CompilationWarning
 from .compiled import Compiled, Options, compiled
-from .dense import random_arguments
+from .dense import can_be_looked_at, can_be_trusted, random_arguments
 from .segments import Segments
 from .stacked import vectorized
 from .succession import Form, Succession, pays
@@ -82,6 +82,8 @@ class Plan:
         #: What runs, what runs inside of transforms, and the numbers. One reference, so that a
         #: change is seen as a whole.
         self._running: tuple[Executor | Compiled, Executor, Binding] = executor, executor, binding
+        #: What a matrix took the place of: it spreads an infinity or a NaN to all results.
+        self._exact: tuple[Executor, Binding] | None = None
         self._succession = succession
         self._proof = proof
         self._whole = whole
@@ -98,6 +100,23 @@ class Plan:
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run the map."""
+        exact = self._exact
+        if exact is not None:
+            return self._by_matrix(arguments, *exact)
+        return self._proceed(arguments)
+
+    def _by_matrix(
+        self, arguments: Sequence[torch.Tensor], executor: Executor, binding: Binding
+    ) -> list[torch.Tensor | None]:
+        """Run the map by its matrix, and without it where something is not finite."""
+        if can_be_looked_at(arguments):
+            results = self._proceed(arguments)
+            if can_be_trusted(results):
+                return results
+        return executor(arguments, binding)
+
+    def _proceed(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Run the map, or another form of it if one is due."""
         run, executor, binding = self._running
         if self._succession.quiet:
             return run(arguments, binding)
@@ -119,7 +138,8 @@ class Plan:
         run, executor, binding = self._running
         if run is not executor or not self.quiet:
             return None
-        return short_way(executor, binding, lifetime, in_tuple=in_tuple)
+        fine = None if self._exact is None else can_be_trusted
+        return short_way(executor, binding, lifetime, in_tuple=in_tuple, fine=fine)
 
     @property
     def quiet(self) -> bool:
@@ -163,7 +183,10 @@ class Plan:
         known = self._stacked.get(count)
         if known is not None:
             executor, binding = known
-            return executor(arguments, binding)
+            results = executor(arguments, binding)
+            if self._exact is None or can_be_trusted(results):
+                return results
+            return mapped()
         _, executor, _ = self._running
         if not executor.gains_by_stacks:
             return self._looped(arguments)
@@ -221,8 +244,9 @@ class Plan:
         return [bound(e.program, b) for e, b in self._all()]
 
     def _all(self) -> list[tuple[Executor, Binding]]:
+        exact = [] if self._exact is None else [self._exact]
         stacks = [known for known in self._stacked.values() if known is not None]
-        return [self._running[1:], *stacks]
+        return [self._running[1:], *exact, *stacks]
 
     # -- better forms -------------------------------------------------------------------
 
@@ -291,10 +315,14 @@ class Plan:
                 return results
             smaller, binding = Executor(after.program), after.binding
             probe = random_arguments(before)
-            if all_close(smaller(probe, binding), executor(probe, old), rounding) and all_close(
-                smaller(arguments, binding), results, rounding
+            # A result that is not finite is left to the program anyway.
+            if all_close(smaller(probe, binding), executor(probe, old), rounding) and (
+                not can_be_trusted(results)
+                or all_close(smaller(arguments, binding), results, rounding)
             ):
                 self._succession.learned.matrix = True
+                if dense.spreads:
+                    self._exact = executor, old
                 self._take(smaller, after)
                 dense.taken()
         return results

@@ -192,7 +192,8 @@ UNTAGGED_POINTWISE = frozenset(
 MULTIPLYING = frozenset(
     "neg mul div alias detach clone _to_copy tanh_backward sigmoid_backward gelu_backward "
     "silu_backward mish_backward elu_backward leaky_relu_backward softplus_backward "
-    "log_sigmoid_backward native_dropout_backward".split()
+    "log_sigmoid_backward native_dropout_backward mse_loss_backward smooth_l1_loss_backward "
+    "huber_loss_backward".split()
 )
 
 

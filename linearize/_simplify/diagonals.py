@@ -189,7 +189,8 @@ class _Folding:
         if isinstance(c, Constant) and eq.op in _CHOICES:
             # Where it is not chosen it may be infinite.
             whole = self.c.evaluated(aten.expand.default, c, list(x.spec.shape))
-            c = self.c.evaluated(eq.op, *_with(eq, x, whole), **eq.kwargs)
+            made = self.c.evaluated(eq.op, *_with(eq, x, whole), **eq.kwargs)
+            c = c if _grows(made, c, eq) else made
         return _Form({self.chosen(eq, x, base): c})
 
     def chosen(self, eq: Equation, x: Var, base: Var) -> Var:
@@ -269,8 +270,7 @@ class _Folding:
         for base, c in self.form(b).terms.items():
             c = self.c.product(c, sign)
             terms[base] = self.c.total(terms[base], c) if base in terms else c
-        some = {base: c for base, c in terms.items() if isinstance(c, Constant) or c != 0}
-        return _Form(some or terms) if len(some) <= MOST_TERMS else None
+        return _Form(terms) if len(terms) <= MOST_TERMS else None
 
     def common(self, a: Var, b: Var) -> tuple[tuple[Var, Var], complex] | None:
         """Return the bases of two values and the number that both are multiplied by."""

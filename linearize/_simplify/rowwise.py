@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .._programs.aten import schema_of
+from .._programs.aten import chooses, schema_of
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Program
 from .._programs.values import Var
@@ -172,7 +172,13 @@ def _rows(eq: Equation) -> Any:
 def _is_pointwise(eq: Equation, shape: Sequence[int]) -> bool:
     assert isinstance(eq.op, OpOverload)
     schema = schema_of(eq.op)
-    return schema.pointwise and not schema.writes and _aligned(eq, shape)
+    # In a matrix, what is not chosen would be multiplied by zero.
+    return schema.pointwise and not schema.writes and _aligned(eq, shape) and not _is_choice(eq)
+
+
+def _is_choice(eq: Equation) -> bool:
+    assert isinstance(eq.op, OpOverload)
+    return chooses(eq.op) if len(eq.inputs()) == 1 else eq.op is aten.where.self
 
 
 def _aligned(eq: Equation, shape: Sequence[int]) -> bool:

@@ -3,6 +3,8 @@
 The matrices of all rows are one constant. Where one side has few numbers a row, rows come last
 in it: a product is then a handful of operations on long vectors, in both directions, and the
 two directions keep one constant for both.
+
+What a number does not depend on is left out of its sum: zero times infinity is NaN.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._programs.numbers import Numbers
-from .._programs.origins import Costly, Origin, roots
+from .._programs.origins import Costly, Literal, Origin, roots
 from .._programs.price import price_of_many
 from .._programs.program import Emitter, Equation, Program
 from .._programs.residuals import Residual
@@ -49,7 +51,14 @@ class _Matrices(Costly):
     widths
         How many numbers each variable has along the first and the second dimension, if neither
         is that of the rows.
+
+    Attributes
+    ----------
+    depends
+        Which numbers depend on which, in the order of the first two dimensions; None if all do.
     """
+
+    depends: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -65,6 +74,19 @@ class _Matrices(Costly):
 
     def __call__(self, *constants: torch.Tensor) -> torch.Tensor:
         """Return the matrices."""
+        return self._columns(constants, 1).permute(self._order).contiguous()
+
+    def look(self, constants: Sequence[torch.Tensor]) -> None:
+        """See what depends on what: NaN comes through, whatever it is multiplied by.
+
+        It is so at all points, as there are no choices among the steps.
+        """
+        depends = self._columns(constants, torch.nan).isnan().any(1, keepdim=True)
+        if not bool(depends.all()):
+            self.depends = depends.permute(self._order)
+
+    def _columns(self, constants: Sequence[torch.Tensor], number: float) -> torch.Tensor:
+        """Return what multiples of the unit vectors are mapped to."""
         binding = Binding([Residual(t) for t in constants], ())
         rows = self._specs[0].shape[0]
         widths = [width(spec) for spec in self._specs]
@@ -73,7 +95,7 @@ class _Matrices(Costly):
             unit = torch.zeros(sum(widths), rows, widths[i], dtype=spec.dtype, device=spec.device)
             start = sum(widths[:i])
             for k in range(widths[i]):
-                unit[start + k, :, k] = 1
+                unit[start + k, :, k] = number
             units.append(unit.reshape(-1, *spec.shape))
 
         def apply(*parts: torch.Tensor) -> torch.Tensor:
@@ -82,7 +104,7 @@ class _Matrices(Costly):
             return torch.cat(flat, 1)
 
         columns: torch.Tensor = torch.vmap(apply)(*units)
-        return columns.permute(self._order).contiguous()
+        return columns
 
 
 def width(spec: TensorSpec) -> int:
@@ -91,22 +113,29 @@ def width(spec: TensorSpec) -> int:
 
 
 def multiply(e: Emitter, program: Program) -> None:
-    """Emit products with matrices in place of a program's equations, for the same variables."""
+    """Emit products with matrices in place of a program's equations, for the same variables.
+
+    The equations themselves if they hold a number apart from others that are many.
+    """
     e.source = SOURCE
     into = sum(width(v.spec) for v in program.inputs)
     out = sum(width(v.spec) for v in program.outputs if v is not None)
-    if min(into, out) > NARROW:
-        _by_rows(e, program, into, out)
-    else:
+    if min(into, out) <= NARROW:
         _by_numbers(e, program, into, out)
+    elif not _by_rows(e, program, into, out):
+        e.equations.extend(program.equations)
 
 
 # -- rows first ---------------------------------------------------------------------------------
 
 
-def _by_rows(e: Emitter, program: Program, into: int, out: int) -> None:
-    """Emit one batched product."""
-    matrices = _evaluated(e, program, _Matrices(program, (1, 2, 0)))
+def _by_rows(e: Emitter, program: Program, into: int, out: int) -> bool:
+    """Emit one batched product, if each number that goes out depends on each that comes in."""
+    made = _Matrices(program, (1, 2, 0))
+    made.look([e.numbers[c] for c in program.constants])
+    if made.depends is not None:
+        return False
+    matrices = _evaluated(e, program, made)
     like, rows = program.inputs[0].spec, matrices.spec.shape[0]
     columns = []
     for v in program.inputs:
@@ -125,6 +154,7 @@ def _by_rows(e: Emitter, program: Program, into: int, out: int) -> None:
         start += width(v.spec)
         shaped = (part, list(v.spec.shape))
         e.equations.append(Equation(aten.reshape.default, shaped, {}, (v,), e.source))
+    return True
 
 
 # -- rows last ----------------------------------------------------------------------------------
@@ -141,7 +171,10 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
     order = (2, 0, 1) if out <= into else (0, 2, 1)
     from_first = out > into  # else from the second dimension to the first
     widths = sides if from_first else sides[::-1]
-    matrices = _evaluated(e, program, _Matrices(program, order, widths))
+    made = _Matrices(program, order, widths)
+    made.look([e.numbers[c] for c in program.constants])
+    matrices = _evaluated(e, program, made)
+    depends = made.depends
     made_of = roots([c.origin for c in program.constants], _MOST_ROOTS)
     kept = None
     if made_of is not None:
@@ -155,6 +188,7 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
     starts = _starts(widths[0]), _starts(widths[1])
     if kept is not None:
         matrices, starts = kept
+        depends = matrices.origin.op.depends  # type: ignore[union-attr]
     like, rows = program.inputs[0].spec, matrices.spec.shape[-1]
 
     def spec(*shape: int) -> TensorSpec:
@@ -174,6 +208,10 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
         turned = e.emit(aten.unsqueeze.default, (turned, 1), spec(into, 1, rows))
     # The first factor decides how the result lies in memory.
     terms = e.emit(aten.mul.Tensor, (matrices, turned), matrices.spec)
+    if depends is not None:
+        zero = _literal(e, torch.zeros((), dtype=like.dtype, device=like.device))
+        chosen = _literal(e, depends), terms, zero
+        terms = e.emit(aten.where.self, chosen, matrices.spec)
     args = terms, [0 if from_first else 1]
     total = e.emit(aten.sum.dim_IntList, args, spec(out, rows))
     for start, v in zip(outer, outs, strict=True):
@@ -191,6 +229,10 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
 
 def _evaluated(e: Emitter, program: Program, matrices: _Matrices) -> Constant:
     return e.numbers.evaluated(matrices, *program.constants, source=SOURCE)
+
+
+def _literal(e: Emitter, tensor: torch.Tensor) -> Constant:
+    return e.numbers.constant(tensor, SOURCE, Literal(tensor))
 
 
 #: Matrices that come of more tensors are not looked for in the other direction's program.

@@ -141,7 +141,9 @@ def test_the_band_of_explicit_time_stepping(complex_numbers: bool) -> None:
         assert "unfold" in str(program) or "slice" in str(program)
     forth, back = (p.residuals()[0] for p in (here.program.pushforward, here.program.pullback))
     assert forth.tensor.data_ptr() == back.tensor.data_ptr()
-    assert forth.tensor.nbytes <= here.nbytes < matrix.nbytes / 3
+    assert forth.tensor.nbytes < matrix.nbytes / 3
+    # The programs are kept as well, for directions that are not finite.
+    assert forth.tensor.nbytes <= here.nbytes < matrix.nbytes
     for k in range(3):
         v = x + k
         torch.testing.assert_close(here.jvp_fn(v), matrix @ v)
