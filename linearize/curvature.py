@@ -27,10 +27,10 @@ from ._points.jacobian import run
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._points.product import Product
-from ._programs.program import total_bytes
 from ._spaces.compare import close
 from ._spaces.flat import Parts, units, zeros
 from ._spaces.maps import ChunkSize, check_chunk_size
+from ._spaces.memory import total_bytes
 from ._spaces.operators import SelfAdjoint
 from ._spaces.space import Space
 from ._text.progress import progress

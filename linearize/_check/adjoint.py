@@ -14,7 +14,7 @@ operations, and what goes in and comes out there counts as more arguments and re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -26,102 +26,18 @@ from .._programs.numbers import Numbers
 from .._programs.program import Equation, Operation, Program, op_name
 from .._programs.residuals import Residual
 from .._programs.values import Var
-from .._spaces.compare import close, roughly, tolerance
+from .._spaces.compare import close, roughly
 from .._spaces.space import TensorSpec
 from ..errors import AdjointError, NotLinearError
+from .balance import Map, Pair, Tensors, balances, eps, inner, rounding_limit
 
-Tensors: TypeAlias = Sequence[torch.Tensor | None]
-#: A linear map on flat lists of tensors; None is zero.
-Map: TypeAlias = Callable[[Sequence[Any]], Tensors]
 #: What makes a program's transpose.
 Transposed: TypeAlias = Callable[[Program, Numbers], Program]
 
 
-# -- sums of inner products -----------------------------------------------------------------
-
-
-class Balance:
-    """A sum of inner products that should be zero, and how large it could well be.
-
-    A random vector with entries of size one and any other one x have a product of the size of
-    ‖x‖, not ‖x‖ times the length of the first; rounding has no preferred direction either.
-    """
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        #: The products themselves, all taken as positive.
-        self._sum = 0.0
-        self._scale = 0.0
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def add(self, sign: int, first: Tensors, second: Tensors, *, lasting: bool = True) -> None:
-        """Add Re⟨first, second⟩, None for zero.
-
-        Parameters
-        ----------
-        sign
-            1 or -1.
-        first, second
-            The vectors.
-        lasting
-            Whether nobody writes to them before the balance is drawn.
-        """
-        for a, b in zip(first, second, strict=True):
-            if a is not None and b is not None and a.numel():
-                product = _dot(a, b)
-                self.total += sign * product
-                self._sum += abs(product)
-                if lasting:
-                    self._pairs.append((a, b))
-                else:
-                    self._scale += _size(a, b)
-
-    def holds(self, limit: float) -> bool:
-        """Whether the sum is zero within a relative error, or not finite."""
-        # Mostly the products are as large as can be expected, and no lengths are needed.
-        return abs(self.total) <= limit * self._sum or not self.off > limit
-
-    @property
-    def off(self) -> float:
-        """By how much the sum is not zero, relative to its terms; NaN if they are not finite."""
-        self._scale += sum(_size(a, b) for a, b in self._pairs)
-        self._pairs = []
-        return abs(self.total) / self._scale if self._scale else abs(self.total)
-
-
-def _size(a: torch.Tensor, b: torch.Tensor) -> float:
-    return math.sqrt(_dot(a, a) / a.numel()) * math.sqrt(_dot(b, b))
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return Re⟨a, b⟩."""
-    if a.is_complex():
-        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
-    a, b = a.reshape(-1), b.reshape(-1)
-    if a.dtype not in (torch.float32, torch.float64):
-        a, b = a.float(), b.float()
-    result = float(torch.dot(a, b))
-    return result if math.isfinite(result) else float(torch.dot(a.double(), b.double()))
-
-
-def _inner(a: Tensors, b: Tensors) -> float:
-    return sum(_dot(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None)
-
-
-def rounding_limit(*programs: BoundProgram | Program) -> float:
-    """Return the relative error that may be rounding, in the coarsest dtype that occurs."""
-    dtypes = {v.spec.dtype for p in programs for v in p.inputs}
-    dtypes |= {v.spec.dtype for p in programs for eq in p.equations for v in eq.outputs if v}
-    return max(map(tolerance, dtypes), default=1.0)
-
-
 def _coarsest(*programs: BoundProgram) -> float:
     values = [v for p in programs for eq in p.equations for v in (*eq.outputs, *p.inputs) if v]
-    return max((_eps(v.spec.dtype) for v in values), default=0.0)
-
-
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+    return max((eps(v.spec.dtype) for v in values), default=0.0)
 
 
 def node_of(op: Any) -> Any:
@@ -144,7 +60,7 @@ class RankOne(Operation):
 
     def __call__(self, *args: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Apply the map."""
-        total = _inner(self.a, args)
+        total = inner(self.a, args)
         return [None if b is None else b * total for b in self.b]
 
 
@@ -344,81 +260,11 @@ def parting(
     return None
 
 
-#: A cotangent and a tangent, or what the two maps make of them.
-_Pair: TypeAlias = tuple[Tensors, Tensors]
-
-
-def balances(
-    pullback: Map, pushforward: Map, u: Tensors, v: Tensors, *, columns: bool
-) -> Iterator[tuple[Balance, _Pair, _Pair]]:
-    """Yield Re⟨u, J·v⟩ - Re⟨Jᴴ·u, v⟩ for u and v scaled so that entries of all sizes count alike.
-
-    Parameters
-    ----------
-    pullback, pushforward
-        The maps.
-    u, v
-        Random vectors; None for zero.
-    columns
-        Whether there is a second pair in which v is scaled too, not u alone.
-
-    Yields
-    ------
-    balance, arguments, results
-        What was balanced.
-    """
-    tangent, sizes = v, [None if t is None else torch.ones_like(t) for t in v]
-    for again in (True, False) if columns else (False,):
-        jv = pushforward(tangent)
-        weights = weights_of(jv, u)
-        cotangent = over(u, weights)
-        jtu = pullback(cotangent)
-        balance = Balance()
-        balance.add(1, u, over(jv, weights))
-        balance.add(-1, over(jtu, sizes), v)
-        yield balance, (cotangent, tangent), (jtu, jv)
-        if again:
-            sizes = weights_of(jtu, v)
-            tangent = over(v, sizes)
-
-
-def weights_of(tensors: Tensors, others: Tensors) -> list[torch.Tensor | None]:
-    """Return the sizes of numbers relative to the largest, but not below what rounding may be.
-
-    Parameters
-    ----------
-    tensors
-        The numbers; None for zeros.
-    others
-        Tensors of the same shapes; None where no sizes are wanted.
-    """
-    most = max((float(t.abs().max()) for t in tensors if t is not None and t.numel()), default=0.0)
-    found: list[torch.Tensor | None] = []
-    for t, other in zip(tensors, others, strict=True):
-        if other is None:
-            found.append(None)
-            continue
-        least = math.sqrt(_eps(other.dtype))
-        if not 0 < most < math.inf:
-            sizes = torch.ones_like(other.real)
-        else:
-            sizes = torch.zeros_like(other.real) if t is None else t.abs() / most
-        found.append(sizes.clamp(min=least))
-    return found
-
-
-def over(tensors: Tensors, weights: Tensors) -> list[torch.Tensor | None]:
-    """Return tensors divided by weights; None for what is None."""
-    return [
-        None if t is None or w is None else t / w for t, w in zip(tensors, weights, strict=True)
-    ]
-
-
 def _noise(
     programs: tuple[BoundProgram, BoundProgram],
     generator: torch.Generator,
-    arguments: _Pair,
-    results: _Pair,
+    arguments: Pair,
+    results: Pair,
 ) -> float:
     """Return how much rounding may amount to in the two inner products.
 
@@ -426,12 +272,12 @@ def _noise(
     different in their last digits it is seen how much.
     """
     (back, forth), (u, v), (jtu, jv) = programs, arguments, results
-    noise = _lost(back, u) * math.sqrt(_inner(v, v)) + _lost(forth, v) * math.sqrt(_inner(u, u))
+    noise = _lost(back, u) * math.sqrt(inner(v, v)) + _lost(forth, v) * math.sqrt(inner(u, u))
     for _ in range(2):
         jv_near = runner(_nudged_residuals(forth, generator))(_nudged(v, generator))
         jtu_near = runner(_nudged_residuals(back, generator))(_nudged(u, generator))
-        noise += abs(_inner(u, jv) - _inner(u, jv_near))
-        noise += abs(_inner(jtu, v) - _inner(jtu_near, v))
+        noise += abs(inner(u, jv) - inner(u, jv_near))
+        noise += abs(inner(jtu, v) - inner(jtu_near, v))
     return noise
 
 
@@ -442,7 +288,7 @@ def _lost(program: BoundProgram, arguments: Sequence[Any]) -> float:
     whole = Program(program.inputs, program.equations, values, specs)
     results = Executor(whole)(arguments, program.binding)
     return max(
-        (float(t.abs().max()) * _eps(t.dtype) for t in results if t is not None and t.numel()),
+        (float(t.abs().max()) * eps(t.dtype) for t in results if t is not None and t.numel()),
         default=0.0,
     )
 
@@ -453,7 +299,7 @@ def _nudged(tensors: Iterable[Any], generator: torch.Generator) -> list[torch.Te
 
 def _nudged_residuals(program: BoundProgram, generator: torch.Generator) -> BoundProgram:
     near = [
-        Residual(_near(r.tensor, generator), r.source) if _eps(r.tensor.dtype) else r
+        Residual(_near(r.tensor, generator), r.source) if eps(r.tensor.dtype) else r
         for r in program.binding.residuals
     ]
     return BoundProgram(program.program, Binding(near, program.binding.ops))
@@ -461,7 +307,7 @@ def _nudged_residuals(program: BoundProgram, generator: torch.Generator) -> Boun
 
 def _near(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return numbers that differ from others by some of their last digits."""
-    return t + 4 * _eps(t.dtype) * t * TensorSpec.of(t).random(generator)
+    return t + 4 * eps(t.dtype) * t * TensorSpec.of(t).random(generator)
 
 
 def _by(off: float) -> str:

@@ -13,16 +13,8 @@ from .._execute.executor import Executor, runner
 from .._programs.program import Equation, Operation
 from .._torch.modes import being_traced, functorch_active, outside_transforms, unobserved
 from ..errors import AdjointError
-from .adjoint import (
-    Balance,
-    Tensors,
-    Transposed,
-    check_built_in,
-    node_of,
-    over,
-    rounding_limit,
-    weights_of,
-)
+from .adjoint import Transposed, check_built_in, node_of
+from .balance import Balance, Tensors, over, rounding_limit, weights_of
 
 
 class Proof:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from cachetools.keys import hashkey
 
-from .._capture.custom import CustomBackward, CustomNode
+from .._capture.custom import CustomNode
+from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
 from .._execute.binding import BoundProgram

@@ -15,9 +15,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._capture.custom import CustomBackward, CustomNode
+from .._capture.custom import CustomNode
+from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
-from .._check.adjoint import Balance, RankOne
+from .._check.adjoint import RankOne
+from .._check.balance import Balance
 from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor
 from .._programs.program import Operation

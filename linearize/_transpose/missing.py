@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .._capture.custom import CustomBackward, CustomJvp, CustomNode
+from .._capture.custom import CustomNode
+from .._capture.custom_operations import CustomBackward, CustomJvp
 from .._execute.binding import BoundProgram
 from .._execute.executor import runner
 from .._programs.numbers import Numbers

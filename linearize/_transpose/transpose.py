@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from .._capture.custom import CustomBackward, CustomJvp
+from .._capture.custom_operations import CustomBackward, CustomJvp
 from .._capture.graph import Graph
 from .._capture.signature import shared_memory
 from .._programs.numbers import Numbers

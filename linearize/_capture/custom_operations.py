@@ -1,0 +1,78 @@
+"""The operations that a custom Function's node stands for in programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .._programs.program import Operation
+from .custom import CustomNode
+
+
+class CustomBackward(Operation):
+    """The pullback of a custom Function: cotangents of its outputs to those of its inputs."""
+
+    __slots__ = ("node",)
+    may_return_none = True
+    may_alias = False
+
+    def __init__(self, node: CustomNode) -> None:
+        self.node = node
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"{self.node.name}.backward"
+
+    @property
+    def takes_batches(self) -> bool:  # type: ignore[override]
+        """Whether the author says so."""
+        return self.node.takes_batches
+
+    def moved(self, counterpart: Callable[[Any], Any]) -> CustomBackward:
+        """Return the same with another node."""
+        return CustomBackward(counterpart(self.node))
+
+    def __call__(self, *grads: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Call the user's `backward`."""
+        return self.node.backward(grads)
+
+    def bytes_kept(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that the context keeps."""
+        return self.node.kept()
+
+
+class CustomJvp(Operation):
+    """The pushforward of a custom Function: tangents of its inputs to those of its outputs."""
+
+    __slots__ = ("node", "wanted")
+    may_return_none = True
+    may_alias = False
+
+    def __init__(self, node: CustomNode, wanted: Sequence[bool]) -> None:
+        self.node = node
+        self.wanted = tuple(wanted)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"{self.node.name}.jvp"
+
+    @property
+    def takes_batches(self) -> bool:  # type: ignore[override]
+        """Whether the author says so."""
+        return self.node.takes_batches
+
+    def moved(self, counterpart: Callable[[Any], Any]) -> CustomJvp:
+        """Return the same with another node."""
+        return CustomJvp(counterpart(self.node), self.wanted)
+
+    def __call__(self, *tangents: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Call the user's `jvp`."""
+        return self.node.jvp(tangents, self.wanted)
+
+    def bytes_kept(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that the context keeps."""
+        return self.node.kept()
