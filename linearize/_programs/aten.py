@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,20 @@ class Schema:
     is_view: bool
     pointwise: bool
 
+    @property
+    def into_out(self) -> bool:
+        """Whether all that it writes to is handed in by `out=`."""
+        return all(position == -1 for position, _ in self.writes)
+
+    def targets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return what a call writes to."""
+        return [args[i] if 0 <= i < len(args) else kwargs[name] for i, name in self.writes]
+
+    def without_out(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of a call that are not written to."""
+        written = {name for position, name in self.writes if position == -1}
+        return {k: a for k, a in kwargs.items() if k not in written}
+
 
 @functools.cache
 def schema_of(op: OpOverload) -> Schema:
@@ -90,15 +104,14 @@ def functional_variant(op: OpOverload) -> OpOverload | None:
         return None
     schema = schema_of(op)
     written = {name for _, name in schema.writes}
-    out_style = all(position == -1 for position, _ in schema.writes)
-    packet = getattr(aten, schema.name if out_style else schema.name.rstrip("_"), None)
+    packet = getattr(aten, schema.name if schema.into_out else schema.name.rstrip("_"), None)
     if packet is None:
         return None
 
     def signature(o: OpOverload, skip: set[str]) -> list[tuple[str, str]]:
         return [(a.name, str(a.type)) for a in o._schema.arguments if a.name not in skip]
 
-    wanted = signature(op, written if out_style else set())
+    wanted = signature(op, written if schema.into_out else set())
     for overload in packet.overloads():
         candidate = getattr(packet, overload)
         if not schema_of(candidate).writes and signature(candidate, set()) == wanted:

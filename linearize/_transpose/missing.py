@@ -16,8 +16,8 @@ from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Program
 from .._programs.residuals import Residual
 from .._programs.values import Var
-from .._record.recorder import OpaqueError
-from .._record.walk import record_function
+from .._record.function import record_function
+from .._record.recording import OpaqueError
 from .._spaces.compare import close_at, magnitudes
 from .._spaces.space import TensorSpec
 from .._text.labels import beside
