@@ -19,7 +19,7 @@ from .._spaces.space import TensorSpec
 from .._text.labels import joined
 from ..errors import LinearizeError
 from .numbers import Numbers
-from .values import Constant, Value, Var, zeros
+from .values import Constant, Value, Var, last_uses, zeros
 
 
 class Operation:
@@ -301,22 +301,18 @@ class Program:
             self._constants = tuple(reads)
         return self._constants
 
+    def last_uses(self) -> list[list[Var]]:
+        """Return for each equation the variables that are not needed after it."""
+        return last_uses([(*eq.inputs(), *eq.outputs) for eq in self.equations], self.outputs)
+
     def peak_bytes(self) -> int:
         """Return the most bytes that variables take at once, each counted in full."""
-        last: dict[Var, int] = {}
-        for i, eq in enumerate(self.equations):
-            last.update((v, i) for v in eq.inputs())
-        results = {v for v in self.outputs if v is not None}
-        dying: dict[int, list[Var]] = {}
-        for v, i in last.items():
-            if v not in results:
-                dying.setdefault(i, []).append(v)
         now = peak = sum(v.spec.nbytes for v in self.inputs)
-        for i, eq in enumerate(self.equations):
-            now += sum(v.spec.nbytes for v in eq.outputs if v is not None and v in last)
-            now += sum(v.spec.nbytes for v in eq.outputs if v in results and v not in last)
+        for eq, gone in zip(self.equations, self.last_uses(), strict=True):
+            made = {v for v in eq.outputs if v is not None}
+            now += sum(v.spec.nbytes for v in made.difference(gone))
             peak = max(peak, now)
-            now -= sum(v.spec.nbytes for v in dying.get(i, ()))
+            now -= sum(v.spec.nbytes for v in gone if v not in made)
         return peak
 
     def check(self) -> None:

@@ -83,9 +83,8 @@ class _Folding:
             met |= read
 
     def run(self) -> Program:
-        last = {v: i for i, eq in enumerate(self.program.equations) for v in eq.inputs()}
         with torch.no_grad():
-            for i, eq in enumerate(self.program.equations):
+            for eq, gone in zip(self.program.equations, self.program.last_uses(), strict=True):
                 out = eq.outputs[0] if len(eq.outputs) == 1 else None
                 form = self.folded(eq, out) if out is not None else None
                 if form is not None and out is not None:
@@ -95,9 +94,8 @@ class _Folding:
                         self.value(out)
                 elif not self.scaled(eq):
                     self.step(eq)
-                for v in eq.inputs():
-                    if last[v] == i and v not in self.results:
-                        self.forms.pop(v, None)  # its coefficients are not needed any more
+                for v in gone:
+                    self.forms.pop(v, None)  # its coefficients are not needed any more
             outputs = [None if v is None else self.value(v) for v in self.program.outputs]
         return self.program.with_equations(self.e.equations, outputs).live()
 

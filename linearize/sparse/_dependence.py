@@ -125,13 +125,10 @@ def dependence(program: BoundProgram) -> tuple[Rows, bool]:
         If it would have too many entries to be worth it.
     """
     reader = _Reader(program)
-    last = {v: i for i, eq in enumerate(program.equations) for v in eq.inputs()}
-    keep = {v for v in program.outputs if v is not None}
-    for i, eq in enumerate(program.equations):
+    for eq, gone in zip(program.equations, program.program.last_uses(), strict=True):
         reader.read(eq)
-        for v in set(eq.inputs()):
-            if last[v] == i and v not in keep:
-                del reader.rows[v]
+        for v in gone:
+            del reader.rows[v]
     blocks = [
         sp.csr_array((spec.numel, reader.width), dtype=bool) if v is None else reader.rows[v]
         for v, spec in zip(program.outputs, program.specs, strict=True)
