@@ -360,10 +360,7 @@ class Product:
                 break
         else:
             return results  # type: ignore[return-value]
-        return [
-            spec.zeros() if t is None else t
-            for t, spec in zip(results, self._results.tensors, strict=True)
-        ]
+        return [spec.or_zeros(t) for t, spec in zip(results, self._results.tensors, strict=True)]
 
     def _shorten(self, plan: Plan) -> None:
         """Look once for the shortest way to call a product of which nothing more will come."""

@@ -108,6 +108,10 @@ class Equation:
             self._reads = tuple(found)
         return self._reads
 
+    def argument(self, i: int, default: Any, name: str = "") -> Any:
+        """Return a positional argument, which may be given by its name or left out."""
+        return self.args[i] if len(self.args) > i else self.kwargs.get(name, default)
+
     def renamed(
         self,
         rename: Callable[[Any], Any],

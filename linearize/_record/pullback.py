@@ -148,7 +148,7 @@ def _try_elsewhere(graph: Graph, program: BoundProgram, seed: int, what: str) ->
         with torch.inference_mode(False), torch.no_grad():
             got = runner(program)([walk.number(g) for g in seeds])
         for a, b, spec in zip(got, expected, program.specs, strict=True):
-            a, b = (spec.zeros() if t is None else t for t in (a, b))
+            a, b = (spec.or_zeros(t) for t in (a, b))
             if not close_at(factor, a, b):
                 raise NotLinearError(
                     f"{program.name}: its result depends on a comparison with the cotangent "

@@ -15,7 +15,9 @@ import torch
 from .._programs.aten import (
     CONSTANT,
     READS_NUMBERS,
+    STRIDED,
     UNINITIALIZED,
+    VIEWS_BY_STRIDES,
     schema_of,
     wants_contiguous,
 )
@@ -30,13 +32,6 @@ from .linearity import known_linear, tested_linear
 from .recording import OpaqueError, Recording, SparseError
 from .storage import memory_order
 from .writes import Writes
-
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
-_STRIDED = (
-    aten.as_strided.default,
-    aten.as_strided_scatter.default,
-    aten.view_as_complex.default,
-)
 
 
 def _is_sparse(x: Any) -> bool:
@@ -195,7 +190,7 @@ class Recorder(DispatchMode):
         At a later run a cotangent may be laid out otherwise.
         """
         arguments = map_leaves(self.recording.argument, list(args))
-        if func in _VIEWS:
+        if func in VIEWS_BY_STRIDES:
             return aten.reshape.default, arguments[:2]
         if func is aten._neg_view.default:
             return aten.neg.default, arguments  # a view is of no use, and cannot be batched
@@ -203,7 +198,7 @@ class Recorder(DispatchMode):
             # It refuses numbers that are stored conjugated, as a cotangent may be.
             (v,) = arguments
             return func, [self.recording.emitter.emit(aten.resolve_conj.default, (v,), v.spec)]
-        if func not in _STRIDED:
+        if func not in STRIDED or func is aten.view_as_real.default:
             if isinstance(func, OpOverload) and wants_contiguous(func):
                 pairs = zip(arguments, args, strict=True)
                 arguments = [self._dense(a) if _is_dense(t) else a for a, t in pairs]

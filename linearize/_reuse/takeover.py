@@ -146,7 +146,7 @@ class Comparison:
             return None
         got = self._run(executor, binding, self._u, present)
         return all(
-            close(s.zeros() if a is None else a, s.zeros() if b is None else b)
+            close(s.or_zeros(a), s.or_zeros(b))
             for a, b, s in zip(got, expected, self._ins, strict=True)
         )
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import UNTAGGED_POINTWISE, schema_of
+from .._programs.aten import SHOWN, schema_of
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.residuals import finite
@@ -177,7 +177,7 @@ class _Folding:
         form = self.forms.get(x)
         if form is None or x in self.computed or len(form.terms) != 1:
             return None
-        if eq.op in _FREE and self.readers[x] > 1:
+        if eq.op in SHOWN and self.readers[x] > 1:
             return None  # to move what is computed anyway costs nothing
         ((base, c),) = form.terms.items()
         if isinstance(c, Constant):
@@ -203,7 +203,7 @@ class _Folding:
         x
             Its argument in that shape.
         """
-        if diagonal is None or diagonal.op not in _LIGHT or move.op not in _FREE:
+        if diagonal is None or diagonal.op not in _LIGHT or move.op not in SHOWN:
             return None
         numbers = self.e.numbers
         shape, rest = diagonal.outputs[0].spec.shape, move.args[1:]  # type: ignore[union-attr]
@@ -289,19 +289,8 @@ class _Folding:
         return self.e.emit(aten.add.Tensor, (total, base), spec, alpha=number)
 
 
-#: Operations that show a tensor in another shape.
-_FREE = frozenset(
-    {
-        aten.t.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.view.default,
-        aten.reshape.default,
-        aten.unsqueeze.default,
-    }
-)
 #: Operations that put the entries of a tensor elsewhere, or some of them.
-_MOVES = _FREE | {aten.roll.default, aten.flip.default, aten.slice.Tensor, aten.select.int}
+_MOVES = SHOWN | {aten.roll.default, aten.flip.default, aten.slice.Tensor, aten.select.int}
 
 
 #: Diagonals that take no longer than a multiplication.
@@ -358,7 +347,7 @@ def _factor(
         return lambda c: coefficients.times(c, other, x.spec, divide=divide)
     assert isinstance(op, OpOverload)
     schema = schema_of(op)
-    if not (schema.pointwise or schema.name in UNTAGGED_POINTWISE):
+    if not schema.by_entry:
         return None
     if x.spec.dtype.is_complex or not all(_fits(r.spec, x.spec) for r in eq.constants()):
         return None

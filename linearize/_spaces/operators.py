@@ -224,10 +224,7 @@ class LinearOperator(LinearMap):
             If it does not fit; the message names the leaf.
         """
         given = self.in_space.flatten(element)
-        parts = [
-            spec.zeros() if t is None else t
-            for t, spec in zip(given, self.in_space.tensors, strict=True)
-        ]
+        parts = [spec.or_zeros(t) for t, spec in zip(given, self.in_space.tensors, strict=True)]
         return self.out_space.unflatten(self._apply(parts, stacked=False))
 
     @overload

@@ -237,6 +237,6 @@ def _agree(
     specs: Sequence[TensorSpec],
 ) -> bool:
     return all(
-        close_at(factor, spec.zeros() if a is None else a, spec.zeros() if b is None else b)
+        close_at(factor, spec.or_zeros(a), spec.or_zeros(b))
         for a, b, spec in zip(got, expected, specs, strict=True)
     )
