@@ -15,6 +15,8 @@ from .._spaces.compare import tolerance
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
 #: A linear map on flat lists of tensors; None is zero.
 Map: TypeAlias = Callable[[Sequence[Any]], Tensors]
+#: Sums numbers over the ranks that run a product together.
+Total: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
 #: A cotangent and a tangent, or what the two maps make of them.
 Pair: TypeAlias = tuple[Tensors, Tensors]
 
@@ -54,6 +56,12 @@ class Balance:
                     self._pairs.append((a, b))
                 else:
                     self._scale += _size(a, b)
+
+    def sum_up(self, total: Total) -> None:
+        """Add what other ranks have."""
+        self._scale += sum(_size(a, b) for a, b in self._pairs)
+        self._pairs = []
+        self.total, self._sum, self._scale = total([self.total, self._sum, self._scale])
 
     def holds(self, limit: float) -> bool:
         """Whether the sum is zero within a relative error, or not finite."""

@@ -115,6 +115,13 @@ _UNTAGGED_POINTWISE = frozenset(
     "threshold_backward hardsigmoid_backward hardswish_backward mish_backward "
     "leaky_relu_backward elu_backward logit_backward".split()
 )
+#: Pointwise, multiplying each entry of the argument by a number; other operations that are
+#: pointwise may choose between the entry and zero, which is not the same for infinite entries.
+MULTIPLYING = frozenset(
+    "neg mul div alias detach clone _to_copy tanh_backward sigmoid_backward gelu_backward "
+    "silu_backward mish_backward elu_backward leaky_relu_backward softplus_backward "
+    "log_sigmoid_backward native_dropout_backward".split()
+)
 #: Pointwise without the tag too, in one argument or several.
 JOINED_BY_ENTRY = frozenset("real imag _conj _neg_view where rsub mse_loss_backward".split())
 #: Backward operations that take gradients of any strides.
@@ -305,3 +312,9 @@ def permutation(op: Any, args: Any) -> tuple[int, ...] | None:
         i, j = (0, 1) if op is aten.t.default else (args[1] % n, args[2] % n)
         order[i], order[j] = order[j], order[i]
     return tuple(order)
+
+
+def chooses(op: OpOverload) -> bool:
+    """Whether an operation is pointwise and may choose between an entry and zero."""
+    schema = schema_of(op)
+    return schema.by_entry and schema.name not in MULTIPLYING

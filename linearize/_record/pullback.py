@@ -72,21 +72,25 @@ def record_pullback(
     inputs = [Var(spec) for spec in out_specs]
 
     def attempt(lazy: bool, cut: Cut | None) -> tuple[Walk, list[Gradient | None]]:
-        generator = torch.Generator().manual_seed(seed)
-        emitter = Emitter(numbers=numbers)
-        walk = Walk(graph, emitter, generator, remembered=remembered, lazy=lazy, cut=cut)
-        walk.inputs = set(inputs)
-        walk.recording.constants.given(known)
-        try:
-            return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
-        except UnsupportedError:
-            if not walk.invented:
-                raise
-        # A formula may refuse gradients that cannot come about: singular vectors have phases
-        # that nothing may depend on.
-        return attempt(False, cut)
+        # Not by calling itself: that would be a cycle, which keeps the graph.
+        while True:
+            generator = torch.Generator().manual_seed(seed)
+            emitter = Emitter(numbers=numbers)
+            walk = Walk(graph, emitter, generator, remembered=remembered, lazy=lazy, cut=cut)
+            walk.inputs = set(inputs)
+            walk.recording.constants.given(known)
+            try:
+                return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
+            except UnsupportedError:
+                if not walk.invented:
+                    raise
+            # A formula may refuse gradients that cannot come about: singular vectors have
+            # phases that nothing may depend on.
+            lazy = False
 
-    walk, arrived = _with_help(graph, lambda cut: attempt(remembered, cut), remembered)
+    # Parts that are left to PyTorch would bring collectives into another order.
+    helped = remembered and not graph.communicates
+    walk, arrived = _with_help(graph, lambda cut: attempt(remembered, cut), helped)
     emitter = walk.emitter
     outputs = [None if g is None else g.var for g in arrived]
     program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from cachetools.keys import hashkey
 
-from .._capture.custom import CustomNode
+from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
@@ -156,8 +156,8 @@ class Walk:
         for node in nodes:
             if node in targets:
                 continue
-            received = self.pending.pop(node, None)
-            if received:
+            received = self.pending.pop(node, {})
+            if received or isinstance(self.graph.custom.get(node), CollectiveNode):
                 self.visit(node, received)
 
     def deliver(self, edge: Edge, grad: Gradient) -> None:
@@ -405,15 +405,20 @@ class Walk:
             raise SpreadError([*stretch.nodes, *sparse])
         self.place(NodeBackward(stretch, reason), stretch.exits, stretch.gives(), grads)
 
-    def custom(self, custom: CustomNode, node: Node, received: dict[int, Gradient]) -> None:
-        """Write down a custom Function's node as one operation."""
+    def custom(self, custom: OpaqueNode, node: Node, received: dict[int, Gradient]) -> None:
+        """Write down the node of a custom Function, or of a collective, as one operation."""
         custom.know_outputs(received.keys())
         unpacked(
             self.graph.label(node), custom.unpack
         )  # together with what the nodes around it saved
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         grads = [received.get(i) for i in range(len(custom.outputs))]
-        self.place(CustomBackward(custom), edges, custom.inputs, grads)
+        op: Operation
+        if isinstance(custom, CollectiveNode):
+            op = Collective(custom, back=True)
+        else:
+            op = CustomBackward(custom)
+        self.place(op, edges, custom.inputs, grads)
 
     def place(
         self,
