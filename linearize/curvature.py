@@ -196,8 +196,7 @@ class Curvature(SelfAdjoint):
             batch.kept = None
 
     def _largest(self) -> int:
-        kept = self._batches[0].point()
-        return max(product.program.peak_bytes() for product in kept.products)
+        return max(p.program.peak_bytes() for p in self._batches[0].point().products)
 
 
 @eagerly
@@ -477,8 +476,7 @@ def _bytes(point: _Point, own: set[int]) -> int:
     """Return what a linearized batch keeps. The program is recorded for that."""
     for product in point.products:
         _ = product.program
-    kept = (t for product in point.products for t in product._kept())
-    return total_bytes(kept, excluding=own)
+    return total_bytes((t for p in point.products for t in p._kept()), excluding=own)
 
 
 def _length(batch: Sequence[Any]) -> int:

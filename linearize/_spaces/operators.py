@@ -12,14 +12,7 @@ import torch
 from ..errors import SpaceError, StructureError
 from . import between
 from .flat import Parts, check_flat, join, split, zeros
-from .maps import (
-    Apply,
-    ChunkSize,
-    Direction,
-    KnownDiagonal,
-    LinearMap,
-    check_chunk_size,
-)
+from .maps import Apply, ChunkSize, Direction, KnownDiagonal, LinearMap, check_chunk_size
 from .space import Space
 
 __all__ = [
