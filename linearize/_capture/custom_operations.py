@@ -11,8 +11,8 @@ from .._programs.program import Operation
 from .custom import CustomNode
 
 
-class CustomBackward(Operation):
-    """The pullback of a custom Function: cotangents of its outputs to those of its inputs."""
+class _OfNode(Operation):
+    """One of the two methods of a node."""
 
     __slots__ = ("node",)
     may_return_none = True
@@ -22,14 +22,24 @@ class CustomBackward(Operation):
         self.node = node
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """Printable name."""
-        return f"{self.node.name}.backward"
-
-    @property
     def takes_batches(self) -> bool:  # type: ignore[override]
         """Whether the author says so."""
         return self.node.takes_batches
+
+    def bytes_kept(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that the context keeps."""
+        return self.node.kept()
+
+
+class CustomBackward(_OfNode):
+    """The pullback of a custom Function: cotangents of its outputs to those of its inputs."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"{self.node.name}.backward"
 
     def moved(self, counterpart: Callable[[Any], Any]) -> CustomBackward:
         """Return the same with another node."""
@@ -39,31 +49,20 @@ class CustomBackward(Operation):
         """Call the user's `backward`."""
         return self.node.backward(grads)
 
-    def bytes_kept(self) -> Iterable[torch.Tensor]:
-        """Return the tensors that the context keeps."""
-        return self.node.kept()
 
-
-class CustomJvp(Operation):
+class CustomJvp(_OfNode):
     """The pushforward of a custom Function: tangents of its inputs to those of its outputs."""
 
-    __slots__ = ("node", "wanted")
-    may_return_none = True
-    may_alias = False
+    __slots__ = ("wanted",)
 
     def __init__(self, node: CustomNode, wanted: Sequence[bool]) -> None:
-        self.node = node
+        super().__init__(node)
         self.wanted = tuple(wanted)
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """Printable name."""
         return f"{self.node.name}.jvp"
-
-    @property
-    def takes_batches(self) -> bool:  # type: ignore[override]
-        """Whether the author says so."""
-        return self.node.takes_batches
 
     def moved(self, counterpart: Callable[[Any], Any]) -> CustomJvp:
         """Return the same with another node."""
@@ -72,7 +71,3 @@ class CustomJvp(Operation):
     def __call__(self, *tangents: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Call the user's `jvp`."""
         return self.node.jvp(tangents, self.wanted)
-
-    def bytes_kept(self) -> Iterable[torch.Tensor]:
-        """Return the tensors that the context keeps."""
-        return self.node.kept()

@@ -29,12 +29,10 @@ from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     Node,
     input_metadata,
-    outside_backward,
     recomputed_apart,
-    recomputed_once,
     saved_tensors,
+    walking,
 )
-from .._torch.modes import subclasses_ignored, unobserved
 from .._torch.names import aten
 from .calls import called, unpacked
 from .node_formulas import formula_of, mended, refuse_repeated
@@ -127,26 +125,19 @@ class Walk:
 
     def run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
         """Walk from the roots, one seed each; return what arrives at the leaves."""
-        result = outside_backward(lambda: self._run(seeds))
+        result = walking(lambda: self._run(seeds))
         self.recording.finish()
         return result
 
     def _run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            subclasses_ignored(),
-            recomputed_once(),
-            unobserved(),
-        ):
-            for edge, seed in zip(self.graph.roots, seeds, strict=True):
-                if edge is not None:
-                    self.deliver(edge, seed)
-            cut = self.cut
-            self.visit_all(self.graph.order if cut is None else cut.before)
-            if cut is not None:
-                self.part(cut.stretch, cut.reason)
-                self.visit_all(cut.after)
+        for edge, seed in zip(self.graph.roots, seeds, strict=True):
+            if edge is not None:
+                self.deliver(edge, seed)
+        cut = self.cut
+        self.visit_all(self.graph.order if cut is None else cut.before)
+        if cut is not None:
+            self.part(cut.stretch, cut.reason)
+            self.visit_all(cut.after)
         arrived = (self.pending.get(leaf, {}) for leaf in self.graph.leaves)
         return [got.get(0) for got in arrived]
 
