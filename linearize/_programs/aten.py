@@ -124,6 +124,13 @@ MULTIPLYING = frozenset(
 )
 #: Pointwise without the tag too, in one argument or several.
 JOINED_BY_ENTRY = frozenset("real imag _conj _neg_view where rsub mse_loss_backward".split())
+_UNREPEATABLE = frozenset(
+    {
+        torch.Tag.nondeterministic_seeded,
+        torch.Tag.data_dependent_output,
+        torch.Tag.dynamic_output_shape,
+    }
+)
 #: Backward operations that take gradients of any strides.
 _ANY_STRIDES = frozenset(
     (
@@ -175,6 +182,18 @@ def schema_of(op: OpOverload) -> Schema:
     pointwise = torch.Tag.pointwise in op.tags
     by_entry = pointwise or name in _UNTAGGED_POINTWISE
     return Schema(name, writes, bool(op.is_view), pointwise, by_entry)
+
+
+def unrepeatable(op: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether an operation draws at random, or depends on numbers as to what it does."""
+    if not _UNREPEATABLE.intersection(op.tags):
+        return False
+    # `index` may depend on the numbers of a mask; with positions it does not.
+    masks = torch.bool, torch.uint8
+    by_positions = op is aten.index.Tensor and all(
+        t is None or t.dtype not in masks for t in args[1]
+    )
+    return not by_positions
 
 
 @functools.cache
@@ -312,6 +331,22 @@ def permutation(op: Any, args: Any) -> tuple[int, ...] | None:
         i, j = (0, 1) if op is aten.t.default else (args[1] % n, args[2] % n)
         order[i], order[j] = order[j], order[i]
     return tuple(order)
+
+
+#: Operations that leave an entry as it is, or put zero in its place.
+CHOICES = frozenset(
+    {
+        aten.where.self,
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.threshold_backward.default,
+        aten.hardtanh_backward.default,
+        aten.hardshrink_backward.default,
+        aten.softshrink_backward.default,
+        aten.tril.default,
+        aten.triu.default,
+    }
+)
 
 
 def chooses(op: OpOverload) -> bool:

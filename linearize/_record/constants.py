@@ -13,22 +13,19 @@ from typing import Any
 
 import torch
 
-from .._programs.aten import CONSTANT, READS_NUMBERS, UNINITIALIZED, functional_variant, schema_of
+from .._programs.aten import (
+    CONSTANT,
+    READS_NUMBERS,
+    UNINITIALIZED,
+    functional_variant,
+    schema_of,
+    unrepeatable,
+)
 from .._programs.origins import Literal, Origin, filled, results
 from .._programs.program import Emitter
 from .._spaces.nested import leaves, map_leaves
 from .._torch.names import OpOverload, aten, has_memory
 from .by_tensor import ByTensor
-
-_UNREPEATABLE = frozenset(
-    {
-        torch.Tag.nondeterministic_seeded,
-        torch.Tag.data_dependent_output,
-        torch.Tag.dynamic_output_shape,
-    }
-)
-#: `index` may depend on the numbers of a mask; with positions it does not.
-_BY_POSITIONS = frozenset({aten.index.Tensor})
 
 
 class Constants:
@@ -90,9 +87,7 @@ class Constants:
     def seen(self, func: OpOverload, args: Any, kwargs: Any) -> Callable[[Any], None]:
         """Look at an operation before it runs; call the result with what it returns."""
         schema = schema_of(func)
-        if func in READS_NUMBERS or (
-            _UNREPEATABLE.intersection(func.tags) and not _by_positions(func, args)
-        ):
+        if func in READS_NUMBERS or unrepeatable(func, args):
             self.decided(f"{schema.name} in {self._emitter.source}")
         if schema.writes:
             origin = self._written(func, args, kwargs)
@@ -184,12 +179,6 @@ def _scattered(
         return None
     dense = Origin(aten.clone.default, (before,), {"memory_format": torch.contiguous_format})
     return Origin(aten.as_strided_scatter.default, (dense, now, *_strides(part)))
-
-
-def _by_positions(func: OpOverload, args: Any) -> bool:
-    return func in _BY_POSITIONS and all(
-        t is None or t.dtype not in (torch.bool, torch.uint8) for t in args[1]
-    )
 
 
 def _filled_like(name: str, args: Any, out: torch.Tensor) -> Origin | None:

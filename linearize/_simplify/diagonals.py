@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import MULTIPLYING, SHOWN, chooses, schema_of
+from .._programs.aten import CHOICES, MULTIPLYING, SHOWN, chooses, schema_of
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.residuals import finite
@@ -184,7 +184,7 @@ class _Folding:
         ((base, c),) = form.terms.items()
         if base.spec != x.spec:
             return None
-        if isinstance(c, Constant) and eq.op in _CHOICES:
+        if isinstance(c, Constant) and eq.op in CHOICES:
             # Where it is not chosen it may be infinite.
             whole = self.c.evaluated(aten.expand.default, c, list(x.spec.shape))
             c = self.c.evaluated(eq.op, *_with(eq, x, whole), **eq.kwargs)
@@ -199,7 +199,7 @@ class _Folding:
             new = self.e.emit(eq.op, _with(eq, x, base), base.spec, **eq.kwargs)
             self.moved[key, base] = new
             self.readers[new] += 1
-            if eq.op in _CHOICES:
+            if eq.op in CHOICES:
                 self.choices[new] = key
         return self.moved[key, base]
 
@@ -327,22 +327,6 @@ class _Folding:
 
 #: Operations that put the entries of a tensor elsewhere, or some of them.
 _MOVES = SHOWN | {aten.roll.default, aten.flip.default, aten.slice.Tensor, aten.select.int}
-
-
-#: Operations that leave an entry as it is, or put zero in its place.
-_CHOICES = frozenset(
-    {
-        aten.where.self,
-        aten.masked_fill.Scalar,
-        aten.masked_fill.Tensor,
-        aten.threshold_backward.default,
-        aten.hardtanh_backward.default,
-        aten.hardshrink_backward.default,
-        aten.softshrink_backward.default,
-        aten.tril.default,
-        aten.triu.default,
-    }
-)
 
 
 def _with(eq: Equation, x: Var, new: Any) -> tuple[Any, ...]:
