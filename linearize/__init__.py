@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from . import errors, inspection, operators
-from ._capture.custom import register_jvp
+from ._capture.registered import register_jvp
 from ._points.closures import JvpFn, VjpFn
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer

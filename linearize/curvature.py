@@ -27,10 +27,10 @@ from ._points.jacobian import run
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._points.product import Product
-from ._programs.program import total_bytes
 from ._spaces.compare import close
 from ._spaces.flat import Parts, units, zeros
 from ._spaces.maps import ChunkSize, check_chunk_size
+from ._spaces.memory import total_bytes
 from ._spaces.operators import SelfAdjoint
 from ._spaces.space import Space
 from ._text.progress import progress
@@ -196,8 +196,7 @@ class Curvature(SelfAdjoint):
             batch.kept = None
 
     def _largest(self) -> int:
-        kept = self._batches[0].point()
-        return max(product.program.peak_bytes() for product in kept.products)
+        return max(p.program.peak_bytes() for p in self._batches[0].point().products)
 
 
 @eagerly
@@ -477,8 +476,7 @@ def _bytes(point: _Point, own: set[int]) -> int:
     """Return what a linearized batch keeps. The program is recorded for that."""
     for product in point.products:
         _ = product.program
-    kept = (t for product in point.products for t in product._kept())
-    return total_bytes(kept, excluding=own)
+    return total_bytes((t for p in point.products for t in p._kept()), excluding=own)
 
 
 def _length(batch: Sequence[Any]) -> int:

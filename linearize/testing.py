@@ -202,9 +202,7 @@ def _faults(
                 )
         if node.has_backward:
             back = node.backward(u)
-            jtu = [
-                spec.zeros() if t is None else t for t, spec in zip(back, node.inputs, strict=True)
-            ]
+            jtu = [spec.or_zeros(t) for t, spec in zip(back, node.inputs, strict=True)]
             differences = _finite_differences(run, at, v, step)
             error = _smallest((_adjoint_error(known, d, jtu, v) for d in differences), rtol)
             if error > rtol:

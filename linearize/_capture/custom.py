@@ -11,66 +11,25 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from .._programs.program import Operation
 from .._programs.residuals import Residual, first_freed
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     forward_class,
     input_metadata,
     materialized_arguments,
-    operator_of,
     packed_by_hooks,
 )
 from .._torch.modes import without_inference_mode
-from .._torch.names import OpOverload, pytree
-from ..errors import FunctionContractError, StalenessError, StructureError
+from .._torch.names import pytree
+from ..errors import FunctionContractError, StalenessError
 from .contexts import ContextRecord, attributes, function_name
 from .methods import gives_backward, gives_jvp
-
-#: By operator: one that is defined anew under the same name is another one.
-_REGISTERED: weakref.WeakKeyDictionary[OpOverload, Callable[..., Any]]
-_REGISTERED = weakref.WeakKeyDictionary()
-
-
-def register_jvp(op: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a `torch.library` custom operator its own Jacobian-vector product.
-
-    Parameters
-    ----------
-    op
-        A `torch.library.custom_op` (or an overload such as `torch.ops.mylib.myop.default`)
-        whose backward was registered with `register_autograd`.
-    fn
-        `fn(ctx, *tangents)`, with the contract of `torch.autograd.Function.jvp`: `ctx` is the
-        one that `setup_context` filled; one tangent per argument of the operator, zeros for
-        tensors without one, None for arguments that are not tensors; returns the tangent of
-        each output. May be opaque.
-
-    Returns
-    -------
-    callable
-        `fn`, so that this can be used through `functools.partial` as a decorator.
-
-    Raises
-    ------
-    StructureError
-        If `op` is not a custom operator.
-    """
-    overload = getattr(op, "_opoverload", op)
-    if not isinstance(overload, OpOverload):
-        overload = getattr(op, "default", None)
-    if not isinstance(overload, OpOverload):
-        raise StructureError(f"register_jvp: expected a torch.library custom op, got {op!r}")
-    namespace = overload.namespace
-    if namespace in ("aten", "prim", "prims"):
-        raise StructureError(f"register_jvp: {op!r} is PyTorch's own, not a custom op")
-    _REGISTERED[overload] = fn
-    return fn
+from .registered import registered_jvp
 
 
 class CustomNode:
@@ -155,8 +114,7 @@ class CustomNode:
     @property
     def registered_jvp(self) -> Callable[..., Any] | None:
         """The jvp registered for a `torch.library` operator."""
-        operator = operator_of(self.cls) if _REGISTERED else None
-        return None if operator is None else _REGISTERED.get(operator)
+        return registered_jvp(self.cls)
 
     @property
     def has_jvp(self) -> bool:
@@ -502,73 +460,6 @@ def _kind(t: Any) -> str:
 
 def _received(meta: Any) -> TensorSpec:
     return TensorSpec(tuple(meta.shape), meta.dtype, meta.device)
-
-
-class CustomBackward(Operation):
-    """The pullback of a custom Function: cotangents of its outputs to those of its inputs."""
-
-    __slots__ = ("node",)
-    may_return_none = True
-    may_alias = False
-
-    def __init__(self, node: CustomNode) -> None:
-        self.node = node
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """Printable name."""
-        return f"{self.node.name}.backward"
-
-    @property
-    def takes_batches(self) -> bool:  # type: ignore[override]
-        """Whether the author says so."""
-        return self.node.takes_batches
-
-    def moved(self, counterpart: Callable[[Any], Any]) -> CustomBackward:
-        """Return the same with another node."""
-        return CustomBackward(counterpart(self.node))
-
-    def __call__(self, *grads: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Call the user's `backward`."""
-        return self.node.backward(grads)
-
-    def bytes_kept(self) -> Iterable[torch.Tensor]:
-        """Return the tensors that the context keeps."""
-        return self.node.kept()
-
-
-class CustomJvp(Operation):
-    """The pushforward of a custom Function: tangents of its inputs to those of its outputs."""
-
-    __slots__ = ("node", "wanted")
-    may_return_none = True
-    may_alias = False
-
-    def __init__(self, node: CustomNode, wanted: Sequence[bool]) -> None:
-        self.node = node
-        self.wanted = tuple(wanted)
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """Printable name."""
-        return f"{self.node.name}.jvp"
-
-    @property
-    def takes_batches(self) -> bool:  # type: ignore[override]
-        """Whether the author says so."""
-        return self.node.takes_batches
-
-    def moved(self, counterpart: Callable[[Any], Any]) -> CustomJvp:
-        """Return the same with another node."""
-        return CustomJvp(counterpart(self.node), self.wanted)
-
-    def __call__(self, *tangents: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Call the user's `jvp`."""
-        return self.node.jvp(tangents, self.wanted)
-
-    def bytes_kept(self) -> Iterable[torch.Tensor]:
-        """Return the tensors that the context keeps."""
-        return self.node.kept()
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

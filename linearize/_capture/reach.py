@@ -9,7 +9,6 @@ classes and modules are referred to weakly.
 
 from __future__ import annotations
 
-import abc
 import array
 import collections
 import enum
@@ -26,11 +25,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterable, KeysView, Mapping, ValuesView
 from itertools import repeat
-from typing import Any, Generic, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from .._torch.names import CustomOpDef, holds_tensors, operator_functions
+from .classes import has_code, installed_class, is_generated, is_own, slots_of
 from .code import is_installed, read_by
 from .module_tree import Tree
 from .state import PLAIN, State
@@ -96,9 +96,9 @@ class Reach:
         try:
             known = self._trees.get(root)
             if known is None or not known.unchanged():
-                known = self._trees[root] = Tree(root, _is_own, _has_code)
+                known = self._trees[root] = Tree(root, is_own, has_code)
         except TypeError:  # it has no hash
-            known = Tree(root, _is_own, _has_code)
+            known = Tree(root, is_own, has_code)
         return known
 
     def forget(self) -> None:
@@ -300,17 +300,17 @@ class _Walk:
         """Look at what code can read of a class, if it is not an installed one."""
         names, stack, tokens = self._names, self._stack, self.tokens
         tokens.append(weakref.ref(cls))
-        if (id(cls), makes) in self._classes or not _has_code(cls):
+        if (id(cls), makes) in self._classes or not has_code(cls):
             return
         self._classes[id(cls), makes] = cls
-        installed = [base for base in cls.__mro__ if _installed_class(base)]
+        installed = [base for base in cls.__mro__ if installed_class(base)]
         for base in cls.__mro__:
             if base in installed:
                 continue
             for name, value in list(vars(base).items()):
                 if name in _BORING or (name in _MAKING and not makes):
                     continue
-                if name in _COMPARING and _is_generated(base) and not self._reach.compares:
+                if name in _COMPARING and is_generated(base) and not self._reach.compares:
                     continue
                 # Methods of a known name may be called from code that is not looked at.
                 special = name[:2] == "__" or any(name in vars(b) for b in installed)
@@ -324,7 +324,7 @@ class _Walk:
         kind = type(x)
         self._code_of(kind, (where, "__class__"))
         found = False
-        for name in _slots(kind):
+        for name in slots_of(kind):
             if hasattr(x, name):
                 found = True
                 self.tokens.append(name)
@@ -336,7 +336,7 @@ class _Walk:
             (self._fixed if _stays(kind) else self._hidden)(x, where)
 
     def _attributes(self, x: Any, own: dict[str, Any], where: Where) -> None:
-        self._named(own, where, any_name=self._reach.any_name or not _is_own(type(x)))
+        self._named(own, where, any_name=self._reach.any_name or not is_own(type(x)))
 
     def _named(self, own: Mapping[str, Any], where: Where, *, any_name: bool = False) -> None:
         names, tokens, stack = self._names, self.tokens, self._stack
@@ -432,11 +432,6 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     ((bytearray, memoryview, array.array), _Walk._buffer),
 )
 _LOOKS: weakref.WeakKeyDictionary[type, _Look] = weakref.WeakKeyDictionary()
-_CODE: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-_INSTALLED: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-#: Bases that read no attributes of their own accord, but those that are always looked at.
-_HARMLESS = (object, torch.nn.Module, torch.autograd.Function, abc.ABC, Generic, Protocol)
-_HEAP_TYPE = 1 << 9
 
 
 def _look_of(kind: type) -> _Look:
@@ -459,47 +454,11 @@ def _found_look(kind: type) -> _Look:
     return _Walk._array if hasattr(kind, "__array_interface__") else _Walk._object
 
 
-def _installed_class(cls: type) -> bool:
-    """Whether a class belongs to Python itself, to an installed package, or is written in C."""
-    known = _INSTALLED.get(cls)
-    if known is None:
-        if cls.__flags__ & _HEAP_TYPE:
-            module = sys.modules.get(cls.__module__)
-            file = getattr(module, "__file__", None)
-            builtin = module is not None and cls.__module__ in sys.builtin_module_names
-            known = builtin if file is None else is_installed(file)
-        else:
-            known = True
-        _INSTALLED[cls] = known
-    return known
-
-
-def _has_code(cls: type) -> bool:
-    """Whether some code of a class can be seen."""
-    known = _CODE.get(cls)
-    if known is None:
-        known = _CODE[cls] = not all(map(_installed_class, cls.__mro__))
-    return known
-
-
-def _is_own(cls: type) -> bool:
-    """Whether all code that reads attributes of a class's objects can be seen."""
-    return all(base in _HARMLESS or not _installed_class(base) for base in cls.__mro__)
-
-
-def _slots(cls: type) -> list[str]:
-    names: list[str] = []
-    for base in cls.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        names += (slots,) if isinstance(slots, str) else slots
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
-
-
 def _stays(cls: type) -> bool:
     """Whether an object without attributes stays what it is."""
     if hasattr(cls, "__next__") or issubclass(cls, torch.UntypedStorage):
         return False
-    return _is_own(cls) or cls.__module__.partition(".")[0] in _TRUSTED
+    return is_own(cls) or cls.__module__.partition(".")[0] in _TRUSTED
 
 
 @functools.cache
@@ -511,8 +470,3 @@ def _again(place: int) -> tuple[str, int]:
 def _text(where: Where) -> str:
     outer, name = where
     return name if outer is None else f"{_text(outer)}: {name}"
-
-
-def _is_generated(cls: type) -> bool:
-    """Whether a class is a dataclass: it compares field by field."""
-    return "__dataclass_params__" in vars(cls)

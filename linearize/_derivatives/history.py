@@ -277,7 +277,7 @@ class Point:
         """Return J·v; integer outputs have a zero of their own dtype, as in `torch.func`."""
         here = self.here
         flat = [
-            spec.zeros() if t is None else t
+            spec.or_zeros(t)
             for t, spec in zip(here.in_space.flatten(tangents), here.in_space.tensors, strict=True)
         ]
         results = self._product(here.jvp_fn, "pushforward", flat)
@@ -291,7 +291,7 @@ class Point:
         """Return Jᵀ·u, a tuple with one entry per primal."""
         here = self.here
         flat = [
-            spec.zeros() if t is None else t
+            spec.or_zeros(t)
             for t, spec in zip(
                 here.out_space.flatten(cotangents), here.out_space.tensors, strict=True
             )

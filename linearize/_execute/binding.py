@@ -10,9 +10,10 @@ import torch
 from .._programs.guards import guards
 from .._programs.numbers import Numbers, Pool
 from .._programs.origins import Here
-from .._programs.program import Emitter, Equation, Operation, Program, printed, total_bytes
+from .._programs.program import Emitter, Equation, Operation, Program, printed
 from .._programs.residuals import Residual, first_freed
 from .._programs.values import Constant, Var
+from .._spaces.memory import total_bytes
 from .._spaces.space import TensorSpec
 from .._text.tables import escaped, framed, shortened
 

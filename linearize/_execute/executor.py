@@ -157,52 +157,13 @@ class Executor:
             if v in slots:
                 program.check()
             slots[v] = _Slot(len(slots), v.spec)
-        self._steps: list[_Step] = []
-        #: After which step each intermediate can go.
-        last: dict[Var, _Step] = {}
-        #: For each variable, the one whose memory it may share; None for foreign memory.
-        root: dict[Var, Var | None] = dict.fromkeys(program.inputs)
-        opaque = 0
-        for eq in program.equations:
-            try:
-                step = _Step(eq, slots)
-            except KeyError:
-                program.check()  # has the words for it
-                raise
-            self._steps.append(step)
-            if step.opaque:
-                step.place = opaque
-                opaque += 1
-            for x in eq.reads():
-                if type(x) is Var:
-                    last[x] = step
-            for out in eq.outputs:
-                if out is None:
-                    step.outs.append(-1)
-                    continue
-                if out in slots:
-                    program.check()
-                step.outs.append(len(slots))
-                slots[out] = _Slot(len(slots), out.spec)
-                last[out] = step
-                root[out] = _root(eq, out, root)
-        for step, unread in zip(self._steps, unread_after(program), strict=True):
-            step.unread = unread
+        self._steps = _prepared(program, slots)
         self._size = len(slots)
         program.check_outputs(slots)
         self._inputs = [slots[v].index for v in program.inputs]
         self._outputs = [-1 if v is None else slots[v].index for v in program.outputs]
-        keep = {*self._outputs}
-        for v, step in last.items():
-            if slots[v].index not in keep:
-                step.free.append(slots[v].index)
         #: Which results may share memory with an argument, a residual or a user's tensor.
-        self.copies: list[bool] = []
-        taken: set[Var | None] = set()
-        for out in program.outputs:
-            owner = None if out is None else root[out]
-            self.copies.append(out is not None and (owner is None or owner in taken))
-            taken.add(owner)
+        self.copies = _shared(program)
         self._verified = False
         self._gains: bool | None = None
         self._function: Bound | None = None
@@ -417,6 +378,51 @@ def runner(
     """Return what runs a program with its numbers."""
     executor, binding = Executor(program.program), program.binding
     return lambda arguments: executor(arguments, binding)
+
+
+def _prepared(program: Program, slots: dict[Any, _Slot]) -> list[_Step]:
+    """Return the steps of a program; the places of what they make come into `slots`."""
+    steps: list[_Step] = []
+    opaque = 0
+    for eq, unread in zip(program.equations, unread_after(program), strict=True):
+        try:
+            step = _Step(eq, slots)
+        except KeyError:
+            program.check()  # has the words for it
+            raise
+        steps.append(step)
+        step.unread = unread
+        if step.opaque:
+            step.place = opaque
+            opaque += 1
+        for out in eq.outputs:
+            if out is None:
+                step.outs.append(-1)
+                continue
+            if out in slots:
+                program.check()
+            step.outs.append(len(slots))
+            slots[out] = _Slot(len(slots), out.spec)
+    for step, gone in zip(steps, program.last_uses(), strict=True):
+        step.free = [slots[v].index for v in gone]
+    return steps
+
+
+def _shared(program: Program) -> list[bool]:
+    """Return which results may share memory with something that is not only theirs."""
+    #: For each variable, the one whose memory it may share; None for foreign memory.
+    root: dict[Var, Var | None] = dict.fromkeys(program.inputs)
+    for eq in program.equations:
+        for out in eq.outputs:
+            if out is not None:
+                root[out] = _root(eq, out, root)
+    found: list[bool] = []
+    taken: set[Var | None] = set()
+    for out in program.outputs:
+        owner = None if out is None else root[out]
+        found.append(out is not None and (owner is None or owner in taken))
+        taken.add(owner)
+    return found
 
 
 def _root(eq: Equation, out: Var, root: dict[Var, Var | None]) -> Var | None:

@@ -107,18 +107,8 @@ class _Writer(Writer):
         self.residuals = list(self.names.values())
         for v in (*program.inputs, *(v for eq in program.equations for v in eq.outputs if v)):
             self.names[v] = f"v{len(self.names)}"
-        self.last = self._last_uses()
-
-    def _last_uses(self) -> dict[Var, int]:
-        last: dict[Var, int] = {}
-        for i, eq in enumerate(self.program.equations):
-            for v in (*eq.outputs, *eq.inputs()):
-                if v is not None:
-                    last[v] = i
-        for v in self.program.outputs:
-            if v is not None:
-                last[v] = len(self.program.equations)
-        return last
+        #: What can go after each equation.
+        self.gone = program.last_uses()
 
     def body(self) -> list[str]:
         lines = []
@@ -126,9 +116,8 @@ class _Writer(Writer):
             lines.append(f" {', '.join(self.names[v] for v in self.program.inputs)}, = arguments")
         for i, eq in enumerate(self.program.equations):
             lines += [f" {line}" for line in self.step(i, eq)]
-            gone = {v for v in (*eq.inputs(), *eq.outputs) if v is not None and self.last[v] == i}
-            if gone:
-                lines.append(f" del {', '.join(sorted(self.names[v] for v in gone))}")
+            if self.gone[i]:
+                lines.append(f" del {', '.join(sorted(self.names[v] for v in self.gone[i]))}")
         results = [
             "None" if v is None else f"{self.names[v]}.clone()" if copy else self.names[v]
             for v, copy in zip(self.program.outputs, self.copies, strict=True)
@@ -159,16 +148,16 @@ class _BoundWriter(_Writer):
         self.unread = unread_after(program)
         self.group, self.group_end = self._groups()
         #: What is needed after the equation at hand, in order.
-        self.live = dict.fromkeys(v for v in program.inputs if v in self.last)
+        used = program.uses()
+        self.live = dict.fromkeys(v for v in program.inputs if v in used)
         #: How many values are handed on to `resume`, counted for each place where that may be.
         self.handed_on = 0
 
     def step(self, i: int, eq: Equation) -> list[str]:
         if self.ops:
             self.live.update((v, None) for v in eq.outputs if v is not None)
-            for v in (*eq.inputs(), *eq.outputs):
-                if v is not None and self.last[v] == i:
-                    self.live.pop(v, None)
+            for v in self.gone[i]:
+                del self.live[v]
         if i in self.ops:
             return self.user_code(i, eq)
         op, args = self.in_place(i, eq) or (eq.op, eq.args)
@@ -199,9 +188,11 @@ class _BoundWriter(_Writer):
                 foreign = len(places) != 1 or bool(eq.constants())
                 place = 0 if foreign else places.pop()
             group.update((v, place) for v in eq.outputs if v is not None)
+        last = {v: i for i, gone in enumerate(self.gone) for v in gone}
+        last.update((v, len(self.gone)) for v in self.program.outputs if v is not None)
         end: dict[int, int] = {}
         for v, place in group.items():
-            end[place] = max(end.get(place, -1), self.last.get(v, -1))
+            end[place] = max(end.get(place, -1), last.get(v, -1))
         return group, end
 
     def in_place(self, i: int, eq: Equation) -> tuple[Any, tuple[Any, ...]] | None:
@@ -225,7 +216,7 @@ class _BoundWriter(_Writer):
             return False
         # The operands beside it must not lie in the same memory, shifted.
         beside = {self.group[y] for y in rest if isinstance(y, Var)}
-        return place not in beside and self.last[x] == i and self.is_whole(x, place)
+        return place not in beside and x in self.gone[i] and self.is_whole(x, place)
 
     def is_whole(self, x: Var, place: int) -> bool:
         """Whether a variable is what an operation computed, not a view of that."""

@@ -16,7 +16,7 @@ from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.written import generate
 from .._programs.program import Equation, Operation, Program
-from .._programs.values import Var
+from .._programs.values import Var, last_uses
 from ..errors import LinearizeError
 
 
@@ -96,7 +96,8 @@ class Segments:
         self._copies = [
             copy and v not in made for copy, v in zip(copies, program.outputs, strict=True)
         ]
-        self._last = {v: i for i, part in enumerate(self.parts) for v in part.inputs}
+        #: What is not needed any more after each part.
+        self._gone = last_uses([(*p.inputs, *p.outputs) for p in self.parts], program.outputs)
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -115,7 +116,6 @@ class Segments:
         values: dict[Var, torch.Tensor | None] = dict(
             zip(self.program.inputs, arguments, strict=True)
         )
-        keep = set(self.program.outputs)
         for i, part in enumerate(self.parts):
             given = [values[v] for v in part.inputs]
             if isinstance(part, _Call):
@@ -134,9 +134,8 @@ class Segments:
                 else:
                     found = runner(i, part, residuals, inputs)
             values.update(zip(part.outputs, found, strict=True))  # type: ignore[arg-type]
-            for v in part.inputs:
-                if self._last[v] == i and v not in keep:
-                    values.pop(v, None)
+            for v in self._gone[i]:
+                del values[v]
         results = [None if v is None else values[v] for v in self.program.outputs]
         return [
             t.clone() if copy and t is not None else t

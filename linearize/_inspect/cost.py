@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._execute.binding import BoundProgram
-from .._programs.aten import may_alias
+from .._programs.aten import COPIES, may_alias
 from .._programs.numbers import Numbers
 from .._programs.program import Equation, Operation
 from .._programs.values import Constant, Value, Var
@@ -63,11 +63,6 @@ def cost_of(program: BoundProgram) -> Cost:
     )
 
 
-#: Operations that put numbers elsewhere and compute nothing.
-_COPIES = frozenset(
-    "clone _to_copy cat stack index_select gather index roll flip repeat slice_backward "
-    "select_backward diagonal_backward copy_ as_strided_copy permute_copy constant_pad_nd".split()
-)
 _DOTS = {aten.mv: 0, aten.dot: 0, aten.vdot: 0, aten.addmv: 1}
 
 
@@ -75,7 +70,7 @@ def _flops(eq: Equation, numbers: Numbers) -> int:
     if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
         return 0
     packet = eq.op.overloadpacket
-    if eq.kind in _COPIES:
+    if eq.kind in COPIES:
         return 0
     if packet in _DOTS:
         factor: Value = eq.args[_DOTS[packet]]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from .._execute.binding import BoundProgram
 from .._programs.numbers import Numbers
-from .._programs.program import Equation, Operation, total_bytes
+from .._programs.program import Equation, Operation
 from .._programs.values import Var
+from .._spaces.memory import total_bytes
 from .._text.labels import lines_of, name_of, named
 from .._text.tables import clipped, escaped, size
 from .layout import Layout, layered

@@ -13,7 +13,8 @@ import torch
 
 from .._capture.graph import Graph
 from .._execute.binding import BoundProgram
-from .._programs.program import Operation, dense_parts
+from .._programs.program import Operation
+from .._spaces.memory import dense_parts
 from .._text.labels import Line, lines_of, name_of, named
 from .._text.tables import as_html, as_text, clipped, code, framed, size
 

@@ -17,10 +17,10 @@ from .._inspect import kept
 from .._inspect.drawing import Drawing, draw
 from .._inspect.page import page
 from .._inspect.summary import Summary, costs
-from .._programs.program import total_bytes
 from .._programs.residuals import Residual
 from .._reuse.shared import Structures
 from .._simplify.passes import explain, simplify
+from .._spaces.memory import total_bytes
 from .._text.tables import code, framed
 from .._torch.names import pytree
 from ..errors import ClosedError, CopyError, UnsupportedError

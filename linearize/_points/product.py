@@ -2,309 +2,31 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .._check.adjoint import check_built_in
-from .._check.proof import Proof
-from .._execute.binding import Binding, BoundProgram
-from .._execute.executor import Executor
-from .._forms.compiled import Options
-from .._forms.dense import Dense
+from .._execute.binding import BoundProgram
 from .._forms.plan import Plan
-from .._forms.succession import Learned, Left, Succession
 from .._programs.numbers import Pool
-from .._programs.program import Operation, Program
-from .._programs.residuals import Residual
-from .._reuse.template import Template
 from .._spaces.space import Space
-from .._torch.modes import functorch_active, outside_transforms, set_grad_mode
-from .._transpose.missing import resolve
+from .._torch.modes import functorch_active, set_grad_mode
 from .._transpose.transpose import transpose
-from ..errors import ClosedError, CopyError, StructureError, UnsupportedError
-from .lifetime import Lifetime
-from .policy import Policy
-from .programs import PULLBACK, PUSHFORWARD, PointPrograms, tidy
+from ..errors import StructureError, UnsupportedError
+from .differentiable import DifferentiableProduct, DifferentiableStack, wants_history
+from .planned import Planned
 
 
-def _nothing() -> None:
-    """Do nothing."""
-
-
-class Product:
+class Product(Planned):
     """A linear map as a function: the common part of `jvp_fn` and `vjp_fn`.
 
-    A product outlives the objects that made it, and keeps only what it needs itself. It may
-    be called from several threads, under `torch.no_grad` and in inference mode. If an
-    argument requires grad, the result is differentiable with respect to the argument.
+    A product may be called from several threads, under `torch.no_grad` and in inference mode.
+    If an argument requires grad, the result is differentiable with respect to the argument.
     """
 
-    #: Name in messages.
-    _name = "product"
-    _direction = ""
-
-    def __init__(
-        self,
-        make: Callable[[], BoundProgram],
-        arguments: Space,
-        results: Space,
-        lifetime: Lifetime,
-        policy: Policy,
-        source: PointPrograms | None = None,
-        joined: str = "",
-        pool: Pool | None = None,
-    ) -> None:
-        self._make: Callable[[], BoundProgram] | None = make
-        self._source = source
-        #: What is known of the numbers of the point.
-        self._pool = pool if pool is not None else Pool() if source is None else source.pool
-        #: What it is called among the programs that points of one structure share.
-        self._direction = joined or self._direction
-        self._arguments = arguments
-        self._results = results
-        self._lifetime = lifetime
-        self._policy = policy
-        self._compiling = Options.of(policy.compile)
-        self._hurry = False
-        self._lock = threading.RLock()
-        self._program: BoundProgram | None = None
-        self._plans: dict[tuple[bool, ...], Plan] = {}
-        #: The arguments that are there, if all are.
-        self._whole = (True,) * len(arguments.tensors)
-        self._turned: Product | None = None
-        #: Runs a settled product of one tensor; whether there was a look for it.
-        self._short: Callable[[Any], Any] | None = None
-        self._shortened = False
-        #: Matrices that were written out at this point, by what they are of.
-        self._matrices: dict[str, torch.Tensor] = {}
-        #: Checks the product before its first use.
-        self._first: Callable[[], None] | None = None
-        lifetime.register(self)
-        if source is not None and not joined:
-            source.wait(self._direction, self)
-
-    @property
-    def program(self) -> BoundProgram:
-        """The linear program, recorded when first needed."""
-        self._check_open()
-        with self._lock:
-            if self._program is None:
-                assert self._make is not None
-                whole = self._plans.get(self._whole)
-                # What is kept must be usable everywhere.
-                with outside_transforms(), torch.inference_mode(False):
-                    program = self._make() if whole is None else whole.program()
-                self._check_open()
-                self._program, self._make = program, None
-                if self._source is not None:
-                    self._source.served(self._direction)
-                self._lifetime.changed()
-            return self._program
-
-    def __repr__(self) -> str:
-        state = "closed" if self._lifetime.closed else f"from {self._arguments}"
-        return f"<{self._name} {state}>"
-
-    def __reduce__(self) -> Any:
-        raise CopyError(f"a {self._name} cannot be copied or pickled: it holds graph contexts")
-
-    def _check_open(self) -> None:
-        if self._lifetime.closed:
-            raise ClosedError(
-                f"{self._name}: its linearization was closed (at the end of a `with` block, or by "
-                "close()); linearize anew with at(...)"
-            )
-
-    def _release(self) -> None:
-        with self._lock:
-            self._make = self._program = self._turned = self._source = self._first = None
-            self._short = None
-            self._plans, self._matrices = {}, {}
-
-    def _plan(self, present: tuple[bool, ...]) -> Plan:
-        """Return what runs the program for arguments of which some are zero."""
-        plan = self._plans.get(present)
-        if plan is None:
-            tidy()
-            with self._lock:
-                with outside_transforms(), torch.inference_mode(False):
-                    plan = self._shared_plan(present) or self._own_plan(present)
-                self._check_open()
-                self._plans[present] = plan
-                self._lifetime.changed()
-        return plan
-
-    def _shared_plan(self, present: tuple[bool, ...]) -> Plan | None:
-        """Take over what another point of the same structure left."""
-        source = self._source
-        if source is None or self._program is not None:
-            return None
-        known = source.known(
-            self._direction, present, simplified=self._policy.simplify, costly=False
-        )
-        if known is None:
-            return None
-        template, binding = known
-        simplify = self._policy.simplify
-        left = source.better(self._direction, present) if simplify else None
-        if template.simplified:
-            left = None
-        if all(present) and left is None:
-            source.served(self._direction)
-
-        direction = self._direction  # a reference to the product itself would make a cycle
-
-        def better() -> tuple[Executor, Binding] | None:
-            with outside_transforms(), torch.inference_mode(False):
-                found = source.known(direction, present)
-            if all(present):
-                source.served(direction)
-            return None if found is None else (found[0].executor, found[1])
-
-        return self._made_plan(
-            present,
-            template.executor,
-            binding,
-            simplify=simplify and not template.simplified,
-            left=left,
-            better=None if left is None else better,
-        )
-
-    def _own_plan(self, present: tuple[bool, ...]) -> Plan:
-        """Make a plan of this point's program."""
-        made = self.program
-        numbers, program = made.numbers(self._pool), made.program
-        if not all(present):
-            program = program.restricted(present)
-        program = resolve(program, numbers, **self._policy.opaque)
-        template = self._offer(present, program, simplified=False)
-        return self._made_plan(
-            present,
-            Executor(program, final=False) if template is None else template.executor,
-            Binding.of(program, numbers),
-            simplify=self._policy.simplify,
-            proof=self._proof(),
-        )
-
-    def _made_plan(
-        self,
-        present: tuple[bool, ...],
-        executor: Executor,
-        binding: Binding,
-        *,
-        simplify: bool,
-        left: Left | None = None,
-        **more: Any,
-    ) -> Plan:
-        me = weakref.ref(self)  # a reference to the product itself would make a cycle
-
-        def taken(program: BoundProgram) -> Executor | None:
-            product = me()
-            return None if product is None else product._take_note(program, present)
-
-        source = self._source
-        learned = Learned() if source is None else source.learned(self._direction, present)
-        succession = Succession(
-            simplify=simplify,
-            left=left,
-            now=executor.program,
-            dense=self._dense(executor.program, present, learned),
-            compiling=self._compiling,
-            soon=self._hurry,
-            learned=learned,
-        )
-        return Plan(
-            executor,
-            binding,
-            succession=succession,
-            whole=all(present),
-            forward=self._direction != PULLBACK,
-            forms=None if source is None else source.forms,
-            counted=_nothing if source is None else source.count_compiled,
-            taken=taken,
-            pool=self._pool,
-            **more,
-        )
-
-    def _dense(
-        self, program: Program, present: tuple[bool, ...], learned: Learned
-    ) -> Dense | None:
-        """Return what may become the matrix of a program."""
-        policy, source = self._policy, self._source
-        if not (policy.simplify and policy.dense_limit and all(present)):
-            return None
-        if learned.matrix is False:
-            return None
-        if any(isinstance(eq.op, Operation) and eq.op.of_point for eq in program.equations):
-            return None  # custom Functions are promised one call for each product
-        if source is not None and self._direction in (PUSHFORWARD, PULLBACK):
-            dense = source.dense(policy.dense_limit)
-        else:
-            sides = self._arguments.tensors, self._results.tensors
-            dense = Dense.of(*sides, policy.dense_limit, lambda: None)
-        if dense is not None and learned.matrix:
-            dense.won(program)
-        return dense
-
-    def _written(self, matrix: torch.Tensor) -> None:
-        """Let products use the matrix of the pushforward, if that is cheaper."""
-        policy, source = self._policy, self._source
-        real = not any(
-            s.dtype.is_complex for s in (*self._arguments.tensors, *self._results.tensors)
-        )
-        dense = source.dense(policy.dense_limit) if source is not None and real else None
-        if dense is not None:
-            dense.written(matrix)
-
-    def _proof(self) -> Proof | None:
-        """Return what is to be checked before the first product is handed out."""
-        source = self._source
-        return source.proof if source is not None and self._direction == PUSHFORWARD else None
-
-    def _proved(self) -> BoundProgram:
-        """Return the program, checked: it goes elsewhere."""
-        program = self.program
-        proof = self._proof()
-        if proof is not None:
-            proof.complete()
-        return program
-
-    def _compile(self, options: Options) -> None:
-        """Have the programs compiled, or not, those to come too."""
-        with self._lock:
-            self._compiling, self._hurry = options, True
-            plans = list(self._plans.values())
-        for plan in plans:
-            plan.compile(options)
-        with self._lock:  # afterwards: a plan that is not quiet any more gives no short way
-            self._short, self._shortened = None, False
-
-    def _offer(
-        self, present: tuple[bool, ...], program: Program, *, simplified: bool
-    ) -> Template | None:
-        source = self._source
-        if source is None:
-            return None
-        return source.offer(self._direction, present, program, simplified=simplified)
-
-    def _take_note(self, program: BoundProgram, present: tuple[bool, ...]) -> Executor | None:
-        """Let go of the program as it was recorded: a simplified one gives the same.
-
-        Returns
-        -------
-        Executor or None
-            What runs it for other points too.
-        """
-        with self._lock:
-            template = self._offer(present, program.program, simplified=True)
-            if self._program is not None and all(present):
-                self._program = program
-        self._lifetime.changed()
-        return None if template is None else template.executor
+    _turned: Product | None
 
     def _batched(
         self, tensors: Sequence[torch.Tensor | None], chunk_size: int | None
@@ -312,8 +34,8 @@ class Product:
         """Apply the map to stacks of arguments, along their first dimension."""
         given = [t for t in tensors if t is not None]
         grad, transformed = torch.is_grad_enabled(), functorch_active()
-        if grad and not transformed and _wants_history(given):
-            return list(_DifferentiableStack.apply(self, chunk_size, *tensors))  # type: ignore[no-untyped-call]
+        if grad and not transformed and wants_history(given):
+            return list(DifferentiableStack.apply(self, chunk_size, *tensors))  # type: ignore[no-untyped-call]
         present = self._whole
         if len(given) < len(tensors):
             present = tuple([t is not None for t in tensors])
@@ -416,7 +138,7 @@ class Product:
                 present = tuple([t is not None for t in tensors])
                 given = [t for t in tensors if t is not None]
             elif grad and t.requires_grad:
-                return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
+                return list(DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
         ranks = self._lifetime.ranks
         if ranks is not None and not ranks.inside:
             return ranks.run(
@@ -442,10 +164,7 @@ class Product:
                 break
         else:
             return results  # type: ignore[return-value]
-        return [
-            spec.zeros() if t is None else t
-            for t, spec in zip(results, self._results.tensors, strict=True)
-        ]
+        return [spec.or_zeros(t) for t, spec in zip(results, self._results.tensors, strict=True)]
 
     def _shorten(self, plan: Plan) -> None:
         """Look once for the shortest way to call a product of which nothing more will come."""
@@ -507,31 +226,6 @@ class Product:
             check_built_in(program, turned, transpose)
         return turned
 
-    def _residuals(self) -> list[Residual]:
-        """Return the residuals of this product, as far as it is recorded."""
-        program, plans = self._program, list(self._plans.values())
-        residuals = [] if program is None else program.residuals()
-        bindings = [b for plan in plans for b in plan.bindings()]
-        return [*residuals, *(r for b in bindings for r in b.residuals)]
-
-    def _programs(self) -> Iterator[BoundProgram]:
-        """Yield each program that is kept."""
-        program, plans = self._program, list(self._plans.values())
-        if program is not None:
-            yield program
-        for plan in plans:
-            yield from plan.programs()
-
-    def _kept(self) -> Iterator[torch.Tensor]:
-        """Yield the tensors that this product keeps alive."""
-        program, plans = self._program, list(self._plans.values())
-        yield from list(self._matrices.values())
-        if program is not None:
-            yield from program.kept_tensors()
-        for plan in plans:
-            for binding in plan.bindings():
-                yield from binding.kept()
-
 
 def stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:
     if len(flat) == 1 and flat[0] is not None:
@@ -542,54 +236,3 @@ def stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:
             f"batched: expected {space.word}s stacked along their first dimension, all of one "
             f"length, got lengths {sorted(sizes)}"
         )
-
-
-class _DifferentiableProduct(torch.autograd.Function):
-    """A product as a function of its argument: its derivative is the other product."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(product: Product, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        return tuple(product._apply([None if t is None else t.detach() for t in tensors]))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.product = inputs[0]
-        ctx.given = [t is not None for t in inputs[1:]]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        results = ctx.product._transposed()._apply(grads)
-        return (None, *(r if w else None for r, w in zip(results, ctx.given, strict=True)))
-
-    @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: torch.Tensor | None) -> Any:
-        return tuple(ctx.product._apply(tangents))
-
-
-class _DifferentiableStack(torch.autograd.Function):
-    """A batched product as a function of its arguments."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, product: Product, chunk_size: int | None, *tensors: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.product, ctx.chunk_size = product, chunk_size
-        ctx.given = [t is not None for t in tensors]
-        ctx.set_materialize_grads(False)
-        detached = [None if t is None else t.detach() for t in tensors]
-        return tuple(product._batched(detached, chunk_size))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        results = ctx.product._transposed()._batched(grads, ctx.chunk_size)
-        return (None, None, *(r if w else None for r, w in zip(results, ctx.given, strict=True)))
-
-
-def _wants_history(tensors: Sequence[torch.Tensor | None]) -> bool:
-    for t in tensors:  # noqa: SIM110 (quicker than any(), and this runs at every call)
-        if t is not None and t.requires_grad:
-            return True
-    return False

@@ -30,7 +30,7 @@ from .._programs.numbers import Numbers, Pool
 from .._programs.origins import Origin, Saved
 from .._programs.program import Program
 from .._programs.residuals import Residual
-from .._record.walk import record_pullback
+from .._record.pullback import record_pullback
 from .._reuse.shared import Structures
 from .._reuse.structure import Structure
 from .._reuse.takeover import Comparison, first_parting

@@ -1,10 +1,13 @@
-"""What is known of ATen operations: schemas, zeros, aliases, reshapes and permutations."""
+"""What is known of ATen operations.
+
+Rules of one transform stand where that is made; what an operation *is* stands here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +37,101 @@ UNINITIALIZED = frozenset(
 READS_NUMBERS = frozenset(
     {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
 )
-
-
+#: What puts the entries of one argument elsewhere, or leaves some out, by name.
+MOVES = frozenset(
+    (
+        "alias detach clone _to_copy view _unsafe_view _reshape_alias reshape t transpose permute "
+        "unsqueeze squeeze expand slice select diagonal split split_with_sizes unbind unfold "
+        "roll flip tril triu slice_backward select_backward diagonal_backward movedim narrow "
+        "repeat gather index index_select contiguous lift_fresh resolve_conj resolve_neg "
+        "diag_embed rot90 pixel_shuffle pixel_unshuffle take"
+    ).split()
+)
+#: What puts the entries of several elsewhere, or new ones beside them.
+JOINED = frozenset("cat stack constant_pad_nd".split())
+#: Linear in the first argument, which stands alone.
+LINEAR_FIRST = MOVES | frozenset(
+    (
+        "as_strided as_strided_copy view_as_real view_as_complex _conj conj_physical _neg_view "
+        "real imag neg _efficientzerotensor squeeze_ trace diag sum mean cumsum nansum "
+        "unfold_backward embedding_dense_backward fft_fft _fft_c2c _fft_r2c _fft_c2r"
+    ).split()
+)
+#: Linear in all arguments jointly.
+JOINTLY_LINEAR = frozenset(("add sub cat stack").split())
+#: Linear in each of two.
+BILINEAR = frozenset(("mul mm bmm mv dot vdot").split())
+#: Derivatives, linear in the gradient, which comes first.
+GRADIENT_FIRST = frozenset(
+    (
+        "tanh_backward sigmoid_backward silu_backward gelu_backward threshold_backward "
+        "softplus_backward hardtanh_backward leaky_relu_backward elu_backward mish_backward "
+        "hardswish_backward hardsigmoid_backward logit_backward native_dropout_backward "
+        "_softmax_backward_data _log_softmax_backward_data native_layer_norm_backward "
+        "native_batch_norm_backward native_group_norm_backward convolution_backward "
+        "avg_pool2d_backward max_pool2d_with_indices_backward _adaptive_avg_pool2d_backward "
+        "nll_loss_backward mse_loss_backward"
+    ).split()
+)
+#: Operations that put numbers elsewhere: linear wherever what they put in between is zero.
+PLACING = frozenset(
+    (
+        "where scatter scatter_add index_put _index_put_impl_ index_put_ masked_fill "
+        "constant_pad_nd diagonal_scatter select_scatter slice_scatter as_strided_scatter "
+        "index_add index_copy index_fill masked_scatter masked_select put take "
+        "masked_fill_ _unsafe_masked_index _unsafe_masked_index_put_accumulate _unsafe_index_put"
+    ).split()
+)
+#: Operations that are linear in the argument at this place, whatever the others are.
+LINEAR_AT = {
+    "linalg_solve_triangular": (1,),
+    "linalg_lu_solve": (2,),
+    "cholesky_solve": (0,),
+    "triangular_solve": (0,),
+    "_trilinear": (0, 1, 2),
+    "convolution": (0, 1),
+    "linalg_cross": (0, 1),
+}
+#: The same for the first argument, by the beginning of the name.
+LINEAR_FIRST_KINDS = (
+    "upsample_",
+    "_upsample_",
+    "reflection_pad",
+    "replication_pad",
+    "avg_pool",
+    "_adaptive_avg_pool",
+    "grid_sampler",
+    "im2col",
+    "col2im",
+)
+#: Operations that put numbers elsewhere and compute nothing.
+COPIES = frozenset(
+    "clone _to_copy cat stack index_select gather index roll flip repeat slice_backward "
+    "select_backward diagonal_backward copy_ as_strided_copy permute_copy constant_pad_nd".split()
+)
+#: Pointwise, linear in the first argument, without the tag that says so.
+_UNTAGGED_POINTWISE = frozenset(
+    "softplus_backward hardtanh_backward native_dropout_backward masked_fill tril triu "
+    "threshold_backward hardsigmoid_backward hardswish_backward mish_backward "
+    "leaky_relu_backward elu_backward logit_backward".split()
+)
+#: Pointwise, multiplying each entry of the argument by a number; other operations that are
+#: pointwise may choose between the entry and zero, which is not the same for infinite entries.
+MULTIPLYING = frozenset(
+    "neg mul div alias detach clone _to_copy tanh_backward sigmoid_backward gelu_backward "
+    "silu_backward mish_backward elu_backward leaky_relu_backward softplus_backward "
+    "log_sigmoid_backward native_dropout_backward mse_loss_backward smooth_l1_loss_backward "
+    "huber_loss_backward".split()
+)
+#: Pointwise without the tag too, in one argument or several.
+JOINED_BY_ENTRY = frozenset("real imag _conj _neg_view where rsub mse_loss_backward".split())
+_UNREPEATABLE = frozenset(
+    {
+        torch.Tag.nondeterministic_seeded,
+        torch.Tag.data_dependent_output,
+        torch.Tag.dynamic_output_shape,
+    }
+)
 #: Backward operations that take gradients of any strides.
 _ANY_STRIDES = frozenset(
     (
@@ -57,6 +153,22 @@ class Schema:
     writes: tuple[tuple[int, str], ...]
     is_view: bool
     pointwise: bool
+    #: Whether it is pointwise, be it without the tag that says so.
+    by_entry: bool
+
+    @property
+    def into_out(self) -> bool:
+        """Whether all that it writes to is handed in by `out=`."""
+        return all(position == -1 for position, _ in self.writes)
+
+    def targets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return what a call writes to."""
+        return [args[i] if 0 <= i < len(args) else kwargs[name] for i, name in self.writes]
+
+    def without_out(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of a call that are not written to."""
+        written = {name for position, name in self.writes if position == -1}
+        return {k: a for k, a in kwargs.items() if k not in written}
 
 
 @functools.cache
@@ -68,7 +180,21 @@ def schema_of(op: OpOverload) -> Schema:
         if a.alias_info is not None and a.alias_info.is_write
     )
     name = op._schema.name.partition("::")[2]
-    return Schema(name, writes, bool(op.is_view), torch.Tag.pointwise in op.tags)
+    pointwise = torch.Tag.pointwise in op.tags
+    by_entry = pointwise or name in _UNTAGGED_POINTWISE
+    return Schema(name, writes, bool(op.is_view), pointwise, by_entry)
+
+
+def unrepeatable(op: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether an operation draws at random, or depends on numbers as to what it does."""
+    if not _UNREPEATABLE.intersection(op.tags):
+        return False
+    # `index` may depend on the numbers of a mask; with positions it does not.
+    masks = torch.bool, torch.uint8
+    by_positions = op is aten.index.Tensor and all(
+        t is None or t.dtype not in masks for t in args[1]
+    )
+    return not by_positions
 
 
 @functools.cache
@@ -90,15 +216,14 @@ def functional_variant(op: OpOverload) -> OpOverload | None:
         return None
     schema = schema_of(op)
     written = {name for _, name in schema.writes}
-    out_style = all(position == -1 for position, _ in schema.writes)
-    packet = getattr(aten, schema.name if out_style else schema.name.rstrip("_"), None)
+    packet = getattr(aten, schema.name if schema.into_out else schema.name.rstrip("_"), None)
     if packet is None:
         return None
 
     def signature(o: OpOverload, skip: set[str]) -> list[tuple[str, str]]:
         return [(a.name, str(a.type)) for a in o._schema.arguments if a.name not in skip]
 
-    wanted = signature(op, written if out_style else set())
+    wanted = signature(op, written if schema.into_out else set())
     for overload in packet.overloads():
         candidate = getattr(packet, overload)
         if not schema_of(candidate).writes and signature(candidate, set()) == wanted:
@@ -149,18 +274,50 @@ def _returns_several(op: OpOverload) -> bool:
     return len(returns) != 1 or str(returns[0].type) == "List[Tensor]"
 
 
-#: What shows a value in another shape.
-RESHAPES = frozenset(
+#: What permutes dimensions.
+_PERMUTATIONS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
+#: What shows a value in another shape, as the recorder and the passes write it.
+SHOWN_IN_ORDER = frozenset({aten.view.default, aten.reshape.default, aten.unsqueeze.default})
+#: The same in another shape or order.
+SHOWN = SHOWN_IN_ORDER | _PERMUTATIONS
+#: All that shows a value in another shape.
+RESHAPES = SHOWN_IN_ORDER | {
+    aten._unsafe_view.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+}
+#: Views that need their argument to lie in memory as it does now, which a reshape does not.
+VIEWS_BY_STRIDES = frozenset(
+    {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
+)
+#: What relies on how its argument lies in memory.
+STRIDED = frozenset(
     {
+        aten.as_strided.default,
+        aten.as_strided_scatter.default,
+        aten.view_as_complex.default,
+        aten.view_as_real.default,
+    }
+)
+#: What may leave its argument as it is.
+IDLE = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
         aten.view.default,
         aten._unsafe_view.default,
         aten.reshape.default,
-        aten.unsqueeze.default,
+        aten.expand.default,
+        aten._to_copy.default,
         aten.squeeze.dim,
-        aten.squeeze.dims,
         aten.squeeze.default,
+        aten.lift_fresh.default,
+        aten.clone.default,
     }
 )
+#: What gives the same numbers in the same order.
+SAME_NUMBERS = IDLE | RESHAPES
 
 
 def permutation(op: Any, args: Any) -> tuple[int, ...] | None:
@@ -177,29 +334,23 @@ def permutation(op: Any, args: Any) -> tuple[int, ...] | None:
     return tuple(order)
 
 
-_PERMUTATIONS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
-
-
-#: Pointwise, linear in the first argument, without the tag that says so.
-UNTAGGED_POINTWISE = frozenset(
-    "softplus_backward hardtanh_backward native_dropout_backward masked_fill tril triu "
-    "threshold_backward hardsigmoid_backward hardswish_backward mish_backward "
-    "leaky_relu_backward elu_backward logit_backward".split()
-)
-
-#: Pointwise, multiplying each entry of the argument by a number; other operations that are
-#: pointwise may choose between the entry and zero, which is not the same for infinite entries.
-MULTIPLYING = frozenset(
-    "neg mul div alias detach clone _to_copy tanh_backward sigmoid_backward gelu_backward "
-    "silu_backward mish_backward elu_backward leaky_relu_backward softplus_backward "
-    "log_sigmoid_backward native_dropout_backward mse_loss_backward smooth_l1_loss_backward "
-    "huber_loss_backward".split()
+#: Operations that leave an entry as it is, or put zero in its place.
+CHOICES = frozenset(
+    {
+        aten.where.self,
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.threshold_backward.default,
+        aten.hardtanh_backward.default,
+        aten.hardshrink_backward.default,
+        aten.softshrink_backward.default,
+        aten.tril.default,
+        aten.triu.default,
+    }
 )
 
 
 def chooses(op: OpOverload) -> bool:
     """Whether an operation is pointwise and may choose between an entry and zero."""
     schema = schema_of(op)
-    return (schema.pointwise or schema.name in UNTAGGED_POINTWISE) and (
-        schema.name not in MULTIPLYING
-    )
+    return schema.by_entry and schema.name not in MULTIPLYING

@@ -19,7 +19,7 @@ from .._spaces.space import TensorSpec
 from .._text.labels import joined
 from ..errors import LinearizeError
 from .numbers import Numbers
-from .values import Constant, Value, Var, zeros
+from .values import Constant, Value, Var, last_uses, zeros
 
 
 class Operation:
@@ -114,6 +114,10 @@ class Equation:
             _gather_reads((*self.args, *self.kwargs.values()), found)
             self._reads = tuple(found)
         return self._reads
+
+    def argument(self, i: int, default: Any, name: str = "") -> Any:
+        """Return a positional argument, which may be given by its name or left out."""
+        return self.args[i] if len(self.args) > i else self.kwargs.get(name, default)
 
     def renamed(
         self,
@@ -312,22 +316,18 @@ class Program:
             self._constants = tuple(reads)
         return self._constants
 
+    def last_uses(self) -> list[list[Var]]:
+        """Return for each equation the variables that are not needed after it."""
+        return last_uses([(*eq.inputs(), *eq.outputs) for eq in self.equations], self.outputs)
+
     def peak_bytes(self) -> int:
         """Return the most bytes that variables take at once, each counted in full."""
-        last: dict[Var, int] = {}
-        for i, eq in enumerate(self.equations):
-            last.update((v, i) for v in eq.inputs())
-        results = {v for v in self.outputs if v is not None}
-        dying: dict[int, list[Var]] = {}
-        for v, i in last.items():
-            if v not in results:
-                dying.setdefault(i, []).append(v)
         now = peak = sum(v.spec.nbytes for v in self.inputs)
-        for i, eq in enumerate(self.equations):
-            now += sum(v.spec.nbytes for v in eq.outputs if v is not None and v in last)
-            now += sum(v.spec.nbytes for v in eq.outputs if v in results and v not in last)
+        for eq, gone in zip(self.equations, self.last_uses(), strict=True):
+            made = {v for v in eq.outputs if v is not None}
+            now += sum(v.spec.nbytes for v in made.difference(gone))
             peak = max(peak, now)
-            now -= sum(v.spec.nbytes for v in dying.get(i, ()))
+            now -= sum(v.spec.nbytes for v in gone if v not in made)
         return peak
 
     def check(self) -> None:
@@ -439,40 +439,6 @@ class Emitter:
             self.equations.append(eq.renamed(rename, outputs=outs, source=source))
             names.update(zip(eq.outputs, outs, strict=True))
         return [None if v is None else names[v] for v in program.outputs]
-
-
-def total_bytes(tensors: Iterable[torch.Tensor], excluding: Iterable[int] = ()) -> int:
-    """Return the bytes of the distinct storages of `tensors`.
-
-    Parameters
-    ----------
-    tensors
-        Views of one storage count once.
-    excluding
-        Data pointers of storages that do not count.
-    """
-    seen: set[int] = set(excluding)
-    count = 0
-    for t in (part for whole in tensors for part in dense_parts(whole)):
-        storage = t.untyped_storage()
-        pointer = storage.data_ptr()
-        if pointer not in seen:
-            seen.add(pointer)
-            count += storage.nbytes()
-    return count
-
-
-def dense_parts(t: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return the dense tensors of which a sparse one consists."""
-    if t.layout == torch.strided:
-        return (t,)
-    if t.layout == torch.sparse_coo:
-        return t._indices(), t._values()
-    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return t.crow_indices(), t.col_indices(), t.values()
-    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return t.ccol_indices(), t.row_indices(), t.values()
-    return ()
 
 
 def printed(program: Program, kept: str = "") -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .._torch.names import OpOverload
-from .aten import UNTAGGED_POINTWISE, schema_of
+from .aten import schema_of
 from .program import Equation, Program
 from .values import Var
 
@@ -30,7 +30,7 @@ def _is_pointwise(eq: Equation) -> bool:
     if not isinstance(eq.op, OpOverload) or len(eq.outputs) != 1:
         return False
     schema = schema_of(eq.op)
-    if not (schema.pointwise or schema.name in UNTAGGED_POINTWISE) or schema.writes:
+    if not schema.by_entry or schema.writes:
         return False
     (out,) = eq.outputs
     return out is None or all(v.spec.shape == out.spec.shape for v in eq.inputs())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .._spaces.space import TensorSpec
@@ -78,3 +79,23 @@ def _frozen(x: Any) -> Any:
     if isinstance(x, (list, tuple)):
         return tuple(map(_frozen, x))
     return x if isinstance(x, Value) else (type(x).__name__, repr(x))
+
+
+def last_uses(
+    steps: Sequence[Iterable[Var | None]], results: Iterable[Var | None]
+) -> list[list[Var]]:
+    """Return for each step the variables that can go after it.
+
+    Parameters
+    ----------
+    steps
+        What each step reads and makes.
+    results
+        What does not go.
+    """
+    met = set(results)
+    found: list[list[Var]] = []
+    for step in reversed(steps):
+        found.append([v for v in dict.fromkeys(step) if v is not None and v not in met])
+        met.update(found[-1])
+    return found[::-1]

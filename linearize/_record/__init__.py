@@ -1,5 +1,5 @@
 """The pullback is written down.
 
 The autograd graph of one point comes in; the linear program of its backward pass goes out. Open
-`walk` first.
+`pullback` first.
 """

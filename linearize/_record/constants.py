@@ -8,27 +8,24 @@ or where the numbers of a constant decided something, the recording holds at thi
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 
-from .._programs.aten import CONSTANT, READS_NUMBERS, UNINITIALIZED, functional_variant, schema_of
+from .._programs.aten import (
+    CONSTANT,
+    READS_NUMBERS,
+    UNINITIALIZED,
+    functional_variant,
+    schema_of,
+    unrepeatable,
+)
 from .._programs.origins import Literal, Origin, filled, results
 from .._programs.program import Emitter
 from .._spaces.nested import leaves, map_leaves
 from .._torch.names import OpOverload, aten, has_memory
-
-_UNREPEATABLE = frozenset(
-    {
-        torch.Tag.nondeterministic_seeded,
-        torch.Tag.data_dependent_output,
-        torch.Tag.dynamic_output_shape,
-    }
-)
-#: `index` may depend on the numbers of a mask; with positions it does not.
-_BY_POSITIONS = frozenset({aten.index.Tensor})
+from .by_tensor import ByTensor
 
 
 class Constants:
@@ -44,7 +41,7 @@ class Constants:
         self._emitter = emitter
         self._saved: dict[Hashable, Origin | None] = {}
         self._lasting: dict[Hashable, Origin] = {}
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], Origin | None]] = {}
+        self._known: ByTensor[Origin | None] = ByTensor()
 
     def at_node(self, saved: Iterable[tuple[torch.Tensor, Origin | None]]) -> None:
         """Begin a graph node, with the tensors that it saved.
@@ -52,7 +49,7 @@ class Constants:
         Nothing constant passes from node to node: what was known of others is forgotten, so
         that a tensor that two nodes saved is told apart.
         """
-        self._known = {}
+        self._known = ByTensor()
         self._saved = dict(self._lasting)
         for t, origin in saved:
             self._saved.setdefault(_place(t), origin)
@@ -79,9 +76,8 @@ class Constants:
 
     def origin(self, t: torch.Tensor) -> Origin | None:
         """Return how a constant came about, None if that is not known."""
-        known = self._known.get(id(t))
-        if known is not None and known[0]() is t:
-            return known[1]
+        if t in self._known:
+            return self._known[t]
         place = _place(t)
         if place not in self._saved and t.dim() == 0 and t.device.type == "cpu":
             # A number of the node's, which PyTorch wraps without telling.
@@ -91,9 +87,7 @@ class Constants:
     def seen(self, func: OpOverload, args: Any, kwargs: Any) -> Callable[[Any], None]:
         """Look at an operation before it runs; call the result with what it returns."""
         schema = schema_of(func)
-        if func in READS_NUMBERS or (
-            _UNREPEATABLE.intersection(func.tags) and not _by_positions(func, args)
-        ):
+        if func in READS_NUMBERS or unrepeatable(func, args):
             self.decided(f"{schema.name} in {self._emitter.source}")
         if schema.writes:
             origin = self._written(func, args, kwargs)
@@ -103,8 +97,8 @@ class Constants:
             return lambda out: self._define(out, filled(out.shape, 0, out))
         else:
             origin = self._computed(func, args, kwargs)
-        targets = [args[i] if 0 <= i < len(args) else kwargs[name] for i, name in schema.writes]
-        if targets:
+        if schema.writes:
+            targets = schema.targets(args, kwargs)
             return lambda out: self.overwritten(targets, origin)
         return lambda out: self._define(out, origin)
 
@@ -123,17 +117,15 @@ class Constants:
         if schema.name == "zero_" and isinstance(target, torch.Tensor):
             return filled(target.shape, 0, target)
         variant = functional_variant(func)
-        names = {name for position, name in schema.writes if position == -1}
-        keywords = {k: v for k, v in kwargs.items() if k not in names}
         if variant is None or len(schema.writes) != 1:
             return None
-        return self._computed(variant, args, keywords)
+        return self._computed(variant, args, schema.without_out(kwargs))
 
     def overwritten(self, targets: list[torch.Tensor], origin: Origin | None) -> None:
         """Tell what the targets, and all that shares their memory, hold after a write."""
         (written, *others) = targets
         exact = None if origin is None or others else _as(written, origin)
-        sharing = self._sharing(targets)
+        sharing = self._known.sharing(targets)
         whole = next(
             (
                 (a, known)
@@ -146,25 +138,13 @@ class Constants:
         for a in sharing:
             same = flat is not None and a.dtype == written.dtype and not _lazy(a)
             now = Origin(aten.as_strided.default, (flat, *_strides(a))) if same else None
-            self._known[id(a)] = (weakref.ref(a), now)
+            self._known[a] = now
         for t in targets:
-            self._known[id(t)] = (weakref.ref(t), exact)
-
-    def _sharing(self, targets: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the known tensors on the storages of some."""
-        storages = {t.untyped_storage().data_ptr() for t in targets}
-        found = []
-        for key, (ref, _) in list(self._known.items()):
-            t = ref()
-            if t is None:
-                del self._known[key]
-            elif t.untyped_storage().data_ptr() in storages:
-                found.append(t)
-        return found
+            self._known[t] = exact
 
     def _define(self, out: Any, origin: Origin | None) -> None:
         if isinstance(out, torch.Tensor):
-            self._known[id(out)] = (weakref.ref(out), origin)
+            self._known[out] = origin
         elif isinstance(out, (tuple, list)):
             parts = [None] * len(out) if origin is None else results(origin, len(out))
             for t, part in zip(out, parts, strict=True):
@@ -199,12 +179,6 @@ def _scattered(
         return None
     dense = Origin(aten.clone.default, (before,), {"memory_format": torch.contiguous_format})
     return Origin(aten.as_strided_scatter.default, (dense, now, *_strides(part)))
-
-
-def _by_positions(func: OpOverload, args: Any) -> bool:
-    return func in _BY_POSITIONS and all(
-        t is None or t.dtype not in (torch.bool, torch.uint8) for t in args[1]
-    )
 
 
 def _filled_like(name: str, args: Any, out: torch.Tensor) -> Origin | None:

@@ -11,34 +11,19 @@ from typing import Any
 
 import torch
 
-from .._programs.aten import schema_of
+from .._programs.aten import (
+    BILINEAR,
+    GRADIENT_FIRST,
+    JOINTLY_LINEAR,
+    LINEAR_AT,
+    LINEAR_FIRST,
+    LINEAR_FIRST_KINDS,
+    PLACING,
+    schema_of,
+)
 from .._spaces.compare import close, close_at, magnitudes
 from .._spaces.nested import leaves, map_leaves
 from .._torch.names import OpOverload
-
-_VIEWS_AND_MOVES = (
-    "alias detach clone _to_copy view _unsafe_view _reshape_alias reshape t transpose permute "
-    "unsqueeze squeeze expand slice select diagonal as_strided split split_with_sizes unbind "
-    "unfold roll flip tril triu slice_backward select_backward diagonal_backward unfold_backward "
-    "view_as_real view_as_complex _conj conj_physical _neg_view real imag lift_fresh neg "
-    "resolve_conj resolve_neg contiguous _efficientzerotensor movedim narrow squeeze_ "
-    "repeat pixel_shuffle pixel_unshuffle rot90 take gather index index_select trace diag "
-    "diag_embed sum mean cumsum nansum as_strided_copy fft_fft _fft_c2c _fft_r2c _fft_c2r "
-)
-_LINEAR_FIRST = frozenset((_VIEWS_AND_MOVES + " embedding_dense_backward").split())
-_JOINTLY_LINEAR = frozenset(("add sub cat stack").split())
-_BILINEAR = frozenset(("mul mm bmm mv dot vdot").split())
-_GRADIENT_FIRST = frozenset(
-    (
-        "tanh_backward sigmoid_backward silu_backward gelu_backward threshold_backward "
-        "softplus_backward hardtanh_backward leaky_relu_backward elu_backward mish_backward "
-        "hardswish_backward hardsigmoid_backward logit_backward native_dropout_backward "
-        "_softmax_backward_data _log_softmax_backward_data native_layer_norm_backward "
-        "native_batch_norm_backward native_group_norm_backward convolution_backward "
-        "avg_pool2d_backward max_pool2d_with_indices_backward _adaptive_avg_pool2d_backward "
-        "nll_loss_backward mse_loss_backward"
-    ).split()
-)
 
 
 def known_linear(op: OpOverload, variable: Sequence[bool]) -> bool:
@@ -56,47 +41,14 @@ def known_linear(op: OpOverload, variable: Sequence[bool]) -> bool:
     name = schema_of(op).name
     count = sum(variable)
     first_only = count == 1 and variable[0]
-    if name in _LINEAR_FIRST or name in _GRADIENT_FIRST:
+    if name in LINEAR_FIRST or name in GRADIENT_FIRST:
         return first_only
-    if name in _BILINEAR:
+    if name in BILINEAR:
         return count == 1
     if name == "div":
         return first_only and op._overloadname in ("Tensor", "Scalar")
     # `add(g, constant)` is affine: only a constant that is zero makes it linear.
-    return name in _JOINTLY_LINEAR and count == len(variable) and op._overloadname != "Scalar"
-
-
-#: Operations that put numbers elsewhere: linear wherever what they put in between is zero.
-_PLACE = frozenset(
-    (
-        "where scatter scatter_add index_put _index_put_impl_ index_put_ masked_fill "
-        "constant_pad_nd diagonal_scatter select_scatter slice_scatter as_strided_scatter "
-        "index_add index_copy index_fill masked_scatter masked_select put take "
-        "masked_fill_ _unsafe_masked_index _unsafe_masked_index_put_accumulate _unsafe_index_put"
-    ).split()
-)
-#: Operations that are linear in the argument at this place, whatever the others are.
-_LINEAR_AT = {
-    "linalg_solve_triangular": (1,),
-    "linalg_lu_solve": (2,),
-    "cholesky_solve": (0,),
-    "triangular_solve": (0,),
-    "_trilinear": (0, 1, 2),
-    "convolution": (0, 1),
-    "linalg_cross": (0, 1),
-}
-#: The same for the first argument, by the beginning of the name.
-_LINEAR_FIRST_KINDS = (
-    "upsample_",
-    "_upsample_",
-    "reflection_pad",
-    "replication_pad",
-    "avg_pool",
-    "_adaptive_avg_pool",
-    "grid_sampler",
-    "im2col",
-    "col2im",
-)
+    return name in JOINTLY_LINEAR and count == len(variable) and op._overloadname != "Scalar"
 
 
 def linear_by_meaning(
@@ -120,11 +72,11 @@ def linear_by_meaning(
         # The derivative of something, applied to the gradient that comes first.
         first = op._schema.arguments[0].name
         return first.startswith("grad") and variable[0] and sum(variable) == 1
-    if name in _LINEAR_AT:
-        return sum(variable) == 1 and any(variable[i] for i in _LINEAR_AT[name])
-    if name.startswith(_LINEAR_FIRST_KINDS):
+    if name in LINEAR_AT:
+        return sum(variable) == 1 and any(variable[i] for i in LINEAR_AT[name])
+    if name.startswith(LINEAR_FIRST_KINDS):
         return variable[0] and sum(variable) == 1
-    return name in _PLACE and others_static()
+    return name in PLACING and others_static()
 
 
 def tested_linear(

@@ -1,48 +1,44 @@
-"""Writing down the linear program of a pullback.
+"""A walk over an autograd graph, from its roots to its leaves, that writes it down.
 
-`record_pullback` walks an autograd graph from its roots to its leaves. A built-in node is
-called with random cotangents under a `Recorder`, which writes down each ATen operation that
-touches something derived from a cotangent; all else that the node computes is a residual. A
-custom Function's node is written down as one operation and not executed.
+A built-in node is called with random cotangents under a `Recorder`, which writes down each ATen
+operation that touches something derived from a cotangent; all else that the node computes is a
+residual. A custom Function's node is written down as one operation and not executed.
 
 Random cotangents, because real backward formulas branch on zeros.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import torch
 from cachetools.keys import hashkey
 
 from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
-from .._capture.custom import CustomBackward
+from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
 from .._execute.binding import BoundProgram
 from .._execute.executor import runner
-from .._programs.numbers import Numbers
 from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.values import Constant, Var
-from .._spaces.compare import close, close_at, magnitudes
+from .._spaces.compare import close
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     Node,
     input_metadata,
-    outside_backward,
     recomputed_apart,
-    recomputed_once,
     saved_tensors,
+    walking,
 )
-from .._torch.modes import subclasses_ignored, unobserved
 from .._torch.names import aten
-from ..errors import LinearizeError, NotLinearError, StalenessError, UnsupportedError
+from .calls import called, unpacked
 from .node_formulas import formula_of, mended, refuse_repeated
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
-from .recorder import OpaqueError, Recorder, SparseError
+from .recorder import Recorder
+from .recording import OpaqueError, Recording, SparseError
 from .stretch import (
     Cut,
     NodeBackward,
@@ -54,10 +50,8 @@ from .stretch import (
     metadata_spec,
 )
 
-T = TypeVar("T")
 
-
-class _Walk:
+class Walk:
     """One walk over a graph, from roots to leaves.
 
     Parameters
@@ -99,14 +93,15 @@ class _Walk:
         self.lazy = lazy
         #: Whether random numbers stood for a gradient that in truth depends on others.
         self.invented = False
-        self.recorder = Recorder(emitter)
+        self.recording = Recording(emitter)
+        self.recorder = Recorder(self.recording)
         self.pending: dict[Node, dict[int, Gradient]] = {}
         self.inputs: set[Var] = set()
 
     def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
         """Return random numbers that stand for `var`."""
         t = spec.random(self.generator) * self.factor
-        self.recorder.define(t, var)
+        self.recording.define(t, var)
         return t
 
     def seed(self, var: Var, *, numbers: bool) -> Gradient:
@@ -120,36 +115,29 @@ class _Walk:
             self.invented |= g.var not in self.inputs
             numbers = g.var.spec.random(self.generator) * self.factor
             g.tensor = placeholder_like(g.layout, g.var.spec, numbers)
-            self.recorder.define(g.tensor, g.var)
+            self.recording.define(g.tensor, g.var)
         return g.tensor
 
     def computed(self, t: torch.Tensor) -> Gradient | None:
         """Return a gradient that was computed; None if it does not descend from a cotangent."""
-        var = self.recorder.variable(t)
+        var = self.recording.variable(t)
         return None if var is None else Gradient(var, layout_of(t), t)
 
     def run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
         """Walk from the roots, one seed each; return what arrives at the leaves."""
-        result = outside_backward(lambda: self._run(seeds))
-        self.recorder.finish()
+        result = walking(lambda: self._run(seeds))
+        self.recording.finish()
         return result
 
     def _run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            subclasses_ignored(),
-            recomputed_once(),
-            unobserved(),
-        ):
-            for edge, seed in zip(self.graph.roots, seeds, strict=True):
-                if edge is not None:
-                    self.deliver(edge, seed)
-            cut = self.cut
-            self.visit_all(self.graph.order if cut is None else cut.before)
-            if cut is not None:
-                self.part(cut.stretch, cut.reason)
-                self.visit_all(cut.after)
+        for edge, seed in zip(self.graph.roots, seeds, strict=True):
+            if edge is not None:
+                self.deliver(edge, seed)
+        cut = self.cut
+        self.visit_all(self.graph.order if cut is None else cut.before)
+        if cut is not None:
+            self.part(cut.stretch, cut.reason)
+            self.visit_all(cut.after)
         arrived = (self.pending.get(leaf, {}) for leaf in self.graph.leaves)
         return [got.get(0) for got in arrived]
 
@@ -219,16 +207,16 @@ class _Walk:
             self.forward(node, self.from_memory(node, known, received))
             return
         grads = [received.get(i) for i in range(len(input_metadata(node)))]
-        self.recorder.constants.at_node(self.saved(node))
+        self.recording.constants.at_node(self.saved(node))
         formula = formula_of(node)
         if formula is not None:
-            op, point = self.guarded(node, lambda: formula(node))
+            op, point = unpacked(self.graph.label(node), lambda: formula(node))
             edges, specs = _edges(node)
-            self.place(op, edges, specs, grads, [self.recorder.constant(t) for t in point])
+            self.place(op, edges, specs, grads, [self.recording.constant(t) for t in point])
             return
         mark = len(self.emitter.equations)
-        before = self.emitter.fixed, self.recorder.frozen
-        self.emitter.fixed = self.recorder.frozen = ""
+        before = self.emitter.fixed, self.recording.frozen
+        self.emitter.fixed = self.recording.frozen = ""
         numbers = [None if g is None else self.number(g) for g in grads]
         try:
             result = self.call(node, numbers)
@@ -250,11 +238,11 @@ class _Walk:
             self.opaque(alone(self.graph, node), received, reason)
         else:
             found = [None if g is None else self.computed(g) for g in result]
-            if key is not None and not (self.emitter.fixed or self.recorder.frozen):
+            if key is not None and not (self.emitter.fixed or self.recording.frozen):
                 self.remember(key, node, received, found, mark)
             self.forward(node, found)
         self.emitter.fixed = before[0] or self.emitter.fixed
-        self.recorder.frozen = before[1] or self.recorder.frozen
+        self.recording.frozen = before[1] or self.recording.frozen
 
     def saved(self, node: Node) -> Iterable[tuple[torch.Tensor, Origin | None]]:
         """Return what a node saved, with what tells it from the rest."""
@@ -288,7 +276,7 @@ class _Walk:
         """Write down what is known of nodes of this kind."""
 
         def read(origin: Saved) -> torch.Tensor:
-            value = self.guarded(node, lambda: getattr(node, origin.name))
+            value = unpacked(self.graph.label(node), lambda: getattr(node, origin.name))
             t: torch.Tensor = value if origin.position is None else value[origin.position]
             return t
 
@@ -298,7 +286,7 @@ class _Walk:
         def move(origin: Saved) -> Origin:
             return Saved(place, origin.name, origin.position)
 
-        return known.write(self.emitter, inputs, read, move, self.recorder.constant)
+        return known.write(self.emitter, inputs, read, move, self.recording.constant)
 
     def remember(
         self,
@@ -316,7 +304,7 @@ class _Walk:
             inputs,
             self.emitter.equations[mark:],
             outputs,
-            lambda c: self.recorder.constants.origin(self.emitter.numbers[c]),
+            lambda c: self.recording.constants.origin(self.emitter.numbers[c]),
         )
         if program is not None:
             NODE_PROGRAMS.keep(key, program)
@@ -325,42 +313,8 @@ class _Walk:
 
     def call(self, node: Node, grads: list[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
         """Call a built-in node."""
-        name = self.graph.label(node)
-        if "NotImplemented" in name:
-            raise UnsupportedError(
-                f"{name}: this operation has no derivative registered (for a torch.library "
-                "operator, call register_autograd)"
-            )
         with self.recorder:
-            return self.guarded(node, lambda: mended(node)(grads))
-
-    def guarded(self, node: Node, do: Callable[[], T]) -> T:
-        """Do something that unpacks what a built-in node has saved."""
-        name = self.graph.label(node)
-        try:
-            return do()
-        except LinearizeError:
-            raise
-        except RuntimeError as error:
-            text = str(error)
-            if "modified by an inplace operation" in text or "modified in-place" in text:
-                raise StalenessError(
-                    f"{name}: a tensor that it needs was changed in place, inside f after it "
-                    f"was used or since the linearization ({_what_changed(text)}); linearize anew "
-                    "with at(...), or change a copy"
-                ) from error
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            if "Sparse" in text:
-                raise NotRecordedError(
-                    f"{name}: a sparse tensor that depends on the primals is not supported (a "
-                    "constant one is); compute with its values by index_select and index_add, or "
-                    "put the operation into a custom Function"
-                ) from error
-            # PyTorch goes on with a table of all backends.
-            raise NotRecordedError(
-                f"{name}: PyTorch cannot apply its derivative: {text.partition(chr(10))[0]}"
-            ) from error
+            return called(node, grads, self.graph.label(node))
 
     def second_opinion(
         self,
@@ -373,8 +327,8 @@ class _Walk:
 
         The in-place operation that `CopySlices` carries may be a custom Function.
         """
-        inputs = [self.recorder.variable(g) for g in grads if g is not None]
-        outputs = [None if g is None else self.recorder.variable(g) for g in result]
+        inputs = [self.recording.variable(g) for g in grads if g is not None]
+        outputs = [None if g is None else self.recording.variable(g) for g in result]
         specs = [TensorSpec.of(g) for g in result if g is not None]
         program = Program(
             [v for v in inputs if v is not None],
@@ -384,20 +338,19 @@ class _Walk:
         )
         numbers = [None if g is None else TensorSpec.of(g).random(self.generator) for g in grads]
         with recomputed_apart():
-            results = self.guarded(node, lambda: mended(node)([_clone(t) for t in numbers]))
+            results = called(node, [_clone(t) for t in numbers], self.graph.label(node))
         again = [g for g in results if g is not None]
         bound = BoundProgram.of(program, self.emitter.numbers)
         expected = runner(bound)([t for t in numbers if t is not None])
         same = all(
-            close(spec.zeros() if t is None else t, g)
-            for t, g, spec in zip(expected, again, specs, strict=True)
+            close(spec.or_zeros(t), g) for t, g, spec in zip(expected, again, specs, strict=True)
         )
         return "" if same else "it runs a custom Function whose backward leaves PyTorch"
 
     def is_opaque(self, result: Sequence[torch.Tensor | None]) -> bool:
         """Whether a gradient does not descend from the cotangents although it is not zero."""
         return any(
-            g is not None and self.recorder.variable(g) is None and bool(g.any()) for g in result
+            g is not None and self.recording.variable(g) is None and bool(g.any()) for g in result
         )
 
     def as_it_is(
@@ -446,7 +399,9 @@ class _Walk:
     def custom(self, custom: OpaqueNode, node: Node, received: dict[int, Gradient]) -> None:
         """Write down the node of a custom Function, or of a collective, as one operation."""
         custom.know_outputs(received.keys())
-        self.guarded(node, custom.unpack)  # together with what the nodes around it saved
+        unpacked(
+            self.graph.label(node), custom.unpack
+        )  # together with what the nodes around it saved
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         grads = [received.get(i) for i in range(len(custom.outputs))]
         op: Operation
@@ -510,192 +465,3 @@ def _sums_to(spec: TensorSpec, target: TensorSpec) -> bool:
         and len(target.shape) <= len(spec.shape)
         and all(a in (1, b) for a, b in pairs)
     )
-
-
-def record_pullback(
-    graph: Graph,
-    out_specs: Sequence[TensorSpec],
-    in_specs: Sequence[TensorSpec],
-    numbers: Numbers,
-    *,
-    seed: int = 0,
-    name: str = "pullback",
-    remembered: bool = False,
-    given: Iterable[Constant] = (),
-) -> Program:
-    """Record the linear program from cotangents of a graph's roots to those of its leaves.
-
-    Parameters
-    ----------
-    graph
-        The autograd graph.
-    out_specs
-        The specification of each root's cotangent.
-    in_specs
-        The specification of each leaf.
-    numbers
-        Receive what the program reads.
-    seed
-        Of the random cotangents.
-    name
-        The program's name.
-    remembered
-        Whether to trace constants back to what the graph saved, so that the program can be
-        taken over by other graphs, and to use what is known of single nodes.
-    given
-        Constants that the graph was made from, with numbers.
-
-    Raises
-    ------
-    UnsupportedError
-        If a node's derivative cannot be applied; the message names the node.
-    StalenessError
-        If a tensor saved by the graph was changed in place.
-    """
-    known = [(numbers[c], c.origin) for c in given]
-    inputs = [Var(spec) for spec in out_specs]
-
-    def attempt(lazy: bool, cut: Cut | None) -> tuple[_Walk, list[Gradient | None]]:
-        # Not by calling itself: that would be a cycle, which keeps the graph.
-        while True:
-            generator = torch.Generator().manual_seed(seed)
-            emitter = Emitter(numbers=numbers)
-            walk = _Walk(graph, emitter, generator, remembered=remembered, lazy=lazy, cut=cut)
-            walk.inputs = set(inputs)
-            walk.recorder.constants.given(known)
-            try:
-                return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
-            except UnsupportedError:
-                if not walk.invented:
-                    raise
-            # A formula may refuse gradients that cannot come about: singular vectors have
-            # phases that nothing may depend on.
-            lazy = False
-
-    # Parts that are left to PyTorch would bring collectives into another order.
-    helped = remembered and not graph.communicates
-    walk, arrived = _with_help(graph, lambda cut: attempt(remembered, cut), helped)
-    emitter = walk.emitter
-    outputs = [None if g is None else g.var for g in arrived]
-    program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
-    if walk.recorder.frozen and not program.is_opaque():
-        _try_elsewhere(graph, BoundProgram.of(program, numbers), seed + 1, walk.recorder.frozen)
-    return program
-
-
-def _with_help(graph: Graph, attempt: Callable[[Cut | None], T], helped: bool) -> T:
-    """Record a graph; leave what cannot be recorded to PyTorch, if `helped`."""
-    nodes: frozenset[Node] = frozenset()
-    cut: Cut | None = None
-    while True:
-        try:
-            return attempt(cut)
-        except SpreadError as error:
-            if not helped:
-                raise _sparse(next(iter(error.nodes)).name()) from None
-            nodes |= error.nodes
-            cut = Cut(graph, nodes, "a gradient inside is no dense tensor")
-        except (UnsupportedError, RuntimeError, TypeError) as error:
-            known = isinstance(error, LinearizeError) and not isinstance(error, NotRecordedError)
-            if known or isinstance(error, torch.OutOfMemoryError):
-                raise
-            if not helped:
-                raise _plain(error) from error.__cause__
-            return _by_engine(graph, attempt, error)
-
-
-def _by_engine(graph: Graph, attempt: Callable[[Cut | None], T], error: Exception) -> T:
-    """Leave all of a graph to PyTorch's engine, because of an error."""
-    reason = str(error).partition("\n")[0]
-    nodes = [n for n in graph.order if n not in graph.leaves]
-    try:
-        return attempt(Cut(graph, nodes, reason, engine=True))
-    except (LinearizeError, RuntimeError, TypeError):
-        raise _plain(error) from error.__cause__
-
-
-def _plain(error: Exception) -> Exception:
-    return UnsupportedError(str(error)) if isinstance(error, NotRecordedError) else error
-
-
-def _sparse(name: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{name}: a gradient inside is no dense tensor; compute with values, by index_select and "
-        "index_add"
-    )
-
-
-def _try_elsewhere(graph: Graph, program: BoundProgram, seed: int, what: str) -> None:
-    """Raise if a program is not right for other cotangents than it was recorded with."""
-    dtypes = {v.spec.dtype for v in program.inputs}
-    for factor in (1.0, *magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max))):
-        generator = torch.Generator().manual_seed(seed)
-        walk = _Walk(graph, Emitter(), generator, factor=factor)
-        seeds = [walk.seed(v, numbers=True) for v in program.inputs]
-        expected = [None if g is None else g.tensor for g in walk.run(seeds)]
-        with torch.inference_mode(False), torch.no_grad():
-            got = runner(program)([walk.number(g) for g in seeds])
-        for a, b, spec in zip(got, expected, program.specs, strict=True):
-            a, b = (spec.zeros() if t is None else t for t in (a, b))
-            if not close_at(factor, a, b):
-                raise NotLinearError(
-                    f"{program.name}: its result depends on a comparison with the cotangent "
-                    f"({what}), so that it is not a linear map"
-                )
-
-
-def record_function(
-    fn: Callable[..., Sequence[torch.Tensor | None]],
-    in_specs: Sequence[TensorSpec],
-    out_specs: Sequence[TensorSpec | None],
-    numbers: Numbers,
-    *,
-    seed: int = 0,
-    name: str = "map",
-    source: str = "",
-    given: Iterable[Constant] = (),
-) -> tuple[Program, list[torch.Tensor], list[torch.Tensor | None]]:
-    """Record a linear function written in PyTorch operations by calling it once.
-
-    The tensors that the program reads come into `numbers`.
-
-    Returns
-    -------
-    program, arguments, results
-        The program, the random numbers that `fn` was called with, and what it returned.
-
-    Raises
-    ------
-    OpaqueError
-        If `fn` does something that cannot be written down: its result does not descend from
-        its arguments, or an operation in it is not linear or reads numbers.
-    """
-    emitter = Emitter(source, numbers)
-    recorder = Recorder(emitter)
-    recorder.constants.given([(numbers[c], c.origin) for c in given])
-    generator = torch.Generator().manual_seed(seed)
-    inputs = [Var(spec) for spec in in_specs]
-    arguments = [spec.random(generator) for spec in in_specs]
-    for t, v in zip(arguments, inputs, strict=True):
-        recorder.define(t, v)
-    with torch.inference_mode(False), torch.no_grad(), subclasses_ignored(), recorder:
-        results = list(fn(*arguments))
-    recorder.finish()
-    outputs: list[Var | None] = []
-    specs: list[TensorSpec] = []
-    for got, spec in zip(results, out_specs, strict=True):
-        if spec is None:
-            continue
-        specs.append(spec)
-        var = None if got is None else recorder.variable(got)
-        if got is not None and var is None and bool(got.any()):
-            raise OpaqueError("returns something that does not descend from its argument")
-        outputs.append(var)
-    program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)
-    return program.live(), arguments, results
-
-
-def _what_changed(text: str) -> str:
-    """Return what PyTorch's message says of the tensor, without its advice."""
-    found = re.search(r"\[[^\]]*\[[\d, ]*\]\].*?version \d+(; expected version \d+)?", text)
-    return found.group().replace("; ", ", ") if found else text.partition(chr(10))[0]

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .._capture.collectives import Collective, OpaqueNode
-from .._capture.custom import CustomBackward
+from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._check.adjoint import RankOne
 from .._check.balance import Balance
@@ -27,8 +27,8 @@ from .._record.node_formulas import mended
 from .._record.stretch import fitted, metadata_spec
 from .._spaces.compare import close, tolerance
 from .._spaces.space import TensorSpec
-from .._torch.graphs import Node, input_metadata, outside_backward, recomputed_once
-from .._torch.modes import subclasses_ignored, unobserved
+from .._torch.graphs import Node, input_metadata, walking
+from .._torch.modes import unobserved
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
 
@@ -100,18 +100,7 @@ def engine_pullback(graph: Graph, cotangents: Tensors, stand_ins: StandIns) -> T
                     if target is not None and g is not None and target in graph.places:
                         deliver((target, nr), g)
 
-    def quietly() -> None:
-        # All of these are a matter of the thread, and inside a backward pass that is another one.
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            subclasses_ignored(),
-            recomputed_once(),
-            unobserved(),
-        ):
-            walk()
-
-    outside_backward(quietly)
+    walking(walk)
     return [pending.get(leaf, {}).get(0) for leaf in graph.leaves]
 
 
@@ -146,7 +135,7 @@ class Comparison:
             return None
         got = self._run(executor, binding, self._u, present)
         return all(
-            close(s.zeros() if a is None else a, s.zeros() if b is None else b)
+            close(s.or_zeros(a), s.or_zeros(b))
             for a, b, s in zip(got, expected, self._ins, strict=True)
         )
 

@@ -4,36 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._programs.aten import RESHAPES, permutation
+from .._programs.aten import IDLE, RESHAPES, SAME_NUMBERS, STRIDED, permutation
 from .._programs.numbers import Numbers
 from .._programs.program import Equation, Program
 from .._programs.values import Var, frozen
 from .._torch.names import OpOverload, aten
-
-_NOTHING = frozenset(
-    {
-        aten.alias.default,
-        aten.detach.default,
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.expand.default,
-        aten._to_copy.default,
-        aten.squeeze.dim,
-        aten.squeeze.default,
-        aten.lift_fresh.default,
-        aten.clone.default,
-    }
-)
-#: Operations that rely on how their argument lies in memory.
-_STRIDED = frozenset(
-    {
-        aten.as_strided.default,
-        aten.as_strided_scatter.default,
-        aten.view_as_complex.default,
-        aten.view_as_real.default,
-    }
-)
 
 
 def merge_copies(program: Program, _: Numbers | None = None) -> Program:
@@ -102,7 +77,7 @@ class _Merging:
 
     def idle(self, c: _Call) -> Var | None:
         x = c.args[0] if c.args else None
-        idle = c.op in _NOTHING and isinstance(x, Var) and x.spec == c.out.spec
+        idle = c.op in IDLE and isinstance(x, Var) and x.spec == c.out.spec
         if c.op is aten.view.default:  # other than that, `reshape` takes any strides
             c.op = aten.reshape.default
         return x if idle and c.out not in self.strided else None
@@ -141,13 +116,10 @@ class _Merging:
         return None
 
 
-_SAME_NUMBERS = _NOTHING | RESHAPES
-
-
 def laid_out(program: Program) -> set[Var]:
     """Return the variables on whose strides something relies, in other shapes too."""
     found: set[Var] = set()
     for eq in reversed(program.equations):
-        if eq.op in _STRIDED or (eq.op in _SAME_NUMBERS and eq.outputs[0] in found):
+        if eq.op in STRIDED or (eq.op in SAME_NUMBERS and eq.outputs[0] in found):
             found.update(eq.inputs())
     return found

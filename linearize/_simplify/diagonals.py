@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import MULTIPLYING, chooses, schema_of
+from .._programs.aten import CHOICES, MULTIPLYING, SHOWN, chooses, schema_of
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.residuals import finite
@@ -88,9 +88,8 @@ class _Folding:
             met |= read
 
     def run(self) -> Program:
-        last = {v: i for i, eq in enumerate(self.program.equations) for v in eq.inputs()}
         with torch.no_grad():
-            for i, eq in enumerate(self.program.equations):
+            for eq, gone in zip(self.program.equations, self.program.last_uses(), strict=True):
                 out = eq.outputs[0] if len(eq.outputs) == 1 else None
                 form = self.folded(eq, out) if out is not None else None
                 if form is not None and out is not None:
@@ -100,9 +99,8 @@ class _Folding:
                         self.value(out)
                 elif not self.scaled(eq):
                     self.step(eq)
-                for v in eq.inputs():
-                    if last[v] == i and v not in self.results:
-                        self.forms.pop(v, None)  # its coefficients are not needed any more
+                for v in gone:
+                    self.forms.pop(v, None)  # its coefficients are not needed any more
             outputs = [None if v is None else self.value(v) for v in self.program.outputs]
         return self.program.with_equations(self.e.equations, outputs).live()
 
@@ -186,7 +184,7 @@ class _Folding:
         ((base, c),) = form.terms.items()
         if base.spec != x.spec:
             return None
-        if isinstance(c, Constant) and eq.op in _CHOICES:
+        if isinstance(c, Constant) and eq.op in CHOICES:
             # Where it is not chosen it may be infinite.
             whole = self.c.evaluated(aten.expand.default, c, list(x.spec.shape))
             made = self.c.evaluated(eq.op, *_with(eq, x, whole), **eq.kwargs)
@@ -202,7 +200,7 @@ class _Folding:
             new = self.e.emit(eq.op, _with(eq, x, base), base.spec, **eq.kwargs)
             self.moved[key, base] = new
             self.readers[new] += 1
-            if eq.op in _CHOICES:
+            if eq.op in CHOICES:
                 self.choices[new] = key
         return self.moved[key, base]
 
@@ -216,7 +214,7 @@ class _Folding:
         form = self.forms.get(x)
         if form is None or x in self.computed or len(form.terms) != 1:
             return None
-        if eq.op in _FREE and self.readers[x] > 1:
+        if eq.op in SHOWN and self.readers[x] > 1:
             return None  # to move what is computed anyway costs nothing
         ((base, c),) = form.terms.items()
         if isinstance(c, Constant):
@@ -242,7 +240,7 @@ class _Folding:
         x
             Its argument in that shape.
         """
-        if diagonal is None or diagonal.op not in _LIGHT or move.op not in _FREE:
+        if diagonal is None or diagonal.op not in _LIGHT or move.op not in SHOWN:
             return None
         numbers = self.e.numbers
         shape, rest = diagonal.outputs[0].spec.shape, move.args[1:]  # type: ignore[union-attr]
@@ -327,35 +325,8 @@ class _Folding:
         return self.e.emit(aten.add.Tensor, (total, base), spec, alpha=number)
 
 
-#: Operations that show a tensor in another shape.
-_FREE = frozenset(
-    {
-        aten.t.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.view.default,
-        aten.reshape.default,
-        aten.unsqueeze.default,
-    }
-)
 #: Operations that put the entries of a tensor elsewhere, or some of them.
-_MOVES = _FREE | {aten.roll.default, aten.flip.default, aten.slice.Tensor, aten.select.int}
-
-
-#: Operations that leave an entry as it is, or put zero in its place.
-_CHOICES = frozenset(
-    {
-        aten.where.self,
-        aten.masked_fill.Scalar,
-        aten.masked_fill.Tensor,
-        aten.threshold_backward.default,
-        aten.hardtanh_backward.default,
-        aten.hardshrink_backward.default,
-        aten.softshrink_backward.default,
-        aten.tril.default,
-        aten.triu.default,
-    }
-)
+_MOVES = SHOWN | {aten.roll.default, aten.flip.default, aten.slice.Tensor, aten.select.int}
 
 
 def _with(eq: Equation, x: Var, new: Any) -> tuple[Any, ...]:

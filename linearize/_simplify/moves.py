@@ -241,7 +241,7 @@ class _Moves:
         out = eq.outputs[0]
         if eq.op is not aten.stack.default or out is None or out in self.strided:
             return False
-        parts, dim = eq.args[0], eq.args[1] if len(eq.args) > 1 else 0
+        parts, dim = eq.args[0], eq.argument(1, 0)
         if not all(isinstance(v, Var) and v in self.forms and self.uses[v] == 1 for v in parts):
             return False
         if len(set(parts)) < len(parts) or len(parts) < 2:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from .._execute.binding import BoundProgram
 from .._programs.numbers import Numbers
-from .._programs.program import Operation, Program, total_bytes
+from .._programs.program import Operation, Program
+from .._spaces.memory import total_bytes
 from .copies import merge_copies
 from .diagonals import fold_diagonals
 from .moves import merge_moves

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from .._programs.aten import SHOWN, SHOWN_IN_ORDER
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Program
 from .._programs.values import Constant, Var
@@ -70,25 +71,13 @@ def transpose_products(program: Program, numbers: Numbers) -> Program:
     return program.with_equations(e.equations).live()
 
 
-#: Operations that take the entries of a value elsewhere.
-_SHOWN = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten.unsqueeze.default,
-        aten.t.default,
-        aten.transpose.int,
-        aten.permute.default,
-    }
-)
-_RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.unsqueeze.default})
 _FUSED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
 
 
 def add_products(program: Program, _: Numbers | None = None) -> Program:
     """Add products to sums in one operation, where they are made."""
     uses = program.uses()
-    made = _definitions(program, *_FUSED, *_RESHAPES, aten.expand.default, aten.mul.Tensor)
+    made = _definitions(program, *_FUSED, *SHOWN_IN_ORDER, aten.expand.default, aten.mul.Tensor)
     e = Emitter()
     for eq in program.equations:
         if eq.op is not aten.add.Tensor or not _fused(e, eq, made, uses):
@@ -111,7 +100,7 @@ def _fused(e: Emitter, eq: Equation, made: dict[Var, Equation], uses: Counter[Va
             if _add_entries(e, eq, other, product, made, uses):
                 return True
             continue
-        if product is not None and product.op in _RESHAPES and uses[x] == 1:
+        if product is not None and product.op in SHOWN_IN_ORDER and uses[x] == 1:
             shown, product = product, made.get(product.args[0])
         if product is None or product.op not in _FUSED or other is x:
             continue
@@ -167,7 +156,7 @@ def _add_entries(
 def _row(v: Var, made: dict[Var, Equation], columns: int) -> Var:
     """Return the one row that all rows of a value repeat, else the value."""
     x: Var = v
-    while x in made and made[x].op in (aten.expand.default, *_RESHAPES):
+    while x in made and made[x].op in (aten.expand.default, *SHOWN_IN_ORDER):
         x = made[x].args[0]
         if x.spec.shape == (columns,) and v.spec.shape[-1] == columns:
             return x
@@ -183,7 +172,7 @@ def scale_products(program: Program, _: Numbers | None = None) -> Program:
 
     def before(v: Var) -> Var:
         """Return what a value is that was only shown in other shapes."""
-        while uses[v] == 1 and v in made and made[v].op in _SHOWN:
+        while uses[v] == 1 and v in made and made[v].op in SHOWN:
             v = made[v].args[0]
         return v
 
@@ -200,7 +189,7 @@ def scale_products(program: Program, _: Numbers | None = None) -> Program:
     for (factor, number), equations in found.items():
         if 1 < len(equations) == uses[factor] and factor in made:
             same |= {eq.outputs[0]: eq.args[0] for eq in equations if eq.outputs[0] is not None}
-            v = made[factor].args[0] if made[factor].op in _SHOWN else factor
+            v = made[factor].args[0] if made[factor].op in SHOWN else factor
             scaled[v if uses[v] == 1 and v in made else factor] = number
 
     def rename(x: Any) -> Any:

@@ -195,10 +195,6 @@ def _other(dims: Iterable[int], rank: int) -> bool:
     return all(d % rank != 0 for d in dims)
 
 
-def _argument(eq: Equation, i: int, default: Any) -> Any:
-    return eq.args[i] if len(eq.args) > i else default
-
-
 def _rank(x: Any) -> int:
     return len(x.spec.shape)
 
@@ -215,7 +211,7 @@ _RULES: dict[Any, Rule] = {
     aten.squeeze.dim: lambda eq, _: _other([eq.args[1]], _rank(eq.args[0])),
     aten.squeeze.dims: lambda eq, _: _other(eq.args[1], _rank(eq.args[0])),
     aten.select.int: lambda eq, _: _other([eq.args[1]], _rank(eq.args[0])),
-    aten.slice.Tensor: lambda eq, _: _other([_argument(eq, 1, 0)], _rank(eq.args[0])),
+    aten.slice.Tensor: lambda eq, _: _other([eq.argument(1, 0)], _rank(eq.args[0])),
     aten.select_backward.default: lambda eq, shape: _other([eq.args[2]], len(shape)),
     aten.slice_backward.default: lambda eq, shape: _other([eq.args[2]], len(shape)),
     aten.transpose.int: lambda eq, shape: _other(eq.args[1:3], len(shape)),
@@ -224,10 +220,10 @@ _RULES: dict[Any, Rule] = {
         _aligned(eq, shape) and _other([eq.kwargs.get("dim", -1)], len(shape))
     ),
     aten.stack.default: lambda eq, shape: (
-        not eq.constants() and _other([_argument(eq, 1, 0)], len(shape))
+        not eq.constants() and _other([eq.argument(1, 0)], len(shape))
     ),
     aten.cat.default: lambda eq, shape: (
-        not eq.constants() and _other([_argument(eq, 1, 0)], len(shape))
+        not eq.constants() and _other([eq.argument(1, 0)], len(shape))
     ),
     aten.bmm.default: lambda eq, shape: all(c.spec.shape[0] == shape[0] for c in eq.constants()),
     aten.mm.default: lambda eq, _: isinstance(eq.args[0], Var),

@@ -12,14 +12,7 @@ import torch
 from ..errors import SpaceError, StructureError
 from . import between
 from .flat import Parts, check_flat, join, split, zeros
-from .maps import (
-    Apply,
-    ChunkSize,
-    Direction,
-    KnownDiagonal,
-    LinearMap,
-    check_chunk_size,
-)
+from .maps import Apply, ChunkSize, Direction, KnownDiagonal, LinearMap, check_chunk_size
 from .space import Space
 
 __all__ = [
@@ -224,10 +217,7 @@ class LinearOperator(LinearMap):
             If it does not fit; the message names the leaf.
         """
         given = self.in_space.flatten(element)
-        parts = [
-            spec.zeros() if t is None else t
-            for t, spec in zip(given, self.in_space.tensors, strict=True)
-        ]
+        parts = [spec.or_zeros(t) for t, spec in zip(given, self.in_space.tensors, strict=True)]
         return self.out_space.unflatten(self._apply(parts, stacked=False))
 
     @overload

@@ -52,6 +52,10 @@ class TensorSpec:
         """Return a tensor of zeros."""
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
+    def or_zeros(self, t: torch.Tensor | None) -> torch.Tensor:
+        """Return a tensor, or zeros for None."""
+        return self.zeros() if t is None else t
+
     def random(self, generator: torch.Generator) -> torch.Tensor:
         """Return normally distributed numbers, drawn on the CPU from `generator`.
 

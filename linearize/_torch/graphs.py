@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.graph import Node as Node
 
-from .modes import NOTHING, subclasses_ignored
+from .modes import NOTHING, subclasses_ignored, unobserved
 from .names import OpOverload
 
 T = TypeVar("T")
@@ -153,6 +153,23 @@ def outside_backward(do: Callable[[], T]) -> T:
     if failure:
         raise failure[0]
     return outcome[0]
+
+
+def walking(do: Callable[[], T]) -> T:
+    """Walk a graph, calling its nodes: without modes and history, outside of a backward pass."""
+
+    def undisturbed() -> T:
+        # All of these are a matter of the thread, and inside a backward pass that is another one.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            subclasses_ignored(),
+            recomputed_once(),
+            unobserved(),
+        ):
+            return do()
+
+    return outside_backward(undisturbed)
 
 
 def is_generated(kind: type) -> bool:

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from .._capture.custom import CustomBackward, CustomJvp, CustomNode
+from .._capture.custom import CustomNode
+from .._capture.custom_operations import CustomBackward, CustomJvp
 from .._execute.binding import BoundProgram
 from .._execute.executor import runner
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Program
 from .._programs.residuals import Residual
 from .._programs.values import Var
-from .._record.recorder import OpaqueError
-from .._record.walk import record_function
+from .._record.function import record_function
+from .._record.recording import OpaqueError
 from .._spaces.compare import close_at, magnitudes
 from .._spaces.space import TensorSpec
 from .._text.labels import beside
@@ -236,6 +237,6 @@ def _agree(
     specs: Sequence[TensorSpec],
 ) -> bool:
     return all(
-        close_at(factor, spec.zeros() if a is None else a, spec.zeros() if b is None else b)
+        close_at(factor, spec.or_zeros(a), spec.or_zeros(b))
         for a, b, spec in zip(got, expected, specs, strict=True)
     )

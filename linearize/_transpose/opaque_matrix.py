@@ -114,7 +114,7 @@ def _check_sum(
         if not here:
             continue
         end = start + reals(spec)
-        got = flat_real(spec.zeros() if t is None else t).to(matrix)
+        got = flat_real(spec.or_zeros(t)).to(matrix)
         if not close(got, expected[start:end], roughly):
             raise NotLinearError(
                 f"{name} is not linear: its result for a sum is not the sum of its results, so "

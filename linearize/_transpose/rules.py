@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import UNTAGGED_POINTWISE, schema_of, wants_contiguous
+from .._programs.aten import schema_of, wants_contiguous
 from .._programs.program import Emitter, Equation, Operation
 from .._programs.values import Constant, Var, zeros
 from .._spaces.space import TensorSpec
@@ -39,7 +39,7 @@ def rule_for(op: Any) -> Rule | None:
     rule = _RULES.get(op)
     if rule is None:
         schema = schema_of(op)
-        if schema.pointwise or schema.name in UNTAGGED_POINTWISE:
+        if schema.by_entry:
             return _diagonal
     return rule
 
@@ -295,7 +295,7 @@ def _view_as_real(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
 @rule(aten.cat.default)
 def _cat(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     tensors = eq.args[0]
-    dim = eq.args[1] if len(eq.args) > 1 else 0
+    dim = eq.argument(1, 0)
     shapes = [x.spec.shape for x in tensors]
     if any(shape == (0,) and len(s) != 1 for shape in shapes for s in shapes):
         return None  # the old convention that an empty vector joins anything

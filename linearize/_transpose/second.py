@@ -147,7 +147,7 @@ def _fault(op: TwiceDifferentiated, fn: Direction, outs: Sequence[TensorSpec]) -
     def at(arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         with torch.inference_mode(False), torch.no_grad():
             results = fn(*[u.clone() for u in arguments])
-        return [s.zeros() if w is None else w for w, s in zip(results, outs, strict=True)]
+        return [s.or_zeros(w) for w, s in zip(results, outs, strict=True)]
 
     def same(a: Sequence[Any], b: Sequence[Any], factor: float = 1.0) -> bool:
         return all(close_at(factor, x, y) for x, y in zip(a, b, strict=True))
@@ -155,7 +155,7 @@ def _fault(op: TwiceDifferentiated, fn: Direction, outs: Sequence[TensorSpec]) -
     generator = torch.Generator().manual_seed(11)
     u = op.arguments()
     w = at(u)
-    seen = [s.zeros() if t is None else t for t, s in zip(op.results(), outs, strict=True)]
+    seen = [s.or_zeros(t) for t, s in zip(op.results(), outs, strict=True)]
     if not same(seen, w):
         return "it gives something else where gradients are recorded"
     other = [TensorSpec.of(t).random(generator) for t in u]

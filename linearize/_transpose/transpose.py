@@ -17,16 +17,17 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from .._capture.collectives import Collective
-from .._capture.custom import CustomBackward, CustomJvp
+from .._capture.custom_operations import CustomBackward, CustomJvp
 from .._capture.graph import Graph
 from .._capture.signature import shared_memory
 from .._programs.numbers import Numbers
 from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Program
 from .._programs.values import Constant, Var
+from .._record.function import record_function
 from .._record.node_programs import NODE_PROGRAMS, NodeProgram, dense
+from .._record.pullback import record_pullback
 from .._record.stretch import NodeBackward
-from .._record.walk import record_function, record_pullback
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import aten, decompositions

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 import torch
 
 from .._execute.binding import BoundProgram
-from .._programs.aten import schema_of
+from .._programs.aten import JOINED, JOINED_BY_ENTRY, MOVES, schema_of
 from .._programs.program import Equation
 from .._programs.values import Constant, Var
 from .._spaces.nested import map_leaves
@@ -30,26 +30,6 @@ Rule: TypeAlias = Callable[["_Reader", Equation], "list[Rows] | None"]
 
 #: Entries that a pattern may have before it counts as full.
 LIMIT = 50_000_000
-
-_POINTWISE = frozenset(
-    (
-        "mul add sub div neg tanh_backward sigmoid_backward silu_backward gelu_backward where "
-        "threshold_backward softplus_backward hardtanh_backward leaky_relu_backward elu_backward "
-        "mish_backward hardswish_backward hardsigmoid_backward logit_backward conj_physical "
-        "native_dropout_backward masked_fill real imag _conj _neg_view nan_to_num "
-        "logit_backward rsub mse_loss_backward "
-    ).split()
-)
-#: Operations whose results are entries of their argument, or zero.
-_MOVES = frozenset(
-    (
-        "alias detach clone _to_copy view _unsafe_view _reshape_alias reshape t transpose permute "
-        "unsqueeze squeeze expand slice select diagonal split split_with_sizes unbind unfold "
-        "roll flip tril triu slice_backward select_backward diagonal_backward movedim narrow "
-        "repeat gather index index_select constant_pad_nd cat stack contiguous lift_fresh "
-        "resolve_conj resolve_neg diag_embed rot90 pixel_shuffle pixel_unshuffle take"
-    ).split()
-)
 
 
 class TooDenseError(Exception):
@@ -125,13 +105,10 @@ def dependence(program: BoundProgram) -> tuple[Rows, bool]:
         If it would have too many entries to be worth it.
     """
     reader = _Reader(program)
-    last = {v: i for i, eq in enumerate(program.equations) for v in eq.inputs()}
-    keep = {v for v in program.outputs if v is not None}
-    for i, eq in enumerate(program.equations):
+    for eq, gone in zip(program.equations, program.program.last_uses(), strict=True):
         reader.read(eq)
-        for v in set(eq.inputs()):
-            if last[v] == i and v not in keep:
-                del reader.rows[v]
+        for v in gone:
+            del reader.rows[v]
     blocks = [
         sp.csr_array((spec.numel, reader.width), dtype=bool) if v is None else reader.rows[v]
         for v, spec in zip(program.outputs, program.specs, strict=True)
@@ -146,9 +123,9 @@ def _rule(op: OpOverload) -> Rule | None:
     rule = _RULES.get(schema.name)
     if rule is not None:
         return rule
-    if schema.name in _MOVES:
+    if schema.name in MOVES or schema.name in JOINED:
         return _move
-    return _pointwise if schema.pointwise or schema.name in _POINTWISE else None
+    return _pointwise if schema.by_entry or schema.name in JOINED_BY_ENTRY else None
 
 
 # -- rules ----------------------------------------------------------------------------------
@@ -201,7 +178,8 @@ def _move(reader: _Reader, eq: Equation) -> list[Rows] | None:
 def _reduction(reader: _Reader, eq: Equation) -> list[Rows] | None:
     v = eq.args[0]
     shape = v.spec.shape
-    dims = eq.args[1] if len(eq.args) > 1 and not isinstance(eq.args[1], torch.dtype) else None
+    dims = eq.argument(1, None)
+    dims = None if isinstance(dims, torch.dtype) else dims
     chosen = _dims(dims, len(shape))
     kept = [1 if d in chosen else n for d, n in enumerate(shape)]
     return [_gathered(reader, reader.rows[v], _index(kept).expand(shape), math.prod(kept))]

@@ -34,13 +34,13 @@ def nothing_known() -> Iterator[None]:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the names of the nodes that were called to be recorded."""
     names: list[str] = []
-    call = walk._Walk.call
+    call = walk.Walk.call
 
     def noted(self: Any, node: Any, grads: Any) -> Any:
         names.append(node.name())
         return call(self, node, grads)
 
-    monkeypatch.setattr(walk._Walk, "call", noted)
+    monkeypatch.setattr(walk.Walk, "call", noted)
     return names
 
 

@@ -1,0 +1,73 @@
+"""The operations that a custom Function's node stands for in programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .._programs.program import Operation
+from .custom import CustomNode
+
+
+class _OfNode(Operation):
+    """One of the two methods of a node."""
+
+    __slots__ = ("node",)
+    may_return_none = True
+    may_alias = False
+
+    def __init__(self, node: CustomNode) -> None:
+        self.node = node
+
+    @property
+    def takes_batches(self) -> bool:  # type: ignore[override]
+        """Whether the author says so."""
+        return self.node.takes_batches
+
+    def bytes_kept(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that the context keeps."""
+        return self.node.kept()
+
+
+class CustomBackward(_OfNode):
+    """The pullback of a custom Function: cotangents of its outputs to those of its inputs."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"{self.node.name}.backward"
+
+    def moved(self, counterpart: Callable[[Any], Any]) -> CustomBackward:
+        """Return the same with another node."""
+        return CustomBackward(counterpart(self.node))
+
+    def __call__(self, *grads: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Call the user's `backward`."""
+        return self.node.backward(grads)
+
+
+class CustomJvp(_OfNode):
+    """The pushforward of a custom Function: tangents of its inputs to those of its outputs."""
+
+    __slots__ = ("wanted",)
+
+    def __init__(self, node: CustomNode, wanted: Sequence[bool]) -> None:
+        super().__init__(node)
+        self.wanted = tuple(wanted)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Printable name."""
+        return f"{self.node.name}.jvp"
+
+    def moved(self, counterpart: Callable[[Any], Any]) -> CustomJvp:
+        """Return the same with another node."""
+        return CustomJvp(counterpart(self.node), self.wanted)
+
+    def __call__(self, *tangents: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Call the user's `jvp`."""
+        return self.node.jvp(tangents, self.wanted)

@@ -1,0 +1,171 @@
+"""Putting a dimension more in front of all values of a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from .._programs.aten import schema_of
+from .._programs.numbers import Numbers
+from .._programs.program import Emitter, Equation, Program
+from .._programs.values import Constant, Var
+from .._spaces.nested import map_leaves
+from .._spaces.space import TensorSpec
+from .._torch.names import OpOverload, aten
+from .mapping import Mapped
+
+
+class Vectorizer:
+    """Makes a program for many arguments at once, by the rules for its operations."""
+
+    def __init__(self, program: Program, numbers: Numbers, count: int) -> None:
+        self.program = program
+        self.count = count
+        self.e = Emitter(numbers=numbers)
+        self.numbers = numbers
+        self.names: dict[Var, Var] = {}
+        #: Values that do not lie in memory in order.
+        self.turned: set[Var] = set()
+
+    def run(self) -> Program:
+        inputs = [Var(self.spec(v.spec)) for v in self.program.inputs]
+        self.names = dict(zip(self.program.inputs, inputs, strict=True))
+        with torch.no_grad():
+            for eq in self.program.equations:
+                self.equation(eq)
+        outputs = [None if v is None else self.names[v] for v in self.program.outputs]
+        specs = [self.spec(s) for s in self.program.specs]
+        name = f"{self.count} times {self.program.name}"
+        return Program(inputs, self.e.equations, outputs, specs, name).live()
+
+    def equation(self, eq: Equation) -> None:
+        self.e.source = eq.source
+        rule = RULES.get(eq.op)
+        if eq.op in NAMING_RULES and NAMING_RULES[eq.op](self, eq):
+            return
+        mark = len(self.e.equations)
+        wanted = [v for v in eq.outputs if v is not None]
+        out = wanted[0] if len(wanted) == 1 else None
+        found = None
+        if out is not None:
+            if rule is not None:
+                found = rule(self, eq, out.spec)
+            elif (
+                len(eq.outputs) == 1
+                and isinstance(eq.op, OpOverload)
+                and schema_of(eq.op).pointwise
+            ):
+                found = self.pointwise(eq, out.spec)
+        if found is not None and out is not None:
+            self.names[out] = found
+            return
+        del self.e.equations[mark:]
+        self.mapped(eq)
+
+    # -- what rules are made of -------------------------------------------------------------
+
+    def spec(self, spec: TensorSpec) -> TensorSpec:
+        """Return the spec of a stack."""
+        return TensorSpec((self.count, *spec.shape), spec.dtype, spec.device)
+
+    def emit(self, op: Any, args: tuple[Any, ...], shape: Sequence[int], **kwargs: Any) -> Var:
+        """Emit an operation whose result has the dtype and device of its first variable."""
+        like = next(a for a in args if isinstance(a, Var)).spec
+        return self.e.emit(op, args, TensorSpec(tuple(shape), like.dtype, like.device), **kwargs)
+
+    def reshape(self, v: Var, *shape: int) -> Var:
+        if v.spec.shape == shape:
+            return v
+        return self.emit(aten.reshape.default, (v, list(shape)), shape)
+
+    def permute(self, v: Var, *dims: int) -> Var:
+        shape = [v.spec.shape[d] for d in dims]
+        out = self.emit(aten.permute.default, (v, list(dims)), shape)
+        if dims != tuple(range(len(dims))):
+            self.turned.add(out)
+        return out
+
+    def raised(self, v: Var, rank: int) -> Var:
+        """Return a stack of values seen as values of a higher rank, as broadcasting does."""
+        shape = v.spec.shape[1:]
+        return self.reshape(v, self.count, *(1,) * (rank - len(shape)), *shape)
+
+    def pointwise(self, eq: Equation, out: TensorSpec) -> Var | None:
+        """Apply a pointwise operation as it stands, its operands aligned."""
+        rank = len(out.shape)
+        if any(len(c.spec.shape) > rank for c in eq.constants()):
+            return None
+        # A tensor without dimensions is a number to type promotion, a stack of them is not.
+        if any(not v.spec.shape and v.spec.dtype != out.dtype for v in eq.inputs()):
+            return None
+
+        def aligned(x: Any) -> Any:
+            return self.raised(self.names[x], rank) if isinstance(x, Var) else x
+
+        args, kwargs = map_leaves(aligned, eq.args), map_leaves(aligned, eq.kwargs)
+        return self.e.emit(eq.op, args, self.spec(out), **kwargs)
+
+    def repeated(self, c: Constant) -> Constant:
+        """Return a constant as a stack of which all entries are the same."""
+        return self.numbers.viewed(aten.expand.default, c, [self.count, *c.spec.shape])
+
+    def summed(self, v: Var, kept: int) -> Var:
+        """Sum the entries of a stack over all but the last dimensions."""
+        dims = list(range(1, len(v.spec.shape) - kept))
+        if not dims:
+            return v
+        shape = (self.count, *v.spec.shape[len(dims) + 1 :])
+        return self.emit(aten.sum.dim_IntList, (v, dims), shape)
+
+    def mapped(self, eq: Equation) -> None:
+        """Map an operation over the stack."""
+        outs = tuple(None if v is None else Var(self.spec(v.spec)) for v in eq.outputs)
+        self.names.update((v, o) for v, o in zip(eq.outputs, outs, strict=True) if v and o)
+
+        def renamed(x: Any) -> Any:
+            return self.names[x] if isinstance(x, Var) else x
+
+        args = map_leaves(renamed, eq.args), map_leaves(renamed, eq.kwargs)
+        op = Mapped(eq.op, *args)
+        self.e.equations.append(Equation(op, op.given, {}, outs, eq.source))
+
+
+Rule: TypeAlias = Callable[[Vectorizer, Equation, TensorSpec], "Var | None"]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*ops: Any) -> Callable[[Rule], Rule]:
+    """Register the rule of some operations."""
+
+    def register(fn: Rule) -> Rule:
+        RULES.update(dict.fromkeys(ops, fn))
+        return fn
+
+    return register
+
+
+#: Of operations with several results, which the rule names itself; it returns whether it did.
+NamingRule: TypeAlias = Callable[[Vectorizer, Equation], bool]
+NAMING_RULES: dict[Any, NamingRule] = {}
+
+
+def naming_rule(op: Any) -> Callable[[NamingRule], NamingRule]:
+    """Register the rule of an operation with several results."""
+
+    def register(fn: NamingRule) -> NamingRule:
+        NAMING_RULES[op] = fn
+        return fn
+
+    return register
+
+
+def rank(v: Var) -> int:
+    """Return the number of dimensions of a value for one argument."""
+    return len(v.spec.shape)
+
+
+def later(dims: Iterable[int], rank: int) -> list[int]:
+    """Return dimensions of a value as those of a stack."""
+    return [d % max(rank, 1) + 1 for d in dims]

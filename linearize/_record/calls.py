@@ -1,0 +1,76 @@
+"""Calling PyTorch's own nodes, with words for what goes wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from .._torch.graphs import Node
+from ..errors import LinearizeError, StalenessError, UnsupportedError
+from .node_formulas import mended
+from .stretch import NotRecordedError
+
+T = TypeVar("T")
+
+
+def called(
+    node: Node, grads: list[torch.Tensor | None], label: str
+) -> Sequence[torch.Tensor | None]:
+    """Call a built-in node.
+
+    Raises
+    ------
+    UnsupportedError
+        If it has no derivative.
+    """
+    if "NotImplemented" in label:
+        raise UnsupportedError(
+            f"{label}: this operation has no derivative registered (for a torch.library "
+            "operator, call register_autograd)"
+        )
+    return unpacked(label, lambda: mended(node)(grads))
+
+
+def unpacked(label: str, do: Callable[[], T]) -> T:
+    """Do something that unpacks what a built-in node has saved.
+
+    Raises
+    ------
+    StalenessError
+        If that was changed in place.
+    NotRecordedError
+        If PyTorch cannot do it.
+    """
+    try:
+        return do()
+    except LinearizeError:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if "modified by an inplace operation" in text or "modified in-place" in text:
+            raise StalenessError(
+                f"{label}: a tensor that it needs was changed in place, inside f after it "
+                f"was used or since the linearization ({_what_changed(text)}); linearize anew "
+                "with at(...), or change a copy"
+            ) from error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        if "Sparse" in text:
+            raise NotRecordedError(
+                f"{label}: a sparse tensor that depends on the primals is not supported (a "
+                "constant one is); compute with its values by index_select and index_add, or "
+                "put the operation into a custom Function"
+            ) from error
+        # PyTorch goes on with a table of all backends.
+        raise NotRecordedError(
+            f"{label}: PyTorch cannot apply its derivative: {text.partition(chr(10))[0]}"
+        ) from error
+
+
+def _what_changed(text: str) -> str:
+    """Return what PyTorch's message says of the tensor, without its advice."""
+    found = re.search(r"\[[^\]]*\[[\d, ]*\]\].*?version \d+(; expected version \d+)?", text)
+    return found.group().replace("; ", ", ") if found else text.partition(chr(10))[0]

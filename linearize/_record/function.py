@@ -1,0 +1,66 @@
+"""Writing down the linear program of a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from .._programs.numbers import Numbers
+from .._programs.program import Emitter, Program
+from .._programs.values import Constant, Var
+from .._spaces.space import TensorSpec
+from .._torch.modes import subclasses_ignored
+from .recorder import Recorder
+from .recording import OpaqueError, Recording
+
+
+def record_function(
+    fn: Callable[..., Sequence[torch.Tensor | None]],
+    in_specs: Sequence[TensorSpec],
+    out_specs: Sequence[TensorSpec | None],
+    numbers: Numbers,
+    *,
+    seed: int = 0,
+    name: str = "map",
+    source: str = "",
+    given: Iterable[Constant] = (),
+) -> tuple[Program, list[torch.Tensor], list[torch.Tensor | None]]:
+    """Record a linear function written in PyTorch operations by calling it once.
+
+    The tensors that the program reads come into `numbers`.
+
+    Returns
+    -------
+    program, arguments, results
+        The program, the random numbers that `fn` was called with, and what it returned.
+
+    Raises
+    ------
+    OpaqueError
+        If `fn` does something that cannot be written down: its result does not descend from
+        its arguments, or an operation in it is not linear or reads numbers.
+    """
+    emitter = Emitter(source, numbers)
+    recording = Recording(emitter)
+    recording.constants.given([(numbers[c], c.origin) for c in given])
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [Var(spec) for spec in in_specs]
+    arguments = [spec.random(generator) for spec in in_specs]
+    for t, v in zip(arguments, inputs, strict=True):
+        recording.define(t, v)
+    with torch.inference_mode(False), torch.no_grad(), subclasses_ignored(), Recorder(recording):
+        results = list(fn(*arguments))
+    recording.finish()
+    outputs: list[Var | None] = []
+    specs: list[TensorSpec] = []
+    for got, spec in zip(results, out_specs, strict=True):
+        if spec is None:
+            continue
+        specs.append(spec)
+        var = None if got is None else recording.variable(got)
+        if got is not None and var is None and bool(got.any()):
+            raise OpaqueError("returns something that does not descend from its argument")
+        outputs.append(var)
+    program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)
+    return program.live(), arguments, results

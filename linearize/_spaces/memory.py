@@ -1,0 +1,41 @@
+"""How much memory tensors take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+
+def total_bytes(tensors: Iterable[torch.Tensor], excluding: Iterable[int] = ()) -> int:
+    """Return the bytes of the distinct storages of `tensors`.
+
+    Parameters
+    ----------
+    tensors
+        Views of one storage count once.
+    excluding
+        Data pointers of storages that do not count.
+    """
+    seen: set[int] = set(excluding)
+    count = 0
+    for t in (part for whole in tensors for part in dense_parts(whole)):
+        storage = t.untyped_storage()
+        pointer = storage.data_ptr()
+        if pointer not in seen:
+            seen.add(pointer)
+            count += storage.nbytes()
+    return count
+
+
+def dense_parts(t: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the dense tensors of which a sparse one consists."""
+    if t.layout == torch.strided:
+        return (t,)
+    if t.layout == torch.sparse_coo:
+        return t._indices(), t._values()
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return t.crow_indices(), t.col_indices(), t.values()
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return t.ccol_indices(), t.row_indices(), t.values()
+    return ()
