@@ -25,7 +25,7 @@ from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .dependence import check_not_behind, is_derivative, warn_independent
 from .graph import Edge, Graph
-from .reads import Reads, scripted_state, warn_of_hooks
+from .reads import Reads, scripted_state, stamps, warn_of_hooks
 from .trace import Trace
 
 
@@ -88,6 +88,11 @@ class Capture:
         """Return the graph between value and primals."""
         leaves = [node for _, node in self.leaves]
         graph = Graph(self.edges, leaves, self.records, self.trace, self.owners)
+        if self.watched:
+            # What f read out of sight, in a thread of its own for instance, may be here.
+            known = {id(ref) for ref, _ in self.reads}
+            refs = map(weakref.ref, graph.constants)
+            self.reads += stamps(ref for ref in refs if id(ref) not in known)
         warn_of_hooks(graph, self.hooked)
         self.hooked = []
         if not graph.order and self.edges and not self.derivative:

@@ -8,7 +8,14 @@ from typing import Any, TypeAlias
 import torch
 
 from .._text.labels import Line
-from .._torch.graphs import Node, is_custom, leaf_variable, let_die_in_turn, saved_tensors
+from .._torch.graphs import (
+    Node,
+    is_custom,
+    leaf_variable,
+    let_die_in_turn,
+    saved_changed,
+    saved_tensors,
+)
 from .contexts import ContextRecords
 from .custom import CustomNode
 from .trace import Trace
@@ -37,7 +44,10 @@ class Graph:
         What is known of each node's kind.
     """
 
-    __slots__ = ("_trace", "custom", "hidden", "keys", "leaves", "order", "places", "roots")
+    __slots__ = (
+        *("_trace", "constants", "custom", "hidden", "keys", "leaves", "order", "places"),
+        "roots",
+    )
 
     def __init__(
         self,
@@ -49,7 +59,11 @@ class Graph:
     ) -> None:
         self._trace = trace
         self.leaves = tuple(leaves)
-        self.order = between([edge[0] for edge in roots if edge is not None], self.leaves)
+        self.order, reaches = _walked([e[0] for e in roots if e is not None], self.leaves)
+        #: The leaf tensors that it leads to besides the primals.
+        self.constants = [
+            t for n, ours in reaches.items() if not ours and (t := leaf_variable(n)) is not None
+        ]
         self.keys: dict[Node, tuple[Any, ...]] = {}
         self.places = {node: i for i, node in enumerate(self.order)}
         self.roots = tuple(e if e is not None and e[0] in self.places else None for e in roots)
@@ -78,6 +92,10 @@ class Graph:
                     if t is not None:
                         yield self.label(node), t
 
+    def changed(self) -> bool:
+        """Whether a tensor that a built-in node keeps was changed in place after it was saved."""
+        return any(saved_changed(node) for node in self.order if node not in self.custom)
+
     def saved_tensors(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the graph keeps for its backward."""
         for node in self.order:
@@ -90,7 +108,14 @@ class Graph:
 
 
 def between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
-    """Return the nodes on paths from `roots` to `leaves`, in topological order.
+    """Return the nodes on paths from `roots` to `leaves`, in topological order."""
+    return _walked(roots, leaves)[0]
+
+
+def _walked(
+    roots: Sequence[Node], leaves: Sequence[Node]
+) -> tuple[list[Node], dict[Node, bool]]:
+    """Return the nodes between, and of all nodes below the roots whether they lead to a leaf.
 
     Iterative, because graphs are deeper than Python's recursion limit.
     """
@@ -127,7 +152,7 @@ def between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
                     if stack:
                         reaches[stack[-1][0]] = True
     let_die_in_turn(reaches)
-    return post_order[::-1]
+    return post_order[::-1], reaches
 
 
 #: Marks the cotangents that are no tensors of the user's.

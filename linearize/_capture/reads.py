@@ -98,12 +98,17 @@ class Reads(TorchFunctionMode):
 
     def stamps(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
         """Return the tensors still alive with their versions now."""
-        alive = ((ref, ref()) for ref in self._seen.values())
-        return [
-            (ref, t._version)
-            for ref, t in alive
-            if t is not None and not batched_or_wrapped(t) and not t.is_inference()
-        ]
+        return stamps(self._seen.values())
+
+
+def stamps(refs: Iterable[weakref.ref[torch.Tensor]]) -> list[tuple[Any, int]]:
+    """Return those tensors that are still alive with their versions now."""
+    alive = ((ref, ref()) for ref in refs)
+    return [
+        (ref, t._version)
+        for ref, t in alive
+        if t is not None and not batched_or_wrapped(t) and not t.is_inference()
+    ]
 
 
 _REGISTER_HOOK = torch.Tensor.register_hook

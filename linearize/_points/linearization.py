@@ -336,6 +336,11 @@ class Linearization:
             )
         )
 
+    def _intact(self) -> bool:
+        """The same, of what its graph keeps too."""
+        source = self._source()
+        return self._fresh() and not (source is not None and source.changed())
+
     def _size(self) -> int:
         return self.nbytes
 

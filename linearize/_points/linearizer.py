@@ -143,7 +143,11 @@ class Linearizer:
         self._vouched = unseen == "constant"
         self._repeats = Repeats()
         self._memo: Memo[Linearization] = Memo(
-            maxsize, max_bytes, Linearization._size, Linearization._fresh
+            maxsize,
+            max_bytes,
+            Linearization._size,
+            Linearization._fresh,
+            Linearization._intact,
         )
         self._structures = Structures(self._policy.shared)
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -208,6 +208,22 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
                 yield t
 
 
+def saved_changed(node: Node) -> bool:
+    """Whether a tensor that a built-in node keeps was changed in place after it was saved."""
+    for name in saved_names(type(node))[0]:
+        saved = getattr(node, f"_raw{name}")
+        for raw in saved if isinstance(saved, (tuple, list)) else (saved,):
+            if getattr(raw, "unpack_hook", None) is not None:
+                break
+        else:
+            try:
+                getattr(node, name)
+            except RuntimeError as error:
+                if "modified by an inplace operation" in str(error):
+                    return True
+    return False
+
+
 def recomputed_once() -> contextlib.AbstractContextManager[Any]:
     """Let a checkpointed block run once for all that is unpacked of it inside.
 

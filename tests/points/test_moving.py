@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -356,6 +357,111 @@ def test_tensors_can_be_swapped_once_all_is_forgotten() -> None:
         other = nn.Parameter(torch.zeros_like(t)) if t is not w else torch.zeros(2)
         torch.utils.swap_tensors(t, other)
     assert lin.at(x).value.tolist() == [0, 0]
+
+
+# -- tensors read out of sight -------------------------------------------------------------------
+
+
+def in_a_thread(do: Any) -> Any:
+    out: list[Any] = []
+    thread = threading.Thread(target=lambda: out.append(do()))
+    thread.start()
+    thread.join()
+    return out[0]
+
+
+HIDDEN: dict[str, Any] = {
+    "saved": lambda x, t: x * t,
+    "saved by a later node": lambda x, t: (x.sin() * t).exp(),
+    "index": lambda x, t: x[t],
+    "several": lambda x, t: torch.cat([x * t, x / t]),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("products", [0, 1, 4])
+def test_what_a_thread_of_f_read_is_seen_in_the_graph(name: str, products: int) -> None:
+    t = torch.tensor([1, 0]) if name == "index" else rand(2, seed=1)
+    hidden = iter([t] * 99)  # not to be reached by name
+    lin = lz.Linearizer(
+        lambda x: in_a_thread(lambda: HIDDEN[name](x, next(hidden))), unseen="constant"
+    )
+    x = rand(2)
+    here = lin.at(x)
+    for _ in range(products):
+        here.jvp_fn(x)
+        here.vjp_fn(here.value)
+    assert lin.at(x) is here
+    t.copy_(torch.tensor([0, 0]) if name == "index" else 2 * t)
+    there = lin.at(x)
+    assert there is not here
+    torch.testing.assert_close(there.value, HIDDEN[name](x, t))
+    v = torch.ones_like(x)
+    expected = torch.func.jvp(lambda x: HIDDEN[name](x, t), (x,), (v,))[1]
+    for _ in range(4):
+        torch.testing.assert_close(there.jvp_fn(v), expected)
+    if products:
+        return
+    with pytest.raises(StalenessError):
+        here.jvp_fn(v)
+
+
+@pytest.mark.parametrize("products", [0, 4])
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_leaf_that_a_thread_of_f_read_is_seen_in_the_graph(products: int, deep: bool) -> None:
+    t = rand(2, seed=1).requires_grad_()
+    hidden = iter([t] * 99)
+
+    def g(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (x + (t.exp().sum() if deep else t)).sin()
+
+    lin = lz.Linearizer(lambda x: in_a_thread(lambda: g(x, next(hidden))), unseen="constant")
+    x = rand(2)
+    here = lin.at(x)
+    for _ in range(products):
+        here.jvp_fn(x)
+        here.vjp_fn(here.value)
+    assert lin.at(x) is here
+    with torch.no_grad():
+        t.mul_(2)
+    there = lin.at(x)
+    assert there is not here
+    torch.testing.assert_close(there.value, g(x, t).detach())
+    del here, there
+    ref = weakref.ref(t)
+    del t, hidden
+    lin.clear()
+    gc.collect()
+    assert ref() is None
+
+
+def test_constants_of_a_trace_are_seen_in_the_graph() -> None:
+    w = rand(2, seed=1)
+    traced = torch.jit.trace(lambda x: x * w, rand(2))
+    lin = lz.Linearizer(lambda x: traced(x).sin(), unseen="constant")
+    x = rand(2)
+    here = lin.at(x)
+    assert lin.at(x) is here
+    w.mul_(2)
+    torch.testing.assert_close(lin.at(x).value, (x * w).sin())
+
+
+def test_what_hooks_packed_is_not_unpacked_for_a_look() -> None:
+    unpacked = 0
+
+    def unpack(t: torch.Tensor) -> torch.Tensor:
+        nonlocal unpacked
+        unpacked += 1
+        return t
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            return x.sin() * x.cos()
+
+    lin = lz.Linearizer(f, unseen="constant")
+    x = rand(2)
+    assert lin.at(x) is lin.at(x)
+    assert unpacked == 0
 
 
 # -- hooks ---------------------------------------------------------------------------------------
