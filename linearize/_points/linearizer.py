@@ -250,7 +250,6 @@ class Linearizer:
     def clear(self) -> None:
         """Forget all points. Those still held elsewhere go on working."""
         self._memo.clear()
-        self._reach.forget()
 
     def close(self) -> None:
         """Close every point made so far, wherever it is held, and forget it."""
