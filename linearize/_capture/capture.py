@@ -19,6 +19,7 @@ from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
+from .._torch.hooks import HookWatcher
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, pytree
 from ..errors import StructureError, UnsupportedError
@@ -55,8 +56,8 @@ class Capture:
         Whether these were noted.
     moving
         Those of them that PyTorch writes to without raising their version.
-    hooked
-        The nodes of tensors on which f registered gradient hooks.
+    hooks
+        The gradient hooks that f registered.
     outputs
         The differentiable outputs with their history.
     trace
@@ -78,7 +79,7 @@ class Capture:
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
     watched: bool
     moving: list[torch.Tensor]
-    hooked: list[Node]
+    hooks: HookWatcher
     outputs: list[torch.Tensor]
     trace: Trace | None = None
     name: str = ""
@@ -93,8 +94,8 @@ class Capture:
             known = {id(ref) for ref, _ in self.reads}
             refs = map(weakref.ref, graph.constants)
             self.reads += stamps(ref for ref in refs if id(ref) not in known)
-        warn_of_hooks(graph, self.hooked)
-        self.hooked = []
+        warn_of_hooks(graph, self.hooks)
+        self.hooks = HookWatcher()
         if not graph.order and self.edges and not self.derivative:
             warn_independent(f"the value of {self.name}")
         return graph
@@ -155,7 +156,8 @@ def capture(
         nodes = accumulators(aliases.leaves)
         if reads is not None:
             reads.note(scripted_state(f, aliases.others))
-        result = _called(f, arguments, keywords, records, reads, traced)
+        with HookWatcher() as hooks:
+            result = _called(f, arguments, keywords, records, reads, traced)
         result, aux = _apart(result) if has_aux else (result, None)
         outputs, out_space = _outputs(result)
         edges = [
@@ -179,7 +181,7 @@ def capture(
         reads=[] if reads is None else reads.stamps(),
         watched=reads is not None,
         moving=[] if reads is None else reads.moving(),
-        hooked=[] if reads is None else reads.hooked(),
+        hooks=hooks,
         outputs=[x for x in outputs if differentiable(x)],
         trace=traced,
         name=getattr(f, "__qualname__", None) or type(f).__name__,

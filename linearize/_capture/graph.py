@@ -168,16 +168,26 @@ def as_seed(cotangent: torch.Tensor) -> torch.Tensor:
 
 def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[torch.Tensor]:
     """Return the leaf tensors that a graph leads to besides `leaves`."""
-    seen: set[Node] = set(leaves)
+    variables = map(leaf_variable, _beneath(edges, leaves))
+    return [t for t in variables if t is not None and not hasattr(t, _SEED)]
+
+
+def in_graph(edges: Sequence[Edge | None]) -> list[torch.Tensor]:
+    """Return the leaf tensors that a graph leads to, and those that its nodes keep."""
+    nodes = list(_beneath(edges, ()))
+    let_die_in_turn(nodes)
+    leaves = [t for t in map(leaf_variable, nodes) if t is not None]
+    return [*leaves, *(t for node in nodes for t in saved_tensors(node))]
+
+
+def _beneath(edges: Sequence[Edge | None], ends: Sequence[Node]) -> Iterator[Node]:
+    """Yield the nodes of a graph, `ends` and what is below them left out."""
+    seen: set[Node] = set(ends)
     stack = [edge[0] for edge in edges if edge is not None]
-    found = []
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        variable = leaf_variable(node)
-        if variable is not None and not hasattr(variable, _SEED):
-            found.append(variable)
+        yield node
         stack.extend(child for child, _ in node.next_functions if child is not None)
-    return found

@@ -118,6 +118,18 @@ def history(tensors: Iterable[torch.Tensor]) -> list[Node]:
     return nodes
 
 
+def node_of(t: torch.Tensor) -> Node | None:
+    """Return where the gradient of a tensor goes, asked out of sight of all function modes.
+
+    A view that must not be used any more, as PyTorch would say, has no such place.
+    """
+    with torch._C.DisableTorchFunction():
+        try:
+            return gradient_edge(t).node if t.requires_grad else None
+        except RuntimeError:
+            return None
+
+
 def leaf_variable(node: Node) -> torch.Tensor | None:
     """Return the leaf tensor behind an `AccumulateGrad` node, None for other nodes."""
     return getattr(node, "variable", None)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.hooks import RemovableHandle
 
 import linearize as lz
 from linearize import func
@@ -478,6 +479,66 @@ def test_a_gradient_hook_of_f_is_named() -> None:
     assert here.vjp_fn(torch.ones(2))[0].tolist() == [2, 2]
 
 
+def on_the_node(y: torch.Tensor) -> None:
+    assert y.grad_fn is not None
+    y.grad_fn.register_hook(lambda gi, go: tuple(10 * g for g in gi))
+
+
+def before_the_node(y: torch.Tensor) -> None:
+    assert y.grad_fn is not None
+    y.grad_fn.register_prehook(lambda go: tuple(10 * g for g in go))
+
+
+HOOKS: dict[str, Any] = {
+    "tensor": lambda x, y: y.register_hook(lambda g: 10 * g),
+    "argument": lambda x, y: x.register_hook(lambda g: 10 * g),
+    "node": lambda x, y: on_the_node(y),
+    "before a node": lambda x, y: before_the_node(y),
+    "before the end": lambda x, y: torch.autograd.graph.get_gradient_edge(x).node.register_prehook(
+        lambda go: tuple(10 * g for g in go)
+    ),
+    "several": lambda x, y: torch.autograd.graph.register_multi_grad_hook((x, y), lambda g: None),
+    "overwritten": lambda x, y: (y.register_hook(lambda g: 10 * g), y.mul_(2)),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("maxsize", [0, 8])
+def test_every_gradient_hook_of_f_is_named(name: str, maxsize: int) -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        HOOKS[name](x, y)
+        return y.sin()
+
+    lin = lz.Linearizer(f, maxsize=maxsize, unseen="constant")
+    with pytest.warns(IgnoredHookWarning):
+        lin.at(torch.zeros(2))
+    with pytest.warns(IgnoredHookWarning):
+        func.vjp(f, torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["node", "before a node", "tensor"])
+def test_a_hook_on_a_custom_function_is_named(name: str) -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = KeepsOutput.apply(x, "output")
+        HOOKS[name](x, y)
+        return y * 1.0
+
+    with pytest.warns(IgnoredHookWarning, match="KeepsOutput"):
+        lz.Linearizer(f, maxsize=0).at(torch.zeros(2, dtype=D))
+
+
+def test_handles_are_made_as_ever_when_nobody_watches() -> None:
+    before = RemovableHandle.__init__
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        lz.Linearizer(f).at(torch.zeros(2))
+    assert RemovableHandle.__init__ is before
+
+
 def test_a_backward_hook_of_a_module_is_named() -> None:
     net = nn.Linear(2, 2)
     net.register_full_backward_hook(lambda *_: None)
@@ -489,7 +550,10 @@ def test_a_hook_outside_of_the_graph_is_none() -> None:
     w = torch.ones(2, requires_grad=True)
 
     def f(x: torch.Tensor) -> torch.Tensor:
-        (w * 2).register_hook(lambda g: g)
+        y = w * 2
+        y.register_hook(lambda g: g)
+        on_the_node(y)
+        w.register_hook(lambda g: g)
         return x * w
 
     with warnings.catch_warnings():
