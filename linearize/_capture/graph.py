@@ -112,9 +112,7 @@ def between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
     return _walked(roots, leaves)[0]
 
 
-def _walked(
-    roots: Sequence[Node], leaves: Sequence[Node]
-) -> tuple[list[Node], dict[Node, bool]]:
+def _walked(roots: Sequence[Node], leaves: Sequence[Node]) -> tuple[list[Node], dict[Node, bool]]:
     """Return the nodes between, and of all nodes below the roots whether they lead to a leaf.
 
     Iterative, because graphs are deeper than Python's recursion limit.

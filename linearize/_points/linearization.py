@@ -337,7 +337,7 @@ class Linearization:
         )
 
     def _intact(self) -> bool:
-        """The same, of what its graph keeps too."""
+        """Whether the same holds, and of what the graph keeps too."""
         source = self._source()
         return self._fresh() and not (source is not None and source.changed())
 

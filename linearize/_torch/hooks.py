@@ -58,7 +58,8 @@ class HookWatcher:
     @classmethod
     def active(cls) -> list[HookWatcher]:
         """Return the watchers of this thread."""
-        return cls._local.__dict__.get("stack", [])
+        stack: list[HookWatcher] = cls._local.__dict__.get("stack", [])
+        return stack
 
     @property
     def any(self) -> bool:
@@ -70,9 +71,9 @@ class HookWatcher:
         return node in self.nodes or (self.some_on_nodes and _has_hooks(node))
 
 
-def _made(handle: Any, hooks: Any, *args: Any, **kwargs: Any) -> None:
+def _made(self: RemovableHandle, hooks_dict: Any, *, extra_dict: Any = None) -> None:
     """Stand for `RemovableHandle.__init__`."""
-    _INIT(handle, hooks, *args, **kwargs)
+    _INIT(self, hooks_dict, extra_dict=extra_dict)
     watchers = HookWatcher.active()
     if not watchers:
         return
@@ -98,4 +99,4 @@ def _has_hooks(node: Any) -> bool:
 
 
 def _nothing(*_: Any) -> None:
-    """A hook."""
+    """Change no gradient."""

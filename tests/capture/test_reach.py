@@ -707,7 +707,7 @@ def test_generators_of_random_numbers_are_left_alone() -> None:
     assert lin.at(x) is lin.at(x)
 
 
-# -- what is noted of modules, for the whole process ------------------------------------------------
+# -- what is noted of modules, for the whole process ---------------------------------------------
 
 
 class Equal(nn.Module):

@@ -430,7 +430,8 @@ def test_a_leaf_that_a_thread_of_f_read_is_seen_in_the_graph(products: int, deep
     torch.testing.assert_close(there.value, g(x, t).detach())
     del here, there
     ref = weakref.ref(t)
-    del t, hidden
+    list(hidden)
+    del t
     lin.clear()
     gc.collect()
     assert ref() is None
