@@ -448,6 +448,18 @@ def test_constants_of_a_trace_are_seen_in_the_graph() -> None:
     torch.testing.assert_close(lin.at(x).value, (x * w).sin())
 
 
+def test_what_f_freed_by_a_backward_of_its_own_is_no_change() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x[torch.tensor([0, 1])] * x * x.exp()
+        return y + torch.autograd.grad(y.sum(), x)[0]
+
+    lin = lz.Linearizer(f, max_bytes=1 << 20)
+    x = rand(2)
+    here = lin.at(x)
+    assert lin.at(x) is here
+    assert here.nbytes >= 0
+
+
 def test_what_hooks_packed_is_not_unpacked_for_a_look() -> None:
     unpacked = 0
 
