@@ -17,6 +17,7 @@ NAMES = (
     "nist_regression",
     "bundle_adjustment",
     "bratu",
+    "bratu_ranks",
     "physics_informed",
     "laplace",
     "spectrum",

@@ -18,6 +18,7 @@ import torch
 from ._points.linearization import Linearization
 from ._spaces.flat import check_flat, flat_spec
 from ._spaces.operators import LinearOperator
+from ._spaces.space import check_whole
 from .errors import SpaceError, StructureError, UnsupportedError
 
 __all__ = ["aslinearoperator"]
@@ -100,6 +101,8 @@ class Products:
                 "aslinearoperator: expected a linear operator or a linearization, got "
                 f"{type(operator).__name__}"
             )
+        for space in (operator.in_space, operator.out_space):
+            check_whole(space, "aslinearoperator")
         if real:
             operator = operator.as_real()
         sides = [flat_spec(s).dtype for s in (operator.in_space, operator.out_space)]

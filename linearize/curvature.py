@@ -265,6 +265,7 @@ def hessian(
 
     def linearized(batch: tuple[Any, ...]) -> _Point:
         here = gradients.at(params, *batch)
+        here._check_whole("curvature")
         gradient = [t.detach() for t in _tensors(here)]
         return _Point((here.vjp_fn,), here.aux, lambda: gradient, here.in_space.unpacked())
 
@@ -361,6 +362,7 @@ def gauss_newton(
             )
         inputs, targets = batch[:1], batch[1:]
         here = models.at(params, *inputs)
+        here._check_whole("curvature")
         outer = losses.at(here.value, *targets)
         products = here.jvp_fn, outer.vjp_fn, here.vjp_fn
         slope = _tensors(outer)

@@ -1,9 +1,13 @@
-"""Operators whose rows are spread over the ranks of `torch.distributed`.
+"""Operators and vectors that are spread over the ranks of `torch.distributed`.
 
-Every rank has the whole of x and its own share of the data, so its own rows of the Jacobian.
-J·v needs no communication and gives the rank's own part; Jᵀ·u and JᵀJ·v are summed over the
-ranks, and every rank has the same result. A solver for the normal equations, conjugate gradients
-for instance, runs unchanged on every rank.
+Where f itself communicates, each rank linearizes its own f, and its vectors are parts of larger
+ones: `dot` and `norm` are those of the whole vectors, and `gathered` has a solver that knows
+nothing of ranks work with them.
+
+Where f does not, `jacobian` and `total` spread data. Every rank has the whole of x and its own
+share of the data, so its own rows of the Jacobian. J·v needs no communication and gives the
+rank's own part; Jᵀ·u and JᵀJ·v are summed over the ranks, and every rank has the same result. A
+solver for the normal equations, conjugate gradients for instance, runs unchanged on every rank.
 
 Every rank must ask for the same products in the same order. If a rank fails inside of one, every
 rank raises `DistributedError` with the reason; if a rank dies, the others raise it as soon as
@@ -12,6 +16,7 @@ the process group notices, at the latest at its timeout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,11 +25,12 @@ import torch.distributed as dist
 
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
-from ._spaces.flat import Parts, flat_spec, join, split, zeros
+from ._spaces.flat import Parts, check_flat, flat_spec, join, split, zeros
 from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
+from ._spaces.space import Space
 from .errors import DistributedError, UnsupportedError
 
-__all__ = ["RowJacobian", "jacobian", "total"]
+__all__ = ["RowJacobian", "dot", "gathered", "jacobian", "norm", "parted", "total"]
 
 
 def __dir__() -> list[str]:
@@ -127,7 +133,7 @@ class RowJacobian(LinearOperator):
         adjoint = _Reduced(self._own._apply_adjoint, self._own.in_space, group, "Jᵀ·u")
         super().__init__(
             self._own.in_space,
-            self._own.out_space,
+            self._own.out_space.parts_of(dist.group.WORLD if group is None else group),
             self._own._apply,
             adjoint,
             peak=self._own._peak,
@@ -156,6 +162,192 @@ class RowJacobian(LinearOperator):
             Of shape (rows of this rank, n).
         """
         return self._own.materialize(chunk_size=chunk_size, direction=direction)
+
+
+# -- vectors of parts -------------------------------------------------------------------------
+
+
+def dot(space: Space, a: Any, b: Any) -> torch.Tensor:
+    """Return the inner product ⟨a, b⟩ of two whole vectors, conjugating a.
+
+    Parameters
+    ----------
+    space
+        The `in_space` or `out_space` of a linearization or an operator. If its elements are
+        parts, every rank calls this, and has the same result.
+    a, b
+        This rank's parts: elements of the space, or flat vectors of shape (n,).
+
+    Returns
+    -------
+    torch.Tensor
+        A number.
+
+    Raises
+    ------
+    StructureError, SpaceError
+        If a part does not fit.
+    DistributedError
+        If a rank cannot be reached.
+    """
+    result: torch.Tensor = torch.vdot(_flat(space, a), _flat(space, b))
+    if space.group is not None:
+        _reduce(result, dist.ReduceOp.SUM, space.group, "an inner product")
+    return result
+
+
+def norm(space: Space, a: Any) -> torch.Tensor:
+    """Return the norm of a whole vector.
+
+    Parameters
+    ----------
+    space, a
+        As for `dot`.
+
+    Returns
+    -------
+    torch.Tensor
+        A real number.
+    """
+    return dot(space, a, a).abs().sqrt()
+
+
+def _flat(space: Space, a: Any) -> torch.Tensor:
+    if isinstance(a, torch.Tensor) and tuple(a.shape) == (space.size,):
+        check_flat(space, a, "dot")
+        return a.detach()
+    given = zip(space.flatten(a), space.tensors, strict=True)
+    return join(space, [spec.zeros() if t is None else t.detach() for t, spec in given])
+
+
+def parted(operator: LinearOperator, group: Group = None) -> LinearOperator:
+    """Return an operator whose vectors are parts of larger ones.
+
+    That those of an f with collectives are is known. It is not where custom Functions communicate
+    by methods of their own.
+
+    Parameters
+    ----------
+    operator
+        Maps this rank's part of one vector to its part of another.
+    group
+        The process group over which the parts are spread; None for the default one.
+
+    Returns
+    -------
+    LinearOperator
+        The same map. `dot` and `norm` of its spaces are those of whole vectors.
+    """
+    group = dist.group.WORLD if group is None else group
+    space = operator.in_space.parts_of(group)
+    if isinstance(operator, SelfAdjoint):
+        return SelfAdjoint(space, operator._apply, peak=operator._peak, name=operator._name)
+    return LinearOperator(
+        space,
+        operator.out_space.parts_of(group),
+        operator._apply,
+        operator._apply_adjoint,
+        peak=operator._peak,
+        name=operator._name,
+    )
+
+
+def gathered(operator: LinearOperator) -> LinearOperator:
+    """Return an operator between whole flat vectors, which are the same on every rank.
+
+    Every rank calls this, and then all products together. A solver that runs the same steps on
+    every rank, as SciPy's do, needs to know nothing of ranks then.
+
+    Parameters
+    ----------
+    operator
+        On this rank's parts: the Jacobian of an f that communicates, a `RowJacobian`, and what
+        is made of them.
+
+    Returns
+    -------
+    LinearOperator
+        On vectors that are the parts of all ranks, one after the other. Each product gathers the
+        parts of the result once. An operator of whole vectors is returned as it is.
+
+    Raises
+    ------
+    DistributedError
+        On every rank, in products, if one of them fails.
+    """
+    sides = operator.in_space, operator.out_space
+    if all(space.group is None for space in sides):
+        return operator
+    first, second = (_Whole(space) for space in sides)
+    adjoint = operator.H
+    forth = functools.partial(_whole_product, operator, first, second)
+    back = functools.partial(_whole_product, adjoint, second, first)
+    name = f"gathered {operator!r}"
+    if isinstance(operator, SelfAdjoint):
+        return SelfAdjoint(first.space, forth, peak=operator._peak, name=name)
+    return LinearOperator(first.space, second.space, forth, back, peak=operator._peak, name=name)
+
+
+class _Whole:
+    """A space of whole vectors beside that of a rank's parts."""
+
+    def __init__(self, parts: Space) -> None:
+        self.parts = parts
+        self.group = parts.group
+        self.sizes = [parts.size]
+        self.place = 0
+        if self.group is not None:
+            self.sizes = _gathered(parts.size, self.group, "the sizes of the parts")
+            self.place = dist.get_rank(self.group)
+        spec = flat_spec(parts)
+        like = torch.empty((), dtype=spec.dtype, device=spec.device).expand(sum(self.sizes))
+        self.space = Space.of_tree(like, parts.word, parts.of)
+
+    def own(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of a vector, or of several."""
+        parts: tuple[torch.Tensor, ...] = whole.split(self.sizes, -1)
+        return parts[self.place]
+
+    def joined(self, part: torch.Tensor, failure: Exception | None, what: str) -> torch.Tensor:
+        """Return the whole vector; a rank that has failed says so in the same message."""
+        if self.group is None:
+            if failure is not None:
+                raise failure
+            return part
+        padded = part.new_zeros((*part.shape[:-1], max(self.sizes) + 1))
+        padded[..., : part.shape[-1]] = part
+        padded[..., -1] = float(failure is not None)
+        pieces = [torch.empty_like(padded) for _ in self.sizes]
+        try:
+            dist.all_gather(pieces, padded, group=self.group)
+        except RuntimeError as error:
+            raise _lost(what, error) from error
+        if any(bool(p[..., -1].any()) for p in pieces):
+            _raise(failure, self.group, what)
+        kept = [p[..., :n] for p, n in zip(pieces, self.sizes, strict=True)]
+        return torch.cat(kept, -1)
+
+
+def _whole_product(
+    operator: LinearOperator, first: _Whole, second: _Whole, parts: Parts, *, stacked: bool
+) -> Parts:
+    """Apply an operator to this rank's part of a whole vector, and gather the result."""
+    (whole,) = parts
+    failure: Exception | None = None
+    try:
+        given = split(first.parts, first.own(whole).contiguous())
+        result = join(
+            second.parts, operator._apply(given, stacked=stacked), stacked=stacked
+        ).detach()
+    except Exception as error:
+        failure = error
+        result = whole.new_zeros((*whole.shape[:-1], second.parts.size)).to(
+            flat_spec(second.parts).dtype
+        )
+    return [second.joined(result, failure, f"a product with {operator!r}")]
+
+
+# -- messages ---------------------------------------------------------------------------------
 
 
 class _Reduced:
@@ -211,11 +403,17 @@ def _raise(failure: BaseException | None, group: Group, what: str) -> None:
     own = None if failure is None else f"{type(failure).__name__}: {failure}"
     messages = _gathered(own, group, what)
     failed = {rank: text for rank, text in enumerate(messages) if text is not None}
+    if failure is not None and len(failed) == len(messages) and _is_ours(failure):
+        raise failure  # the same on all ranks
     if failed:
         reasons = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
         raise DistributedError(
             f"{what} failed on {len(failed)} of the ranks: {reasons}"
         ) from failure
+
+
+def _is_ours(failure: BaseException) -> bool:
+    return isinstance(failure, DistributedError)
 
 
 def _check_same(operator: LinearOperator, group: Group) -> None:

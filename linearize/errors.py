@@ -124,7 +124,7 @@ class CompilationWarning(UserWarning):
 
 
 class MemoWarning(UserWarning):
-    """f ran again at the same point, because the memo cannot remember it.
+    """A function ran again at the same point, because the memo cannot remember it.
 
     Something that f can reach cannot be looked into: a function in C of a package that the memo
     does not know, an object that hides its state, an iterator. The message names it. Remedy: if
@@ -133,7 +133,7 @@ class MemoWarning(UserWarning):
 
 
 class IgnoredHookWarning(UserWarning):
-    """f registers gradient hooks, which the products do not run.
+    """A function registers gradient hooks, which the products do not run.
 
     The products are those of the function as it was computed: a hook that changes gradients is
     not a part of it. Remedy: write what the hook does as a custom `torch.autograd.Function`, or

@@ -22,6 +22,7 @@ from .._torch.graphs import Node, accumulators, gradient_edge
 from .._torch.hooks import HookWatcher
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, pytree
+from .._torch.ranks import collectives_seen
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .dependence import check_not_behind, is_derivative, warn_independent
@@ -261,7 +262,12 @@ def _called(
     traced: Trace | None,
 ) -> Any:
     """Call f; this is where a trace of its lines begins."""
-    with records.watching(), eager_compiled_functions(), contextlib.ExitStack() as modes:
+    with (
+        records.watching(),
+        eager_compiled_functions(),
+        collectives_seen(),
+        contextlib.ExitStack() as modes,
+    ):
         if reads is not None:
             modes.enter_context(reads)
         if traced is not None:

@@ -20,6 +20,7 @@ from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
 from .._torch.graphs import forward_class, has_outputs
 from .._torch.names import batched_or_wrapped
+from .._torch.ranks import collective_kind
 
 
 @dataclasses.dataclass(slots=True)
@@ -27,6 +28,8 @@ class ContextRecord:
     """What was seen of one context while `forward` ran."""
 
     inputs: tuple[TensorSpec | None, ...] | None = None
+    #: The arguments that are no tensors, of collectives only.
+    settings: tuple[Any, ...] | None = None
     versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
     #: Tensors among the attributes, with their versions when `apply` had returned.
     attributes: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
@@ -45,6 +48,8 @@ class ContextRecords:
     ----------
     locate
         Tells the line of f that is being executed; None if nobody wants to know.
+    collectives
+        The contexts of collectives, in order; these are kept, as other ranks wait for them.
     pending
         Contexts whose `apply` had not returned when they were looked at last.
     """
@@ -54,6 +59,7 @@ class ContextRecords:
         self.pending: list[weakref.ref[Any]] = []
         self._records: weakref.WeakKeyDictionary[Any, ContextRecord]
         self._records = weakref.WeakKeyDictionary()
+        self.collectives: list[Any] = []
 
     def watching(self) -> ContextWatcher:
         """Return the context manager inside which contexts are recorded."""
@@ -62,6 +68,16 @@ class ContextRecords:
     def get(self, ctx: Any) -> ContextRecord:
         """Return the record of `ctx`, an empty one if none was made."""
         return self._records.get(ctx) or ContextRecord()
+
+    def communicating(self) -> list[Any]:
+        """Return the contexts of collectives that products have to run, in order."""
+        return [
+            ctx for ctx in self.collectives if any(ctx.needs_input_grad) and not is_identity(ctx)
+        ]
+
+    def communicates(self) -> bool:
+        """Whether products have to communicate."""
+        return bool(self.communicating())
 
     def __len__(self) -> int:
         return len(self._records)
@@ -88,6 +104,11 @@ class ContextRecords:
         record = self._records[ctx] = ContextRecord()
         if self.locate is not None:
             record.line = self.locate()
+        if is_collective(ctx):
+            self.collectives.append(ctx)
+            record.settings = tuple(
+                None if isinstance(a, torch.Tensor) else a for a in arguments or ()
+            )
         if arguments is not None:
             record.inputs = tuple(
                 TensorSpec.of(a) if isinstance(a, torch.Tensor) else None for a in arguments
@@ -115,6 +136,20 @@ class ContextRecords:
 
     def _materialize(self, ctx: Any, value: bool) -> None:
         self._records.setdefault(ctx, ContextRecord()).materialize = value
+
+
+#: Functions that only wait for what another one has begun.
+_IDENTITIES = frozenset({"wait_tensor", "_wrap_tensor_autograd"})
+
+
+def is_collective(ctx: Any) -> bool:
+    """Whether a context is that of a collective, or of what stands beside one."""
+    return bool(collective_kind(forward_class(ctx)))
+
+
+def is_identity(ctx: Any) -> bool:
+    """Whether a context is that of a Function which only waits."""
+    return collective_kind(forward_class(ctx)) in _IDENTITIES
 
 
 def _expect_steps(record: ContextRecord, dirty: tuple[weakref.ref[torch.Tensor], ...]) -> None:

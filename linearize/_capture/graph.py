@@ -16,7 +16,10 @@ from .._torch.graphs import (
     saved_changed,
     saved_tensors,
 )
-from .contexts import ContextRecords
+from .._torch.ranks import order_of
+from ..errors import UnsupportedError
+from .collectives import CollectiveNode, OpaqueNode
+from .contexts import ContextRecords, is_collective
 from .custom import CustomNode
 from .trace import Trace
 
@@ -35,7 +38,7 @@ class Graph:
     order
         The nodes between, from the roots to the leaves, each before all that it leads to.
     custom
-        The custom Functions' nodes among them.
+        The custom Functions' nodes among them, and the collectives'.
     hidden
         Whether there are custom Functions that are not, as inside `CopySlices`.
     places
@@ -59,20 +62,34 @@ class Graph:
     ) -> None:
         self._trace = trace
         self.leaves = tuple(leaves)
-        self.order, reaches = _walked([e[0] for e in roots if e is not None], self.leaves)
+        records = records or ContextRecords()
+        # Other ranks may wait for a collective from which nothing comes to the value here.
+        shared = records.communicating()
+        above = [edge[0] for edge in roots if edge is not None]
+        self.order, reaches = _walked([*above, *shared], self.leaves, shared)
         #: The leaf tensors that it leads to besides the primals.
         self.constants = [
             t for n, ours in reaches.items() if not ours and (t := leaf_variable(n)) is not None
         ]
+        if shared:
+            self.order = _latest_first(self.order, self.leaves)
         self.keys: dict[Node, tuple[Any, ...]] = {}
         self.places = {node: i for i, node in enumerate(self.order)}
         self.roots = tuple(e if e is not None and e[0] in self.places else None for e in roots)
-        records = records or ContextRecords()
-        self.custom = {
-            n: CustomNode(n, records.get(n), owners) for n in self.order if is_custom(n)
+        self.custom: dict[Node, OpaqueNode] = {
+            n: CollectiveNode(n, records.get(n))
+            if is_collective(n)
+            else CustomNode(n, records.get(n), owners)
+            for n in self.order
+            if is_custom(n)
         }
         #: Whether contexts were made that are no nodes here: they may be inside others.
         self.hidden = len(records) > len(self.custom)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether there are collectives among the nodes."""
+        return any(isinstance(node, CollectiveNode) for node in self.custom.values())
 
     def label(self, node: Node) -> str:
         """Return a node's name; it knows the line of f that made it, if f was traced."""
@@ -107,12 +124,37 @@ class Graph:
         yield from saved_tensors(node) if custom is None else custom.kept()
 
 
-def between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
-    """Return the nodes on paths from `roots` to `leaves`, in topological order."""
-    return _walked(roots, leaves)[0]
+def _latest_first(order: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
+    """Return nodes in the opposite order to that in which f made them, the leaves last.
+
+    On all ranks collectives come in one order then, however else their graphs differ.
+    """
+    ends = set(leaves)
+    found = sorted(order, key=lambda n: 1 if n in ends else -order_of(n))
+    places = {node: i for i, node in enumerate(found)}
+    for node, place in places.items():
+        below = () if node in ends else node.next_functions
+        if any(places.get(n, place + 1) <= place for n, _ in below if n is not None):
+            raise UnsupportedError(
+                f"{node.name()}: f communicates, and runs operations in several threads, so that "
+                "the order of its collectives is not known; run them in one thread"
+            )
+    return found
 
 
-def _walked(roots: Sequence[Node], leaves: Sequence[Node]) -> tuple[list[Node], dict[Node, bool]]:
+def between(
+    roots: Sequence[Node], leaves: Sequence[Node], always: Sequence[Node] = ()
+) -> list[Node]:
+    """Return the nodes on paths from `roots` to `leaves`, in topological order.
+
+    Those of `always`, and what leads to them, whether or not they lead to a leaf.
+    """
+    return _walked(roots, leaves, always)[0]
+
+
+def _walked(
+    roots: Sequence[Node], leaves: Sequence[Node], always: Sequence[Node] = ()
+) -> tuple[list[Node], dict[Node, bool]]:
     """Return the nodes between, and of all nodes below the roots whether they lead to a leaf.
 
     Iterative, because graphs are deeper than Python's recursion limit.
@@ -120,11 +162,11 @@ def _walked(roots: Sequence[Node], leaves: Sequence[Node]) -> tuple[list[Node], 
     post_order: list[Node] = []
     #: Whether a node leads to a leaf; the walk does not go below the leaves, which end it.
     reaches: dict[Node, bool] = {}
-    ends = set(leaves)
+    ends, wanted = set(leaves), set(always)
     for root in roots:
         if root in reaches:
             continue
-        reaches[root] = root in ends
+        reaches[root] = root in ends or root in wanted
         if root in ends:
             post_order.append(root)
             continue
@@ -138,6 +180,7 @@ def _walked(roots: Sequence[Node], leaves: Sequence[Node]) -> tuple[list[Node], 
                 if known is None:
                     known = reaches[child] = child in ends
                     if not known:
+                        reaches[child] = child in wanted
                         stack.append((child, iter(child.next_functions)))
                         break
                     post_order.append(child)

@@ -35,6 +35,8 @@ Tensors: TypeAlias = Sequence[torch.Tensor | None]
 Map: TypeAlias = Callable[[Sequence[Any]], Tensors]
 #: What makes a program's transpose.
 Transposed: TypeAlias = Callable[[Program, Numbers], Program]
+#: Sums numbers over the ranks that run a product together.
+Total: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
 
 
 # -- sums of inner products -----------------------------------------------------------------
@@ -75,6 +77,12 @@ class Balance:
                     self._pairs.append((a, b))
                 else:
                     self._scale += _size(a, b)
+
+    def sum_up(self, total: Total) -> None:
+        """Add what other ranks have."""
+        self._scale += sum(_size(a, b) for a, b in self._pairs)
+        self._pairs = []
+        self.total, self._sum, self._scale = total([self.total, self._sum, self._scale])
 
     def holds(self, limit: float) -> bool:
         """Whether the sum is zero within a relative error, or not finite."""
@@ -224,6 +232,8 @@ def check_maps(
     transposed: Transposed,
     *,
     thorough: bool,
+    total: Total | None = None,
+    seed: int = 4,
 ) -> None:
     """Check that two products are adjoint, with the user code in them.
 
@@ -240,6 +250,10 @@ def check_maps(
     thorough
         Whether to spend more calls of user code: on a pair in which small columns count as much
         as large ones, and on arguments of other magnitudes.
+    total
+        Sums over the ranks, where the products communicate; other magnitudes are not tried then.
+    seed
+        Of the random numbers.
 
     Raises
     ------
@@ -248,11 +262,12 @@ def check_maps(
     NotLinearError
         If one of them is not linear.
     """
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(seed)
     maps = pullback, pushforward
-    off = parting(*maps, generator, programs, cotangents, tangents, columns=thorough)
+    off = parting(*maps, generator, programs, cotangents, tangents, columns=thorough, total=total)
+    alone = total is None
     for product, program, name in zip(maps, (cotangents, tangents), _NAMES, strict=True):
-        if thorough and any(node_of(eq.op) is not None for eq in program.equations):
+        if thorough and alone and any(node_of(eq.op) is not None for eq in program.equations):
             _check_linear(product, program, name, generator)
     if off is not None:
         fault = _name_fault(*programs(), transposed)
@@ -311,6 +326,7 @@ def parting(
     of_pushforward: BoundProgram,
     *,
     columns: bool = False,
+    total: Total | None = None,
 ) -> float | None:
     """Return by how much two maps miss being adjoint, None if rounding explains it.
 
@@ -329,19 +345,32 @@ def parting(
     columns
         Whether to try another pair too, in which small columns count as much as large ones, as
         small rows do anyhow.
+    total
+        Sums over the ranks, which all come to the same conclusion then.
     """
     u = [v.spec.random(generator) for v in of_pullback.inputs]
     v = [v.spec.random(generator) for v in of_pushforward.inputs]
     limit = rounding_limit(of_pullback, of_pushforward)
     with torch.inference_mode(False), torch.no_grad():
         for balance, arguments, results in balances(pullback, pushforward, u, v, columns=columns):
+            if total is not None:
+                limit = _mean(total, limit)
+                balance.sum_up(total)
             if balance.holds(limit):
                 continue
             noise = _noise(programs(), generator, arguments, results)
             factor = min(100.0, 0.05 / max(_coarsest(*programs()), 1e-300))
+            if total is not None:
+                factor = _mean(total, factor)
+                (noise,) = total([noise])
             if math.isfinite(noise) and abs(balance.total) > factor * noise:
                 return balance.off
     return None
+
+
+def _mean(total: Total, number: float) -> float:
+    whole, count = total([number, 1.0])
+    return whole / count
 
 
 #: A cotangent and a tangent, or what the two maps make of them.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,24 @@ class Proof:
         self._passed = passed
         self._lock = threading.RLock()
         self._error: AdjointError | None = None
+        self._aside = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether the check has passed."""
+        return self._programs is None and self._error is None
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Stand aside for a check that covers this one, and is not to be made twice."""
+        with self._lock:
+            self._aside = True
+            try:
+                yield
+            finally:
+                self._aside = False
+            if self._programs is not None:
+                self._settle()
 
     def run(
         self, executor: Executor, binding: Binding, arguments: Sequence[torch.Tensor], whole: bool
@@ -71,6 +90,8 @@ class Proof:
             If the two are not adjoint, now and at each later call.
         """
         with self._lock:
+            if self._aside:
+                return executor(arguments, binding)
             programs = self._programs
             if whole and programs is not None and self._serves(binding, arguments):
                 results, balance = self._tried(executor, binding, arguments)
@@ -91,7 +112,7 @@ class Proof:
         with self._lock:
             if self._error is not None:
                 raise self._error
-            if self._programs is None:
+            if self._programs is None or self._aside:
                 return
             pullback, pushforward = self._programs
             try:
@@ -113,6 +134,8 @@ class Proof:
             return False
         assert self._programs is not None
         # A method that was missing is not called: a program stands in its place.
+        if any(op.communicates for op in binding.ops):
+            return False  # nobody may have to run it a second time, which others would not
         called = {id(node_of(op)) for op in binding.ops}
         return all({id(node_of(op)) for op in _opaque(p)} <= called for p in self._programs)
 

@@ -7,10 +7,9 @@ nothing that is kept or owned by somebody else.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -24,16 +23,8 @@ from .._torch.modes import functions_as_they_are, functions_overridden, functorc
 from ..errors import LinearizeError
 from .binding import Binding, BoundProgram, unread_after
 from .mapped import call
+from .thresholds import LARGE_ENTRY, WRITE_OUT_AT, WRITE_OUT_SOON
 from .written import Bound, generate_bound
-
-#: From arguments and the numbers of a point to results.
-Compiled: TypeAlias = Callable[[Sequence[torch.Tensor], "Binding"], list[torch.Tensor | None]]
-
-#: At which run a program is written out as a function: one that is to be simplified before that,
-#: and others.
-WRITE_OUT_AT, WRITE_OUT_SOON = 3, 1
-#: From how many numbers in one value on arguments are not taken together on a CPU.
-LARGE_ENTRY = 1 << 16
 
 
 class _Slot:
@@ -52,6 +43,7 @@ class _Step:
 
     __slots__ = (
         "call",
+        "communicates",
         "expected",
         "free",
         "many",
@@ -94,6 +86,7 @@ class _Step:
         self.call = (args, kwargs)
         self.outs: list[int] = []
         self.opaque = isinstance(eq.op, Operation)
+        self.communicates = eq.communicates
         self.many = self.opaque or len(eq.outputs) != 1 or returns_several(eq.op)
         self.free: list[int] = []
         #: The places of residuals that later steps read, for user code.
@@ -114,7 +107,7 @@ class _Step:
     ) -> Any:
         """Run the operation with some values undefined; all undefined gives undefined."""
         template, _ = self.call
-        positional = all(map(_all_undefined, template, args))
+        positional = all(map(_all_undefined, template, args)) and not self.communicates
         if positional and all(_all_undefined(a, keywords[k]) for k, a in self.tail.items()):
             return (None,) * len(self.outs) if self.many else None
         if self.opaque:
@@ -142,6 +135,7 @@ class Executor:
     """
 
     __slots__ = (
+        "__weakref__",
         "_function",
         "_gains",
         "_inputs",
@@ -150,11 +144,9 @@ class Executor:
         "_steps",
         "_verified",
         "_write_out_at",
-        "compiled",
         "copies",
         "program",
         "runs",
-        "tried",
     )
 
     def __init__(self, program: Program, *, final: bool = True) -> None:
@@ -216,22 +208,14 @@ class Executor:
         self._function: Bound | None = None
         #: How often it ran.
         self.runs = 0
-        #: What runs in its place outside of transforms, once it was compiled.
-        self.compiled: Compiled | None = None
-        #: Whether that was tried.
-        self.tried = False
-
-    def fork(self) -> Executor:
-        """Return one that can be compiled without the other."""
-        made = copy.copy(self)
-        made.compiled, made.tried = None, False
-        return made
 
     @property
     def gains_by_stacks(self) -> bool:
         """Whether several arguments are taken together faster than one after the other."""
         if self._gains is None:
-            self._gains = not (_mostly_opaque(self.program) or _fills_caches(self.program))
+            program = self.program
+            slower = _mostly_opaque(program) or _fills_caches(program)
+            self._gains = program.communicates() or not slower  # all ranks do the same
         return self._gains
 
     def __call__(
@@ -264,8 +248,6 @@ class Executor:
             binding = Binding((), self.program.opaque())
         batching = functorch_active()
         if tape is None and not batching:
-            if self.compiled is not None:
-                return self.compiled(arguments, binding)
             if self._function is not None:
                 binding.check()
                 if not functions_overridden():

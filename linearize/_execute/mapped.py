@@ -24,8 +24,9 @@ from .._programs.program import Operation
 from .._spaces.compare import close
 from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
-from .._torch.modes import outside_transforms, transform_depth
+from .._torch.modes import batch_marker, batch_size, outside_transforms, transform_depth
 from .._torch.names import DispatchKey, OpOverload, aten, batched_or_wrapped
+from ..errors import UnsupportedError
 
 #: Along which dimension each tensor is stacked; None for one that all entries share.
 Dims: TypeAlias = Sequence[int | None]
@@ -52,6 +53,8 @@ def call(op: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) ->
             return _copied(op, args[0], **kwargs)
     given: list[Any] = []
     template = map_leaves(lambda x: _slot(x, given), (list(args), kwargs))
+    if isinstance(op, Operation) and op.communicates and batch_size() is not None:
+        return _Communicated.apply(op, template, batch_marker(), *given)  # type: ignore[no-untyped-call]
     if not any(batched_or_wrapped(t) for t in given):
         return op(*args, **kwargs)
     if isinstance(op, Operation) and op.takes_batches:
@@ -201,6 +204,32 @@ class _Batched(torch.autograd.Function):
             return torch.stack(outs), 0
         columns = [stack_results(column) for column in zip(*outs, strict=True)]
         return tuple(columns), tuple(None if t is None else 0 for t in columns)
+
+
+class _Communicated(torch.autograd.Function):
+    """A collective, once for all entries of a batch: so do all ranks, whatever is zero on one."""
+
+    @staticmethod
+    def forward(op: Any, template: Any, marker: Any, *tensors: Any) -> Any:
+        return tuple(apply_to(op, template, tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, op: Any, template: Any, marker: Any, *given: Any) -> Any:
+        count = info.batch_size
+        if any(map(batched_or_wrapped, given)):
+            raise UnsupportedError(
+                f"{op.name}: f communicates, and its products are mapped over two dimensions; "
+                "flatten these to one"
+            )
+        stacked = [
+            t.expand(count, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(given, in_dims[3:], strict=True)
+        ]
+        return tuple(apply_to(lambda *args: op.stacked(count, args), template, stacked)), 0
 
 
 def call_again(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from .._programs.origins import Literal, Origin, Saved, ordered
 from .._programs.program import Program
 from .._torch.modes import functions_as_they_are, functions_overridden
 from .quickest import quickest
+from .thresholds import WRITE_OUT_NUMBERS_AT
 from .writer import Writer
 
 
@@ -42,7 +43,7 @@ class Schedule:
     def __call__(self, read: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Compute the wanted tensors, given what is saved."""
         self._calls += 1
-        if self._calls == _WRITE_OUT_AT:
+        if self._calls == WRITE_OUT_NUMBERS_AT:
             self._run = self._written_out()
             try:
                 return self._run(read)
@@ -84,10 +85,6 @@ class Schedule:
                 lines.append(f" del {', '.join(names[x] for x in self._gone[o])}")
         lines.append(f" return [{', '.join(names[o] for o in self._wanted)}]")
         return w.function(lines, "origins")
-
-
-#: At which call a schedule is written out: most are followed once or not at all.
-_WRITE_OUT_AT = 3
 
 
 def _replaced(tree: Any, values: Mapping[Origin, Any]) -> Any:

@@ -44,7 +44,7 @@ def short_way(
         None if there is no such way.
     """
     run, program = executor.function, executor.program
-    if run is None or executor.compiled is not None or binding.ops or binding.makes_history:
+    if run is None or binding.ops or binding.makes_history:
         return None
     if len(program.inputs) != 1 or len(program.outputs) != 1 or program.outputs[0] is None:
         return None

@@ -11,13 +11,11 @@ import dataclasses
 
 import torch
 
+from .._execute.thresholds import BAND_SHARE
 from .._programs.program import Emitter
 from .._programs.values import Var
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
-
-#: The share of all diagonals that may hold numbers.
-SHARE = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,13 +41,13 @@ class Banded:
             return None
         rows, columns = torch.nonzero(matrix, as_tuple=True)
         offsets = sorted({0, *torch.unique((columns - rows) % n).tolist()})
-        if len(offsets) > SHARE * n:
+        if len(offsets) > BAND_SHARE * n:
             return None
         # The band begins after the widest gap between diagonals, seen as a circle.
         gaps = [b - a for a, b in zip(offsets, [*offsets[1:], offsets[0] + n], strict=True)]
         last = gaps.index(max(gaps))
         width = max(2, n - gaps[last] + 1)  # `transposed_times` needs two
-        if width > SHARE * n:
+        if width > BAND_SHARE * n:
             return None
         start = offsets[(last + 1) % len(offsets)]
         lower = (n - start) % n

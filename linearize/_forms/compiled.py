@@ -14,17 +14,19 @@ from typing import Any
 import torch
 
 from .._execute.binding import Binding
+from .._execute.executor import Executor
+from .._execute.thresholds import COMPILE_FROM, COMPILED_CALL
 from .._execute.written import Function
-from .._programs.program import Program
+from .._programs.aten import may_alias, schema_of
+from .._programs.price import machine
+from .._programs.program import Equation, Program
+from .._programs.values import Var
 from .._spaces.compare import close, rounding
+from .._torch.modes import functorch_active
+from .._torch.names import OpOverload
 from ..errors import LinearizeError, OptionError
+from .cuda_graphs import Replays, capture_on_cuda
 from .segments import Segments, Stretch
-from .timing import seconds
-
-#: Shorter stretches are left alone.
-SHORTEST = 2
-#: The share of the time of a stretch that its compiled form may take on the CPU.
-GAIN = 0.95
 
 _LOCK = threading.Lock()
 
@@ -106,10 +108,11 @@ def compiled(
     try:
         with _LOCK:
             for stretch in segments.stretches:
-                if _suits(stretch):
+                if _suits(stretch) and worth(stretch.program):
                     residuals = [binding.residuals[k].tensor for k in stretch.residuals]
                     inputs = [v.spec.random(generator) for v in stretch.inputs]
-                    gained += _compile(stretch, residuals, inputs, options)
+                    _compile(stretch, residuals, inputs, options)
+                    gained += 1
     except CompilationFailure as reason:
         failed(str(reason))
     return segments if gained or replayed(program, options) else None
@@ -124,9 +127,35 @@ def _suits(stretch: Stretch) -> bool:
     specs = [v.spec for eq in stretch.program.equations for v in eq.outputs if v is not None]
     specs += [v.spec for v in stretch.inputs]
     # Inductor has no complex numbers.
-    return len(stretch.program.equations) >= SHORTEST and not any(
+    return len(stretch.program.equations) >= COMPILE_FROM and not any(
         s.dtype.is_complex for s in specs
     )
+
+
+def worth(program: Program) -> bool:
+    """Whether a compiler saves more than a call of what it made costs, on paper.
+
+    Operations on entries that follow each other become one, and what goes from one to the next
+    is neither written nor read. On other devices than the CPU each launch saved counts.
+    """
+    device = next((v.spec.device for eq in program.equations for v in eq.outputs if v), None)
+    if device is None:
+        return False
+    if device.type != "cpu":
+        return True
+    m = machine(device)
+    launches = sum(not may_alias(eq.op) for eq in program.equations)
+    inner: set[Var] = {v for eq in program.equations if _fuses(eq) for v in eq.outputs if v}
+    read_elsewhere = {v for eq in program.equations if not _fuses(eq) for v in eq.inputs()}
+    inner -= read_elsewhere | set(program.outputs)
+    left = launches - len(inner)
+    saved = (launches - max(left, 1)) * m.launch
+    saved += sum(2 * m.moved(v.spec.nbytes) for v in inner)
+    return saved > COMPILED_CALL
+
+
+def _fuses(eq: Equation) -> bool:
+    return isinstance(eq.op, OpOverload) and not may_alias(eq.op) and schema_of(eq.op).pointwise
 
 
 def _compile(
@@ -134,8 +163,8 @@ def _compile(
     residuals: list[torch.Tensor],
     inputs: list[torch.Tensor],
     options: Options,
-) -> bool:
-    """Compile a stretch, and use that if it is quicker."""
+) -> None:
+    """Compile a stretch, and use that if it gives the same."""
     settings = {"dynamic": False, "fullgraph": True, **options.torch}
     eager = stretch.function
     quicker = _alone(torch.compile(eager, **settings))
@@ -149,13 +178,43 @@ def _compile(
         for a, b in zip(found, expected, strict=True):
             if not close(a, b, rounding):
                 raise CompilationFailure("what was compiled does not give the same")
-        device = inputs[0].device
-        if device.type == "cpu":
-            now = seconds(lambda: eager(residuals, inputs), device)
-            if seconds(lambda: quicker(residuals, inputs), device) > GAIN * now:
-                return False
     stretch.function = quicker
-    return True
+
+
+class Compiled:
+    """Runs a compiled program at one point, and as it was inside of transforms.
+
+    Parameters
+    ----------
+    segments
+        The program, compiled.
+    executor
+        What runs it as it was.
+    replays
+        Runs its stretches from CUDA graphs, None for not.
+    """
+
+    __slots__ = ("_executor", "_replays", "segments")
+
+    def __init__(self, segments: Segments, executor: Executor, replays: Replays | None) -> None:
+        self.segments, self._executor, self._replays = segments, executor, replays
+
+    @staticmethod
+    def at(
+        segments: Segments, executor: Executor, options: Options, device: torch.device
+    ) -> Compiled:
+        """Return what runs it with arguments on a device."""
+        replaying = replayed(executor.program, options)
+        replays = Replays(capture_on_cuda(device), device) if replaying else None
+        return Compiled(segments, executor, replays)
+
+    def __call__(
+        self, arguments: Sequence[torch.Tensor], binding: Binding
+    ) -> list[torch.Tensor | None]:
+        """Run the program."""
+        if functorch_active():
+            return self._executor(arguments, binding)
+        return self.segments(arguments, binding, self._replays)
 
 
 def _alone(function: Function) -> Function:

@@ -13,13 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
+from .._execute.thresholds import GRAPH_FROM, GRAPH_WARM_UP
 from .._execute.written import Function
 from .segments import Stretch
-
-#: Stretches of fewer operations are launched one by one: copies in and out take as long.
-SHORTEST = 5
-#: Runs before a graph is captured, in which libraries make what they need.
-WARM_UP = 2
 
 
 class Captured(Protocol):
@@ -74,7 +70,7 @@ def capture_on_cuda(device: torch.device) -> Capture:
             mine = torch.cuda.Stream()
             mine.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(mine):
-                for _ in range(WARM_UP):
+                for _ in range(GRAPH_WARM_UP):
                     function()
             torch.cuda.current_stream().wait_stream(mine)
             # Other threads may go on allocating while this one captures.
@@ -154,7 +150,7 @@ class Replays:
         equations = stretch.program.equations
         values = [v for eq in equations for v in (*eq.inputs(), *eq.outputs) if v is not None]
         # What is computed elsewhere would be computed once, at the capture.
-        if len(equations) < SHORTEST or any(v.spec.device != self._device for v in values):
+        if len(equations) < GRAPH_FROM or any(v.spec.device != self._device for v in values):
             return None
         try:
             return _Replayed(self._capture, stretch.function, residuals, inputs)

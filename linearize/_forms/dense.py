@@ -6,13 +6,14 @@ for, and then the matrix takes over, by a rule in numbers:
 1. The program calls no custom Function: those are promised one call for each product.
 2. All arguments and results are on one device, in float32 or float64 or their complex kin.
 3. The matrix takes no more than `dense_limit` bytes.
-4. `LEAST` products were asked for, and half as many as it takes to write the matrix out: rows
-   or columns, whichever are fewer. What was spent by then pays for the matrix.
-5. A product with a matrix of that size takes at most `GAIN` of the program's time, measured.
+4. `MATRIX_FROM` products were asked for, and half as many as it takes to write the matrix out:
+   rows or columns, whichever are fewer. What was spent by then pays for the matrix. Where the
+   matrix has won at a point of the same structure, as many as are as dear as writing it out.
+5. A product with a matrix of that size has at most `MATRIX_SHARE` of the program's price.
 6. It gives the same as the program, as precisely, for the vector at hand and a random one.
 
-Where a square matrix is zero but for a band of diagonals, the diagonals are kept if they are
-quicker.
+Where a square matrix is zero but for a band of diagonals, the diagonals are kept if a product
+with them has the lower price. Prices are those of `_programs.price`: nothing is measured.
 
 Complex numbers count as pairs of real ones, because a derivative need not be linear over the
 complex numbers.
@@ -20,16 +21,24 @@ complex numbers.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 import torch
 
 from .._execute.binding import BoundProgram
 from .._execute.executor import runner
+from .._execute.thresholds import (
+    MATRIX_AGAIN_FROM,
+    MATRIX_FROM,
+    MATRIX_PASS,
+    MATRIX_SHARE,
+    NEVER,
+)
 from .._programs.around_matrix import flat_real, matrix_program, reals, times
 from .._programs.numbers import Numbers
+from .._programs.price import matrix_price, price, price_of_many
 from .._programs.program import Emitter, Program
 from .._programs.values import Var
 from .._simplify.copies import merge_copies
@@ -37,19 +46,6 @@ from .._spaces.space import TensorSpec
 from .._transpose.transpose import transpose
 from ..errors import LinearizeError
 from .banded import Banded
-from .timing import seconds
-
-#: The fewest products after which a matrix is considered.
-LEAST = 32
-#: The share of a program's time that a product with its matrix may take.
-GAIN = 0.7
-#: Bytes that one pass of writing out a matrix may take.
-PASS = 1 << 26
-#: Bytes of a matrix that nothing reads in less than a second, to spare the measurement.
-_FASTEST = 1e13
-
-#: Runs a program.
-Run: TypeAlias = Callable[[Sequence[torch.Tensor]], object]
 
 _DTYPES = frozenset({torch.float32, torch.float64})
 
@@ -77,9 +73,10 @@ class Dense:
     def __init__(self, spec: TensorSpec, taken: Callable[[], None]) -> None:
         self.spec = spec
         self.count = 0
-        self.due = max(LEAST, min(spec.shape) // 2)
+        self.due = max(MATRIX_FROM, min(spec.shape) // 2)
         self.matrix: torch.Tensor | Banded | None = None
         self._taken: Callable[[], None] | None = taken
+        self._given: torch.Tensor | None = None
         self._refused = False
         self._lock = threading.Lock()
 
@@ -100,26 +97,39 @@ class Dense:
         )
         return Dense(spec, taken) if 0 < spec.nbytes <= limit else None
 
-    def program(self, program: BoundProgram, run: Run, *, forward: bool) -> BoundProgram | None:
+    def won(self, program: Program) -> None:
+        """Take note that the matrix won at another point, where this program was run."""
+        saved = price(program) - self._price
+        writing = price_of_many(program, min(self.spec.shape))
+        again = max(MATRIX_AGAIN_FROM, math.ceil(writing / saved)) if saved > 0 else NEVER
+        self.due = min(self.due, again)
+
+    def written(self, matrix: torch.Tensor) -> None:
+        """Take note that somebody wrote the matrix of the pushforward out at this point."""
+        with self._lock:
+            if self.matrix is None and TensorSpec.of(matrix) == self.spec:
+                self._given = matrix
+                self.due = 0
+
+    def program(self, program: BoundProgram, *, forward: bool) -> BoundProgram | None:
         """Return the product with the matrix as a program, None if it is not worth it.
 
         Parameters
         ----------
         program
             The program.
-        run
-            Runs it.
         forward
             Whether it is the pushforward.
         """
         with self._lock:
             if self.matrix is None and not self._refused:
                 self._refused = True
-                if self._pays(program, run, forward):
-                    matrix = self._written_out(program, forward)
-                    self.matrix = (
-                        None if matrix is None else self._narrowed(matrix, program, forward)
-                    )
+                if _is_strided(program) and self.pays(program.program):
+                    matrix = self._given
+                    if matrix is None:
+                        matrix = self._written_out(program, forward)
+                    self.matrix = None if matrix is None else _narrowed(matrix)
+                    self._given = None
         return None if self.matrix is None else _around(self.matrix, program, forward=forward)
 
     def taken(self) -> None:
@@ -129,14 +139,13 @@ class Dense:
                 self._taken()
                 self._taken = None
 
-    def _pays(self, program: BoundProgram, run: Run, forward: bool) -> bool:
-        arguments = random_arguments(program)
-        now = seconds(lambda: run(arguments), self.spec.device)
-        if self.spec.nbytes > _FASTEST * GAIN * now:
-            return False
-        stand_in = torch.ones(self.spec.shape, dtype=self.spec.dtype, device=self.spec.device)
-        dense = runner(_around(stand_in, program, forward=forward))
-        return seconds(lambda: dense(arguments), self.spec.device) <= GAIN * now
+    @property
+    def _price(self) -> float:
+        return matrix_price(self.spec)
+
+    def pays(self, program: Program) -> bool:
+        """Whether a product with the matrix is enough cheaper than a program."""
+        return self._price <= MATRIX_SHARE * price(program)
 
     def _written_out(self, program: BoundProgram, forward: bool) -> torch.Tensor | None:
         """Return the matrix of the pushforward, from the fewest unit vectors."""
@@ -148,20 +157,40 @@ class Dense:
         columns = _columns(program, self.spec)
         return columns.t() if forward else columns
 
-    def _narrowed(
-        self, matrix: torch.Tensor, program: BoundProgram, forward: bool
-    ) -> torch.Tensor | Banded:
-        """Return a matrix, or its diagonals if it is a band and they are quicker."""
-        banded = Banded.of(matrix)
-        if banded is None:
-            return matrix
-        arguments = random_arguments(program)
 
-        def taken(form: torch.Tensor | Banded) -> float:
-            run = runner(_around(form, program, forward=forward))
-            return seconds(lambda: run(arguments), self.spec.device)
+def _is_strided(program: BoundProgram) -> bool:
+    """Whether the price of a program says something: a sparse constant is not read in full."""
+    return all(r.tensor.layout is torch.strided for r in program.binding.residuals)
 
-        return banded if taken(banded) < taken(matrix) else matrix
+
+def _narrowed(matrix: torch.Tensor) -> torch.Tensor | Banded:
+    """Return the matrix of a pushforward, or its diagonals if it is a band and they cost less."""
+    banded = Banded.of(matrix)
+    if banded is None:
+        return matrix
+    band, whole = (
+        sum(price(_multiplied(form, forward=forward)) for forward in (True, False))
+        for form in (banded, matrix)
+    )
+    return banded if band < whole else matrix
+
+
+def _multiplied(matrix: torch.Tensor | Banded, *, forward: bool) -> Program:
+    """Return the product of a square matrix with a vector as a program."""
+    spec = matrix.spec if isinstance(matrix, Banded) else TensorSpec.of(matrix)
+    e, v = Emitter(), Var(TensorSpec(spec.shape[:1], spec.dtype, spec.device))
+    result = _multiply(matrix, forward=forward)[1](e, v)
+    return Program([v], e.equations, [result], [v.spec])
+
+
+def _multiply(
+    matrix: torch.Tensor | Banded, *, forward: bool
+) -> tuple[TensorSpec, Callable[[Emitter, Var], Var]]:
+    """Return the spec of a matrix or its transpose, and what writes down a product with it."""
+    if isinstance(matrix, Banded):
+        return matrix.spec, matrix.times if forward else matrix.transposed_times
+    turned = matrix if forward else matrix.t()
+    return TensorSpec.of(turned), times(turned)
 
 
 def _around(
@@ -171,12 +200,7 @@ def _around(
     columns = [v.spec for v in program.inputs]
     wanted = [True] * len(program.specs)
     name = f"matrix of {program.name}"
-    multiply: Callable[[Emitter, Var], Var]
-    if isinstance(matrix, Banded):
-        spec, multiply = matrix.spec, matrix.times if forward else matrix.transposed_times
-    else:
-        turned = matrix if forward else matrix.t()
-        spec, multiply = TensorSpec.of(turned), times(turned)
+    spec, multiply = _multiply(matrix, forward=forward)
     numbers = Numbers()
     made = matrix_program(spec, multiply, columns, program.specs, wanted, name, numbers)
     made = Program(made.inputs, made.equations, made.outputs, made.specs, program.name)
@@ -189,7 +213,7 @@ def _columns(program: BoundProgram, like: TensorSpec) -> torch.Tensor:
     count, length = sum(map(reals, ins)), sum(map(reals, outs))
     found = torch.empty((count, length), dtype=like.dtype, device=like.device)
     run = runner(program)
-    chunk = max(1, min(count, PASS // max(program.peak_bytes(), 1)))
+    chunk = max(1, min(count, MATRIX_PASS // max(program.peak_bytes(), 1)))
 
     def product(*parts: torch.Tensor) -> list[torch.Tensor]:
         results = run(parts)

@@ -2,7 +2,7 @@
 
 A `Plan` begins with the program as it was recorded, held against its transpose at the first
 product. As more products are asked for, better forms take over, each compared with the one
-before it: the simplified program, that one compiled, the matrix.
+before it: the simplified program, that one compiled, the matrix. `succession` says when.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,24 +20,20 @@ from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
 from .._execute.mapped import stack_results
 from .._execute.shortcut import Closable, short_way
+from .._execute.thresholds import MOST_STACKS, STACK_AT
 from .._programs.numbers import Pool
 from .._simplify.passes import simplify
-from .._spaces.compare import close, rounding
+from .._spaces.compare import all_close, close, rounding
 from .._torch.modes import functorch_active
 from ..errors import CompilationWarning
-from .compiled import Options, compiled, replayed
-from .cuda_graphs import Replays, capture_on_cuda
-from .dense import Dense, random_arguments
+from .compiled import Compiled, Options, compiled
+from .dense import random_arguments
 from .segments import Segments
 from .stacked import vectorized
+from .succession import Form, Succession, pays
 
-#: At which call a program is simplified: sooner would cost more than it saves.
-SIMPLIFY_AT = 3
-#: At which call of a new point a simplified program takes over whose numbers cost as much to
-#: compute as several products.
-COSTLY_AT = 8
-#: For how many sizes of stacks programs are kept.
-MOST_STACKS = 4
+#: What was compiled, by what runs it otherwise; None where that failed or does not pay.
+CompiledForms: TypeAlias = MutableMapping[Executor, Segments | None]
 
 
 class Plan:
@@ -47,20 +43,16 @@ class Plan:
     ----------
     executor, binding
         What is run.
-    settled
-        Whether nothing is to be simplified (any more).
+    succession
+        Decides when another form takes over.
     proof
         What is to be checked before the first result is handed out.
     whole
         Whether no argument is zero.
-    dense
-        What may become the map's matrix.
     forward
-        Whether that is the matrix itself, or its transpose.
-    compiling
-        How to compile, None for not at all.
-    hurry
-        Whether to do so as soon as possible.
+        Whether the map is a pushforward, else its matrix is a transpose.
+    forms
+        What was compiled for other points, and receives what is compiled for this one.
     counted
         Called when a program was compiled.
     better
@@ -77,36 +69,28 @@ class Plan:
         executor: Executor,
         binding: Binding,
         *,
-        settled: bool,
+        succession: Succession,
         proof: Proof | None = None,
         whole: bool = True,
-        dense: Dense | None = None,
         forward: bool = True,
-        compiling: Options | None = None,
-        hurry: bool = False,
+        forms: CompiledForms | None = None,
         counted: Callable[[], None] = lambda: None,
         better: Callable[[], tuple[Executor, Binding] | None] | None = None,
         taken: Callable[[BoundProgram], Executor | None] = lambda _: None,
         pool: Pool | None = None,
     ) -> None:
-        #: One reference, so that a change is seen as a whole.
-        self._running = executor, binding
-        self._settled = settled
+        #: What runs, what runs inside of transforms, and the numbers. One reference, so that a
+        #: change is seen as a whole.
+        self._running: tuple[Executor | Compiled, Executor, Binding] = executor, executor, binding
+        self._succession = succession
         self._proof = proof
         self._whole = whole
-        self._dense = dense
         self._forward = forward
-        self._compiling = compiling
+        self._forms: CompiledForms = {} if forms is None else forms
         self._counted = counted
-        self._hurry = hurry
         self._better = better
         self._taken = taken
         self._pool = pool
-        self._calls = 0
-        #: Whether there is nothing to do at a call but to run what is there.
-        self._quiet = False
-        #: Runs the stretches of a compiled program from CUDA graphs.
-        self._replays: Replays | None = None
         self._lock = threading.Lock()
         #: How often stacks of each size came, and what runs them.
         self._counts: Counter[int] = Counter()
@@ -114,58 +98,54 @@ class Plan:
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run the map."""
-        executor, binding = self._running
-        if self._quiet:
-            return executor(arguments, binding)
+        run, executor, binding = self._running
+        if self._succession.quiet:
+            return run(arguments, binding)
         if self._proof is not None:
             results = self._proof.run(executor, binding, arguments, self._whole)
-            self._proof = None
+            if self._proof.settled:
+                self._proof = None
             return results
-        if self._due(executor) and _undisturbed() and self._lock.acquire(blocking=False):
+        form = self._succession.due(executor.runs)
+        if form is not None and _undisturbed() and self._lock.acquire(blocking=False):
             try:
-                return self._advance(arguments)
+                return self._try(form, arguments)
             finally:
                 self._lock.release()
-        replays = self._replays
-        if replays is not None and not functorch_active():
-            segments = executor.compiled
-            if isinstance(segments, Segments):
-                return segments(arguments, binding, replays)
-        return executor(arguments, binding)
+        return run(arguments, binding)
 
     def short_way(self, lifetime: Closable, *, in_tuple: bool) -> Callable[[Any], Any] | None:
         """Return what runs a settled map of one tensor quickest, None if it is not one."""
-        executor, binding = self._running
-        if not self._quiet:
+        run, executor, binding = self._running
+        if run is not executor or not self.quiet:
             return None
         return short_way(executor, binding, lifetime, in_tuple=in_tuple)
 
     @property
     def quiet(self) -> bool:
         """Whether there is nothing to do at a call but to run what is there."""
-        return self._quiet
+        return self._succession.quiet
 
     def compile(self, options: Options) -> None:
         """Have the map compiled at one of the next calls."""
-        self._hurry = True
-        self._compiling = options
-        self._quiet = False  # last, see _due
-        executor, _ = self._running
-        executor.tried = executor.compiled is not None
+        _, executor, _ = self._running
+        if self._forms.get(executor) is None:
+            self._forms.pop(executor, None)  # tried anew
+        self._succession.compile(options)
 
     @property
     def makes_history(self) -> bool:
         """Whether autograd would record a call in grad mode."""
-        return self._running[1].makes_history or functorch_active()
+        return self._running[2].makes_history or functorch_active()
 
     @property
     def binding(self) -> Binding:
         """The numbers that are used."""
-        return self._running[1]
+        return self._running[2]
 
     def program(self) -> BoundProgram:
         """Return what is run, with its numbers."""
-        executor, binding = self._running
+        _, executor, binding = self._running
         return bound(executor.program, binding)
 
     # -- many arguments at once ---------------------------------------------------------
@@ -184,16 +164,17 @@ class Plan:
         if known is not None:
             executor, binding = known
             return executor(arguments, binding)
-        if not self._running[0].gains_by_stacks:
+        _, executor, _ = self._running
+        if not executor.gains_by_stacks:
             return self._looped(arguments)
         self._counts[count] += 1
-        if self._counts[count] < 2 or count in self._stacked or count < 2:
+        if self._counts[count] < STACK_AT or count in self._stacked or count < 2:
             return mapped()
-        if self._running[0].program.is_opaque():
+        if executor.program.is_opaque():
             return mapped()  # user code is not called to try something
-        if not self._settled and self._lock.acquire(blocking=False):
+        if not self._succession.settled and self._lock.acquire(blocking=False):
             try:
-                self._advance([t[0] for t in arguments])
+                self._try(Form.SIMPLIFIED, [t[0] for t in arguments])
             finally:
                 self._lock.release()
         expected = mapped()
@@ -228,7 +209,7 @@ class Plan:
             for a, b in zip(results, expected, strict=True)
         ):
             return None
-        binding.follow(self._running[1])
+        binding.follow(self.binding)
         return executor, binding
 
     def bindings(self) -> list[Binding]:
@@ -240,131 +221,135 @@ class Plan:
         return [bound(e.program, b) for e, b in self._all()]
 
     def _all(self) -> list[tuple[Executor, Binding]]:
-        return [self._running, *(known for known in self._stacked.values() if known is not None)]
+        stacks = [known for known in self._stacked.values() if known is not None]
+        return [self._running[1:], *stacks]
 
     # -- better forms -------------------------------------------------------------------
 
-    def _due(self, executor: Executor) -> bool:
-        dense = self._dense
-        if dense is not None:
-            dense.count += 1
-        if not self._settled:
-            self._calls += 1
-            late = executor.runs >= SIMPLIFY_AT - 1
-            return self._hurry or (late if self._better is None else self._calls >= COSTLY_AT)
-        if self._compiling is None and dense is None and self._replays is None:
-            self._quiet = True
-            # Another thread may have asked for a compiled form just now.
-            self._quiet = self._compiling is None
-        return self._compiling is not None or (dense is not None and dense.count >= dense.due)
-
-    def _advance(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Run as before, and try the next form, once."""
-        if not self._settled:
-            self._settled = True
-            better, self._better = self._better, None
-            if better is not None:
-                return self._taken_over(arguments, better)
+    def _try(self, form: Form, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Run as before, and try another form, once."""
+        if form is Form.SIMPLIFIED:
             return self._simplified(arguments)
-        compiling, self._compiling = self._compiling, None
-        if compiling is not None:
-            return self._compiled(arguments, compiling)
-        dense, self._dense = self._dense, None
-        if dense is not None:
-            return self._made_dense(arguments, dense)
-        executor, binding = self._running
-        return executor(arguments, binding)
+        return self._compiled(arguments) if form is Form.COMPILED else self._made_dense(arguments)
 
     def _simplified(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Take the simplified program if it gives the same, as precisely.
+        """Take the simplified program, a new one or one that another point left.
 
-        A sum of large terms that cancel may lose digits when a factor goes to each term.
+        It must save something and give the same, as precisely: a sum of large terms that cancel
+        may lose digits when a factor goes to each term.
         """
         tape: list[object] = []
-        executor, old = self._running
+        _, executor, old = self._running
+        if self._succession.settled:
+            return executor(arguments, old)
+        self._succession.simplifies()
         results = executor(arguments, old, tape)
+        better, self._better = self._better, None
+        if better is not None:
+            known = better()
+            if known is not None and self._gives(*known, arguments, tape, results):
+                self._run(*known)
+            return results
         before = bound(executor.program, old)
         with torch.inference_mode(False), torch.no_grad():
             after = before.made(simplify, pool=self._pool)
-        smaller = Executor(after.program)
-        if _same(smaller(arguments, after.binding, tape, replay=True), results):
+        worth = pays(before.program, after.program)
+        smaller = Executor(after.program) if worth else executor
+        if worth and self._gives(smaller, after.binding, arguments, tape, results):
             self._take(smaller, after)
+        else:
+            self._succession.learned.simplifies = False
         return results
 
-    def _taken_over(
+    def _gives(
         self,
+        executor: Executor,
+        binding: Binding,
         arguments: Sequence[torch.Tensor],
-        better: Callable[[], tuple[Executor, Binding] | None],
-    ) -> list[torch.Tensor | None]:
-        """Take the simplified program that another point left."""
-        tape: list[object] = []
-        executor, old = self._running
-        results = executor(arguments, old, tape)
-        known = better()
-        if known is not None:
-            smaller, binding = known
-            if _same(smaller(arguments, binding, tape, replay=True), results):
-                self._running = known
-                self._stacked = {}
-        return results
+        tape: list[Any],
+        expected: Sequence[torch.Tensor | None],
+    ) -> bool:
+        """Whether a program gives what another one gave; user code is not called again."""
+        return all_close(executor(arguments, binding, tape, replay=True), expected, rounding)
 
-    def _made_dense(
-        self, arguments: Sequence[torch.Tensor], dense: Dense
-    ) -> list[torch.Tensor | None]:
-        """Take the matrix if that is quicker and gives the same."""
-        executor, old = self._running
+    def _made_dense(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Take the matrix if that costs less and gives the same."""
+        _, executor, old = self._running
         results = executor(arguments, old)
+        dense = self._succession.writes_out()
+        if dense is None:
+            return results
         with torch.inference_mode(False), torch.no_grad():
             before = bound(executor.program, old)
-            after = dense.program(before, lambda a: executor(a, old), forward=self._forward)
+            after = dense.program(before, forward=self._forward)
+            self._succession.learned.matrix = False
             if after is None:
                 return results
             smaller, binding = Executor(after.program), after.binding
             probe = random_arguments(before)
-            if _same(smaller(probe, binding), executor(probe, old)) and _same(
-                smaller(arguments, binding), results
+            if all_close(smaller(probe, binding), executor(probe, old), rounding) and all_close(
+                smaller(arguments, binding), results, rounding
             ):
-                self._replays = None
+                self._succession.learned.matrix = True
                 self._take(smaller, after)
                 dense.taken()
         return results
 
     def _take(self, executor: Executor, after: BoundProgram) -> None:
         after.binding.follow(self.binding)
-        self._running = executor, after.binding
-        self._stacked = {}
+        self._run(executor, after.binding)
         shared = self._taken(after)
         if shared is not None:
-            self._running = shared, after.binding
+            self._run(shared, after.binding)
 
-    def _compiled(
-        self, arguments: Sequence[torch.Tensor], options: Options
-    ) -> list[torch.Tensor | None]:
+    def _run(self, executor: Executor, binding: Binding) -> None:
+        self._running = executor, executor, binding
+        self._stacked = {}
+
+    def _compiled(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Take the program compiled if that gives the same; one serves all points."""
-        executor, binding = self._running
+        _, executor, binding = self._running
         tape: list[object] = []
         results = executor(arguments, binding, tape)
-        if not executor.tried:
-            executor.tried = True
-            with torch.inference_mode(False), torch.no_grad():
-                segments = compiled(
-                    executor.program, executor.copies, binding, options, self._not_compiled
-                )
-                # User code is not called again.
-                ops: Any = [lambda *_, k=k: tape[k] for k in range(len(binding.ops))]
-                taped = Binding(binding.residuals, ops, binding.guards)
-                if segments is not None and not _same(segments(arguments, taped), results):
-                    self._not_compiled("what was compiled does not give the same")
-                elif segments is not None:
-                    executor.compiled = segments
-                    self._counted()
-        if executor.compiled is not None and replayed(executor.program, options):
-            device = arguments[0].device
-            self._replays = Replays(capture_on_cuda(device), device)
+        options = self._succession.compiles()
+        if options is None:
+            return results
+        if executor not in self._forms:
+            segments = self._forms[executor] = self._made_segments(
+                executor, binding, options, arguments, tape, results
+            )
+            if segments is not None:
+                self._counted()
+        segments = self._forms[executor]
+        if segments is not None:
+            run = Compiled.at(segments, executor, options, arguments[0].device)
+            self._running = run, executor, binding
         return results
 
+    def _made_segments(
+        self,
+        executor: Executor,
+        binding: Binding,
+        options: Options,
+        arguments: Sequence[torch.Tensor],
+        tape: list[Any],
+        expected: Sequence[torch.Tensor | None],
+    ) -> Segments | None:
+        """Return a program compiled, None if that does not pay or does not give the same."""
+        with torch.inference_mode(False), torch.no_grad():
+            segments = compiled(
+                executor.program, executor.copies, binding, options, self._not_compiled
+            )
+            # User code is not called again.
+            ops: Any = [lambda *_, k=k: tape[k] for k in range(len(binding.ops))]
+            taped = Binding(binding.residuals, ops, binding.guards)
+            if segments is None or all_close(segments(arguments, taped), expected, rounding):
+                return segments
+        self._not_compiled("what was compiled does not give the same")
+        return None
+
     def _not_compiled(self, reason: str) -> None:
-        executor, _ = self._running
+        _, executor, _ = self._running
         warnings.warn(
             f"{executor.program.name}: torch.compile failed, the program runs as it was: {reason}",
             CompilationWarning,
@@ -376,11 +361,3 @@ def _undisturbed() -> bool:
     """Whether nobody transforms or captures what is run now."""
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     return not (capturing or functorch_active())
-
-
-def _same(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> bool:
-    """Whether two results are the same within rounding."""
-    return all(
-        (x is None) == (y is None) and (x is None or y is None or close(x, y, rounding))
-        for x, y in zip(a, b, strict=True)
-    )

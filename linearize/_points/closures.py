@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
-import torch
-
-from .._spaces.space import Space
 from ..errors import StructureError
 from .product import Product
 from .programs import PULLBACK, PUSHFORWARD
-
-
-def _stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:
-    if len(flat) == 1 and flat[0] is not None:
-        return
-    sizes = {t.shape[0] for t in flat if t is not None}
-    if len(sizes) != 1:
-        raise StructureError(
-            f"batched: expected {space.word}s stacked along their first dimension, all of one "
-            f"length, got lengths {sorted(sizes)}"
-        )
 
 
 class JvpFn(Product):
@@ -53,6 +39,11 @@ class JvpFn(Product):
             result = short(tangents[0])
             if result is not None:
                 return result
+        if self._lifetime.ranks is not None:
+            return self._lifetime.ranks.led(self._called, lambda: self._called_with(tangents))
+        return self._called_with(tangents)
+
+    def _called_with(self, tangents: tuple[Any, ...]) -> Any:
         if self._lifetime.closed:
             self._check_open()
         flat = self._arguments.flatten(tangents)
@@ -87,10 +78,10 @@ class JvpFn(Product):
         Built-in operations are vectorised; custom Functions are called once per tangent inside
         the pass, or once for all if they set `generate_vmap_rule`.
         """
-        self._check_open()
-        flat = self._arguments.flatten(tangents, stacked=True)
-        _stack_sizes(self._arguments, flat)
-        return self._results.unflatten(self._batched(flat, chunk_size))
+        if self._lifetime.ranks is not None:
+            work = functools.partial(self._stacked, tangents, chunk_size)
+            return self._lifetime.ranks.led(f"{self._called}, batched", work)
+        return self._stacked(tangents, chunk_size)
 
 
 class VjpFn(Product):
@@ -122,6 +113,11 @@ class VjpFn(Product):
             result: tuple[Any, ...] | None = short(cotangent[0])
             if result is not None:
                 return result
+        if self._lifetime.ranks is not None:
+            return self._lifetime.ranks.led(self._called, lambda: self._called_with(cotangent))
+        return self._called_with(cotangent)
+
+    def _called_with(self, cotangent: tuple[Any, ...]) -> tuple[Any, ...]:
         if self._lifetime.closed:
             self._check_open()
         if len(cotangent) != 1:
@@ -157,7 +153,7 @@ class VjpFn(Product):
         StructureError, SpaceError
             If the cotangent does not fit.
         """
-        self._check_open()
-        flat = self._arguments.flatten(cotangent, stacked=True)
-        _stack_sizes(self._arguments, flat)
-        return self._results.unflatten(self._batched(flat, chunk_size))
+        if self._lifetime.ranks is not None:
+            work = functools.partial(self._stacked, cotangent, chunk_size)
+            return self._lifetime.ranks.led(f"{self._called}, batched", work)
+        return self._stacked(cotangent, chunk_size)

@@ -205,6 +205,8 @@ class _Written:
             known = write()
             if known.nbytes <= vjp_fn._policy.dense_limit and not known.requires_grad:
                 vjp_fn._matrices[self._what] = known
+                if self._what == "jacobian":
+                    vjp_fn._written(known)
                 vjp_fn._lifetime.changed()
         return known.clone()
 

@@ -1,4 +1,4 @@
-"""Whether a point is open."""
+"""Whether a point is open, and who runs it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from .ranks import Ranks
+
 
 class Lifetime:
     """Whether a point is open, and what to release when it closes."""
 
     def __init__(self, notify: Callable[[bool], None] | None) -> None:
         self.closed = False
+        #: Who runs its products together; None if f does not communicate.
+        self.ranks: Ranks | None = None
         self._notify = notify
         self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()

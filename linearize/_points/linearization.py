@@ -23,7 +23,7 @@ from .._reuse.shared import Structures
 from .._simplify.passes import explain, simplify
 from .._text.tables import code, framed
 from .._torch.names import pytree
-from ..errors import ClosedError, CopyError
+from ..errors import ClosedError, CopyError, UnsupportedError
 from .closures import JvpFn, VjpFn
 from .first_use import check_adjoint, check_before_use, check_statistics
 from .jacobian import Jacobian
@@ -128,8 +128,15 @@ class Linearization:
         policy: Policy | None = None,
         notify: Callable[[bool], None] | None = None,
         structures: Structures | None = None,
+        *,
+        alone: bool = True,
     ) -> None:
         policy = policy or Policy()
+        if alone and captured.records.communicates():
+            raise UnsupportedError(
+                "f communicates with other ranks, which this function does not take part in: use "
+                "Linearizer(f).at(...) and its products"
+            )
         self._name, self._traced = captured.name, captured.trace is not None
         self._simplifies = policy.simplify
         structures = structures or Structures(policy.shared)
@@ -357,6 +364,15 @@ class Linearization:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _check_whole(self, what: str) -> None:
+        """Raise if the vectors are parts, which what is called by name does not know of."""
+        if self.in_space.group is not None:
+            raise UnsupportedError(
+                f"{what}: f communicates, so that each rank has parts of the vectors only, which "
+                "this does not support; use the products, linearize.distributed.dot and norm, or "
+                "linearize.scipy.aslinearoperator"
+            )
 
     def _map(self) -> str:
         return f"{self.in_space} -> {self.out_space}"

@@ -14,6 +14,7 @@ import torch
 from cachetools.keys import hashkey
 
 from .._capture.capture import capture
+from .._capture.contexts import ContextRecords
 from .._capture.reach import Reach
 from .._capture.state import State
 from .._forms.compiled import Options
@@ -25,6 +26,7 @@ from .linearization import Linearization
 from .memo import Memo, Repeats, Stats, content_key
 from .policy import Policy
 from .programs import tidy
+from .ranks import group_of_records, run_of_f
 
 __all__ = ["Linearizer"]
 
@@ -285,7 +287,8 @@ class Linearizer:
         point, reads = self._linearize(args, kwargs, argnums, watch=asked is not None)
         for group in (self._open, *self._scopes):
             group.add(point._lifetime)
-        if asked is not None:
+        # Another rank may have forgotten what this one remembers, and would run f alone.
+        if asked is not None and point.in_space.group is None:
             stamps = [*asked.stamps, *reads, *asked.state.stamps()]
             self._memo.put(asked.key, asked.structure, asked.state, point, asked.owners, stamps)
         return point
@@ -294,6 +297,14 @@ class Linearizer:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int], watch: bool
     ) -> tuple[Linearization, Any]:
         def once() -> tuple[Linearization, Any]:
+            records = ContextRecords()
+            held = self._policy.check != "never"
+            (point, reads), ranks = run_of_f(records, lambda: run(records), held=held)
+            point._lifetime.ranks = ranks
+            point.in_space.group = point.out_space.group = group_of_records(records)
+            return point, reads
+
+        def run(records: ContextRecords) -> tuple[Linearization, Any]:
             captured = capture(
                 self.f,
                 args,
@@ -303,8 +314,10 @@ class Linearizer:
                 watch=watch,
                 copy=self._by_value,
                 trace=self._trace,
+                records=records,
             )
-            point = Linearization(captured, self._policy, self._notifier(), self._structures)
+            notify = self._notifier()
+            point = Linearization(captured, self._policy, notify, self._structures, alone=False)
             # Buffers that move without a count of changes are told by their numbers.
             numbers = [(weakref.ref(t), content_key(t)) for t in captured.moving]
             return point, [*captured.reads, *numbers]

@@ -16,6 +16,7 @@ from .._execute.executor import Executor
 from .._forms.compiled import Options
 from .._forms.dense import Dense
 from .._forms.plan import Plan
+from .._forms.succession import Learned, Left, Succession
 from .._programs.numbers import Pool
 from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
@@ -24,7 +25,7 @@ from .._spaces.space import Space
 from .._torch.modes import functorch_active, outside_transforms, set_grad_mode
 from .._transpose.missing import resolve
 from .._transpose.transpose import transpose
-from ..errors import ClosedError, CopyError
+from ..errors import ClosedError, CopyError, StructureError, UnsupportedError
 from .lifetime import Lifetime
 from .policy import Policy
 from .programs import PULLBACK, PUSHFORWARD, PointPrograms, tidy
@@ -60,7 +61,7 @@ class Product:
         self._make: Callable[[], BoundProgram] | None = make
         self._source = source
         #: What is known of the numbers of the point.
-        self._pool = pool or (Pool() if source is None else source.pool)
+        self._pool = pool if pool is not None else Pool() if source is None else source.pool
         #: What it is called among the programs that points of one structure share.
         self._direction = joined or self._direction
         self._arguments = arguments
@@ -149,10 +150,10 @@ class Product:
             return None
         template, binding = known
         simplify = self._policy.simplify
-        waits = (
-            simplify and not template.simplified and source.has_better(self._direction, present)
-        )
-        if all(present) and not waits:
+        left = source.better(self._direction, present) if simplify else None
+        if template.simplified:
+            left = None
+        if all(present) and left is None:
             source.served(self._direction)
 
         direction = self._direction  # a reference to the product itself would make a cycle
@@ -168,8 +169,9 @@ class Product:
             present,
             template.executor,
             binding,
-            settled=template.simplified or not simplify,
-            better=better if waits else None,
+            simplify=simplify and not template.simplified,
+            left=left,
+            better=None if left is None else better,
         )
 
     def _own_plan(self, present: tuple[bool, ...]) -> Plan:
@@ -184,12 +186,19 @@ class Product:
             present,
             Executor(program, final=False) if template is None else template.executor,
             Binding.of(program, numbers),
-            settled=not self._policy.simplify,
+            simplify=self._policy.simplify,
             proof=self._proof(),
         )
 
     def _made_plan(
-        self, present: tuple[bool, ...], executor: Executor, binding: Binding, **more: Any
+        self,
+        present: tuple[bool, ...],
+        executor: Executor,
+        binding: Binding,
+        *,
+        simplify: bool,
+        left: Left | None = None,
+        **more: Any,
     ) -> Plan:
         me = weakref.ref(self)  # a reference to the product itself would make a cycle
 
@@ -197,31 +206,59 @@ class Product:
             product = me()
             return None if product is None else product._take_note(program, present)
 
+        source = self._source
+        learned = Learned() if source is None else source.learned(self._direction, present)
+        succession = Succession(
+            simplify=simplify,
+            left=left,
+            now=executor.program,
+            dense=self._dense(executor.program, present, learned),
+            compiling=self._compiling,
+            soon=self._hurry,
+            learned=learned,
+        )
         return Plan(
             executor,
             binding,
+            succession=succession,
             whole=all(present),
-            dense=self._dense(executor.program, present),
             forward=self._direction != PULLBACK,
-            compiling=self._compiling,
-            hurry=self._hurry,
-            counted=_nothing if self._source is None else self._source.count_compiled,
+            forms=None if source is None else source.forms,
+            counted=_nothing if source is None else source.count_compiled,
             taken=taken,
             pool=self._pool,
             **more,
         )
 
-    def _dense(self, program: Program, present: tuple[bool, ...]) -> Dense | None:
+    def _dense(
+        self, program: Program, present: tuple[bool, ...], learned: Learned
+    ) -> Dense | None:
         """Return what may become the matrix of a program."""
         policy, source = self._policy, self._source
         if not (policy.simplify and policy.dense_limit and all(present)):
             return None
+        if learned.matrix is False:
+            return None
         if any(isinstance(eq.op, Operation) and eq.op.of_point for eq in program.equations):
             return None  # custom Functions are promised one call for each product
         if source is not None and self._direction in (PUSHFORWARD, PULLBACK):
-            return source.dense(policy.dense_limit)
-        sides = self._arguments.tensors, self._results.tensors
-        return Dense.of(*sides, policy.dense_limit, lambda: None)
+            dense = source.dense(policy.dense_limit)
+        else:
+            sides = self._arguments.tensors, self._results.tensors
+            dense = Dense.of(*sides, policy.dense_limit, lambda: None)
+        if dense is not None and learned.matrix:
+            dense.won(program)
+        return dense
+
+    def _written(self, matrix: torch.Tensor) -> None:
+        """Let products use the matrix of the pushforward, if that is cheaper."""
+        policy, source = self._policy, self._source
+        real = not any(
+            s.dtype.is_complex for s in (*self._arguments.tensors, *self._results.tensors)
+        )
+        dense = source.dense(policy.dense_limit) if source is not None and real else None
+        if dense is not None:
+            dense.written(matrix)
 
     def _proof(self) -> Proof | None:
         """Return what is to be checked before the first product is handed out."""
@@ -281,8 +318,20 @@ class Product:
         if len(given) < len(tensors):
             present = tuple([t is not None for t in tensors])
         if transformed or not len(given[0]):
+            self._check_untransformed(transformed)
             pieces_of = chunk_size if len(given[0]) else None
             return list(torch.vmap(self._one(present), chunk_size=pieces_of)(*given))
+        ranks = self._lifetime.ranks
+        if ranks is not None and not ranks.inside:
+            count = len(given[0])
+            step = chunk_size or count
+            sizes = [min(step, count - i) for i in range(0, count, step)]
+            return ranks.run(
+                f"{self._called} of {sizes} vectors at once",
+                lambda: self._prepared(present),
+                lambda: self._batched(tensors, chunk_size),
+                sizes,
+            )
         if self._lifetime.closed:
             self._check_open()
         if self._first is not None:
@@ -293,6 +342,34 @@ class Product:
         pieces = zip(*(t.split(chunk_size) for t in given), strict=True)
         chunks = [self._stack(plan, present, parts) for parts in pieces]
         return [torch.cat(c) for c in zip(*chunks, strict=True)]
+
+    @property
+    def _called(self) -> str:
+        """The product's name among the ranks'."""
+        return self._direction or self._name
+
+    def _prepared(self, present: tuple[bool, ...]) -> Plan:
+        """Do all that can fail before a product is run."""
+        self._check_open()
+        if self._first is not None:
+            self._first()
+        plan = self._plans.get(present) or self._plan(present)
+        plan.binding.check()
+        return plan
+
+    def _check_untransformed(self, transformed: bool) -> None:
+        if transformed and self._lifetime.ranks is not None:
+            raise UnsupportedError(
+                f"{self._called}: f communicates, and its products cannot be mapped inside of "
+                "other transforms; stack the vectors and call batched() outside of them"
+            )
+
+    def _stacked(self, tree: Any, chunk_size: int | None) -> Any:
+        """Apply the map to a tree of stacks."""
+        self._check_open()
+        flat = self._arguments.flatten(tree, stacked=True)
+        stack_sizes(self._arguments, flat)
+        return self._results.unflatten(self._batched(flat, chunk_size))
 
     def _one(self, present: tuple[bool, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:
         """Return the map as a function of the tensors that are there."""
@@ -340,6 +417,11 @@ class Product:
                 given = [t for t in tensors if t is not None]
             elif grad and t.requires_grad:
                 return list(_DifferentiableProduct.apply(self, *tensors))  # type: ignore[no-untyped-call]
+        ranks = self._lifetime.ranks
+        if ranks is not None and not ranks.inside:
+            return ranks.run(
+                self._called, lambda: self._prepared(present), lambda: self._apply(tensors)
+            )
         if self._lifetime.closed:
             self._check_open()
         if self._first is not None:
@@ -370,7 +452,12 @@ class Product:
         lifetime = self._lifetime
         with self._lock:
             self._shortened = True
-            fits = self._takes_one_tensor and (self._results.is_single or self._results.is_row)
+            alone = lifetime.ranks is None
+            fits = (
+                alone
+                and self._takes_one_tensor
+                and (self._results.is_single or self._results.is_row)
+            )
             if fits and not lifetime.closed and self._first is None:
                 self._short = plan.short_way(lifetime, in_tuple=self._results.is_row)
 
@@ -444,6 +531,17 @@ class Product:
         for plan in plans:
             for binding in plan.bindings():
                 yield from binding.kept()
+
+
+def stack_sizes(space: Space, flat: Sequence[torch.Tensor | None]) -> None:
+    if len(flat) == 1 and flat[0] is not None:
+        return
+    sizes = {t.shape[0] for t in flat if t is not None}
+    if len(sizes) != 1:
+        raise StructureError(
+            f"batched: expected {space.word}s stacked along their first dimension, all of one "
+            f"length, got lengths {sorted(sizes)}"
+        )
 
 
 class _DifferentiableProduct(torch.autograd.Function):

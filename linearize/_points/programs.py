@@ -16,13 +16,15 @@ from typing import Any
 import torch
 
 from .._capture.capture import Capture
-from .._capture.custom import CustomNode
+from .._capture.collectives import OpaqueNode
 from .._capture.graph import Graph
 from .._capture.signature import signature
 from .._check.proof import Proof
 from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
 from .._forms.dense import Dense
+from .._forms.plan import CompiledForms
+from .._forms.succession import Learned, Left
 from .._programs.guards import watched
 from .._programs.numbers import Numbers, Pool
 from .._programs.origins import Origin, Saved
@@ -226,7 +228,7 @@ class PointPrograms:
             if self._structure is None or (direction == PUSHFORWARD and self._owes_proof()):
                 return None
             templates = self._structure.templates((direction, present))
-            for template in templates if costly else sorted(templates, key=lambda t: t.costly):
+            for template in templates if costly else sorted(templates, key=lambda t: t.cost):
                 if template.simplified and not simplified:
                     continue
                 binding = template.bind(self._saved, self._custom, self._known)
@@ -296,13 +298,22 @@ class PointPrograms:
             "call records this point anew; please report this"
         )
 
-    def has_better(self, direction: str, present: tuple[bool, ...]) -> bool:
-        """Whether another point left a simplified program whose numbers cost much."""
+    def better(self, direction: str, present: tuple[bool, ...]) -> Left | None:
+        """Return what simplified program another point left whose numbers cost much."""
         with self.lock:
             known = self._structure
-            return known is not None and any(
-                t.simplified and t.costly for t in known.templates((direction, present))
-            )
+            if known is None:
+                return None
+            for t in known.templates((direction, present)):
+                if t.simplified and t.cost:
+                    return Left(t.program, t.cost)
+            return None
+
+    def learned(self, direction: str, present: tuple[bool, ...]) -> Learned:
+        """Return what points of this structure have found out about a map."""
+        with self.lock:
+            known = self._structure
+            return Learned() if known is None else known.learned((direction, present))
 
     def offer(
         self, direction: str, present: tuple[bool, ...], program: Program, *, simplified: bool
@@ -322,6 +333,11 @@ class PointPrograms:
                 outs, ins = self._specs
                 self._dense = Dense.of(ins, outs, limit, self._structures.count_dense)
             return self._dense
+
+    @property
+    def forms(self) -> CompiledForms:
+        """What was compiled for points of the same `Linearizer`."""
+        return self._structures.forms
 
     def count_compiled(self) -> None:
         """Take note that a program was compiled."""
@@ -385,7 +401,7 @@ class PointPrograms:
             self._read[origin.place] = known
         return known
 
-    def _custom(self, place: int) -> CustomNode:
+    def _custom(self, place: int) -> OpaqueNode:
         assert self._graph is not None
         return self._graph.custom[self._graph.order[place]]
 

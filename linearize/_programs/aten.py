@@ -186,3 +186,19 @@ UNTAGGED_POINTWISE = frozenset(
     "threshold_backward hardsigmoid_backward hardswish_backward mish_backward "
     "leaky_relu_backward elu_backward logit_backward".split()
 )
+
+#: Pointwise, multiplying each entry of the argument by a number; other operations that are
+#: pointwise may choose between the entry and zero, which is not the same for infinite entries.
+MULTIPLYING = frozenset(
+    "neg mul div alias detach clone _to_copy tanh_backward sigmoid_backward gelu_backward "
+    "silu_backward mish_backward elu_backward leaky_relu_backward softplus_backward "
+    "log_sigmoid_backward native_dropout_backward".split()
+)
+
+
+def chooses(op: OpOverload) -> bool:
+    """Whether an operation is pointwise and may choose between an entry and zero."""
+    schema = schema_of(op)
+    return (schema.pointwise or schema.name in UNTAGGED_POINTWISE) and (
+        schema.name not in MULTIPLYING
+    )

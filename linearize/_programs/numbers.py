@@ -24,30 +24,14 @@ from .values import Constant, frozen
 _DEEPEST = 64
 
 
-class Pool:
+class Pool(weakref.WeakValueDictionary[Any, Any]):
     """What was computed for one point, as long as some program keeps it.
 
     The two directions compute constants, each when it needs them. What one has computed and
-    still keeps need not be computed and kept by the other too.
-
-    Attributes
-    ----------
-    made
-        By operation and arguments, the constant that it made.
-    residuals
-        Where the numbers of such a constant are.
-    alike
-        What is looked up in other ways.
+    still keeps need not be computed and kept by the other too. By operation and arguments there
+    are the constants that were made, by constants their residuals, by other keys what passes
+    look for in other ways. A key keeps the arguments alive.
     """
-
-    __slots__ = ("__weakref__", "alike", "made", "residuals")
-
-    def __init__(self) -> None:
-        #: A key keeps the arguments alive.
-        self.made: weakref.WeakValueDictionary[Any, Constant] = weakref.WeakValueDictionary()
-        self.residuals: weakref.WeakValueDictionary[Constant, Residual]
-        self.residuals = weakref.WeakValueDictionary()
-        self.alike: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
 
 class Numbers:
@@ -84,7 +68,7 @@ class Numbers:
 
     def found(self, c: Constant) -> bool:
         """Whether somebody still keeps the tensor of a constant, unchanged; it is here then."""
-        known = self._held.get(c) or self.pool.residuals.get(c)
+        known: Residual | None = self._held.get(c) or self.pool.get(c)
         if known is None or known.changed():
             return False
         self._held[c] = known
@@ -133,7 +117,7 @@ class Numbers:
         used = [x for x in leaves((args, kwargs)) if isinstance(x, Constant)]
         label = joined(source, [x.source for x in used])
         key = label, frozen(op, args, kwargs)
-        made = self.pool.made.get(key)
+        made: Constant | None = self.pool.get(key)
         if made is not None and self.found(made):
             return made
         tensor = op(*self.filled(args), **self.filled(kwargs))
@@ -143,8 +127,8 @@ class Numbers:
             depth = 1 + max([x.depth for x in used], default=0)
             if depth <= _DEEPEST:
                 made.depth = depth
-                self.pool.made[key] = made
-        self._held[made] = self.pool.residuals[made] = Residual(tensor, label)
+                self.pool[key] = made
+        self._held[made] = self.pool[made] = Residual(tensor, label)
         return made
 
     def viewed(self, view: Callable[..., Any], c: Constant, *args: Any) -> Constant:

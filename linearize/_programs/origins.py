@@ -65,9 +65,16 @@ class Here(Origin):
 
 
 class Costly:
-    """Marks an operation that costs as much as several products."""
+    """An operation that costs as much as several products.
 
-    __slots__ = ()
+    Attributes
+    ----------
+    cost
+        Its price, see `price`.
+    """
+
+    __slots__ = ("cost",)
+    cost: float
 
 
 class Saved(Origin):

@@ -35,6 +35,8 @@ class Operation:
     of_point: bool = True
     #: Whether its author says that it can be called inside `torch.vmap`.
     takes_batches: bool = False
+    #: Whether other ranks wait for it: it is called in every product, whatever its arguments.
+    communicates: bool = False
     #: What a user may want to know of it.
     note: str = ""
 
@@ -84,6 +86,11 @@ class Equation:
     def name(self) -> str:
         """Printable name of the operation."""
         return op_name(self.op)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether other ranks wait for it."""
+        return isinstance(self.op, Operation) and self.op.communicates
 
     @property
     def kind(self) -> str:
@@ -219,7 +226,7 @@ class Program:
         needed = {v for v in self.outputs if v is not None}
         kept: list[Equation] = []
         for eq in reversed(self.equations):
-            if not needed.isdisjoint(eq.outputs):
+            if not needed.isdisjoint(eq.outputs) or eq.communicates:
                 kept.append(eq)
                 needed.update(eq.inputs())
         return self.with_equations(kept[::-1])
@@ -248,7 +255,7 @@ class Program:
 
         for eq in self.equations:
             absent = [v in zero for v in eq.inputs()]
-            if absent and all(absent):
+            if absent and all(absent) and not eq.communicates:
                 zero.update(v for v in eq.outputs if v is not None)
                 continue
             if not any(absent):
@@ -292,6 +299,10 @@ class Program:
     def is_opaque(self) -> bool:
         """Whether user code is called."""
         return any(isinstance(eq.op, Operation) for eq in self.equations)
+
+    def communicates(self) -> bool:
+        """Whether other ranks wait for something in it."""
+        return any(eq.communicates for eq in self.equations)
 
     @property
     def constants(self) -> tuple[Constant, ...]:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd.graph import GradientEdge
 
+from .._capture.custom import CustomNode
 from .._capture.graph import Edge, Graph
 from .._programs.program import Operation
 from .._spaces.space import TensorSpec, tensor_spec
@@ -94,7 +95,8 @@ class Stretch:
         self._leaves = set(graph.leaves)
         self._places = graph.places
         self.nodes, self.entries = tuple(nodes), tuple(entries)
-        self._custom = {n: graph.custom[n] for n in nodes if n in graph.custom}
+        found = ((n, graph.custom.get(n)) for n in nodes)
+        self._custom = {n: c for n, c in found if isinstance(c, CustomNode)}
         #: Custom Functions that know what stands for outputs without a gradient.
         self._ready: set[Node] = set()
         within = set(nodes)

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from cachetools.keys import hashkey
 
-from .._capture.custom import CustomBackward, CustomNode
+from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
+from .._capture.custom import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
 from .._execute.binding import BoundProgram
@@ -158,8 +159,8 @@ class _Walk:
         for node in nodes:
             if node in targets:
                 continue
-            received = self.pending.pop(node, None)
-            if received:
+            received = self.pending.pop(node, {})
+            if received or isinstance(self.graph.custom.get(node), CollectiveNode):
                 self.visit(node, received)
 
     def deliver(self, edge: Edge, grad: Gradient) -> None:
@@ -442,13 +443,18 @@ class _Walk:
             raise SpreadError([*stretch.nodes, *sparse])
         self.place(NodeBackward(stretch, reason), stretch.exits, stretch.gives(), grads)
 
-    def custom(self, custom: CustomNode, node: Node, received: dict[int, Gradient]) -> None:
-        """Write down a custom Function's node as one operation."""
+    def custom(self, custom: OpaqueNode, node: Node, received: dict[int, Gradient]) -> None:
+        """Write down the node of a custom Function, or of a collective, as one operation."""
         custom.know_outputs(received.keys())
         self.guarded(node, custom.unpack)  # together with what the nodes around it saved
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         grads = [received.get(i) for i in range(len(custom.outputs))]
-        self.place(CustomBackward(custom), edges, custom.inputs, grads)
+        op: Operation
+        if isinstance(custom, CollectiveNode):
+            op = Collective(custom, back=True)
+        else:
+            op = CustomBackward(custom)
+        self.place(op, edges, custom.inputs, grads)
 
     def place(
         self,
@@ -550,21 +556,25 @@ def record_pullback(
     inputs = [Var(spec) for spec in out_specs]
 
     def attempt(lazy: bool, cut: Cut | None) -> tuple[_Walk, list[Gradient | None]]:
-        generator = torch.Generator().manual_seed(seed)
-        emitter = Emitter(numbers=numbers)
-        walk = _Walk(graph, emitter, generator, remembered=remembered, lazy=lazy, cut=cut)
-        walk.inputs = set(inputs)
-        walk.recorder.constants.given(known)
-        try:
-            return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
-        except UnsupportedError:
-            if not walk.invented:
-                raise
-        # A formula may refuse gradients that cannot come about: singular vectors have phases
-        # that nothing may depend on.
-        return attempt(False, cut)
+        # Not by calling itself: that would be a cycle, which keeps the graph.
+        while True:
+            generator = torch.Generator().manual_seed(seed)
+            emitter = Emitter(numbers=numbers)
+            walk = _Walk(graph, emitter, generator, remembered=remembered, lazy=lazy, cut=cut)
+            walk.inputs = set(inputs)
+            walk.recorder.constants.given(known)
+            try:
+                return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
+            except UnsupportedError:
+                if not walk.invented:
+                    raise
+            # A formula may refuse gradients that cannot come about: singular vectors have
+            # phases that nothing may depend on.
+            lazy = False
 
-    walk, arrived = _with_help(graph, lambda cut: attempt(remembered, cut), remembered)
+    # Parts that are left to PyTorch would bring collectives into another order.
+    helped = remembered and not graph.communicates
+    walk, arrived = _with_help(graph, lambda cut: attempt(remembered, cut), helped)
     emitter = walk.emitter
     outputs = [None if g is None else g.var for g in arrived]
     program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()

@@ -8,12 +8,15 @@ whichever function they come from.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+import weakref
+from collections.abc import Hashable, MutableMapping
 from typing import Any
 
 import cachetools
 from cachetools.keys import hashkey
 
+from .._execute.executor import Executor
+from .._forms.segments import Segments
 from .structure import Structure
 
 
@@ -34,7 +37,7 @@ class Shared:
         self._known = cachetools.LRUCache(most, getsizeof=lambda s: max(1, s.size))
 
     def find(self, policy: Hashable, signature: tuple[Any, ...]) -> Structure | None:
-        """Return a structure as somebody else left it; it is the caller's own from now on.
+        """Return a structure that somebody else met; what is found out about it serves all.
 
         Parameters
         ----------
@@ -46,15 +49,9 @@ class Shared:
         try:
             key = hashkey(policy, signature)
             with self._lock:
-                known = self._known.get(key)
+                return self._known.get(key)
         except TypeError:  # it has a part without a hash
             return None
-        if known is None:
-            return None
-        own = known.fork()
-        with self._lock:
-            self._known[key] = own  # it may come to better programs
-        return own
 
     def keep(self, policy: Hashable, structure: Structure) -> None:
         """Remember a structure."""
@@ -97,6 +94,8 @@ class Structures:
         How many matrices took the place of programs.
     compiled
         How many programs were compiled.
+    forms
+        What came of it, by what runs them otherwise: who did not ask for it does not run it.
     """
 
     #: How many are kept; each is a few kilobytes per operation.
@@ -110,6 +109,7 @@ class Structures:
         self.reused = 0
         self.dense = 0
         self.compiled = 0
+        self.forms: MutableMapping[Executor, Segments | None] = weakref.WeakKeyDictionary()
 
     def find(self, of: tuple[Any, ...], *, shared: bool = False) -> Structure | None:
         """Return the structure with a signature; if `shared`, also what others left."""

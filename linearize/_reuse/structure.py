@@ -7,10 +7,10 @@ their linear programs as `Template`s, into which the numbers of each point are b
 
 from __future__ import annotations
 
-import copy
 import threading
 from typing import Any, TypeAlias
 
+from .._forms.succession import Learned
 from .template import Template
 
 #: A direction, and which arguments are not zero.
@@ -31,6 +31,7 @@ class Structure:
         self.signature = of
         self._lock = threading.Lock()
         self._templates: dict[Key, list[Template]] = {}
+        self._learned: dict[Key, Learned] = {}
         try:
             self._hash: int | None = hash(of)
         except TypeError:
@@ -41,14 +42,6 @@ class Structure:
     def size(self) -> int:
         """How many nodes the graph has."""
         return len(self.signature[0])
-
-    def fork(self) -> Structure:
-        """Return one of the same programs that goes its own way."""
-        made = copy.copy(self)
-        made._lock = threading.Lock()
-        with self._lock:
-            made._templates = {k: [t.fork() for t in ts] for k, ts in self._templates.items()}
-        return made
 
     @property
     def proved(self) -> bool:
@@ -76,3 +69,8 @@ class Structure:
         """Return the templates of a map, the best first."""
         with self._lock:
             return list(self._templates.get(key, ()))
+
+    def learned(self, key: Key) -> Learned:
+        """Return what points have found out about a map, and may add to."""
+        with self._lock:
+            return self._learned.setdefault(key, Learned())

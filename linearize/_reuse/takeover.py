@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._capture.custom import CustomBackward, CustomNode
+from .._capture.collectives import Collective, OpaqueNode
+from .._capture.custom import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._check.adjoint import Balance, RankOne
 from .._execute.binding import Binding, BoundProgram
@@ -38,7 +39,7 @@ class StandIns:
         self._generator = torch.Generator().manual_seed(5)
         self._vectors: dict[int, tuple[Tensors, Tensors]] = {}
 
-    def __call__(self, node: CustomNode, *, backward: bool) -> RankOne:
+    def __call__(self, node: OpaqueNode, *, backward: bool) -> RankOne:
         """Return what stands for a Function's `backward`, or for its `jvp`."""
         known = self._vectors.get(id(node))
         if known is None:
@@ -191,11 +192,12 @@ class Comparison:
             return executor(chosen, Binding(binding.residuals, ops, binding.guards))
 
     def _replaced(self, op: Any) -> Operation:
-        node: CustomNode | None = getattr(op, "node", None)
+        node: OpaqueNode | None = getattr(op, "node", None)
         if node is None:
             kept: Operation = op
             return kept
-        return self._stand_ins(node, backward=isinstance(op, CustomBackward))
+        backward = op.back if isinstance(op, Collective) else isinstance(op, CustomBackward)
+        return self._stand_ins(node, backward=backward)
 
 
 def _finite(tensors: Tensors) -> bool:

@@ -13,14 +13,14 @@ Numbers decide nothing: a recording that looked at some has `fixed` set, and is 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
-from .._capture.custom import CustomNode
+from .._capture.collectives import OpaqueNode
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.schedule import Portable
@@ -49,13 +49,13 @@ class Template(Portable):
         Runs it with a `Binding`.
     simplified
         Whether it is the simplified one.
-    costly
-        Whether its numbers cost as much to compute as several products.
+    cost
+        The price of its numbers, as far as these cost as much as several products; else 0.
     verified
-        Set when it was held against a graph that it was not made from; forks share it.
+        Set when it was held against a graph that it was not made from.
     """
 
-    __slots__ = ("_saved", "costly", "executor", "simplified", "verified")
+    __slots__ = ("_saved", "cost", "executor", "simplified", "verified")
 
     def __init__(self, program: Program, *, simplified: bool) -> None:
         super().__init__(program)
@@ -63,7 +63,8 @@ class Template(Portable):
         self.simplified = simplified
         self.verified = threading.Event()
         needed = ordered([c.origin for c in program.constants])
-        self.costly = any(isinstance(o.op, Costly) for o in needed)
+        costly = [cast("Costly", o.op) for o in needed if isinstance(o.op, Costly)]
+        self.cost = sum(op.cost for op in costly)
         #: What is read of the graph, by this direction or by the other one before.
         self._saved = [o for o in needed if isinstance(o, Saved)]
 
@@ -75,16 +76,10 @@ class Template(Portable):
         placed = _placed(program, places)
         return None if placed is None else Template(placed, simplified=simplified)
 
-    def fork(self) -> Template:
-        """Return one that can be compiled without the other."""
-        made = copy.copy(self)
-        made.executor = self.executor.fork()
-        return made
-
     def bind(
         self,
         read: Callable[[Saved], Residual],
-        node: Callable[[int], CustomNode],
+        node: Callable[[int], OpaqueNode],
         known: dict[Origin, Residual],
     ) -> Binding | None:
         """Compute the residuals of another point.
@@ -124,7 +119,7 @@ class Template(Portable):
 def _placed(program: Program, places: dict[int, int]) -> Program | None:
     """Return a program with places for the nodes of its graph, None if it has others."""
 
-    def place(node: CustomNode) -> Place:
+    def place(node: OpaqueNode) -> Place:
         return Place(
             places[id(node)], node.name, node.has_jvp, node.has_backward, node.takes_batches
         )

@@ -4,6 +4,9 @@ A pointwise operation that is linear in its one variable argument is a diagonal:
 diagonals multiply into one, sums of diagonals of the same base add. Values are kept as sums
 Σ dᵢ ⊙ baseᵢ, and only what is not pointwise (matrix products, stencils, reductions, calls of
 custom Functions) remains as a step.
+
+What chooses between an entry and zero remains a step too, with the factors taken out of it: to
+multiply by zero makes NaN of an infinity in the branch that was not taken.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import UNTAGGED_POINTWISE, schema_of
+from .._programs.aten import MULTIPLYING, chooses, schema_of
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.residuals import finite
@@ -70,6 +73,8 @@ class _Folding:
         self.forms: dict[Var, _Form] = {}
         self.computed: dict[Var, Var] = {}
         self.moved: dict[Any, Var] = {}
+        #: How entries were chosen of which these are.
+        self.choices: dict[Var, Any] = {}
         self.e = Emitter(numbers=numbers)
         #: How often each variable is read, with those that were made here.
         self.readers = Counter(v for eq in program.equations for v in eq.inputs())
@@ -154,6 +159,8 @@ class _Folding:
         x = variables[0]
         if x.spec != out.spec:
             return None
+        if chooses(eq.op):
+            return self.choice(eq, x)
         factor = _factor(self.c, eq, x)
         if factor is None:
             return None
@@ -168,6 +175,35 @@ class _Folding:
             terms[base] = product
         alone = len(terms) == 1 and x not in self.forms
         return _Form(terms, eq if alone else None)
+
+    def choice(self, eq: Equation, x: Var) -> _Form | None:
+        """Return the form of chosen entries of d ⊙ base: d ⊙ the chosen entries of the base."""
+        if x.spec.dtype.is_complex or not all(_fits(c.spec, x.spec) for c in eq.constants()):
+            return None
+        form = self.form(x)
+        if len(form.terms) != 1:
+            form = _Form({self.value(x): 1.0})
+        ((base, c),) = form.terms.items()
+        if base.spec != x.spec:
+            return None
+        if isinstance(c, Constant) and eq.op in _CHOICES:
+            # Where it is not chosen it may be infinite.
+            whole = self.c.evaluated(aten.expand.default, c, list(x.spec.shape))
+            c = self.c.evaluated(eq.op, *_with(eq, x, whole), **eq.kwargs)
+        return _Form({self.chosen(eq, x, base): c})
+
+    def chosen(self, eq: Equation, x: Var, base: Var) -> Var:
+        """Return the chosen entries of a base, emitted once."""
+        key = frozen(eq.op, _with(eq, x, None), eq.kwargs)
+        if self.choices.get(base) == key:
+            return base
+        if (key, base) not in self.moved:
+            new = self.e.emit(eq.op, _with(eq, x, base), base.spec, **eq.kwargs)
+            self.moved[key, base] = new
+            self.readers[new] += 1
+            if eq.op in _CHOICES:
+                self.choices[new] = key
+        return self.moved[key, base]
 
     def shared(self, form: _Form) -> bool:
         """Whether something else is made of the bases of a sum, so that terms may be added."""
@@ -306,6 +342,27 @@ _FREE = frozenset(
 _MOVES = _FREE | {aten.roll.default, aten.flip.default, aten.slice.Tensor, aten.select.int}
 
 
+#: Operations that leave an entry as it is, or put zero in its place.
+_CHOICES = frozenset(
+    {
+        aten.where.self,
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.threshold_backward.default,
+        aten.hardtanh_backward.default,
+        aten.hardshrink_backward.default,
+        aten.softshrink_backward.default,
+        aten.tril.default,
+        aten.triu.default,
+    }
+)
+
+
+def _with(eq: Equation, x: Var, new: Any) -> tuple[Any, ...]:
+    """Return an equation's arguments with another one in place of a variable."""
+    return tuple([new if a is x else a for a in eq.args])
+
+
 #: Diagonals that take no longer than a multiplication.
 _LIGHT = frozenset(
     {
@@ -359,8 +416,7 @@ def _factor(
         divide = op in (aten.div.Tensor, aten.div.Scalar)
         return lambda c: coefficients.times(c, other, x.spec, divide=divide)
     assert isinstance(op, OpOverload)
-    schema = schema_of(op)
-    if not (schema.pointwise or schema.name in UNTAGGED_POINTWISE):
+    if schema_of(op).name not in MULTIPLYING:
         return None
     if x.spec.dtype.is_complex or not all(_fits(r.spec, x.spec) for r in eq.constants()):
         return None

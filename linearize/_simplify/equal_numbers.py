@@ -35,7 +35,7 @@ def keep_once(constants: Sequence[Constant], numbers: Numbers) -> None:
     for c, r in zip(constants, residuals, strict=True):
         made_of = roots([c.origin], _MOST_ROOTS)
         for i in range(0 if made_of is None else _MOST):
-            other = numbers.pool.alike.setdefault((made_of, _kind(r), i), r)
+            other = numbers.pool.setdefault((made_of, _kind(r), i), r)
             if other is r or _taken(r, other):
                 break
     kinds: dict[Any, list[Residual]] = {}

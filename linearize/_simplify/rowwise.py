@@ -8,6 +8,7 @@ rows at once, need less work and less memory than the steps.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,11 +41,12 @@ def multiply_rows(program: Program, numbers: Numbers) -> Program:
         if kind is not None:
             groups.setdefault((at, kind), []).append(eq)
         depth.update((v, at + (kind is None)) for v in eq.outputs if v is not None)
+    uses = program.uses() if groups else Counter[Var]()
     stretches = [
         stretch
         for equations in groups.values()
         for part in _connected(equations)
-        if (stretch := _Stretch.of(part, program)) is not None
+        if (stretch := _Stretch.of(part, uses)) is not None
     ]
     if not stretches:
         return program
@@ -98,14 +100,13 @@ class _Stretch:
         self.outputs = outputs
 
     @staticmethod
-    def of(equations: Sequence[Equation], program: Program) -> _Stretch | None:
-        """Return the stretch if it is worth replacing."""
-        mine = {v for eq in equations for v in eq.outputs if v is not None}
-        inputs = list(dict.fromkeys(v for eq in equations for v in eq.inputs() if v not in mine))
-        uses = program.uses()
-        uses.subtract(v for eq in equations for v in eq.inputs())
-        outputs = [v for v in mine if uses[v] > 0]
-        outputs.sort(key=[v for eq in equations for v in eq.outputs].index)
+    def of(equations: Sequence[Equation], uses: Counter[Var]) -> _Stretch | None:
+        """Return the stretch if it is worth replacing; `uses` are those in the whole program."""
+        # In the order of the equations.
+        made = dict.fromkeys(v for eq in equations for v in eq.outputs if v is not None)
+        inputs = list(dict.fromkeys(v for eq in equations for v in eq.inputs() if v not in made))
+        inner = Counter(v for eq in equations for v in eq.inputs())
+        outputs = [v for v in made if uses[v] > inner[v]]
         into, out = (sum(width(v.spec) for v in side) for side in (inputs, outputs))
         now = sum(
             sum(x.spec.numel for x in (*eq.reads(), *eq.outputs) if x is not None)
@@ -126,18 +127,22 @@ class _Stretch:
 
 def _connected(equations: Sequence[Equation]) -> list[list[Equation]]:
     """Return the groups of equations that have variables in common."""
-    group: dict[Var, int] = {}
-    members: dict[int, list[Equation]] = {}
-    variables: dict[int, list[Var]] = {}
+    above = list(range(len(equations)))
+
+    def top(i: int) -> int:
+        while above[i] != i:
+            above[i] = i = above[above[i]]
+        return i
+
+    met: dict[Var, int] = {}
     for i, eq in enumerate(equations):
-        met = [v for v in (*eq.inputs(), *eq.outputs) if v is not None]
-        joined = {group[v] for v in met if v in group}
-        members[i], variables[i] = [eq], [v for v in met if v not in group]
-        for j in joined:
-            members[i] = members.pop(j) + members[i]
-            variables[i] += variables.pop(j)
-        group.update((v, i) for v in variables[i])
-    return list(members.values())
+        for v in (*eq.inputs(), *eq.outputs):
+            if v is not None:
+                above[top(i)] = top(met.setdefault(v, i))
+    groups: dict[int, list[Equation]] = {}
+    for i, eq in enumerate(equations):
+        groups.setdefault(top(i), []).append(eq)
+    return list(groups.values())
 
 
 # -- which steps treat each row by itself -----------------------------------------------------

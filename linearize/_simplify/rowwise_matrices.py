@@ -18,6 +18,7 @@ from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._programs.numbers import Numbers
 from .._programs.origins import Costly, Origin, roots
+from .._programs.price import price_of_many
 from .._programs.program import Emitter, Equation, Program
 from .._programs.residuals import Residual
 from .._programs.values import Constant
@@ -60,6 +61,7 @@ class _Matrices(Costly):
         self._specs = [v.spec for v in program.inputs]
         self._order = order
         self.widths = widths
+        self.cost = price_of_many(program, sum(map(width, self._specs)))
 
     def __call__(self, *constants: torch.Tensor) -> torch.Tensor:
         """Return the matrices."""
@@ -149,7 +151,7 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
             from_first = kept is not None
         kept = kept or _kept(e.numbers, made_of, t, *widths)
         if kept is None:
-            e.numbers.pool.alike[SOURCE, made_of] = matrices
+            e.numbers.pool[SOURCE, made_of] = matrices
     starts = _starts(widths[0]), _starts(widths[1])
     if kept is not None:
         matrices, starts = kept
@@ -222,7 +224,7 @@ def _kept(
         None if there are none, or if several orders give the same numbers: at another point
         only one of them may be right.
     """
-    known = numbers.pool.alike.get((SOURCE, made_of))
+    known = numbers.pool.get((SOURCE, made_of))
     if known is None or known.spec.numel != t.numel() or not numbers.found(known):
         return None
     theirs = numbers[known]

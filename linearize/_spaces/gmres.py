@@ -10,6 +10,7 @@ import torch
 
 from ..errors import LinearizeError, OptionError, SpaceError
 from .operators import LinearOperator
+from .space import check_whole
 
 
 def gmres(
@@ -167,7 +168,11 @@ def _conjugate(x: Any) -> Any:
 def _function(A: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     if A is None:
         return lambda v: v
-    return A.__matmul__ if isinstance(A, LinearOperator) else A
+    if not isinstance(A, LinearOperator):
+        function: Callable[[torch.Tensor], torch.Tensor] = A
+        return function
+    check_whole(A.in_space, "gmres")
+    return A.__matmul__
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from .budget import memory_budget
 from .compare import close
 from .estimates import Estimate, Mean, signs
 from .flat import Parts, flat_spec, join, random, units
-from .space import Space, TensorSpec
+from .space import Space, TensorSpec, check_whole
 
 Direction: TypeAlias = Literal["auto", "forward", "reverse"]
 ChunkSize: TypeAlias = int | Literal["auto"] | None
@@ -246,6 +246,7 @@ class LinearMap:
         return self._sampled(samples, generator, chunk_size, lambda z, image: (z * image).sum(1))
 
     def _check_square(self, what: str) -> None:
+        check_whole(self.in_space, what)
         rows, columns = self.shape
         if rows != columns:
             raise SpaceError(f"{what}: {self!r} is not square")
@@ -322,6 +323,7 @@ class LinearMap:
             The number of the first column, and one tensor per leaf of `out_space`, its
             first dimension counting the columns of this chunk.
         """
+        check_whole(self.in_space, "columns of the matrix")
         chunk = self._chunk(chunk_size, self.in_space.size)
         for start, parts in units(self.in_space, chunk, "columns"):
             yield start, self._several(parts, adjoint=False)
@@ -341,6 +343,7 @@ class LinearMap:
             dimension counting the rows of this chunk. For complex numbers these are the
             conjugates of the rows.
         """
+        check_whole(self.out_space, "rows of the matrix")
         chunk = self._chunk(chunk_size, self.out_space.size)
         for start, parts in units(self.out_space, chunk, "rows"):
             yield start, self._several(parts, adjoint=True)

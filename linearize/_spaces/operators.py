@@ -393,6 +393,11 @@ def _no_array(x: Any) -> None:
 def _same(a: Space, b: Space, what: str) -> None:
     if a.tensors != b.tensors:
         raise SpaceError(f"{what}: the spaces differ: {a!r} and {b!r}")
+    if a.group is not b.group:
+        raise SpaceError(
+            f"{what}: in one the vectors are whole, in the other each rank has a part, or the "
+            "groups differ: the inner products are not the same"
+        )
 
 
 class SelfAdjoint(LinearOperator):

@@ -14,7 +14,7 @@ from .budget import memory_budget
 from .flat import Parts
 from .gmres import gmres
 from .operators import LinearOperator, SelfAdjoint
-from .space import Space
+from .space import Space, check_whole
 from .specs import TensorSpec, describe
 
 #: Given an operator A and a flat vector b, returns the flat vector x with A·x = b.
@@ -39,6 +39,7 @@ def dense(A: LinearOperator, b: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         Of shape (n,).
     """
+    check_whole(A.in_space, "dense")
     x: torch.Tensor = torch.linalg.solve(A.materialize(), b)
     return x
 
@@ -67,6 +68,7 @@ def iterative(A: LinearOperator, b: torch.Tensor) -> torch.Tensor:
     LinearizeError
         If `gmres` does not come to an end.
     """
+    check_whole(A.in_space, "iterative")
     if isinstance(A, SelfAdjoint) and not b.is_complex() and find_spec("torchsparsegradutils"):
         x = _conjugate_gradients(A, b)
         if x is not None:
@@ -115,6 +117,7 @@ def inverse(
     LinearizeError
         In products, if what was found is no solution.
     """
+    check_whole(A.in_space, "inverse")
     rows, columns = A.shape
     if rows != columns:
         raise SpaceError(f"inverse: {A!r} is not square")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .._torch.names import pytree, spec_children
-from ..errors import SpaceError, StructureError
+from .._torch.ranks import summed_over
+from ..errors import SpaceError, StructureError, UnsupportedError
 from .specs import TensorSpec, describe, differentiable, differing, tensor_spec
 from .trees import Tree, flatten
 from .vectors import VectorSpace
@@ -35,12 +36,19 @@ class Space(VectorSpace):
         What an element is called in errors: "tangent" or "cotangent".
     of
         What the structure is that of: "primals" or "value".
+
+    Attributes
+    ----------
+    group
+        Of whose ranks each has a part of an element, None for elements that are whole: what a
+        part is of, a process group knows.
     """
 
     __slots__ = (
         "_all_differentiable",
         "_row",
         "_single",
+        "group",
         "leaves",
         "of",
         "tensors",
@@ -55,6 +63,7 @@ class Space(VectorSpace):
         self.leaves = tuple(leaves)
         self.word = word
         self.of = of
+        self.group: Any = None
         self.tensors = tuple([leaf for leaf in self.leaves if leaf is not None])
         self._all_differentiable = len(self.tensors) == len(self.leaves)
         #: The plain cases, one tensor or a tuple of tensors, need no pytree work.
@@ -107,7 +116,17 @@ class Space(VectorSpace):
     def unpacked(self) -> Space:
         """Return the space of the only entry of a tuple of one; any other space as it is."""
         tree = self.tree.unpacked()
-        return self if tree is self.tree else Space(tree, self.leaves, self.word, self.of)
+        if tree is self.tree:
+            return self
+        space = Space(tree, self.leaves, self.word, self.of)
+        space.group = self.group
+        return space
+
+    def parts_of(self, group: Any) -> Space:
+        """Return the same space, an element of which is one rank's part of a larger one."""
+        space = Space(self.tree, self.leaves, self.word, self.of)
+        space.group = group
+        return space
 
     def flatten(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
         """Return the tensors of `tree`, one per differentiable leaf, None for zero.
@@ -273,6 +292,9 @@ class Space(VectorSpace):
 
         Each complex leaf has one more dimension of length 2, as by `torch.view_as_real`.
         """
+        if not any(leaf.dtype.is_complex for leaf in self.tensors):
+            return self
+        check_whole(self, "as_real")
         leaves = [
             leaf
             if leaf is None or not leaf.dtype.is_complex
@@ -296,6 +318,7 @@ class Space(VectorSpace):
         """
         if key is Ellipsis or (isinstance(key, slice) and key == slice(None)):
             return self, list(range(len(self.tensors)))
+        check_whole(self, "a block")
         whole = self.tree.unflatten(list(range(len(self.leaves))))
         fields = dataclasses.is_dataclass(whole) or (
             isinstance(key, str) and hasattr(whole, "_fields")
@@ -317,12 +340,37 @@ class Space(VectorSpace):
     @staticmethod
     def joined(spaces: Sequence[Space]) -> Space:
         """Return the space of tuples with one element of each."""
+        for space in spaces:
+            check_whole(space, "an operator of several")
         parts = tuple([s.tree.unflatten(list(range(len(s.leaves)))) for s in spaces])
         leaves = [leaf for s in spaces for leaf in s.leaves]
         return Space(flatten(parts)[1], leaves, spaces[0].word, spaces[0].of)
+
+    def dot(self, a: Any, b: Any) -> torch.Tensor:
+        """Return the inner product of two elements; of whole vectors, where these are parts."""
+        own = super().dot(a, b)
+        if self.group is None:
+            return own
+        if own.requires_grad:
+            raise UnsupportedError("dot: an inner product over ranks cannot be differentiated")
+        return summed_over(self.group, own)
+
+    def norm(self, a: Any) -> torch.Tensor:
+        """Return the Euclidean norm of an element; of a whole vector, where it is a part."""
+        return super().norm(a) if self.group is None else self.dot(a, a).abs().sqrt()
 
     def _element(self, given: Any) -> Any:
         """Return an element; of a tuple of one, its only entry may be given alone."""
         children = spec_children(self.spec) if self.spec.type is tuple else ()
         alone = len(children) == 1 and given is not None and type(given) is not tuple
         return (given,) if alone else given
+
+
+def check_whole(space: Space, what: str) -> None:
+    """Raise if each rank has a part of the space's vectors only."""
+    if space.group is not None:
+        raise UnsupportedError(
+            f"{what}: each rank has a part of the vectors only, and unit vectors of all ranks at "
+            "once are none of the whole; use products, or linearize.scipy.aslinearoperator, whose "
+            "vectors are whole on every rank"
+        )

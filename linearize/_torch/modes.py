@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._C._functorch import TransformType, _add_batch_dim
+from torch._functorch.pyfunctorch import (
+    retrieve_current_functorch_interpreter,
+    temporarily_clear_interpreter_stack,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 P = ParamSpec("P")
@@ -96,6 +100,22 @@ def _compiled_around() -> bool:
 def transform_depth() -> int:
     """Return how many `torch.func` transforms are running around the caller, one in another."""
     return len(torch._C._functorch.get_interpreter_stack() or ())
+
+
+def batch_size() -> int | None:
+    """Return over how many entries the innermost `torch.vmap` maps; None if none is innermost."""
+    if not functorch_active():
+        return None
+    innermost: Any = retrieve_current_functorch_interpreter()
+    return int(innermost.batch_size()) if innermost.key() == TransformType.Vmap else None
+
+
+def batch_marker() -> torch.Tensor:
+    """Return a number that differs, for all PyTorch knows, in each entry of the batch."""
+    innermost: Any = retrieve_current_functorch_interpreter()
+    with outside_transforms():
+        numbers = torch.zeros(innermost.batch_size())
+    return _add_batch_dim(numbers, 0, innermost.level())
 
 
 def subclasses_ignored() -> contextlib.AbstractContextManager[Any]:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd.graph import get_gradient_edge
 
+from .._capture.collectives import Collective
 from .._capture.custom import CustomBackward, CustomJvp
 from .._capture.graph import Graph
 from .._capture.signature import shared_memory
@@ -66,7 +67,7 @@ def transpose(program: Program, numbers: Numbers, name: str = "pushforward") -> 
     masks = _masks(program, numbers)
     for eq in reversed(program.equations):
         cts = [None if v is None else cotangents.pop(v, None) for v in eq.outputs]
-        if any(cts):
+        if any(cts) or eq.communicates:
             e.source = eq.source
             scales = eq.op in _SCALINGS and len(eq.inputs()) == 1
             mask = masks.get(eq.outputs[0]) if scales else None
@@ -140,7 +141,7 @@ def _masked(mask: Equation, e: Emitter, v: Var) -> Var:
 
 
 def _transposed(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
-    if isinstance(eq.op, (CustomBackward, CustomJvp, NodeBackward, TransposedNode)):
+    if isinstance(eq.op, (CustomBackward, CustomJvp, Collective, NodeBackward, TransposedNode)):
         return _turned(e, eq, cts)
     rule = rule_for(eq.op)
     if rule is not None:
@@ -174,6 +175,8 @@ def _turned(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[V
         turned: Any = CustomJvp(op.node, wanted)
     elif isinstance(op, CustomJvp):
         turned = CustomBackward(op.node)
+    elif isinstance(op, Collective):
+        turned = op.turned()
     else:
         kind = NodeBackward if isinstance(op, TransposedNode) else TransposedNode
         turned = kind(op.node, op.reason)

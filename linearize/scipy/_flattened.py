@@ -99,7 +99,9 @@ class Flattened:
         SpaceError
             If the vector has another length.
         """
-        return self.linearizer.at(self.unravel(x))
+        here = self.linearizer.at(self.unravel(x))
+        here._check_whole("functions for SciPy's optimizers")
+        return here
 
     def like_start(self, x: Array) -> Any:
         """Return what a flat vector stands for, as arrays if the start was given as such."""

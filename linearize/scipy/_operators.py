@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .._points.linearization import Linearization
 from .._spaces.flat import flat_spec
 from .._spaces.operators import LinearOperator
+from ..distributed import gathered
 from ..errors import StructureError, UnsupportedError
 
 Array = NDArray[Any]
@@ -49,7 +50,9 @@ def aslinearoperator(
     Parameters
     ----------
     operator
-        Any operator of this package, or a linearization, which stands for its Jacobian.
+        Any operator of this package, or a linearization, which stands for its Jacobian. Where
+        its vectors are parts that ranks have (see `linearize.distributed`), all ranks call this,
+        and run the same solver: on each the vectors are whole, as of `distributed.gathered`.
     real
         Whether complex numbers count as two real ones, real and imaginary parts in pairs: the
         vectors are `z.view(float)` of complex ones. Every map has such an operator, and its
@@ -78,6 +81,8 @@ def aslinearoperator(
             "aslinearoperator: expected a linear operator or a linearization, got "
             f"{type(operator).__name__}; for matrices and functions there is SciPy's own"
         )
+    if operator.in_space.group is not None or operator.out_space.group is not None:
+        operator = gathered(operator)
     if real:
         operator = operator.as_real()
     operator.check_complex_linear("aslinearoperator")

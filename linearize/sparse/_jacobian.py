@@ -16,6 +16,7 @@ from .._points.linearization import Linearization
 from .._spaces.compare import tolerance
 from .._spaces.flat import join, random, split
 from .._spaces.operators import ChunkSize, LinearOperator, check_chunk_size
+from .._spaces.space import check_whole
 from .._text.progress import progress
 from ..errors import LinearizeError, OptionError, SpaceError, StructureError
 from ._dependence import TooDenseError, dependence
@@ -47,7 +48,9 @@ def pattern(of: Linearization | Jacobian) -> Any:
     StructureError
         If what is given is neither.
     """
-    return _found(of.jacobian if isinstance(of, Linearization) else of)
+    J = of.jacobian if isinstance(of, Linearization) else of
+    check_whole(J.in_space, "a sparsity pattern")
+    return _found(J)
 
 
 def _found(J: Any) -> Any:
@@ -145,6 +148,7 @@ def jacobian(
         If the pattern has another shape.
     """
     A = of.jacobian if isinstance(of, Linearization) else of
+    check_whole(A.in_space, "a sparse Jacobian")
     check_chunk_size(chunk_size)
     if direction not in ("auto", "forward", "reverse"):
         raise OptionError(f'direction must be "auto", "forward" or "reverse", got {direction!r}')

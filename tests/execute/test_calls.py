@@ -56,7 +56,7 @@ def test_user_code_is_called_once_for_each_product() -> None:
         torch.testing.assert_close(jv, j @ v)
         torch.testing.assert_close(ju, j.T @ u)
     (plan,) = here.jvp_fn._plans.values()
-    assert plan._quiet
+    assert plan.quiet
     assert plan._running[0]._function is not None
 
 
@@ -186,7 +186,7 @@ def test_a_settled_closure_checks_as_the_first_call_does() -> None:
         here.jvp_fn(randn(4))
         here.jvp_fn.batched(randn(5, 4))
     (plan,) = here.jvp_fn._plans.values()
-    assert plan._quiet
+    assert plan.quiet
     nested = torch.nested.nested_tensor([randn(4)])
     for wrong in (randn(3), randn(4).float(), randn(1, 4), randn(4).to_sparse(), nested):
         with pytest.raises(lz.errors.SpaceError):

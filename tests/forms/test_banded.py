@@ -13,7 +13,6 @@ from linearize._execute.binding import BoundProgram
 from linearize._execute.executor import runner
 from linearize._forms import dense as _dense
 from linearize._forms.banded import Banded
-from linearize._forms.dense import LEAST
 from linearize._programs.program import Emitter, Program
 from linearize._programs.values import Var
 from linearize._spaces.space import TensorSpec
@@ -107,30 +106,26 @@ def steps(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-X = torch.linspace(-1, 1, 120, dtype=torch.float64)
+X = torch.linspace(-1, 1, 400, dtype=torch.float64)
+
+
+@pytest.fixture
+def dear_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let matrices take over, so that bands are considered."""
+    monkeypatch.setattr(_dense, "MATRIX_SHARE", 1e3)
 
 
 def used(f: Any, x: torch.Tensor) -> lz.Linearization:
     here = lz.Linearizer(f).at(x)
-    for _ in range(2 * LEAST):
+    for _ in range(len(x) // 2 + 8):
         here.vjp_fn(torch.ones_like(here.value))
         here.jvp_fn(x)
     return here
 
 
-def quick_bands(monkeypatch: pytest.MonkeyPatch, *, quick: bool) -> None:
-    """Let a band be quicker than the whole matrix, or not."""
-    # Of the program and a whole matrix; then of the band and the whole matrix.
-    times = iter([1.0, 0.1, 0.01 if quick else 0.2, 0.1])
-    monkeypatch.setattr(_dense, "seconds", lambda *_: next(times))
-
-
+@pytest.mark.usefixtures("dear_programs")
 @pytest.mark.parametrize("complex_numbers", [False, True])
-def test_the_band_of_explicit_time_stepping(
-    monkeypatch: pytest.MonkeyPatch, complex_numbers: bool
-) -> None:
-    quick_bands(monkeypatch, quick=True)
-
+def test_the_band_of_explicit_time_stepping(complex_numbers: bool) -> None:
     def real(x: torch.Tensor) -> torch.Tensor:
         return torch.view_as_real(steps(torch.view_as_complex(x.view(-1, 2)))).flatten()
 
@@ -161,25 +156,26 @@ def test_the_band_of_explicit_time_stepping(
     torch.testing.assert_close(grad, matrix.sum(0))
 
 
-def test_a_band_that_is_not_quicker_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick_bands(monkeypatch, quick=False)
-    here = used(steps, X)
+@pytest.mark.usefixtures("dear_programs")
+def test_a_band_that_costs_more_is_not_taken() -> None:
+    """Sixty numbers: a product with the whole matrix is one operation on next to nothing."""
+    x = X[:60]
+    here = used(steps, x)
     assert any(eq.name == "mv" for eq in here.program.pushforward.equations)
-    torch.testing.assert_close(here.jvp_fn(X), jacobian(steps, X) @ X)
+    torch.testing.assert_close(here.jvp_fn(x), jacobian(steps, x) @ x)
 
 
-def test_a_field_of_several_numbers_at_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick_bands(monkeypatch, quick=True)
-
+@pytest.mark.usefixtures("dear_programs")
+def test_a_field_of_several_numbers_at_each_place() -> None:
     def f(state: dict[str, torch.Tensor]) -> torch.Tensor:
         u = state["u"]
         for _ in range(4):
             u = u + 0.1 * (u.roll(1, 0) - 2 * u + u.roll(-1, 0)) * u.flip(1)
         return u
 
-    x = torch.stack([X, X.sin()], 1)
+    x = torch.stack([X[:120], X[:120].sin()], 1)
     here = lz.Linearizer(f).at({"u": x})
-    for _ in range(2 * LEAST):
+    for _ in range(x.numel() // 2 + 8):
         here.jvp_fn({"u": x})
         here.vjp_fn(x)
     whole = jacobian(lambda u: f({"u": u}), x).reshape(240, 240)

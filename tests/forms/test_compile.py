@@ -54,7 +54,7 @@ class Backend:
 
 @pytest.fixture
 def always_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compile, "GAIN", float("inf"))
+    monkeypatch.setattr(_compile, "worth", lambda program: True)
 
 
 def f(x: torch.Tensor) -> torch.Tensor:
@@ -139,6 +139,7 @@ def test_custom_functions_stay_calls() -> None:
     assert backend.runs > runs
 
 
+@pytest.mark.usefixtures("always_quicker")
 def test_a_compiler_that_fails_is_reported_once() -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("no C++ compiler here")
@@ -169,9 +170,8 @@ def test_wrong_code_is_not_taken() -> None:
         torch.testing.assert_close(here.jvp_fn(V + k), jacobian(f, X) @ (V + k))
 
 
-def test_what_is_not_quicker_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1.0, 0.96])
-    monkeypatch.setattr(_compile, "seconds", lambda *_: next(times))
+def test_what_saves_too_little_is_not_compiled() -> None:
+    """A handful of operations between matrix products: the call of compiled code costs more."""
     backend = Backend()
     lin = lz.Linearizer(f, compile={"backend": backend})
     here = lin.at(X)
@@ -179,7 +179,7 @@ def test_what_is_not_quicker_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> No
         here.jvp_fn(V)
     before = backend.runs
     torch.testing.assert_close(here.jvp_fn(V), jacobian(f, X) @ V)
-    assert (backend.graphs, backend.runs, lin.stats().compiled) == (1, before, 0)
+    assert (backend.graphs, backend.runs, lin.stats().compiled) == (0, before, 0)
 
 
 @pytest.mark.usefixtures("always_quicker")
@@ -189,7 +189,7 @@ def test_a_closure_that_has_settled_can_still_be_compiled() -> None:
     for _ in range(20):
         here.jvp_fn(V)
     (plan,) = here.jvp_fn._plans.values()
-    assert plan._quiet
+    assert plan.quiet
     assert here.jvp_fn._short is not None
     here.compile(backend=backend)
     assert here.jvp_fn._short is None
@@ -371,7 +371,7 @@ class FakeGraph:
 
 
 def test_stretches_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize._forms.cuda_graphs.SHORTEST", 1)
+    monkeypatch.setattr("linearize._forms.cuda_graphs.GRAPH_FROM", 1)
     captures: list[FakeGraph] = []
     log: list[str] = []
 
@@ -391,7 +391,7 @@ def test_stretches_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize._forms.cuda_graphs.SHORTEST", 1)
+    monkeypatch.setattr("linearize._forms.cuda_graphs.GRAPH_FROM", 1)
 
     def capture(function: Callable[[], Any]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -403,7 +403,7 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_elsewhere_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize._forms.cuda_graphs.SHORTEST", 1)
+    monkeypatch.setattr("linearize._forms.cuda_graphs.GRAPH_FROM", 1)
     whole = program([])
     segments = Segments(whole, Executor(whole).copies)
     replays = Replays(lambda _: pytest.fail("captured"), torch.device("meta"))

@@ -1,4 +1,4 @@
-"""Small Jacobians as matrices: when they take over, and that nobody notices but the clock."""
+"""Small Jacobians as matrices: when they take over, and that nobody notices but by the price."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from torch.autograd import Function
 from torch.autograd.functional import jacobian
 
 import linearize as lz
+from linearize._execute.thresholds import MATRIX_FROM as LEAST
 from linearize._forms import dense as _dense
-from linearize._forms.dense import LEAST
+from linearize._programs.price import matrix_price, price
+from linearize._programs.program import Emitter, Program
+from linearize._programs.values import Var
+from linearize._reuse.shared import SHARED
+from linearize._reuse.structure import PROVED
+from linearize._spaces.space import TensorSpec
 from linearize.errors import OptionError, StalenessError
 
 N = 24
@@ -60,11 +66,52 @@ def test_the_matrix_takes_over_in_both_directions() -> None:
     (forth,), (back,) = (p.residuals() for p in (here.program.pushforward, here.program.pullback))
     assert forth.tensor.data_ptr() == back.tensor.data_ptr()
     assert runs == 1
-    # The next point has its own, in due time.
+    # The next point need not find out again that the matrix is worth it.
     there = lin.at(X + 1)
-    for k in range(4):
-        torch.testing.assert_close(there.jvp_fn(V + k), jacobian(steps, X + 1) @ (V + k))
+    other = jacobian(steps, X + 1)
+    for k in range(10):
+        torch.testing.assert_close(there.jvp_fn(V + k), other @ (V + k))
+        torch.testing.assert_close(there.vjp_fn(V + k)[0], other.T @ (V + k))
+    assert is_matrix(there.program.pushforward)
+    assert is_matrix(there.program.pullback)
+    assert lin.stats().dense == 2
+
+
+def test_a_matrix_that_is_there_is_used() -> None:
+    lin = lz.Linearizer(steps)
+    here = lin.at(X)
+    torch.testing.assert_close(here.jacobian.materialize(), J)
+    for k in range(5):
+        torch.testing.assert_close(here.jvp_fn(V + k), J @ (V + k))
+        torch.testing.assert_close(here.vjp_fn(V + k)[0], J.T @ (V + k))
     assert lin.stats().dense == 1
+    assert is_matrix(here.program.pushforward)
+    assert is_matrix(here.program.pullback)
+
+
+@pytest.mark.parametrize("products", [40, 200])
+def test_no_clock_decides(products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs give the same bits, whatever time they take."""
+
+    def clock(*_: Any) -> Any:
+        raise AssertionError("somebody looks at the clock")
+
+    for name in ("time", "perf_counter", "monotonic", "process_time"):
+        monkeypatch.setattr(f"time.{name}", clock)
+
+    def run() -> list[torch.Tensor]:
+        SHARED.clear()  # as at the start of a process
+        PROVED.clear()
+        lin = lz.Linearizer(steps)
+        found = []
+        for point in range(3):
+            here = lin.at(X + point)
+            for k in range(products):
+                found += [here.jvp_fn(V + k), here.vjp_fn(V - k)[0]]
+        return found
+
+    for a, b in zip(run(), run(), strict=True):
+        assert torch.equal(a, b)
 
 
 def used(f: Any, *primals: Any, **options: Any) -> tuple[lz.Linearizer, lz.Linearization]:
@@ -96,21 +143,44 @@ def test_a_negative_limit_is_refused() -> None:
         lz.Linearizer(steps, dense_limit=-1)
 
 
-def test_a_matrix_that_is_not_quicker_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1e-3, 0.71e-3])  # of the program, of a product with a matrix
-    monkeypatch.setattr(_dense, "seconds", lambda *_: next(times))
-    assert used(steps, X)[0].stats().dense == 0
+def test_a_matrix_that_costs_more_is_not_taken() -> None:
+    """One multiplication, of 400 numbers, and a matrix of 160,000."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x.sin().flip(0)
+
+    x = torch.linspace(0, 1, 400, dtype=torch.float64)
+    here = lz.Linearizer(f).at(x)
+    for k in range(210):
+        v = x + k
+        torch.testing.assert_close(here.jvp_fn(v), (x.cos() * v).flip(0))
+    assert not is_matrix(here.program.pushforward)
 
 
-def test_the_rule_is_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1e-3, 0.69e-3])
-    monkeypatch.setattr(_dense, "seconds", lambda *_: next(times))
-    assert used(steps, X)[0].stats().dense == 1
+def test_the_rule_is_as_said() -> None:
+    """Prices on paper: what takes 0.7 of them is taken, what takes more is not."""
+    spec = TensorSpec((40,), torch.float64, X.device)
+    made = _dense.Dense.of([spec], [spec], 1 << 20, lambda: None)
+    assert made is not None
+
+    def program(count: int) -> Program:
+        v = first = Var(spec)
+        e = Emitter()
+        for _ in range(count):
+            v = e.emit(torch.ops.aten.neg.default, (v,), spec)
+        return Program([first], e.equations, [v], [spec])
+
+    pays = [made.pays(program(n)) for n in range(1, 9)]
+    assert pays == sorted(pays)  # from some length on
+    at = pays.index(True) + 1
+    matrix = matrix_price(made.spec)
+    assert matrix <= 0.7 * price(program(at))
+    assert matrix > 0.7 * price(program(at - 1))
 
 
 def test_long_vectors_wait_for_half_the_rows() -> None:
-    spec = _dense.TensorSpec((300,), torch.float32, X.device)
-    wide = _dense.TensorSpec((500,), torch.float32, X.device)
+    spec = TensorSpec((300,), torch.float32, X.device)
+    wide = TensorSpec((500,), torch.float32, X.device)
     made = _dense.Dense.of([wide], [spec], 1 << 20, lambda: None)
     assert made is not None
     assert made.due == 150

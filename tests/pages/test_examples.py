@@ -128,6 +128,18 @@ def test_bratu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(int(row[7]) == int(row[5]) + 1 for row in found)
 
 
+def test_bratu_on_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows(run("bratu_ranks", tmp_path, capsys))
+    for kind in ("collective", "isend, irecv"):
+        one, two = found[f"{kind}, ranks: 1"], found[f"{kind}, ranks: 2"]
+        assert one[0] == two[0]  # Newton steps
+        assert int(two[1]) == int(two[0]) + 1  # runs of f
+        assert two[3] == two[4].split(" + ")[0]  # a product sends what f sends
+        assert float(two[6]) < 1e-10
+        # What a rank keeps falls with the number of ranks.
+        assert int(two[5].replace(",", "")) < 0.6 * int(one[5].replace(",", ""))
+
+
 @pytest.mark.parametrize("dim", [1, 2])
 def test_bratu_equation_is_of_fourth_order(dim: int) -> None:
     from bratu import Bratu

@@ -337,3 +337,53 @@ here.jvp_fn(torch.eye(3)), here.vjp_fn(torch.eye(3))
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+class Holding(torch.autograd.Function):
+    """2x; its context keeps something that tells whether it is still there."""
+
+    kept: weakref.ref[Any]
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.token = Traced()
+        Holding.kept = weakref.ref(ctx.token)
+        return 2 * x
+
+    @staticmethod
+    def jvp(ctx: Any, v: torch.Tensor) -> torch.Tensor:
+        return 2 * v
+
+    @staticmethod
+    def backward(ctx: Any, u: torch.Tensor) -> torch.Tensor:
+        return 2 * u
+
+
+@pytest.mark.parametrize("times", [1, 5])
+@pytest.mark.parametrize("maxsize", [0, 8])
+def test_a_point_goes_without_the_collector(times: int, maxsize: int) -> None:
+    """Garbage in cycles would let a loop over points grow until the collector runs."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        w = torch.full((3,), 2.0, dtype=torch.float64)
+        saved.append(weakref.ref(w))
+        return (Holding.apply(x).sin() * w).exp()  # type: ignore[no-untyped-call]
+
+    saved: list[weakref.ref[torch.Tensor]] = []
+
+    def once(k: int) -> None:
+        here = lz.Linearizer(f, maxsize=maxsize).at(rand(3, seed=k))
+        for _ in range(times):
+            here.jvp_fn(rand(3, seed=1))
+            here.vjp_fn(rand(3, seed=2))
+
+    once(0)  # what is made once in a process
+    gc.collect()
+    gc.disable()
+    try:
+        for k in range(3):
+            once(k)
+            assert Holding.kept() is None
+            assert saved[-1]() is None
+    finally:
+        gc.enable()

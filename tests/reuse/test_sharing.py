@@ -103,19 +103,31 @@ def test_other_options_have_programs_of_their_own(first: dict[str, Any]) -> None
 
 
 def test_what_one_compiles_the_other_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = point(0)
-    first = lz.Linearizer(f).at(x)
-    check(first, f, x, 6)
-    (plan,) = first.jvp_fn._plans.values()
+    monkeypatch.setattr("linearize._forms.compiled.worth", lambda program: True)
+    x, calls = point(0), 0
 
-    def broken(*_: Any) -> Any:
-        raise AssertionError("compiled for somebody else")
+    def wide(x: torch.Tensor) -> torch.Tensor:
+        return f(x).cumsum(0) * f(x.flip(0))
 
-    monkeypatch.setattr(plan._running[0], "compiled", broken)
-    second = lz.Linearizer(f).at(x)
-    check(second, f, x, 6)
-    with pytest.raises(AssertionError, match="for somebody else"):
-        first.jvp_fn(x)
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        def run(*args: torch.Tensor) -> Any:
+            nonlocal calls
+            calls += 1
+            return graph.forward(*args)
+
+        return run
+
+    first = lz.Linearizer(wide).at(x)
+    check(first, wide, x, 6)
+    first.compile(backend=backend)
+    check(first, wide, x, 6)
+    assert calls
+    second = lz.Linearizer(wide).at(x)
+    before = calls
+    check(second, wide, x, 6)
+    assert calls == before
+    first.jvp_fn(x)
+    assert calls == before + 1
 
 
 def test_what_a_later_one_simplifies_serves_those_after_it() -> None:
@@ -125,7 +137,7 @@ def test_what_a_later_one_simplifies_serves_those_after_it() -> None:
     here = lz.Linearizer(f).at(x)
     check(here, f, x)
     (plan,) = here.jvp_fn._plans.values()
-    assert plan._settled
+    assert plan._succession.settled
 
 
 def test_functions_of_torch_func_share_them_too() -> None:

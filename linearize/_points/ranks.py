@@ -1,0 +1,466 @@
+"""Those who run a point together: ranks, where f communicates.
+
+Each rank has a linearization of its own, and a product of one is a product of all: the
+collectives in it match only if every rank runs the same product. So before each product the
+ranks exchange a few numbers: what is about to be called, and whether something failed. A rank that
+fails in the middle of a product takes part in the collectives that are left, so that nobody waits
+for it, and says so afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .._capture.collectives import Collective, calls_so_far, group_of_context
+from .._capture.contexts import ContextRecords, is_identity
+from .._forms.plan import Plan
+from .._torch.graphs import forward_class
+from .._torch.modes import outside_transforms
+from .._torch.ranks import (
+    collective_kind,
+    device_of,
+    distributed,
+    group_of,
+    members,
+    store,
+    timeout_of,
+)
+from ..errors import DistributedError, LinearizeError
+
+T = TypeVar("T")
+
+
+#: How many points were made of each group, by its name, so that all ranks count alike.
+_POINTS: Counter[str] = Counter()
+#: In a run of f ranks wait for those who are still in it until these give up.
+_PATIENCE = 2
+
+
+class Ranks:
+    """The ranks that run the products of a point.
+
+    Parameters
+    ----------
+    groups
+        The process groups over which f communicates.
+    """
+
+    def __init__(self, groups: Iterable[Any]) -> None:
+        self._groups = _largest(groups)
+        for group in self._groups:
+            _POINTS[group.group_name] += 1
+        self._points = [_POINTS[group.group_name] for group in self._groups]
+        self._lock = threading.RLock()
+        #: The thread in which a product is running.
+        self._thread = 0
+        #: How many exchanges there were.
+        self._count = 0
+        #: A failure that the others have not been told of.
+        self._owed: Exception | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is inside of a product."""
+        return self._thread == threading.get_ident()
+
+    # -- exchanges ----------------------------------------------------------------------------
+
+    def agree(
+        self, what: str, failure: BaseException | None = None, *, closing: bool = False
+    ) -> bool:
+        """Tell each other what is done next, and what failed.
+
+        Parameters
+        ----------
+        what
+            The same on all ranks.
+        failure
+            What happened on this one.
+        closing
+            Whether this rank wants another exchange at the end.
+
+        Returns
+        -------
+        bool
+            Whether a rank wants one.
+
+        Raises
+        ------
+        DistributedError
+            On every rank, if a rank has failed, or does something else.
+        BaseException
+            This rank's failure, if all ranks have failed.
+        """
+        self._count += 1
+        failed, differs = int(failure is not None), 0
+        numbers = [failed, -failed, int(closing)]
+        for group, point in zip(self._groups, self._points, strict=True):
+            code = zlib.crc32(f"{what} {point}".encode())
+            numbers = [code, -code, differs, *numbers]
+            most, least, differs, *numbers = _summed(what, numbers, dist.ReduceOp.MAX, group)
+            differs |= most != -least
+        some, none, close = numbers
+        if some or differs:
+            self._explain(self.named(what), failure, everywhere=none == -1)
+        return bool(close)
+
+    def _explain(self, what: str, failure: BaseException | None, *, everywhere: bool) -> None:
+        """Raise on all ranks what happened on some."""
+        text = None if failure is None else f"{type(failure).__name__}: {failure}"
+        known = {dist.get_rank(): (what, text)}
+        for group in self._groups:
+            found: list[Any] = [None] * dist.get_world_size(group)
+            try:
+                dist.all_gather_object(found, known, group=group)
+            except RuntimeError as error:
+                raise lost(what, error) from error
+            for other in found:
+                known |= other
+        if everywhere and failure is not None:
+            raise failure
+        raise parted(what, known) from failure
+
+    @property
+    def seed(self) -> int:
+        """Of random numbers: another one on each rank."""
+        return 4 + dist.get_rank()
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Return sums over all ranks.
+
+        Where there are several groups, each rank counts as often as any other, as long as they
+        are the rows and columns of a grid.
+        """
+        for group in self._groups:
+            numbers = _summed("a sum over the ranks", numbers, dist.ReduceOp.SUM, group)
+        return list(numbers)
+
+    def gather(self, what: str, failure: BaseException | None) -> None:
+        """Wait until f has run on all ranks, and see that it went alike.
+
+        By the store, as a rank may still be in one of f's collectives.
+
+        Parameters
+        ----------
+        what
+            The same on all ranks.
+        failure
+            What happened in f on this one.
+
+        Raises
+        ------
+        DistributedError
+            On every rank, if f has failed on a rank, or did something else there.
+        BaseException
+            This rank's failure, if f has failed on all ranks.
+        """
+        text = None if failure is None else f"{type(failure).__name__}: {failure}"
+        known: dict[int, tuple[str, str | None]] = {dist.get_rank(): (what, text)}
+        everywhere = True
+        try:
+            for group, point in zip(self._groups, self._points, strict=True):
+                place = f"linearize/{group.group_name}/{point}"
+                known, all_failed = _met(place, group, known)
+                everywhere &= all_failed
+        except RuntimeError as error:
+            raise lost("a run of f", error) from (failure or error)
+        if everywhere and failure is not None:
+            raise failure
+        if any(why for _, why in known.values()) or len({w for w, _ in known.values()}) > 1:
+            raise parted("a run of f", known) from failure
+
+    def most(self, number: float) -> float:
+        """Return the largest of a number over all ranks."""
+        numbers: list[float] = [number]
+        for group in self._groups:
+            numbers = _summed("a comparison of the ranks", numbers, dist.ReduceOp.MAX, group)
+        return numbers[0]
+
+    # -- products -----------------------------------------------------------------------------
+
+    def led(self, what: str, work: Callable[[], T]) -> T:
+        """Do what leads to a product; if it fails before that, the others are told."""
+        with self._lock:
+            if self.inside:
+                return work()
+            before = self._count
+            try:
+                return work()
+            except Exception as error:
+                if self._count == before:
+                    self.agree(what, error)
+                raise
+
+    def run(
+        self,
+        what: str,
+        prepare: Callable[[], Plan],
+        work: Callable[[], T],
+        sizes: Sequence[int | None] = (None,),
+    ) -> T:
+        """Run a product when all ranks are about to run the same.
+
+        Parameters
+        ----------
+        what
+            Its name.
+        prepare
+            Does what may fail without any communication, and returns what is run.
+        work
+            Runs it.
+        sizes
+            How many vectors are taken at once in each pass; None for a single one.
+        """
+        with self._lock:
+            failure: BaseException | None
+            failure, self._owed = self._owed, None
+            plan: Plan | None = None
+            if failure is None:
+                try:
+                    plan = prepare()
+                except Exception as error:
+                    failure = error
+            # What has settled, and calls no user code, has nothing left that could fail.
+            risky = plan is not None and not (plan.quiet and _only_collectives(plan))
+            closing = self.agree(what, failure, closing=risky)
+            assert plan is not None
+            return self._run(what, plan, work, sizes, closing=closing)
+
+    def _run(
+        self,
+        what: str,
+        plan: Plan,
+        work: Callable[[], T],
+        sizes: Sequence[int | None],
+        *,
+        closing: bool,
+    ) -> T:
+        before, self._thread = calls_so_far(), threading.get_ident()
+        failure: BaseException | None = None
+        result: T | None = None
+        try:
+            result = work()
+        except BaseException as error:
+            failure = error
+            _answer(plan, sizes, calls_so_far() - before)
+        finally:
+            self._thread = 0
+        if closing:
+            self.agree(f"the end of {what}", failure)
+        elif isinstance(failure, Exception):
+            self._owed = failure
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
+
+    def named(self, what: str) -> str:
+        """Return a name that tells points apart."""
+        return f"{what} of point {'/'.join(map(str, self._points))}"
+
+
+def _largest(groups: Iterable[Any]) -> list[Any]:
+    """Return groups, without those that lie within others, in the order in which f comes to them.
+
+    In that order nobody waits for somebody who waits for him: else f itself would not have ended.
+    Of a grid all rows come first, say, and then all columns, so that word gets everywhere.
+    """
+    by_members = {members(g): g for g in groups}
+    return [
+        g
+        for ranks, g in by_members.items()
+        if not any(set(ranks) < set(others) for others in by_members)
+    ]
+
+
+def group_of_records(records: ContextRecords) -> Any:
+    """Return the group whose ranks have parts of one vector, None if f does not communicate."""
+    groups = _largest([group_of_context(ctx) for ctx in records.communicating()])
+    if len(groups) > 1:
+        return group_of(None)
+    return groups[0] if groups else None
+
+
+def _only_collectives(plan: Plan) -> bool:
+    return all(isinstance(op, Collective) for op in plan.binding.ops)
+
+
+def _answer(plan: Plan, sizes: Sequence[int | None], done: int) -> None:
+    """Take part in the collectives that are left of a product that failed here."""
+    ops = [op for op in plan.binding.ops if isinstance(op, Collective)]
+    left = [(op, size) for size in sizes for op in ops][done:]
+    try:
+        with outside_transforms():
+            for op, size in left:
+                op.answered(size)
+    except RuntimeError:  # nobody can be reached; the exchange has the words for it
+        return
+
+
+def _summed(what: str, numbers: Sequence[Any], operation: Any, group: Any) -> list[Any]:
+    """Return numbers summed, or the like, over the ranks of a group."""
+    with outside_transforms(), torch.no_grad():
+        exact = torch.int64 if isinstance(numbers[0], int) else torch.float64
+        values = torch.tensor(numbers, dtype=exact, device=device_of(group))
+        try:
+            dist.all_reduce(values, operation, group=group)
+        except RuntimeError as error:
+            raise lost(what, error) from error
+        return list(values.tolist())
+
+
+def parted(what: str, known: Mapping[int, tuple[str, str | None]]) -> DistributedError:
+    """Return what to raise of what ranks were about to do, and of why they could not."""
+    reasons = {rank: why for rank, (_, why) in sorted(known.items()) if why is not None}
+    if reasons:
+        told = "; ".join(f"rank {rank}: {why}" for rank, why in reasons.items())
+        return DistributedError(f"{what} failed on {len(reasons)} of the ranks: {told}")
+    told = "; ".join(f"rank {rank}: {other}" for rank, (other, _) in sorted(known.items()))
+    return DistributedError(
+        "the ranks do different things at one time; every rank must ask for the same "
+        f"products, and run the same collectives in f, in the same order ({told})"
+    )
+
+
+def lost(what: str, error: BaseException) -> DistributedError:
+    """Return what to raise where a rank does not answer."""
+    return DistributedError(
+        f"{what}: a rank cannot be reached; it may have died, or raised an error elsewhere "
+        f"({error}){_posted()}"
+    )
+
+
+Told: TypeAlias = dict[int, tuple[str, str | None]]
+
+
+def _met(place: str, group: Any, known: Told) -> tuple[Told, bool]:
+    """Meet the other ranks of a group at a place in the store.
+
+    Returns
+    -------
+    dict
+        What is known, and, if that is not the same for all, what the others know.
+    bool
+        Whether all have failed.
+    """
+    kept, ranks, me = store(), members(group), dist.get_rank()
+    what, why = known[me]
+    alike = len({w for w, _ in known.values()}) == 1 and all(y is None for _, y in known.values())
+    code = zlib.crc32(what.encode()) if alike else 0
+    kept.set(f"{place}/{me}", json.dumps(list(known.items())))
+    codes = kept.add(f"{place}/codes", code)
+    failed = kept.add(f"{place}/failed", int(why is not None))
+    if kept.add(f"{place}/came", 1) == len(ranks):
+        codes, failed = kept.add(f"{place}/codes", 0), kept.add(f"{place}/failed", 0)
+        fine = codes == len(ranks) * code and alike
+        kept.set(
+            f"{place}/all", "fine" if fine else "failed" if failed == len(ranks) else "parted"
+        )
+    kept.wait([f"{place}/all"], _PATIENCE * timeout_of(group))
+    verdict = kept.get(f"{place}/all")
+    if verdict != b"fine":
+        for rank in ranks:
+            found = json.loads(kept.get(f"{place}/{rank}"))
+            known |= {int(r): (w, y) for r, (w, y) in found}
+    return known, verdict == b"failed"
+
+
+# -- runs of f --------------------------------------------------------------------------------
+
+
+def run_of_f(
+    records: ContextRecords, work: Callable[[], T], *, held: bool
+) -> tuple[T, Ranks | None]:
+    """Run f, and see that it ran on all ranks that it communicates with.
+
+    Parameters
+    ----------
+    records
+        What is seen of its collectives.
+    work
+        Runs it.
+    held
+        Whether the ranks are to be held against each other.
+
+    Returns
+    -------
+    result, ranks
+        Ranks is None if it does not communicate, or they are not.
+
+    Raises
+    ------
+    DistributedError
+        On every rank, if it fails on one, or runs other collectives on another.
+    """
+    failure: Exception | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    # Those through which no gradient goes here may be waited for elsewhere.
+    seen = [ctx for ctx in records.collectives if not is_identity(ctx)]
+    if not seen or not held:
+        if failure is not None:
+            _post(failure)
+            raise failure
+        return result, None  # type: ignore[return-value]
+    if isinstance(failure, RuntimeError) and not isinstance(failure, LinearizeError):
+        others = _posted()  # of those who failed before they came to a collective
+        if others:
+            raise DistributedError(f"f failed ({failure}){others}") from failure
+    ranks = Ranks([group_of_context(ctx) for ctx in seen])
+    shared = records.communicating()
+    names = ", ".join(collective_kind(forward_class(ctx)).strip("_") for ctx in shared)
+    ranks.gather(f"{len(shared)} collectives that depend on the primals: {names}", failure)
+    _Word.runs += 1
+    return result, ranks if shared else None  # type: ignore[return-value]
+
+
+class _Word:
+    """What ranks leave in the store when they fail in f and do not know who waits for them."""
+
+    #: How many runs of f went well: word of a failure before the latest says nothing.
+    runs = 0
+    failures = 0
+    #: What was read, so that it is told once.
+    told: ClassVar[dict[int, bytes]] = {}
+
+
+def _key(rank: int) -> str:
+    return f"linearize/failed/{rank}"
+
+
+def _post(failure: BaseException) -> None:
+    """Leave word of a failure where others look when they wait in vain."""
+    if not distributed():
+        return
+    _Word.failures += 1
+    text = f"{_Word.runs} {_Word.failures} {type(failure).__name__}: {failure}"
+    with contextlib.suppress(RuntimeError):  # whoever keeps the store is gone
+        store().set(_key(dist.get_rank()), text)
+
+
+def _posted() -> str:
+    """Return what other ranks have left word of since somebody last looked."""
+    found: dict[int, bytes] = {}
+    with contextlib.suppress(RuntimeError):
+        kept, me = store(), dist.get_rank()
+        for rank in range(dist.get_world_size()):
+            if rank != me and kept.check([_key(rank)]):
+                found[rank] = kept.get(_key(rank))
+    told = []
+    for rank, word in found.items():
+        runs, _, text = word.decode().split(" ", 2)
+        if _Word.told.get(rank) != word and int(runs) >= _Word.runs:
+            told.append(f"rank {rank}: {text}")
+    _Word.told |= found
+    return f"; f failed on {'; '.join(told)}" if told else ""

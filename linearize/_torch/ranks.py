@@ -1,0 +1,210 @@
+"""Process groups, and the Functions by which PyTorch communicates inside a graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import DistributedError, UnsupportedError
+
+_FUNCTIONAL = "torch.distributed._functional_collectives"
+_GENERATED = "GeneratedBackwardFor_"
+
+
+def distributed() -> bool:
+    """Whether there are process groups."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def collective_kind(cls: Any) -> str:
+    """Return which collective the context of a Function belongs to; empty if to none.
+
+    Of the Functions of `torch.distributed` it is the name of the class, of the functional
+    collectives that of the operator.
+    """
+    if str(cls.__module__).startswith("torch.distributed."):  # DTensor and FSDP have their own
+        return str(cls.__name__)
+    name = str(cls.__name__)
+    for library in ("_c10d_functional_autograd", "_c10d_functional"):
+        prefix = f"{_GENERATED}{library}_"
+        if name.startswith(prefix):
+            return name.removeprefix(prefix).removesuffix("_default")
+    return ""
+
+
+def group_of(group: Any) -> Any:
+    """Return a process group that is given as such, by its name, or as None for all ranks."""
+    if group is None:
+        return dist.group.WORLD
+    if isinstance(group, str):
+        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
+    return group
+
+
+def members(group: Any) -> tuple[int, ...]:
+    """Return the ranks of a group."""
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def timeout_of(group: Any) -> timedelta:
+    """Return after which time a collective of a group gives up."""
+    try:
+        found: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    except (RuntimeError, AttributeError):  # not a group of the CPU
+        found = dist.distributed_c10d.default_pg_timeout
+    return found
+
+
+def device_of(group: Any) -> torch.device:
+    """Return where a group takes its tensors from."""
+    if "gloo" in dist.get_backend(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def summed_over(group: Any, t: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over the ranks of a group."""
+    t = t.clone()
+    try:
+        dist.all_reduce(t, group=group)
+    except RuntimeError as error:
+        raise DistributedError(
+            f"an inner product: a rank cannot be reached; it may have died, or raised an error "
+            f"elsewhere ({error})"
+        ) from error
+    return t
+
+
+def store() -> Any:
+    """Return what all ranks can write to and read from, without communicating."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def order_of(node: Any) -> int:
+    """Return a number that is higher for nodes that were made later, in one thread."""
+    return int(node._sequence_nr())
+
+
+#: What process groups do to tensors in place, so that autograd does not learn of it.
+_UNSEEN = (
+    "allreduce",
+    "allreduce_coalesced",
+    "broadcast",
+    "allgather",
+    "_allgather_base",
+    "all_gather_single",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "_reduce_scatter_base",
+    "reduce_scatter_single",
+    "alltoall",
+    "alltoall_base",
+    "all_to_all_single",
+    "gather",
+    "scatter",
+    "send",
+    "recv",
+)
+
+
+class _Watch:
+    """Has collectives behave, in this thread, as a graph can tell of them.
+
+    Functional ones wait for their results, where otherwise they return tensors of a class of
+    their own, which wait when they are first used and whose memory cannot be looked at. Those
+    that write in place refuse what requires grad, as autograd would not learn of it.
+    """
+
+    _lock = threading.Lock()
+    _users = 0
+    _local = threading.local()
+    _given: ClassVar[dict[str, Any]] = {}
+    _wrap: Any = None
+
+    @classmethod
+    def active(cls) -> bool:
+        return bool(getattr(cls._local, "depth", 0))
+
+    @classmethod
+    def begin(cls) -> None:
+        module: Any = importlib.import_module(_FUNCTIONAL)
+        with cls._lock:
+            if cls._users == 0:
+                cls._wrap, module._maybe_wrap_tensor = module._maybe_wrap_tensor, _waited
+                own = vars(dist.ProcessGroup)
+                cls._given = {name: own[name] for name in _UNSEEN if name in own}
+                for name in cls._given:
+                    setattr(dist.ProcessGroup, name, _refusing(name))
+            cls._users += 1
+        cls._local.depth = getattr(cls._local, "depth", 0) + 1
+
+    @classmethod
+    def end(cls) -> None:
+        cls._local.depth -= 1
+        with cls._lock:
+            cls._users -= 1
+            if cls._users == 0:
+                module: Any = sys.modules[_FUNCTIONAL]
+                module._maybe_wrap_tensor = cls._wrap
+                for name, method in cls._given.items():
+                    setattr(dist.ProcessGroup, name, method)
+
+
+def _waited(t: torch.Tensor) -> Any:
+    if not _Watch.active():
+        return _Watch._wrap(t)
+    if t.requires_grad and not collective_kind(getattr(t.grad_fn, "_forward_cls", object)):
+        raise UnsupportedError(
+            "a functional collective for which PyTorch has no derivative (broadcast, say) was "
+            "called inside f with a tensor that requires grad; use torch.distributed.nn.functional"
+        )
+    with torch.no_grad():
+        torch.ops._c10d_functional.wait_tensor(t.detach())
+    return t
+
+
+def _refusing(name: str) -> Any:
+    method = getattr(dist.ProcessGroup, name)
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _Watch.active() and torch.is_grad_enabled() and any(map(_requires_grad, args)):
+            raise UnsupportedError(
+                f"torch.distributed ({name}) was called inside f with a tensor that depends on a "
+                "primal, or on something else that requires grad: autograd does not see it, and "
+                "the products would be wrong; use torch.distributed.nn.functional, or pass "
+                "t.detach() if nothing depends on it"
+            )
+        return method(self, *args, **kwargs)
+
+    return called
+
+
+def _requires_grad(x: Any) -> bool:
+    if isinstance(x, (list, tuple)):
+        return any(map(_requires_grad, x))
+    return isinstance(x, torch.Tensor) and x.requires_grad
+
+
+@contextlib.contextmanager
+def collectives_seen() -> Iterator[None]:
+    """Run f such that its graph tells of the collectives in it."""
+    if not distributed():
+        yield
+        return
+    _Watch.begin()
+    try:
+        yield
+    finally:
+        _Watch.end()
