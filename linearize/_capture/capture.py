@@ -19,6 +19,7 @@ from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
+from .._torch.hooks import HookWatcher
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, pytree
 from .._torch.ranks import collectives_seen
@@ -26,7 +27,7 @@ from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .dependence import check_not_behind, is_derivative, warn_independent
 from .graph import Edge, Graph
-from .reads import Reads, scripted_state, warn_of_hooks
+from .reads import Reads, scripted_state, stamps, warn_of_hooks
 from .trace import Trace
 
 
@@ -56,8 +57,8 @@ class Capture:
         Whether these were noted.
     moving
         Those of them that PyTorch writes to without raising their version.
-    hooked
-        The nodes of tensors on which f registered gradient hooks.
+    hooks
+        The gradient hooks that f registered.
     outputs
         The differentiable outputs with their history.
     trace
@@ -79,7 +80,7 @@ class Capture:
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
     watched: bool
     moving: list[torch.Tensor]
-    hooked: list[Node]
+    hooks: HookWatcher
     outputs: list[torch.Tensor]
     trace: Trace | None = None
     name: str = ""
@@ -89,8 +90,13 @@ class Capture:
         """Return the graph between value and primals."""
         leaves = [node for _, node in self.leaves]
         graph = Graph(self.edges, leaves, self.records, self.trace, self.owners)
-        warn_of_hooks(graph, self.hooked)
-        self.hooked = []
+        if self.watched:
+            # What f read out of sight, in a thread of its own for instance, may be here.
+            known = {id(ref) for ref, _ in self.reads}
+            refs = map(weakref.ref, graph.constants)
+            self.reads += stamps(ref for ref in refs if id(ref) not in known)
+        warn_of_hooks(graph, self.hooks)
+        self.hooks = HookWatcher()
         if not graph.order and self.edges and not self.derivative:
             warn_independent(f"the value of {self.name}")
         return graph
@@ -151,7 +157,8 @@ def capture(
         nodes = accumulators(aliases.leaves)
         if reads is not None:
             reads.note(scripted_state(f, aliases.others))
-        result = _called(f, arguments, keywords, records, reads, traced)
+        with HookWatcher() as hooks:
+            result = _called(f, arguments, keywords, records, reads, traced)
         result, aux = _apart(result) if has_aux else (result, None)
         outputs, out_space = _outputs(result)
         edges = [
@@ -175,7 +182,7 @@ def capture(
         reads=[] if reads is None else reads.stamps(),
         watched=reads is not None,
         moving=[] if reads is None else reads.moving(),
-        hooked=[] if reads is None else reads.hooked(),
+        hooks=hooks,
         outputs=[x for x in outputs if differentiable(x)],
         trace=traced,
         name=getattr(f, "__qualname__", None) or type(f).__name__,

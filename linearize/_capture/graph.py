@@ -8,7 +8,14 @@ from typing import Any, TypeAlias
 import torch
 
 from .._text.labels import Line
-from .._torch.graphs import Node, is_custom, leaf_variable, let_die_in_turn, saved_tensors
+from .._torch.graphs import (
+    Node,
+    is_custom,
+    leaf_variable,
+    let_die_in_turn,
+    saved_changed,
+    saved_tensors,
+)
 from .._torch.ranks import order_of
 from ..errors import UnsupportedError
 from .collectives import CollectiveNode, OpaqueNode
@@ -40,7 +47,10 @@ class Graph:
         What is known of each node's kind.
     """
 
-    __slots__ = ("_trace", "custom", "hidden", "keys", "leaves", "order", "places", "roots")
+    __slots__ = (
+        *("_trace", "constants", "custom", "hidden", "keys", "leaves", "order", "places"),
+        "roots",
+    )
 
     def __init__(
         self,
@@ -56,7 +66,11 @@ class Graph:
         # Other ranks may wait for a collective from which nothing comes to the value here.
         shared = records.communicating()
         above = [edge[0] for edge in roots if edge is not None]
-        self.order = between([*above, *shared], self.leaves, shared)
+        self.order, reaches = _walked([*above, *shared], self.leaves, shared)
+        #: The leaf tensors that it leads to besides the primals.
+        self.constants = [
+            t for n, ours in reaches.items() if not ours and (t := leaf_variable(n)) is not None
+        ]
         if shared:
             self.order = _latest_first(self.order, self.leaves)
         self.keys: dict[Node, tuple[Any, ...]] = {}
@@ -95,6 +109,10 @@ class Graph:
                     if t is not None:
                         yield self.label(node), t
 
+    def changed(self) -> bool:
+        """Whether a tensor that a built-in node keeps was changed in place after it was saved."""
+        return any(saved_changed(node) for node in self.order if node not in self.custom)
+
     def saved_tensors(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the graph keeps for its backward."""
         for node in self.order:
@@ -130,6 +148,14 @@ def between(
     """Return the nodes on paths from `roots` to `leaves`, in topological order.
 
     Those of `always`, and what leads to them, whether or not they lead to a leaf.
+    """
+    return _walked(roots, leaves, always)[0]
+
+
+def _walked(
+    roots: Sequence[Node], leaves: Sequence[Node], always: Sequence[Node] = ()
+) -> tuple[list[Node], dict[Node, bool]]:
+    """Return the nodes between, and of all nodes below the roots whether they lead to a leaf.
 
     Iterative, because graphs are deeper than Python's recursion limit.
     """
@@ -167,7 +193,7 @@ def between(
                     if stack:
                         reaches[stack[-1][0]] = True
     let_die_in_turn(reaches)
-    return post_order[::-1]
+    return post_order[::-1], reaches
 
 
 #: Marks the cotangents that are no tensors of the user's.
@@ -183,16 +209,26 @@ def as_seed(cotangent: torch.Tensor) -> torch.Tensor:
 
 def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[torch.Tensor]:
     """Return the leaf tensors that a graph leads to besides `leaves`."""
-    seen: set[Node] = set(leaves)
+    variables = map(leaf_variable, _beneath(edges, leaves))
+    return [t for t in variables if t is not None and not hasattr(t, _SEED)]
+
+
+def in_graph(edges: Sequence[Edge | None]) -> list[torch.Tensor]:
+    """Return the leaf tensors that a graph leads to, and those that its nodes keep."""
+    nodes = list(_beneath(edges, ()))
+    let_die_in_turn(nodes)
+    leaves = [t for t in map(leaf_variable, nodes) if t is not None]
+    return [*leaves, *(t for node in nodes for t in saved_tensors(node))]
+
+
+def _beneath(edges: Sequence[Edge | None], ends: Sequence[Node]) -> Iterator[Node]:
+    """Yield the nodes of a graph, `ends` and what is below them left out."""
+    seen: set[Node] = set(ends)
     stack = [edge[0] for edge in edges if edge is not None]
-    found = []
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        variable = leaf_variable(node)
-        if variable is not None and not hasattr(variable, _SEED):
-            found.append(variable)
+        yield node
         stack.extend(child for child, _ in node.next_functions if child is not None)
-    return found

@@ -1,7 +1,8 @@
 """What a module and those inside it hold, found out once and then only looked over.
 
 A network has hundreds of attributes that never change. A `Tree` writes them down, and sees in one
-pass without Python code whether one of them is another object than before.
+pass without Python code whether one of them is another object than before. It serves the whole
+process, and so refers to no tensor, not even weakly: tensors are looked up each time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _DICTS = (
 )
 #: Those that tell when one of the others changes too.
 _dicts_of = operator.attrgetter(*_DICTS[:5])
+_tensors_of = operator.attrgetter(*_DICTS[:2])
 _dict_of = operator.attrgetter("__dict__")
+_TENSOR, _REF = torch.Tensor, weakref.ref
 
 
 class Tree:
@@ -49,9 +52,7 @@ class Tree:
     Attributes
     ----------
     tokens
-        What is always read, where it is plain or a tensor.
-    tensors
-        The tensors among it.
+        What is always read, where it is plain; of tensors, where they stand.
     classes
         Of the modules: those with code that can be seen.
     """
@@ -60,7 +61,6 @@ class Tree:
         self, root: Module, is_own: Callable[[type], bool], has_code: Callable[[type], bool]
     ) -> None:
         self._tokens: list[Any] = []
-        self.tensors: list[weakref.ref[torch.Tensor]] = []
         #: By module, name of a dict and key: what is not plain.
         self._others: list[tuple[weakref.ref[Module], str, Any]] = []
         #: Attributes that count if code that can be seen names them.
@@ -72,26 +72,30 @@ class Tree:
         kinds = dict.fromkeys(type(m) for m in modules)
         self.classes = [weakref.ref(kind) for kind in kinds if has_code(kind)]
         self._modules = [weakref.ref(m) for m in modules]
-        #: Gets an entry when a tensor dies: another object may have its id then.
-        self._dead: list[Any] = []
-        self._watched = [
-            weakref.ref(t, self._dead.append) for t in map(operator.call, self.tensors)
-        ]
         self._ids = self._look()
         #: For each module, what gets its plain attributes and how many there are, and what it got.
         self._getters = [_getter(m) for m in modules]
         self._got = list(self._attributes())
 
-    def unchanged(self) -> bool:
-        """Whether each attribute is the object that it was."""
+    def still_describes(self, root: Module) -> bool:
+        """Whether a module holds what it did, or another tensor in the place of a dead one.
+
+        Modules may be equal that are not the same.
+        """
         try:
             return (
-                not self._dead
+                self._modules[0]() is root
                 and self._look() == self._ids
                 and all(map(operator.is_, self._attributes(), self._got))
             )
         except (AttributeError, KeyError):  # a module or an attribute is gone
             return False
+
+    def tensors(self) -> list[weakref.ref[torch.Tensor]]:
+        """Return the parameters and buffers that stand there now."""
+        dicts = chain.from_iterable(map(_tensors_of, map(operator.call, self._modules)))
+        values = chain.from_iterable(map(dict.values, filter(None, dicts)))
+        return [_REF(t) for t in values if isinstance(t, _TENSOR)]
 
     def others(self, names: set[str], *, any_name: bool) -> Iterator[tuple[str, Any]]:
         """Yield what else is read, by name.
@@ -138,10 +142,8 @@ class Tree:
                 tokens.append(key)
                 if value is None:
                     tokens.append(None)
-                elif isinstance(value, torch.Tensor):
-                    tensor = weakref.ref(value)
-                    tokens.append(tensor)
-                    self.tensors.append(tensor)
+                elif isinstance(value, torch.Tensor) and where in _DICTS[:2]:
+                    tokens.append(_TENSOR)
                 elif where != "_modules" or isinstance(value, torch.jit.ScriptModule):
                     self._others.append((ref, where, key))
         for name, value in module.__dict__.items():

@@ -88,22 +88,6 @@ class Reach:
         self.any_name = False
         #: Whether some code in reach compares objects.
         self.compares = False
-        self._trees: weakref.WeakKeyDictionary[torch.nn.Module, Tree]
-        self._trees = weakref.WeakKeyDictionary()
-
-    def tree(self, root: torch.nn.Module) -> Tree:
-        """Return what a module and those inside it hold now."""
-        try:
-            known = self._trees.get(root)
-            if known is None or not known.unchanged():
-                known = self._trees[root] = Tree(root, is_own, has_code)
-        except TypeError:  # it has no hash
-            known = Tree(root, is_own, has_code)
-        return known
-
-    def forget(self) -> None:
-        """Let go of what was noted of modules, weak references to tensors among it."""
-        self._trees.clear()
 
     def now(self, others: Iterable[Any] = ()) -> State:
         """Return what can be reached now, from f or from one of `others`."""
@@ -361,9 +345,11 @@ class _Walk:
         if inner is not None:  # the rest is what the compiler keeps
             self._stack.append((inner, where))
             return
-        tree = self._reach.tree(m)
+        tree = _tree(m)
+        tensors = tree.tensors()
         self.tokens.append(tree.tokens)
-        self.tensors += tree.tensors
+        self.tokens += tensors
+        self.tensors += tensors
         for ref in tree.classes:
             cls = ref()
             if cls is not None:
@@ -432,6 +418,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     ((bytearray, memoryview, array.array), _Walk._buffer),
 )
 _LOOKS: weakref.WeakKeyDictionary[type, _Look] = weakref.WeakKeyDictionary()
+_TREES: weakref.WeakKeyDictionary[torch.nn.Module, Tree] = weakref.WeakKeyDictionary()
 
 
 def _look_of(kind: type) -> _Look:
@@ -452,6 +439,17 @@ def _found_look(kind: type) -> _Look:
         if issubclass(kind, base):
             return look
     return _Walk._array if hasattr(kind, "__array_interface__") else _Walk._object
+
+
+def _tree(root: torch.nn.Module) -> Tree:
+    """Return what a module and those inside it hold now."""
+    try:
+        known = _TREES.get(root)
+        if known is None or not known.still_describes(root):
+            known = _TREES[root] = Tree(root, is_own, has_code)
+    except TypeError:  # it has no hash
+        known = Tree(root, is_own, has_code)
+    return known
 
 
 def _stays(cls: type) -> bool:

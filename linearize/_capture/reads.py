@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .._torch.graphs import Node, history
+from .._torch.hooks import HookWatcher
 from .._torch.modes import DispatchMode, lazy_bits_respected
 from .._torch.names import batched_or_wrapped, pytree
 from ..errors import IgnoredHookWarning
@@ -40,7 +40,6 @@ class Reads(TorchFunctionMode):
         self._records = records
         self._seen: dict[int, weakref.ref[torch.Tensor]] = {}
         self._moving: dict[int, torch.Tensor] = {}
-        self._hooked: list[torch.Tensor] = []
         self._thaw = thaw
 
     def __torch_function__(
@@ -57,8 +56,6 @@ class Reads(TorchFunctionMode):
             self._records.settle()
         if func in _MOVING:
             args, kwargs = self._held_still(func, args, kwargs or {})
-        elif func is _REGISTER_HOOK:
-            self._hooked.append(args[0])
         if self._thaw and not getattr(func, "__name__", "").endswith("_"):
             args, kwargs = pytree.tree_map(_thawed, (args, kwargs))
         if func in _RUNS_BACKWARD:
@@ -92,21 +89,21 @@ class Reads(TorchFunctionMode):
         """Return tensors that PyTorch writes to without raising their version."""
         return list(self._moving.values())
 
-    def hooked(self) -> list[Node]:
-        """Return the nodes of tensors on which gradient hooks were registered."""
-        return history(self._hooked)
-
     def stamps(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
         """Return the tensors still alive with their versions now."""
-        alive = ((ref, ref()) for ref in self._seen.values())
-        return [
-            (ref, t._version)
-            for ref, t in alive
-            if t is not None and not batched_or_wrapped(t) and not t.is_inference()
-        ]
+        return stamps(self._seen.values())
 
 
-_REGISTER_HOOK = torch.Tensor.register_hook
+def stamps(refs: Iterable[weakref.ref[torch.Tensor]]) -> list[tuple[Any, int]]:
+    """Return those tensors that are still alive with their versions now."""
+    alive = ((ref, ref()) for ref in refs)
+    return [
+        (ref, t._version)
+        for ref, t in alive
+        if t is not None and not batched_or_wrapped(t) and not t.is_inference()
+    ]
+
+
 #: Functions with running statistics: the place of the first of both, and the name of the flag, the
 #: sixth argument, by which they move, with its default.
 _MOVING: dict[Any, tuple[int, str, bool]] = {
@@ -123,9 +120,9 @@ _RUNS_BACKWARD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.bac
 _TENSOR, _REF, _SEQUENCES = torch.Tensor, weakref.ref, (list, tuple)
 
 
-def warn_of_hooks(graph: Graph, hooked: Iterable[Node]) -> None:
+def warn_of_hooks(graph: Graph, watcher: HookWatcher) -> None:
     """Warn if f registered a gradient hook in a graph: the products do not run it."""
-    inside = next((n for n in hooked if n in graph.places), None)
+    inside = next((n for n in graph.order if watcher.hooks(n)), None) if watcher.any else None
     if inside is None:
         inside = next((n for n in graph.custom if n.name() == _MODULE_HOOK), None)
     if inside is not None:

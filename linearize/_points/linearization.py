@@ -343,6 +343,11 @@ class Linearization:
             )
         )
 
+    def _intact(self) -> bool:
+        """Whether the same holds, and of what the graph keeps too."""
+        source = self._source()
+        return self._fresh() and not (source is not None and source.changed())
+
     def _size(self) -> int:
         return self.nbytes
 

@@ -145,7 +145,11 @@ class Linearizer:
         self._vouched = unseen == "constant"
         self._repeats = Repeats()
         self._memo: Memo[Linearization] = Memo(
-            maxsize, max_bytes, Linearization._size, Linearization._fresh
+            maxsize,
+            max_bytes,
+            Linearization._size,
+            Linearization._fresh,
+            Linearization._intact,
         )
         self._structures = Structures(self._policy.shared)
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -248,7 +252,6 @@ class Linearizer:
     def clear(self) -> None:
         """Forget all points. Those still held elsewhere go on working."""
         self._memo.clear()
-        self._reach.forget()
 
     def close(self) -> None:
         """Close every point made so far, wherever it is held, and forget it."""

@@ -101,6 +101,8 @@ class Memo(Generic[P]):
         Returns a point's bytes.
     fresh
         Whether a point can still be used.
+    intact
+        The same, looked at more closely: before a point is handed out again.
     """
 
     def __init__(
@@ -109,12 +111,13 @@ class Memo(Generic[P]):
         max_bytes: int | None,
         size_of: Callable[[P], int],
         fresh: Callable[[P], bool],
+        intact: Callable[[P], bool],
     ) -> None:
         limit = float("inf") if maxsize is None else maxsize
         self._entries: cachetools.LRUCache[Hashable, _Entry[P]] = cachetools.LRUCache(limit)
         self._max_bytes = max_bytes
         self._size_of = size_of
-        self._fresh = fresh
+        self._fresh, self._intact = fresh, intact
         self._lock = threading.Lock()
         self._dead: deque[tuple[Hashable, _Entry[P]]] = deque()
         #: Whose turn it is to be looked at.
@@ -139,7 +142,7 @@ class Memo(Generic[P]):
                 and not entry.orphaned()
                 and not _changed(entry.stamps)
                 and entry.state.same(state)
-                and self._fresh(entry.point)
+                and self._intact(entry.point)
             ):
                 gone = self._entries.pop(key)
                 self._evictions += 1

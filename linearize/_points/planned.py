@@ -303,11 +303,11 @@ class Planned:
         return None if template is None else template.executor
 
     def _residuals(self) -> list[Residual]:
-        """Return the residuals of this product, as far as it is recorded."""
+        """Return what must not have changed for this product, as far as it is recorded."""
         program, plans = self._program, list(self._plans.values())
-        residuals = [] if program is None else program.residuals()
-        bindings = [b for plan in plans for b in plan.bindings()]
-        return [*residuals, *(r for b in bindings for r in b.residuals)]
+        bindings = [] if program is None else [program.binding]
+        bindings += [b for plan in plans for b in plan.bindings()]
+        return [r for b in bindings for r in b.watched()]
 
     def _programs(self) -> Iterator[BoundProgram]:
         """Yield each program that is kept."""

@@ -343,6 +343,14 @@ class PointPrograms:
         """Take note that a program was compiled."""
         self._structures.count_compiled()
 
+    def changed(self) -> bool:
+        """Whether a tensor that the graph keeps was changed in place, as long as there is one.
+
+        Without the lock: a thread that records the programs may hold it long.
+        """
+        graph = self._graph
+        return graph is not None and graph.changed()
+
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are kept for programs still to be made."""
         graph, pullback = self.waiting()

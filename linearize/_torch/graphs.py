@@ -118,6 +118,18 @@ def history(tensors: Iterable[torch.Tensor]) -> list[Node]:
     return nodes
 
 
+def node_of(t: torch.Tensor) -> Node | None:
+    """Return where the gradient of a tensor goes, asked out of sight of all function modes.
+
+    A view that must not be used any more, as PyTorch would say, has no such place.
+    """
+    with torch._C.DisableTorchFunction():
+        try:
+            return gradient_edge(t).node if t.requires_grad else None
+        except RuntimeError:
+            return None
+
+
 def leaf_variable(node: Node) -> torch.Tensor | None:
     """Return the leaf tensor behind an `AccumulateGrad` node, None for other nodes."""
     return getattr(node, "variable", None)
@@ -216,13 +228,35 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
     What was packed by a hook is left alone: to unpack it may mean to compute it again.
     """
     for name in saved_names(type(node))[0]:
-        saved = getattr(node, f"_raw{name}")
-        for raw in saved if isinstance(saved, (tuple, list)) else (saved,):
+        for raw in _packed(node, name):
             if raw is None or getattr(raw, "unpack_hook", None) is not None:
                 continue
             t = getattr(raw, "data", None)
             if isinstance(t, torch.Tensor):
                 yield t
+
+
+def saved_changed(node: Node) -> bool:
+    """Whether a tensor that a built-in node keeps was changed in place after it was saved."""
+    for name in saved_names(type(node))[0]:
+        packed = _packed(node, name)
+        if any(getattr(raw, "unpack_hook", None) is not None for raw in packed):
+            continue
+        try:
+            getattr(node, name)
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                return True
+    return False
+
+
+def _packed(node: Node, name: str) -> Sequence[Any]:
+    """Return what a node saved under a name, as it lies there; nothing if f has freed it."""
+    try:
+        packed = getattr(node, f"_raw{name}")
+    except RuntimeError:
+        return ()
+    return packed if isinstance(packed, (tuple, list)) else (packed,)
 
 
 def recomputed_once() -> contextlib.AbstractContextManager[Any]:

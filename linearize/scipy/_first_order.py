@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from .._capture.contexts import ContextRecords
+from .._capture.graph import in_graph
 from .._capture.reach import Reach
-from .._capture.reads import Reads
+from .._capture.reads import Reads, stamps
 from .._capture.state import State
 from .._derivatives.gradient import check_scalar
 from .._spaces.space import differentiable
+from .._torch.graphs import gradient_edge
 from .._torch.names import pytree
 from ._operators import Array
 
@@ -89,6 +91,8 @@ class FirstOrder:
             with Reads(ContextRecords()) as reads:
                 value = self._f(x)
             check_scalar(value)
+            edge = gradient_edge(value) if value.requires_grad else None
+            hidden = in_graph([edge and (edge.node, edge.output_nr)])
             gradient = (
                 torch.autograd.grad(value, leaves, _ones_like(value), allow_unused=True)
                 if value.requires_grad
@@ -98,7 +102,8 @@ class FirstOrder:
             torch.zeros_like(t, requires_grad=False) if g is None else g
             for t, g in zip(leaves, gradient, strict=True)
         ]
-        return Slope(value.item(), self._ravel(parts), state, reads.stamps())
+        read = [*reads.stamps(), *stamps(map(weakref.ref, hidden))]
+        return Slope(value.item(), self._ravel(parts), state, read)
 
 
 def _ones_like(value: torch.Tensor) -> torch.Tensor:

@@ -705,3 +705,75 @@ def test_generators_of_random_numbers_are_left_alone() -> None:
     )
     x = X.clone()
     assert lin.at(x) is lin.at(x)
+
+
+# -- what is noted of modules, for the whole process ---------------------------------------------
+
+
+class Equal(nn.Module):
+    """Equal to others of its kind, whatever they hold."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("weight", torch.full((2,), scale, dtype=torch.float64))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal)
+
+    def __hash__(self) -> int:
+        return 7
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale * self.weight
+
+
+def test_modules_that_are_equal_are_not_taken_for_each_other() -> None:
+    nets = [Equal(2.0), Equal(3.0)]
+    lins = [lz.Linearizer(net) for net in nets]
+    for _ in range(2):
+        for net, lin in zip(nets, lins, strict=True):
+            assert torch.equal(lin.at(X).value, net(X))
+            assert lin.at(X) is lin.at(X)
+    nets[1].scale = 4.0
+    assert torch.equal(lins[1].at(X).value, nets[1](X))
+    nets[1].weight = torch.full((2,), 5.0, dtype=torch.float64)
+    assert torch.equal(lins[1].at(X).value, nets[1](X))
+
+
+def test_a_buffer_bound_anew_is_seen_whatever_its_identity() -> None:
+    """A dead tensor's identity is given to the next one: thirty times, to be sure of some."""
+    net = nn.Module()
+    net.register_buffer("shift", torch.zeros(2, dtype=torch.float64))
+    lin = lz.Linearizer(lambda x: x.sin() + net.shift)  # its graph does not keep it
+    lin.at(X)
+    same = 0
+    for i in range(30):
+        before = id(net.shift)
+        del net.shift
+        net.register_buffer("shift", torch.full((2,), float(i), dtype=torch.float64))
+        same += id(net.shift) == before
+        assert torch.equal(lin.at(X).value, X.sin() + i)
+    assert same
+
+
+def test_one_network_in_two_linearizers_and_in_a_later_one() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Dropout(0.0)).double()
+    lins = [lz.Linearizer(net), lz.Linearizer(lambda x: net(x))]
+    here = [lin.at(X) for lin in lins]
+    assert all(lin.at(X) is point for lin, point in zip(lins, here, strict=True))
+    net[0].weight = nn.Parameter(torch.eye(2, dtype=torch.float64))
+    for lin in (*lins, lz.Linearizer(net)):
+        assert torch.equal(lin.at(X).value, net(X).detach())
+    net[1] = nn.Sigmoid()
+    for lin in (*lins, lz.Linearizer(net)):
+        assert torch.equal(lin.at(X).value, net(X).detach())
+
+
+def test_nothing_is_left_on_parameters_when_the_linearizer_is_gone() -> None:
+    net = nn.Linear(2, 2).double()
+    lin = lz.Linearizer(net)
+    lin.at(X)
+    del lin
+    gc.collect()
+    assert not any(weakref.getweakrefs(p) for p in net.parameters())

@@ -1,6 +1,8 @@
 """Every method of SciPy that takes derivatives or operators, with the runs of f counted."""
 
 import functools
+import queue
+import threading
 
 import numpy as np
 import pytest
@@ -116,6 +118,32 @@ def test_gradients_alone_see_data_that_change_in_place():
     data.mul_(2)
     assert p.fun(p.x0) == 28
     np.testing.assert_allclose(p.jac(p.x0), [4, 8, 12])
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+def test_gradients_alone_see_what_a_thread_read_where_the_graph_has_it(leaf):
+    data = torch.ones(3, dtype=torch.float64, requires_grad=leaf)
+    box = queue.Queue()  # what is in it cannot be looked at
+    box.put(data)
+
+    def work(x, out):
+        box.put(here := box.get())
+        out.append((x * x + here).sum() if leaf else (here * x * x).sum())
+
+    def f(x):
+        out = []
+        thread = threading.Thread(target=work, args=(x, out))
+        thread.start()
+        thread.join()
+        return out[0]
+
+    p = lz.scipy.ScalarFunction(f, [1.0, 2.0, 3.0])
+    assert p.fun(p.x0) == (17 if leaf else 14)
+    assert p.fun(p.x0) == (17 if leaf else 14)
+    with torch.no_grad():
+        data.mul_(2)
+    assert p.fun(p.x0) == (20 if leaf else 28)
+    np.testing.assert_allclose(p.jac(p.x0), [2, 4, 6] if leaf else [4, 8, 12])
 
 
 def test_gradients_of_what_x_does_not_reach():

@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.hooks import RemovableHandle
 
 import linearize as lz
 from linearize import func
@@ -358,6 +360,124 @@ def test_tensors_can_be_swapped_once_all_is_forgotten() -> None:
     assert lin.at(x).value.tolist() == [0, 0]
 
 
+# -- tensors read out of sight -------------------------------------------------------------------
+
+
+def in_a_thread(do: Any) -> Any:
+    out: list[Any] = []
+    thread = threading.Thread(target=lambda: out.append(do()))
+    thread.start()
+    thread.join()
+    return out[0]
+
+
+HIDDEN: dict[str, Any] = {
+    "saved": lambda x, t: x * t,
+    "saved by a later node": lambda x, t: (x.sin() * t).exp(),
+    "index": lambda x, t: x[t],
+    "several": lambda x, t: torch.cat([x * t, x / t]),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("products", [0, 1, 4])
+def test_what_a_thread_of_f_read_is_seen_in_the_graph(name: str, products: int) -> None:
+    t = torch.tensor([1, 0]) if name == "index" else rand(2, seed=1)
+    hidden = iter([t] * 99)  # not to be reached by name
+    lin = lz.Linearizer(
+        lambda x: in_a_thread(lambda: HIDDEN[name](x, next(hidden))), unseen="constant"
+    )
+    x = rand(2)
+    here = lin.at(x)
+    for _ in range(products):
+        here.jvp_fn(x)
+        here.vjp_fn(here.value)
+    assert lin.at(x) is here
+    t.copy_(torch.tensor([0, 0]) if name == "index" else 2 * t)
+    there = lin.at(x)
+    assert there is not here
+    torch.testing.assert_close(there.value, HIDDEN[name](x, t))
+    v = torch.ones_like(x)
+    expected = torch.func.jvp(lambda x: HIDDEN[name](x, t), (x,), (v,))[1]
+    for _ in range(4):
+        torch.testing.assert_close(there.jvp_fn(v), expected)
+    if products:
+        return
+    with pytest.raises(StalenessError):
+        here.jvp_fn(v)
+
+
+@pytest.mark.parametrize("products", [0, 4])
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_leaf_that_a_thread_of_f_read_is_seen_in_the_graph(products: int, deep: bool) -> None:
+    t = rand(2, seed=1).requires_grad_()
+    hidden = iter([t] * 99)
+
+    def g(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (x + (t.exp().sum() if deep else t)).sin()
+
+    lin = lz.Linearizer(lambda x: in_a_thread(lambda: g(x, next(hidden))), unseen="constant")
+    x = rand(2)
+    here = lin.at(x)
+    for _ in range(products):
+        here.jvp_fn(x)
+        here.vjp_fn(here.value)
+    assert lin.at(x) is here
+    with torch.no_grad():
+        t.mul_(2)
+    there = lin.at(x)
+    assert there is not here
+    torch.testing.assert_close(there.value, g(x, t).detach())
+    del here, there
+    ref = weakref.ref(t)
+    list(hidden)
+    del t
+    lin.clear()
+    gc.collect()
+    assert ref() is None
+
+
+def test_constants_of_a_trace_are_seen_in_the_graph() -> None:
+    w = rand(2, seed=1)
+    traced = torch.jit.trace(lambda x: x * w, rand(2))
+    lin = lz.Linearizer(lambda x: traced(x).sin(), unseen="constant")
+    x = rand(2)
+    here = lin.at(x)
+    assert lin.at(x) is here
+    w.mul_(2)
+    torch.testing.assert_close(lin.at(x).value, (x * w).sin())
+
+
+def test_what_f_freed_by_a_backward_of_its_own_is_no_change() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x[torch.tensor([0, 1])] * x * x.exp()
+        return y + torch.autograd.grad(y.sum(), x)[0]
+
+    lin = lz.Linearizer(f, max_bytes=1 << 20)
+    x = rand(2)
+    here = lin.at(x)
+    assert lin.at(x) is here
+    assert here.nbytes >= 0
+
+
+def test_what_hooks_packed_is_not_unpacked_for_a_look() -> None:
+    unpacked = 0
+
+    def unpack(t: torch.Tensor) -> torch.Tensor:
+        nonlocal unpacked
+        unpacked += 1
+        return t
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            return x.sin() * x.cos()
+
+    lin = lz.Linearizer(f, unseen="constant")
+    x = rand(2)
+    assert lin.at(x) is lin.at(x)
+    assert unpacked == 0
+
+
 # -- hooks ---------------------------------------------------------------------------------------
 
 
@@ -372,6 +492,66 @@ def test_a_gradient_hook_of_f_is_named() -> None:
     assert here.vjp_fn(torch.ones(2))[0].tolist() == [2, 2]
 
 
+def on_the_node(y: torch.Tensor) -> None:
+    assert y.grad_fn is not None
+    y.grad_fn.register_hook(lambda gi, go: tuple(10 * g for g in gi))
+
+
+def before_the_node(y: torch.Tensor) -> None:
+    assert y.grad_fn is not None
+    y.grad_fn.register_prehook(lambda go: tuple(10 * g for g in go))
+
+
+HOOKS: dict[str, Any] = {
+    "tensor": lambda x, y: y.register_hook(lambda g: 10 * g),
+    "argument": lambda x, y: x.register_hook(lambda g: 10 * g),
+    "node": lambda x, y: on_the_node(y),
+    "before a node": lambda x, y: before_the_node(y),
+    "before the end": lambda x, y: torch.autograd.graph.get_gradient_edge(x).node.register_prehook(
+        lambda go: tuple(10 * g for g in go)
+    ),
+    "several": lambda x, y: torch.autograd.graph.register_multi_grad_hook((x, y), lambda g: None),
+    "overwritten": lambda x, y: (y.register_hook(lambda g: 10 * g), y.mul_(2)),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("maxsize", [0, 8])
+def test_every_gradient_hook_of_f_is_named(name: str, maxsize: int) -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        HOOKS[name](x, y)
+        return y.sin()
+
+    lin = lz.Linearizer(f, maxsize=maxsize, unseen="constant")
+    with pytest.warns(IgnoredHookWarning):
+        lin.at(torch.zeros(2))
+    with pytest.warns(IgnoredHookWarning):
+        func.vjp(f, torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["node", "before a node", "tensor"])
+def test_a_hook_on_a_custom_function_is_named(name: str) -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = KeepsOutput.apply(x, "output")
+        HOOKS[name](x, y)
+        return y * 1.0
+
+    with pytest.warns(IgnoredHookWarning, match="KeepsOutput"):
+        lz.Linearizer(f, maxsize=0).at(torch.zeros(2, dtype=D))
+
+
+def test_handles_are_made_as_ever_when_nobody_watches() -> None:
+    before = RemovableHandle.__init__
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        lz.Linearizer(f).at(torch.zeros(2))
+    assert RemovableHandle.__init__ is before
+
+
 def test_a_backward_hook_of_a_module_is_named() -> None:
     net = nn.Linear(2, 2)
     net.register_full_backward_hook(lambda *_: None)
@@ -383,7 +563,10 @@ def test_a_hook_outside_of_the_graph_is_none() -> None:
     w = torch.ones(2, requires_grad=True)
 
     def f(x: torch.Tensor) -> torch.Tensor:
-        (w * 2).register_hook(lambda g: g)
+        y = w * 2
+        y.register_hook(lambda g: g)
+        on_the_node(y)
+        w.register_hook(lambda g: g)
         return x * w
 
     with warnings.catch_warnings():
