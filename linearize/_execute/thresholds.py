@@ -45,6 +45,10 @@ GRAPH_WARM_UP: Final = 2
 MATRIX_FROM: Final = 32
 #: The fewest at points of a structure whose matrix has won before.
 MATRIX_AGAIN_FROM: Final = 3
+#: Nanoseconds, on paper, that an operation on many arguments takes besides, and that it takes
+#: besides to write a matrix out and to compare it.
+MATRIX_MAPPED: Final = 10_000
+MATRIX_COMPARED: Final = 2_000_000
 #: The share of a program's price that a product with its matrix may have.
 MATRIX_SHARE: Final = 0.7
 #: Bytes that one pass of writing out a matrix may take.

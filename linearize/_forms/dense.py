@@ -35,7 +35,9 @@ from .._execute.binding import BoundProgram
 from .._execute.executor import runner
 from .._execute.thresholds import (
     MATRIX_AGAIN_FROM,
+    MATRIX_COMPARED,
     MATRIX_FROM,
+    MATRIX_MAPPED,
     MATRIX_PASS,
     MATRIX_SHARE,
     NEVER,
@@ -103,12 +105,12 @@ class Dense:
         )
         return Dense(spec, taken) if 0 < spec.nbytes <= limit else None
 
-    def won(self, program: Program) -> None:
-        """Take note that the matrix won at another point, where this program was run."""
+    def again(self, program: Program) -> int:
+        """Return at how many products a matrix pays that won where this program was run before."""
         saved = price(program) - self._price
-        writing = price_of_many(program, min(self.spec.shape))
-        again = max(MATRIX_AGAIN_FROM, math.ceil(writing / saved)) if saved > 0 else NEVER
-        self.due = min(self.due, again)
+        mapped = MATRIX_COMPARED + len(program.equations) * MATRIX_MAPPED
+        writing = price_of_many(program, min(self.spec.shape)) + mapped
+        return max(MATRIX_AGAIN_FROM, math.ceil(writing / saved)) if saved > 0 else NEVER
 
     def written(self, matrix: torch.Tensor) -> None:
         """Take note that somebody wrote the matrix of the pushforward out at this point."""

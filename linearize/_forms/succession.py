@@ -36,10 +36,13 @@ class Learned:
         False once a simplified program saved nothing or lost digits.
     matrix
         Whether the matrix is worth it; None if that was not asked yet.
+    again
+        At how many products of a further point it is, if that was computed.
     """
 
     simplifies: bool = True
     matrix: bool | None = None
+    again: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

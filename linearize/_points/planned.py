@@ -243,7 +243,9 @@ class Planned:
             sides = self._arguments.tensors, self._results.tensors
             dense = Dense.of(*sides, policy.dense_limit, lambda: None)
         if dense is not None and learned.matrix:
-            dense.won(program)
+            if learned.again is None:  # once for all points: it goes through the program
+                learned.again = dense.again(program)
+            dense.due = min(dense.due, learned.again)
         return dense
 
     def _written(self, matrix: torch.Tensor) -> None:
