@@ -120,9 +120,10 @@ class Plan:
         run, executor, binding = self._running
         if self._succession.quiet:
             return run(arguments, binding)
-        if self._proof is not None:
-            results = self._proof.run(executor, binding, arguments, self._whole)
-            if self._proof.settled:
+        proof = self._proof  # another thread may settle it
+        if proof is not None:
+            results = proof.run(executor, binding, arguments, self._whole)
+            if proof.settled:
                 self._proof = None
             return results
         form = self._succession.due(executor.runs)

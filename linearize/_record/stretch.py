@@ -28,7 +28,7 @@ class NotRecordedError(UnsupportedError):
     """A node was not written down, but PyTorch's engine may serve it."""
 
 
-class SpreadError(Exception):
+class SpreadError(LinearizeError):
     """A gradient between nodes is no dense tensor: these belong to one part.
 
     Attributes
