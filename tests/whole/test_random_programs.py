@@ -242,12 +242,13 @@ class MemoMachine(RuleBasedStateMachine):
     @initialize(maxsize=st.sampled_from([1, 2, 3, None]))
     def start(self, maxsize: int | None) -> None:
         self.maxsize = maxsize
-        self.weight = torch.ones(3, dtype=D)
-        self.runs = 0
+        # Not attributes of `self`, whose class hides what it reads: nothing would be remembered.
+        self.weight = weight = torch.ones(3, dtype=D)
+        self.runs = runs = [0]
 
         def f(x: Value) -> Value:
-            self.runs += 1
-            return x * self.weight * x.sin()
+            runs[0] += 1
+            return x * weight * x.sin()
 
         self.lin = lz.Linearizer(f, maxsize=maxsize)
         self.primals: dict[int, Value] = {}
@@ -270,10 +271,10 @@ class MemoMachine(RuleBasedStateMachine):
     def ask(self, i: int, use: bool, hold: bool) -> None:
         key = self.pick(i)
         x = self.primals[key]
-        before, known = self.runs, self.model.get(key)
+        before, known = self.runs[0], self.model.get(key)
         here = self.lin.at(x)
         expected = known is not None and known[:2] == (x._version, self.weight._version)
-        assert (self.runs == before) == expected
+        assert (self.runs[0] == before) == expected
         assert not expected or here is known[2]()
         self.hits += expected
         self.misses += not expected
