@@ -50,7 +50,7 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
     None if that cannot be seen.
     """
     places, custom, keys = graph.places, graph.custom, graph.keys
-    saved: list[torch.Tensor | None] = []
+    saved = _Seen()
 
     def described(node: Node) -> Any:
         edges = tuple([(places.get(n, -2) if n else -1, nr) for n, nr in node.next_functions])
@@ -66,7 +66,7 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
     ends = set(graph.leaves)
     try:
         nodes = tuple([places[n] if n in ends else described(n) for n in graph.order])
-        shared = shared_memory(saved)
+        shared = saved.shared()
     except (HiddenError, RuntimeError):  # recording has the words for what is wrong
         return None
     leaves = tuple(places.get(leaf) for leaf in graph.leaves)
@@ -110,11 +110,11 @@ def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
     """
     known = graph.keys.get(node)
     if known is None:
-        known = graph.keys[node] = _node_key(node, [])
+        known = graph.keys[node] = _node_key(node, _Seen())
     return known
 
 
-def _node_key(node: Node, seen: list[torch.Tensor | None]) -> tuple[Any, ...]:
+def _node_key(node: Node, seen: _Seen) -> tuple[Any, ...]:
     """Return a node's key; add the tensors that it saved to those `seen`."""
     tensors, static, partial, writes = _shown(type(node))
     wanted = tuple([target is not None for target, _ in node.next_functions])
@@ -130,9 +130,8 @@ def _node_key(node: Node, seen: list[torch.Tensor | None]) -> tuple[Any, ...]:
             saved.append(value)
     if writes:  # not before it is known that no hook has to unpack anything
         others += (repeats(node),)
-    seen += saved
     layouts = tuple([_layout(t) for t in saved])
-    return type(node), wanted, expected(node), others, layouts, shared_memory(saved)
+    return type(node), wanted, expected(node), others, layouts, seen.add(saved)
 
 
 #: Where `expected` stands in a node's key.
@@ -150,12 +149,37 @@ def shared_memory(tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
         anything of tensors that lie apart, be it on one storage: that may change from point to
         point.
     """
-    storages: dict[int, list[int]] = {}
-    for i, t in enumerate(tensors):
-        if t is not None:
-            storages.setdefault(_beginning(t), []).append(i)
-    if len(storages) == len(tensors):
+    return _Seen().add(tensors)
+
+
+class _Seen:
+    """Tensors that nodes saved, and where the storage of each begins."""
+
+    __slots__ = ("_beginnings", "_tensors")
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor | None] = []
+        self._beginnings: list[int] = []
+
+    def add(self, tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+        """Take in the tensors of one node; return which of them share memory."""
+        beginnings = [_beginning(t) for t in tensors]
+        self._tensors += tensors
+        self._beginnings += beginnings
+        return _shared(tensors, beginnings) if len(tensors) > 1 else ()
+
+    def shared(self) -> tuple[Any, ...]:
+        """Return which of all share memory."""
+        return _shared(self._tensors, self._beginnings)
+
+
+def _shared(tensors: Sequence[torch.Tensor | None], beginnings: Sequence[int]) -> tuple[Any, ...]:
+    if len(set(beginnings)) == len(beginnings):
         return ()
+    storages: dict[int, list[int]] = {}
+    for i, begin in enumerate(beginnings):
+        if begin:
+            storages.setdefault(begin, []).append(i)
     found: list[tuple[tuple[int, int], ...]] = []
     for group in storages.values():
         if len(group) > 1:
@@ -181,8 +205,10 @@ def _overlapping(extents: list[tuple[int, int, int]]) -> Iterator[tuple[tuple[in
         yield tuple(group)
 
 
-def _beginning(t: torch.Tensor) -> int:
+def _beginning(t: torch.Tensor | None) -> int:
     """Return where the storage of a tensor begins; something of its own for what has none."""
+    if t is None:
+        return 0
     if t.layout != torch.strided or not has_memory(t):
         return -id(t)
     return int(t.data_ptr() - t.storage_offset() * t.element_size())

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+#: Kinds whose equal values are the same.
+_WHOLE = frozenset((int, str, type(None)))
+
 
 def exact(x: Any) -> Hashable:
     """Return what stands for a number in a key: equal for numbers with the same bits only.
@@ -18,7 +21,7 @@ def exact(x: Any) -> Hashable:
     if kind is float or kind is complex:
         return kind, repr(x)
     if kind is tuple or kind is list:
-        return tuple([exact(y) for y in x])
+        return tuple(x) if _WHOLE.issuperset(map(type, x)) else tuple([exact(y) for y in x])
     return x  # type: ignore[no-any-return]
 
 
