@@ -41,6 +41,11 @@ class Residual:
         """Keep another tensor with the same numbers, as it is now."""
         self.tensor = tensor
         self.version = tensor._version
+        self.size = _storage_bytes(tensor)
+
+    def take(self, other: Residual) -> None:
+        """Keep the tensor of another one, with the version that it had then."""
+        self.tensor, self.version, self.size = other.tensor, other.version, other.size
 
     def without_memory(self) -> Residual:
         """Return one that notices changes in place as this one does, but keeps no numbers."""

@@ -61,7 +61,7 @@ def _taken(r: Residual, other: Residual) -> bool:
         return True
     if other.changed() or not _same(other.tensor, r.tensor):
         return False
-    r.tensor, r.version = other.tensor, other.version
+    r.take(other)
     return True
 
 
