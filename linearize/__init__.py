@@ -16,6 +16,7 @@ from ._points.closures import JvpFn, VjpFn
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._points.memo import Stats
+from ._spaces.operators import BRIDGES, LinearOperator
 from .errors import LinearizeError
 
 __version__ = "0.1.0"
@@ -64,6 +65,13 @@ else:
         if name in _LATER:
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _to_scipy(operator: LinearOperator, *, real: bool) -> object:
+    return import_module(f"{__name__}.scipy").aslinearoperator(operator, real=real)
+
+
+BRIDGES["scipy"] = _to_scipy
 
 
 def __dir__() -> list[str]:
