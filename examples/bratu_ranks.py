@@ -217,7 +217,10 @@ def work(rank: int, world: int, folder: str, kinds: Sequence[str], n: int) -> No
     found = {kind: solve(kind, n) for kind in kinds}
     if rank == 0:
         torch.save(found, f"{folder}/found{world}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    # Without the interpreter's own end: gloo's threads were seen to abort the process there.
+    os._exit(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
