@@ -164,6 +164,11 @@ class Plan:
         """The numbers that are used."""
         return self._running[2]
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that variables take at once."""
+        return self._running[1].program.peak_bytes()
+
     def program(self) -> BoundProgram:
         """Return what is run, with its numbers."""
         _, executor, binding = self._running

@@ -134,6 +134,11 @@ class Planned:
                 self._lifetime.changed()
         return plan
 
+    def peak_bytes(self) -> int:
+        """Return the most bytes that variables take at once, in the program that is run."""
+        plan = self._plans.get(self._whole) or self._plan(self._whole)
+        return plan.peak_bytes
+
     def _shared_plan(self, present: tuple[bool, ...]) -> Plan | None:
         """Take over what another point of the same structure left."""
         source = self._source

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .flat import Parts, zeros
-from .maps import Apply
+from .maps import Apply, Peak
 from .space import Space
 
 
@@ -19,6 +19,11 @@ def composed(first: Apply, second: Apply) -> Apply:
         return second(first(parts, stacked=stacked), stacked=stacked)
 
     return around
+
+
+def turned(peak: Peak) -> Peak:
+    """Return what an adjoint takes on its way."""
+    return lambda adjoint: peak(not adjoint)
 
 
 def added(one: Apply, other: Apply) -> Apply:

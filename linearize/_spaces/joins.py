@@ -8,7 +8,7 @@ import torch
 
 from ..errors import SpaceError, StructureError
 from .flat import Parts
-from .maps import Apply, ChunkSize
+from .maps import Apply, ChunkSize, Peak
 from .operators import LinearOperator, SelfAdjoint
 from .space import Space
 
@@ -137,8 +137,8 @@ def _gathered(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:
     return apply
 
 
-def _peak(operators: Sequence[LinearOperator]) -> Callable[[], int]:
-    return lambda: sum(A._peak() for A in operators)
+def _peak(operators: Sequence[LinearOperator]) -> Peak:
+    return lambda adjoint: sum(A._peak(adjoint) for A in operators)
 
 
 def _check(operators: Sequence[LinearOperator], what: str) -> None:

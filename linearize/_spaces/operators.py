@@ -11,7 +11,7 @@ import torch
 from ..errors import SpaceError, StructureError
 from . import between
 from .flat import Parts, check_flat, join, split, zeros
-from .maps import Apply, ChunkSize, Direction, KnownDiagonal, LinearMap, check_chunk_size
+from .maps import Apply, ChunkSize, Direction, KnownDiagonal, LinearMap, Peak, check_chunk_size
 from .space import Space
 
 __all__ = [
@@ -40,7 +40,8 @@ class LinearOperator(LinearMap):
         the space, and of the keyword `stacked`: whether each tensor has one more dimension in
         front, for several elements at once. They return such a list, of new tensors.
     peak
-        Estimates the bytes that one vector takes on its way, for `chunk_size="auto"`.
+        Takes whether the adjoint is meant, and estimates the bytes that one vector takes on its
+        way, for `chunk_size="auto"`.
     diagonal
         Takes a chunk size, and returns the diagonal where there is a shorter way to it than n
         products, else None.
@@ -63,7 +64,7 @@ class LinearOperator(LinearMap):
             self.in_space,
             self._apply_adjoint,
             self._apply,
-            peak=self._peak,
+            peak=between.turned(self._peak),
             diagonal=self._diagonal_by(lambda d: d.conj().resolve_conj()),
             name=f"{self._name}.H",
         )
@@ -78,7 +79,7 @@ class LinearOperator(LinearMap):
             self.in_space,
             between.conjugated(self._apply_adjoint),
             between.conjugated(self._apply),
-            peak=self._peak,
+            peak=between.turned(self._peak),
             diagonal=self._diagonal_by(lambda d: d),
             name=f"{self._name}.T",
         )
@@ -92,7 +93,7 @@ class LinearOperator(LinearMap):
         return SelfAdjoint(
             self.in_space,
             between.composed(self._apply, self._apply_adjoint),
-            peak=self._peak,
+            peak=lambda _: max(self._peak(False), self._peak(True)),
             diagonal=self.squared_norms,
             name=f"{self._name}.gram()",
         )
@@ -272,8 +273,8 @@ class LinearOperator(LinearMap):
         apply = between.added(self._apply, other._apply)
         apply_adjoint = between.added(self._apply_adjoint, other._apply_adjoint)
 
-        def peak() -> int:
-            return self._own_bytes() + max(self._peak(), other._peak())
+        def peak(adjoint: bool) -> int:
+            return self._own_bytes() + max(self._peak(adjoint), other._peak(adjoint))
 
         def diagonal(chunk_size: ChunkSize) -> torch.Tensor:
             return self.diagonal(chunk_size=chunk_size) + other.diagonal(chunk_size=chunk_size)
@@ -299,8 +300,8 @@ class LinearOperator(LinearMap):
         apply = between.scaled(self._apply, scale)
         apply_adjoint = between.scaled(self._apply_adjoint, scale.conjugate())
 
-        def peak() -> int:
-            return self._own_bytes() + self._peak()
+        def peak(adjoint: bool) -> int:
+            return self._own_bytes() + self._peak(adjoint)
 
         name = f"{scale:.3g} * {self._name}"
         spaces = self.in_space, self.out_space
@@ -328,7 +329,7 @@ class LinearOperator(LinearMap):
             self.out_space,
             between.composed(first._apply, self._apply),
             between.composed(self._apply_adjoint, first._apply_adjoint),
-            peak=lambda: max(self._peak(), first._peak()),
+            peak=lambda adjoint: max(self._peak(adjoint), first._peak(adjoint)),
             name=f"{self._name} @ {first._name}",
         )
 
@@ -338,7 +339,7 @@ class LinearOperator(LinearMap):
         out_space: Space,
         apply: Apply,
         apply_adjoint: Apply,
-        peak: Callable[[], int],
+        peak: Peak,
         name: str,
         *others: LinearOperator,
         diagonal: KnownDiagonal | None = None,
@@ -408,7 +409,7 @@ class SelfAdjoint(LinearOperator):
         space: Space,
         apply: Apply,
         *,
-        peak: Callable[[], int] | None = None,
+        peak: Peak | None = None,
         diagonal: KnownDiagonal | None = None,
         name: str = "SelfAdjoint",
     ) -> None:
