@@ -111,7 +111,7 @@ class Curvature(SelfAdjoint):
         max_bytes: int | None,
     ) -> None:
         super().__init__(
-            space, self._summed, peak=self._largest, diagonal=self._by_outputs, name=name
+            space, self._summed, at_once=self._fewest, diagonal=self._by_outputs, name=name
         )
         self._batches = batches
         self._own = own
@@ -195,8 +195,8 @@ class Curvature(SelfAdjoint):
                 return
             batch.kept = None
 
-    def _largest(self, adjoint: bool) -> int:
-        return max(p.peak_bytes() for p in self._batches[0].point().products)
+    def _fewest(self, adjoint: bool) -> int:
+        return min(p.at_once() for p in self._batches[0].point().products)
 
 
 @eagerly

@@ -59,7 +59,7 @@ class Jacobian(LinearOperator):
             theirs,
             forward,
             back,
-            peak=lambda adjoint: (vjp_fn if adjoint else jvp_fn).peak_bytes(),
+            at_once=lambda adjoint: (vjp_fn if adjoint else jvp_fn).at_once(),
             diagonal=self._from_program,
             name="Jacobian",
         )
@@ -118,7 +118,7 @@ class _Gram(SelfAdjoint):
         super().__init__(
             space,
             apply,
-            peak=lambda _: product.peak_bytes(),
+            at_once=lambda _: product.at_once(),
             diagonal=self._of_columns,
             name="Jacobian.gram()",
         )

@@ -134,10 +134,10 @@ class Planned:
                 self._lifetime.changed()
         return plan
 
-    def peak_bytes(self) -> int:
-        """Return the most bytes that variables take at once, in the program that is run."""
+    def at_once(self) -> int:
+        """Return how many arguments are best mapped in one pass."""
         plan = self._plans.get(self._whole) or self._plan(self._whole)
-        return plan.peak_bytes
+        return plan.at_once(self._arguments.tensors[0].device)
 
     def _shared_plan(self, present: tuple[bool, ...]) -> Plan | None:
         """Take over what another point of the same structure left."""

@@ -200,7 +200,6 @@ class Program:
     __slots__ = (
         "__weakref__",
         "_constants",
-        "_peak",
         "equations",
         "fixed",
         "inputs",
@@ -225,7 +224,6 @@ class Program:
         self.name = name
         self.fixed = fixed
         self._constants: tuple[Constant, ...] | None = None
-        self._peak: int | None = None
 
     def live(self) -> Program:
         """Return the program without the equations that no output depends on."""
@@ -324,11 +322,6 @@ class Program:
 
     def peak_bytes(self) -> int:
         """Return the most bytes that variables take at once, each counted in full."""
-        if self._peak is None:
-            self._peak = self._most_bytes()
-        return self._peak
-
-    def _most_bytes(self) -> int:
         now = peak = sum(v.spec.nbytes for v in self.inputs)
         for eq, gone in zip(self.equations, self.last_uses(), strict=True):
             made = {v for v in eq.outputs if v is not None}

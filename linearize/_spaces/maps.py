@@ -9,7 +9,7 @@ import torch
 
 from .._text.progress import progress
 from ..errors import MissingDerivativeError, OptionError, SpaceError, UnsupportedError
-from .budget import at_once
+from .budget import memory_budget
 from .compare import close
 from .estimates import Estimate, Mean, signs
 from .flat import Parts, flat_spec, join, random, units
@@ -19,8 +19,8 @@ Direction: TypeAlias = Literal["auto", "forward", "reverse"]
 ChunkSize: TypeAlias = int | Literal["auto"] | None
 #: Returns the diagonal of a matrix, None if it takes products with all unit vectors.
 KnownDiagonal: TypeAlias = Callable[[ChunkSize], torch.Tensor | None]
-#: Takes whether the adjoint is meant, and estimates the bytes that one vector takes on its way.
-Peak: TypeAlias = Callable[[bool], int]
+#: Takes whether the adjoint is meant, and returns how many vectors are best mapped in one pass.
+AtOnce: TypeAlias = Callable[[bool], int]
 
 
 class Apply(Protocol):
@@ -35,7 +35,7 @@ class LinearMap:
 
     Parameters
     ----------
-    in_space, out_space, apply, apply_adjoint, peak, diagonal, name
+    in_space, out_space, apply, apply_adjoint, at_once, diagonal, name
         As for `LinearOperator`.
     """
 
@@ -46,7 +46,7 @@ class LinearMap:
         apply: Apply,
         apply_adjoint: Apply,
         *,
-        peak: Peak | None = None,
+        at_once: AtOnce | None = None,
         diagonal: KnownDiagonal | None = None,
         name: str = "LinearOperator",
     ) -> None:
@@ -54,7 +54,7 @@ class LinearMap:
         self.out_space = out_space
         self._apply = apply
         self._apply_adjoint = apply_adjoint
-        self._peak = peak or self._own_bytes
+        self._at_once = at_once or self._by_own_bytes
         self._known_diagonal = diagonal
         self._name = name
 
@@ -394,15 +394,15 @@ class LinearMap:
         if chunk_size is None:
             return max(count, 1)
         if chunk_size == "auto":
-            chunk_size = at_once(self._peak(adjoint), self.device)
+            chunk_size = self._at_once(adjoint)
         return max(1, min(chunk_size, count))
 
     def _leaves(self) -> tuple[TensorSpec, ...]:
         return (*self.in_space.tensors, *self.out_space.tensors)
 
-    def _own_bytes(self, adjoint: bool = False) -> int:
-        """Return the bytes of an argument and its result, in both directions the same."""
-        return sum(leaf.nbytes for leaf in self._leaves())
+    def _by_own_bytes(self, adjoint: bool) -> int:
+        """Return how many arguments and results fit into the memory."""
+        return memory_budget(self.device) // max(sum(leaf.nbytes for leaf in self._leaves()), 1)
 
 
 def check_chunk_size(chunk_size: Any) -> None:
