@@ -72,7 +72,8 @@ class FirstOrder:
             x.dtype.str,
             x.tobytes(),
             torch.get_default_dtype(),
-            *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"),
         )
         found = self._known.get(key)
         state = self._reach.now()
@@ -97,7 +98,7 @@ class FirstOrder:
             check_scalar(value)
             hidden = () if reads is None else _kept_in_graph(value)
             gradient = (
-                torch.autograd.grad(value, leaves, _ones_like(value), allow_unused=True)
+                torch.autograd.grad(value, leaves, allow_unused=True)
                 if value.requires_grad
                 else [None] * len(leaves)
             )
@@ -115,7 +116,3 @@ class FirstOrder:
 def _kept_in_graph(value: torch.Tensor) -> list[torch.Tensor]:
     edge = gradient_edge(value) if value.requires_grad else None
     return in_graph([edge and (edge.node, edge.output_nr)])
-
-
-def _ones_like(value: torch.Tensor) -> torch.Tensor:
-    return torch.ones((), dtype=value.dtype, device=value.device).expand(value.shape)
