@@ -102,7 +102,7 @@ def total(make: Callable[[], LinearOperator], group: Group = None) -> SelfAdjoin
     own = _together(checked, group, "the operator")
     _check_same(own, group)
     reduced = _Reduced(own._apply, own.in_space, group, repr(own))
-    return SelfAdjoint(own.in_space, reduced, peak=own._peak, name=f"total of {own._name}")
+    return SelfAdjoint(own.in_space, reduced, at_once=own._at_once, name=f"total of {own._name}")
 
 
 class RowJacobian(LinearOperator):
@@ -136,7 +136,7 @@ class RowJacobian(LinearOperator):
             self._own.out_space.parts_of(dist.group.WORLD if group is None else group),
             self._own._apply,
             adjoint,
-            peak=self._own._peak,
+            at_once=self._own._at_once,
             name="RowJacobian",
         )
 
@@ -144,7 +144,7 @@ class RowJacobian(LinearOperator):
         """Return Jᵀ·J of all ranks' rows: one sum over the ranks for each product."""
         own = self._own.gram()
         reduced = _Reduced(own._apply, own.in_space, self._group, "JᵀJ·v")
-        return SelfAdjoint(own.in_space, reduced, peak=own._peak, name="RowJacobian.gram()")
+        return SelfAdjoint(own.in_space, reduced, at_once=own._at_once, name="RowJacobian.gram()")
 
     def materialize(
         self, *, chunk_size: ChunkSize = "auto", direction: Direction = "auto"
@@ -241,13 +241,13 @@ def parted(operator: LinearOperator, group: Group = None) -> LinearOperator:
     group = dist.group.WORLD if group is None else group
     space = operator.in_space.parts_of(group)
     if isinstance(operator, SelfAdjoint):
-        return SelfAdjoint(space, operator._apply, peak=operator._peak, name=operator._name)
+        return SelfAdjoint(space, operator._apply, at_once=operator._at_once, name=operator._name)
     return LinearOperator(
         space,
         operator.out_space.parts_of(group),
         operator._apply,
         operator._apply_adjoint,
-        peak=operator._peak,
+        at_once=operator._at_once,
         name=operator._name,
     )
 
@@ -284,8 +284,10 @@ def gathered(operator: LinearOperator) -> LinearOperator:
     back = functools.partial(_whole_product, adjoint, second, first)
     name = f"gathered {operator!r}"
     if isinstance(operator, SelfAdjoint):
-        return SelfAdjoint(first.space, forth, peak=operator._peak, name=name)
-    return LinearOperator(first.space, second.space, forth, back, peak=operator._peak, name=name)
+        return SelfAdjoint(first.space, forth, at_once=operator._at_once, name=name)
+    return LinearOperator(
+        first.space, second.space, forth, back, at_once=operator._at_once, name=name
+    )
 
 
 class _Whole:

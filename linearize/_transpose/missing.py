@@ -47,7 +47,7 @@ def resolve(program: Program, numbers: Numbers, *, materialize: bool, limit: int
     MissingDerivativeError
         If a custom Function lacks the method and its other one cannot be transposed.
     """
-    if not any(_missing(eq.op) for eq in program.equations):
+    if not lacks_methods(program):
         return program
     e = Emitter(numbers=numbers, fixed="a method of a custom Function was recorded")
     names: dict[Var, Var] = {}
@@ -68,6 +68,11 @@ def resolve(program: Program, numbers: Numbers, *, materialize: bool, limit: int
     whole = program.with_equations(e.equations, outputs)
     whole.fixed = e.fixed
     return whole.live()
+
+
+def lacks_methods(program: Program) -> bool:
+    """Whether a program calls methods that an author did not give."""
+    return any(_missing(eq.op) for eq in program.equations)
 
 
 def _zero(e: Emitter, spec: TensorSpec, args: Sequence[Any]) -> Var:
