@@ -14,12 +14,8 @@ import torch.distributed._functional_collectives as fc
 import torch.distributed.nn.functional as dnn
 
 import linearize as lz
-from linearize.errors import (
-    DistributedError,
-    SpaceError,
-    UnsupportedError,
-)
-from tests.support.ranks import F64, rand, together
+from linearize.errors import SpaceError, UnsupportedError
+from tests.support.ranks import F64, expect, over_all, rand, together
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
@@ -103,12 +99,6 @@ def functions(rank, world):
 def differences(f, x, v, step=1e-6):
     with torch.no_grad():
         return (f(x + step * v) - f(x - step * v)) / (2 * step)
-
-
-def over_all(number):
-    number = number.detach().clone()
-    dist.all_reduce(number)
-    return number
 
 
 # -- scenes -----------------------------------------------------------------------------------
@@ -404,15 +394,6 @@ def failure_in_f(rank, world):
     torch.testing.assert_close(here.jvp_fn(v), over_all(x.cos() * v))
 
 
-def expect(words, call):
-    with pytest.raises(DistributedError) as caught:
-        call()
-    assert words in str(caught.value)
-
-
-# -- tests ------------------------------------------------------------------------------------
-
-
 def many_products(rank, world):
     """Thousands of products: nothing grows, nothing is left pending."""
     x, v = rand(4, seed=rank), rand(4, seed=10 + rank)
@@ -432,24 +413,21 @@ def many_products(rank, world):
     assert sizes[-1] - sizes[1] < 100
 
 
-SCENES = (
-    "each_collective",
-    "one_process",
-    "of_its_own",
-    "different_graphs",
-    "failures",
-    "failure_in_f",
-)
+# -- tests ------------------------------------------------------------------------------------
+
+SCENES = each_collective, one_process, of_its_own, different_graphs, failures, failure_in_f
 
 
-def test_two_ranks(tmp_path):
-    together(2, tmp_path, __name__, *SCENES)
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("scene", SCENES, ids=lambda s: s.__name__)
+def test_ranks(scene, world, tmp_path):
+    together(world, tmp_path, scene)
 
 
-def test_four_ranks(tmp_path):
-    together(4, tmp_path, __name__, *SCENES, "groups")
+def test_groups(tmp_path):
+    together(4, tmp_path, groups)
 
 
 @pytest.mark.slow
 def test_ten_thousand_products(tmp_path):
-    together(2, tmp_path, __name__, "many_products")
+    together(2, tmp_path, many_products, seconds=500)
