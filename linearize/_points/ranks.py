@@ -66,6 +66,10 @@ class Ranks:
         self._count = 0
         #: A failure that the others have not been told of.
         self._owed: Exception | None = None
+        #: What was raised on all of them last.
+        self._told: BaseException | None = None
+        #: What products are a part of.
+        self._within = ""
 
     @property
     def inside(self) -> bool:
@@ -101,6 +105,7 @@ class Ranks:
             This rank's failure, if all ranks have failed.
         """
         self._count += 1
+        what = self._within + what
         failed, differs = int(failure is not None), 0
         numbers = [failed, -failed, int(closing)]
         for group, point in zip(self._groups, self._points, strict=True):
@@ -125,9 +130,12 @@ class Ranks:
                 raise lost(what, error) from error
             for other in found:
                 known |= other
-        if everywhere and failure is not None:
-            raise failure
-        raise parted(what, known) from failure
+        alike = everywhere and failure is not None
+        self._told = failure if alike else parted(what, known)
+        assert self._told is not None
+        if alike:
+            raise self._told
+        raise self._told from failure
 
     @property
     def seed(self) -> int:
@@ -186,6 +194,43 @@ class Ranks:
         return numbers[0]
 
     # -- products -----------------------------------------------------------------------------
+
+    def some(self, what: str, test: Callable[[], bool]) -> bool:
+        """Return whether something holds on a rank; if the test fails on one, so on all."""
+        failure: Exception | None = None
+        holds = False
+        try:
+            holds = test()
+        except Exception as error:
+            failure = error
+        return self.agree(what, failure, closing=holds)
+
+    def whole(self, what: str, prepare: Callable[[], T], work: Callable[[T], None]) -> None:
+        """Do what takes several products, when all ranks are about to do the same.
+
+        Parameters
+        ----------
+        what
+            Its name. Products in it are told apart from others.
+        prepare
+            Does what may fail without any communication.
+        work
+            Does the rest, with what was prepared.
+        """
+        with self._lock:
+            ready: list[T] = []
+            self.some(what, lambda: bool(ready.append(prepare())))  # type: ignore[func-returns-value]
+            outside, self._within = self._within, f"{what}: "
+            failure: Exception | None = None
+            try:
+                work(ready[0])
+            except Exception as error:
+                if error is self._told:
+                    raise
+                failure = error
+            finally:
+                self._within = outside
+            self.agree(f"the end of {what}", failure)
 
     def led(self, what: str, work: Callable[[], T]) -> T:
         """Do what leads to a product; if it fails before that, the others are told."""
