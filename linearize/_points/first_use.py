@@ -58,7 +58,7 @@ def check_adjoint(pushforward: Product, pullback: Product, *, thorough: bool = T
             check(None, 4)
             return
         ranks.whole(
-            "a check that products are adjoint",
+            "a check",
             lambda: _resolved(pullback.program, pushforward.program, pushforward),
             lambda resolved: check(ranks.total, ranks.seed, resolved),
         )

@@ -241,8 +241,16 @@ class Linearization:
         ClosedError
             If the linearization was closed.
         """
-        self._check_open()
-        check_adjoint(self.jvp_fn, self.vjp_fn)
+
+        def check() -> None:
+            self._check_open()
+            check_adjoint(self.jvp_fn, self.vjp_fn)
+
+        ranks = self._lifetime.ranks
+        if ranks is None:
+            check()
+        else:
+            ranks.led("a check", check)
 
     @property
     def nbytes(self) -> int:

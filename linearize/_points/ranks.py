@@ -9,13 +9,12 @@ for it, and says so afterwards.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,13 +27,14 @@ from .._torch.modes import outside_transforms
 from .._torch.ranks import (
     collective_kind,
     device_of,
-    distributed,
+    fail_if_told,
     group_of,
     members,
     store,
     timeout_of,
 )
 from ..errors import DistributedError, LinearizeError
+from .word import post, posted, went_well
 
 T = TypeVar("T")
 
@@ -271,6 +271,7 @@ class Ranks:
             plan: Plan | None = None
             if failure is None:
                 try:
+                    fail_if_told()
                     plan = prepare()
                 except Exception as error:
                     failure = error
@@ -379,7 +380,7 @@ def lost(what: str, error: BaseException) -> DistributedError:
     """Return what to raise where a rank does not answer."""
     return DistributedError(
         f"{what}: a rank cannot be reached; it may have died, or raised an error elsewhere "
-        f"({error}){_posted()}"
+        f"({error}){posted()}"
     )
 
 
@@ -455,57 +456,16 @@ def run_of_f(
     seen = [ctx for ctx in records.collectives if not is_identity(ctx)]
     if not seen or not held:
         if failure is not None:
-            _post(failure)
+            post(failure)
             raise failure
         return result, None  # type: ignore[return-value]
     if isinstance(failure, RuntimeError) and not isinstance(failure, LinearizeError):
-        others = _posted()  # of those who failed before they came to a collective
+        others = posted()  # of those who failed before they came to a collective
         if others:
             raise DistributedError(f"f failed ({failure}){others}") from failure
     ranks = Ranks([group_of_context(ctx) for ctx in seen])
     shared = records.communicating()
     names = ", ".join(collective_kind(forward_class(ctx)).strip("_") for ctx in shared)
     ranks.gather(f"{len(shared)} collectives that depend on the primals: {names}", failure)
-    _Word.runs += 1
+    went_well()
     return result, ranks if shared else None  # type: ignore[return-value]
-
-
-class _Word:
-    """What ranks leave in the store when they fail in f and do not know who waits for them."""
-
-    #: How many runs of f went well: word of a failure before the latest says nothing.
-    runs = 0
-    failures = 0
-    #: What was read, so that it is told once.
-    told: ClassVar[dict[int, bytes]] = {}
-
-
-def _key(rank: int) -> str:
-    return f"linearize/failed/{rank}"
-
-
-def _post(failure: BaseException) -> None:
-    """Leave word of a failure where others look when they wait in vain."""
-    if not distributed():
-        return
-    _Word.failures += 1
-    text = f"{_Word.runs} {_Word.failures} {type(failure).__name__}: {failure}"
-    with contextlib.suppress(RuntimeError):  # whoever keeps the store is gone
-        store().set(_key(dist.get_rank()), text)
-
-
-def _posted() -> str:
-    """Return what other ranks have left word of since somebody last looked."""
-    found: dict[int, bytes] = {}
-    with contextlib.suppress(RuntimeError):
-        kept, me = store(), dist.get_rank()
-        for rank in range(dist.get_world_size()):
-            if rank != me and kept.check([_key(rank)]):
-                found[rank] = kept.get(_key(rank))
-    told = []
-    for rank, word in found.items():
-        runs, _, text = word.decode().split(" ", 2)
-        if _Word.told.get(rank) != word and int(runs) >= _Word.runs:
-            told.append(f"rank {rank}: {text}")
-    _Word.told |= found
-    return f"; f failed on {'; '.join(told)}" if told else ""

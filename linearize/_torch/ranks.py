@@ -84,6 +84,27 @@ def summed_over(group: Any, t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+_failed = threading.local()
+
+
+@contextlib.contextmanager
+def failing(error: Exception) -> Iterator[None]:
+    """Have the first product inside fail on all ranks, since something has failed here."""
+    _failed.error = error
+    try:
+        yield
+    finally:
+        _failed.error = None
+
+
+def fail_if_told() -> None:
+    """Raise what has failed before a product, where other ranks learn of it."""
+    error: Exception | None = getattr(_failed, "error", None)
+    if error is not None:
+        _failed.error = None
+        raise error
+
+
 def store() -> Any:
     """Return what all ranks can write to and read from, without communicating."""
     return dist.distributed_c10d._get_default_store()

@@ -36,7 +36,9 @@ ready.set_forkserver_preload(
 
 
 def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(*shape, dtype=F64, generator=generator, device="cpu")
+    return numbers.to(torch.get_default_device())
 
 
 def expect(words, call):
@@ -56,6 +58,9 @@ def over_all(number):
 def begin(rank, world, store, backend, seconds):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is deprecated")
     dist.init_process_group(
