@@ -17,7 +17,7 @@ import torch.distributed._functional_collectives as fc
 import torch.distributed.nn.functional as dnn
 
 import linearize as lz
-from linearize.errors import UnsupportedError
+from linearize.errors import MissingDerivativeError, UnsupportedError
 from tests.support.ranks import F64, over_all, rand, together
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
@@ -283,6 +283,54 @@ def of_its_own(rank, world):
         torch.testing.assert_close(over_all(back @ v), over_all(u @ expected))
 
 
+class Sum(torch.autograd.Function):
+    """Communicates in its backward, and has no jvp."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, u):
+        return over_all(u)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+
+class Around(Sum):
+    @staticmethod
+    def backward(ctx, u):
+        return send_around(u, -1)
+
+
+class FunctionalSum(Sum):
+    @staticmethod
+    def backward(ctx, u):
+        return fc.all_reduce(u, "sum", dist.group.WORLD)
+
+
+def not_derived(rank, world):
+    """What one rank sees of a method that communicates is not the whole of it."""
+    x, u = rand(4, seed=rank), rand(4, seed=10 + rank)
+    for function, back in (
+        (Sum, over_all(u)),
+        (FunctionalSum, over_all(u)),
+        (Around, send_around(u, -1)),
+    ):
+        for opaque in ("error", "materialize"):
+            alone = lz.Linearizer(function.apply, opaque=opaque).at(x)
+            beside = lz.Linearizer(
+                lambda x, function=function: dnn.all_reduce(function.apply(x)), opaque=opaque
+            ).at(x)
+            for here in (alone, beside):
+                for _ in range(2):
+                    with pytest.raises(MissingDerivativeError, match="communicates with other"):
+                        here.jvp_fn(u)
+            near(alone.vjp_fn(u)[0], back)
+
+
 def different_graphs(rank, world):
     """Ranks compute different things around their collectives, and use them or not."""
 
@@ -414,7 +462,15 @@ def many_products(rank, world):
 
 # -- tests ------------------------------------------------------------------------------------
 
-SCENES = each_collective, one_process, of_its_own, different_graphs, dtypes, refusals
+SCENES = (
+    each_collective,
+    one_process,
+    of_its_own,
+    not_derived,
+    different_graphs,
+    dtypes,
+    refusals,
+)
 
 
 @pytest.mark.parametrize("world", [2, 4])
