@@ -147,7 +147,7 @@ class Linearization:
         self.out_space = captured.out_space
         self._value = _Guarded(captured.value, "the value")
         self._aux = _Guarded(captured.aux, "aux")
-        self._external = {t.untyped_storage().data_ptr() for t, _ in captured.leaves}
+        self._external = {t.untyped_storage().data_ptr() for t in captured.leaves}
         self._source = weakref.ref(source)
         common = (self._lifetime, policy, source)
         self.jvp_fn = JvpFn(source.pushforward, self.in_space, self.out_space, *common)

@@ -93,7 +93,7 @@ class PointPrograms:
         #: Running statistics that it keeps, with the names of their nodes. Those of a run that
         #: was watched are copies.
         self.moving = [] if captured.watched else list(graph.moving())
-        self._leaves: list[torch.Tensor] = [t for t, _ in captured.leaves]
+        self._leaves: list[torch.Tensor] = captured.leaves
         self._specs = (captured.out_space.tensors, captured.in_space.tensors)
         self._pullback: BoundProgram | None = None
         self._structures = structures

@@ -19,9 +19,18 @@ from .names import OpOverload
 T = TypeVar("T")
 
 
+#: The nodes in which the gradients of leaf tensors end.
+AccumulateGrad: Any = torch._C._functions.AccumulateGrad
+
+
 def is_custom(node: Node) -> bool:
     """Whether a graph node is the context of a custom `torch.autograd.Function`."""
     return isinstance(node, BackwardCFunction)
+
+
+def is_custom_kind(kind: type) -> bool:
+    """Whether nodes of a class are such contexts."""
+    return issubclass(kind, BackwardCFunction)
 
 
 class _Children:

@@ -140,6 +140,19 @@ def without_inference_mode() -> Iterator[None]:
         yield
 
 
+def grad_enabled() -> contextlib.AbstractContextManager[Any]:
+    """Run with a graph, whatever the modes around; where there is nothing to do, at no cost."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return NOTHING
+    return _grad_enabled()
+
+
+@contextlib.contextmanager
+def _grad_enabled() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def unobserved() -> contextlib.AbstractContextManager[Any]:
     """Suspend dispatch modes."""
     return _disable_current_modes()
