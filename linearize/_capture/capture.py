@@ -19,7 +19,7 @@ from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
-from .._torch.hooks import HookWatcher
+from .._torch.hooks import HookWatcher, Unhooked
 from .._torch.modes import being_traced, functorch_active, grad_enabled
 from .._torch.names import batched_or_wrapped, pytree
 from .._torch.ranks import collectives_seen
@@ -59,6 +59,8 @@ class Capture:
         Those of them that PyTorch writes to without raising their version.
     hooks
         The gradient hooks that f registered.
+    unhooked
+        Knows whether there are any, or were registered afterwards.
     outputs
         The differentiable outputs with their history.
     trace
@@ -81,6 +83,7 @@ class Capture:
     watched: bool
     moving: list[torch.Tensor]
     hooks: HookWatcher
+    unhooked: Unhooked
     outputs: list[torch.Tensor]
     trace: Trace | None = None
     name: str = ""
@@ -161,6 +164,7 @@ def capture(
             reads.note(scripted_state(f, aliases.others))
         with HookWatcher() as hooks:
             result = _called(f, arguments, keywords, records, reads, traced)
+            unhooked = hooks.since()
         result, aux = _apart(result) if has_aux else (result, None)
         outputs, out_space = _outputs(result)
         edges = [
@@ -183,6 +187,7 @@ def capture(
         watched=reads is not None,
         moving=[] if reads is None else reads.moving(),
         hooks=hooks,
+        unhooked=unhooked,
         outputs=[x for x in outputs if differentiable(x)],
         trace=traced,
         name=getattr(f, "__qualname__", None) or type(f).__name__,

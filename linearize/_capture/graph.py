@@ -95,6 +95,11 @@ class Graph:
         self.hidden = len(records) > len(self.custom)
 
     @property
+    def traced(self) -> bool:
+        """Whether the lines of f are known that made its nodes."""
+        return self._trace is not None
+
+    @property
     def communicates(self) -> bool:
         """Whether there are collectives among the nodes."""
         return any(isinstance(node, CollectiveNode) for node in self.custom.values())

@@ -84,6 +84,38 @@ def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
                 metadata["linearize"] = _Children(below)
 
 
+def pulled_back(
+    roots: Sequence[tuple[Node, int]],
+    cotangents: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+) -> list[torch.Tensor | None]:
+    """Return what PyTorch's engine makes of cotangents; the graph stays as it is.
+
+    No result shares memory with another one or with a cotangent.
+    """
+    found = torch.autograd.grad(
+        [GradientEdge(node, nr) for node, nr in roots],
+        leaves,
+        cotangents,
+        retain_graph=True,
+        allow_unused=True,
+    )
+    taken = {t.untyped_storage().data_ptr() for t in cotangents}
+    return [None if t is None else _own(t, taken) for t in found]
+
+
+def _own(t: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """Return a dense tensor on memory that is not among what is taken, and add it to that."""
+    if t.layout is not torch.strided:
+        t = t.to_dense()
+    begin = t.untyped_storage().data_ptr()
+    if begin in taken or t.is_conj() or t.is_neg():
+        t = t.resolve_conj().resolve_neg().clone()
+        begin = t.untyped_storage().data_ptr()
+    taken.add(begin)
+    return t
+
+
 def has_outputs(node: Any) -> bool:
     """Whether the call that made a custom node has returned."""
     return len(node._input_metadata) > 0

@@ -67,6 +67,11 @@ def undisturbed() -> bool:
     )
 
 
+def casts() -> bool:
+    """Whether operations are run in other dtypes than those of their arguments (autocast)."""
+    return bool(torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"))
+
+
 def being_traced() -> bool:
     """Whether somebody writes down operations here: `torch.compile`, `export` or `make_fx`."""
     if torch.compiler.is_compiling():

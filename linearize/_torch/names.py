@@ -48,6 +48,10 @@ def native_method(name: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], getattr(torch._C.TensorBase, name))
 
 
+#: What tells lazy tensors from others: conjugated, negated, without memory.
+BITS = tuple(map(native_method, ("is_conj", "is_neg", "_is_zerotensor")))
+
+
 def key_string(path: KeyPath) -> str:
     """Return `['a'][0].b` for a pytree key path."""
     return str(pytree.keystr(path))
