@@ -131,10 +131,16 @@ class PointPrograms:
             # Called wherever the collector runs, perhaps inside a transform of somebody else's
             # or in the midst of this point's own work: then the next call tidies up.
             if not sys.is_finalizing():
-                _DUE.append(me)
-                tidy()
+                point = me()
+                if point is not None and not point.awaited():
+                    _DUE.append(me)
+                    tidy()
 
         self._waiting[direction] = weakref.ref(user, died)
+
+    def awaited(self) -> bool:
+        """Whether somebody lives who may still ask for a program."""
+        return any([user() is not None for user in list(self._waiting.values())])
 
     def served(self, direction: str) -> None:
         """Take note that a direction is not asked for any more."""
@@ -148,16 +154,13 @@ class PointPrograms:
         if owned or not self.lock.acquire(blocking=False):
             return False
         try:
-            for direction, user in list(self._waiting.items()):
-                if user() is None:
-                    del self._waiting[direction]
             self._let_go()
         finally:
             self.lock.release()
         return True
 
     def _let_go(self) -> None:
-        if not self._waiting:
+        if not self.awaited():
             self._let_go_of_graph()
             self._pullback = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -174,6 +175,10 @@ def node_of(t: torch.Tensor) -> Node | None:
 def leaf_variable(node: Node) -> torch.Tensor | None:
     """Return the leaf tensor behind an `AccumulateGrad` node, None for other nodes."""
     return getattr(node, "variable", None)
+
+
+#: The same, for many nodes at once.
+METADATA: Callable[[Node], Sequence[Any]] = operator.attrgetter("_input_metadata")
 
 
 def input_metadata(node: Any) -> Sequence[Any]:
