@@ -85,12 +85,15 @@ class Matcher:
     def of(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> Matcher | None:
         """Return the matcher of a graph that has a signature; None if there can be none."""
         beyond = graph.custom or graph.hidden or graph.traced or any(map(may_repeat, graph.kinds))
-        if beyond or not graph.order:
+        if beyond or set(graph.order) <= set(graph.leaves):
             return None
         saved = (t for node in graph.order for t in graph.saved_by(node))
         if not all([t.layout is torch.strided and has_memory(t) for t in saved]):
             return None
-        return Matcher(graph, specs)
+        try:
+            return Matcher(graph, specs)
+        except RuntimeError:  # somebody changed a tensor just now
+            return None
 
     def __call__(
         self, graph: Graph, specs: Sequence[Sequence[TensorSpec]]

@@ -158,8 +158,8 @@ class Structures:
 
     @property
     def met(self) -> bool:
-        """Whether there is one already."""
-        return bool(self._known)
+        """Whether there was a point already whose programs were asked for."""
+        return self.recorded + self.reused > 0
 
     def count(self, *, reused: bool) -> None:
         """Count a point."""
