@@ -7,7 +7,6 @@ custom Functions. It owns everything that must be known while f runs.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from .._spaces.trees import Tree, flatten
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
 from .._torch.hooks import HookWatcher, Unhooked
-from .._torch.modes import being_traced, functorch_active, grad_enabled
+from .._torch.modes import NOTHING, being_traced, functorch_active, grad_enabled
 from .._torch.names import batched_or_wrapped, pytree
 from .._torch.ranks import collectives_seen
 from ..errors import StructureError, UnsupportedError
@@ -269,17 +268,15 @@ def _called(
     traced: Trace | None,
 ) -> Any:
     """Call f; this is where a trace of its lines begins."""
+    if traced is not None:
+        records.locate = traced.locate
     with (
         records.watching(),
         eager_compiled_functions(),
         collectives_seen(),
-        contextlib.ExitStack() as modes,
+        NOTHING if reads is None else reads,
+        NOTHING if traced is None else traced,
     ):
-        if reads is not None:
-            modes.enter_context(reads)
-        if traced is not None:
-            records.locate = traced.locate
-            modes.enter_context(traced)
         return applied_late(f)(*arguments, **keywords)
 
 

@@ -9,15 +9,16 @@ import torch
 
 from .._text.labels import Line
 from .._torch.graphs import (
+    NORMS,
     AccumulateGrad,
     Node,
     accumulators,
     is_custom,
-    is_custom_kind,
     leaf_variable,
     let_die_in_turn,
     saved_changed,
     saved_tensors,
+    some_custom,
 )
 from .._torch.ranks import order_of
 from ..errors import UnsupportedError
@@ -64,7 +65,7 @@ class Graph:
         owners: Sequence[Node] = (),
     ) -> None:
         self._trace = trace
-        records = records or ContextRecords()
+        records = ContextRecords() if records is None else records
         # Other ranks may wait for a collective from which nothing comes to the value here.
         shared = records.communicating()
         above = [edge[0] for edge in roots if edge is not None]
@@ -83,7 +84,7 @@ class Graph:
         #: Their classes, each once: most questions about nodes are answered by them.
         self.kinds = set(map(type, self.order))
         self.custom: dict[Node, OpaqueNode] = {}
-        if any([is_custom_kind(kind) for kind in self.kinds]):
+        if some_custom(self.kinds):
             self.custom = {
                 n: CollectiveNode(n, records.get(n))
                 if is_collective(n)
@@ -114,7 +115,7 @@ class Graph:
 
     def moving(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield running statistics that nodes keep, which PyTorch moves without a version."""
-        norms = {kind for kind in self.kinds if "BatchNorm" in kind.__name__}
+        norms = self.kinds & NORMS
         for node in self.order if norms else ():
             if type(node) in norms and not getattr(node, "_saved_training", True):
                 for saved in ("_saved_running_mean", "_saved_running_var"):
@@ -178,7 +179,9 @@ class _Ends:
 
     def take(self, node: Any) -> bool:
         """Whether a node that was not met before is that of a leaf."""
-        place = self._places.get(id(node.variable)) if type(node) is AccumulateGrad else None
+        if type(node) is not AccumulateGrad:
+            return node in self.found
+        place = self._places.get(id(node.variable))
         if place is None:
             return node in self.found
         self.leaves[place] = node

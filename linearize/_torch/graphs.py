@@ -29,9 +29,22 @@ def is_custom(node: Node) -> bool:
     return isinstance(node, BackwardCFunction)
 
 
-def is_custom_kind(kind: type) -> bool:
-    """Whether nodes of a class are such contexts."""
-    return issubclass(kind, BackwardCFunction)
+#: The classes of PyTorch's own nodes that were met, and those that keep running statistics.
+_BUILT_IN: set[type] = set()
+NORMS: set[type] = set()
+
+
+def some_custom(kinds: set[type]) -> bool:
+    """Whether among classes of nodes there are those of such contexts."""
+    custom = False
+    for kind in kinds - _BUILT_IN:
+        if issubclass(kind, BackwardCFunction):
+            custom = True
+        elif is_generated(kind):
+            _BUILT_IN.add(kind)
+            if "BatchNorm" in kind.__name__:
+                NORMS.add(kind)
+    return custom
 
 
 class _Children:
