@@ -130,6 +130,8 @@ def subclasses_ignored() -> contextlib.AbstractContextManager[Any]:
 
 def without_subclass(t: torch.Tensor) -> torch.Tensor:
     """Return `t` without history as a plain tensor on the same memory."""
+    if type(t) is torch.Tensor:
+        return t.detach()
     with subclasses_ignored():
         plain = t.detach()
         return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
