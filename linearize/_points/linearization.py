@@ -21,8 +21,8 @@ from .._programs.residuals import Residual
 from .._reuse.shared import Structures
 from .._simplify.passes import explain, simplify
 from .._spaces.memory import total_bytes
+from .._spaces.trees import flatten
 from .._text.tables import code, framed
-from .._torch.names import pytree
 from ..errors import ClosedError, CopyError, UnsupportedError
 from .closures import JvpFn, VjpFn
 from .first_use import check_adjoint, check_before_use, check_statistics
@@ -95,14 +95,14 @@ class _Guarded:
     """
 
     def __init__(self, tree: Any, name: str) -> None:
-        self._leaves, self._structure = pytree.tree_flatten(tree)
+        self._leaves, self._structure = flatten(tree)
         self.stamps = [Residual(t, name) for t in self._leaves if isinstance(t, torch.Tensor)]
 
     def get(self) -> Any:
         """Return it, if it is as it was."""
         for r in self.stamps:
             r.check()
-        return pytree.tree_unflatten(self._leaves, self._structure)
+        return self._structure.unflatten(self._leaves)
 
 
 class Linearization:
@@ -147,7 +147,7 @@ class Linearization:
         self.out_space = captured.out_space
         self._value = _Guarded(captured.value, "the value")
         self._aux = _Guarded(captured.aux, "aux")
-        self._external = {t.untyped_storage().data_ptr() for t, _ in captured.leaves}
+        self._external = {t.untyped_storage().data_ptr() for t in captured.leaves}
         self._source = weakref.ref(source)
         common = (self._lifetime, policy, source)
         self.jvp_fn = JvpFn(source.pushforward, self.in_space, self.out_space, *common)

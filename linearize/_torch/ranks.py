@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import DistributedError, MissingDerivativeError, UnsupportedError
-from .modes import DispatchMode
+from .modes import NOTHING, DispatchMode
 
 _FUNCTIONAL = "torch.distributed._functional_collectives"
 _GENERATED = "GeneratedBackwardFor_"
@@ -237,12 +237,13 @@ def _requires_grad(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad
 
 
-@contextlib.contextmanager
-def collectives_seen() -> Iterator[None]:
+def collectives_seen() -> contextlib.AbstractContextManager[None]:
     """Run f such that its graph tells of the collectives in it."""
-    if not distributed():
-        yield
-        return
+    return _collectives_seen() if distributed() else NOTHING
+
+
+@contextlib.contextmanager
+def _collectives_seen() -> Iterator[None]:
     _Watch.begin()
     try:
         yield
