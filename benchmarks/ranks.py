@@ -41,8 +41,8 @@ from bratu_ranks import Neighbours, gathered_rows, residual
 Message: TypeAlias = tuple[str, int]
 Function: TypeAlias = Callable[..., torch.Tensor]
 WORLDS = (1, 2, 4)
-GRID, WIDTH, HIDDEN, BATCH, LAYERS = 256, 256, 1024, 128, 2
-WARM, ROUNDS, PRODUCTS = 12, 30, 2
+GRID, WIDTH, HIDDEN, BATCH, LAYERS = 512, 128, 512, 64, 2
+WARM, ROUNDS = 8, 40
 COUNTED = ("all_gather", "reduce_scatter", "all_reduce", "isend")
 MARKS = "<!-- begin ranks -->", "<!-- end ranks -->"
 
@@ -126,18 +126,19 @@ def counting() -> Iterator[list[Message]]:
             setattr(dist, name, given[name])
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Return the time of one call."""
-    for _ in range(WARM):
-        call()
-    found = []
-    for _ in range(ROUNDS):
-        dist.barrier()
-        began = time.perf_counter()
-        for _ in range(PRODUCTS):
+def seconds(*calls: Callable[[], Any]) -> list[float]:
+    """Return the time of each of some calls, which take turns."""
+    found: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        for _ in range(WARM):
             call()
-        found.append((time.perf_counter() - began) / PRODUCTS)
-    return min(found)
+    for _ in range(ROUNDS):
+        for call, times in zip(calls, found, strict=True):
+            dist.barrier()
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+    return list(map(min, found))
 
 
 def measured(case: Case) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def measured(case: Case) -> dict[str, Any]:
     with counting() as found["f"], torch.no_grad():
         f(x)
     for name, product in products.items():
-        local, whole = (seconds(partial(product, p)) for p in (alone, here))
+        local, whole = seconds(partial(product, alone), partial(product, here))
         with counting() as messages:
             product(here)
         found[name] = {"messages": messages, "local": local, "whole": whole}
@@ -166,7 +167,8 @@ def measured(case: Case) -> dict[str, Any]:
 def ping() -> dict[int, float]:
     """Return how long all-reductions of some sizes take."""
     tensors = {size: torch.zeros(size // 8, dtype=torch.float64) for size in scaling.PINGS}
-    return {size: seconds(partial(dist.all_reduce, t)) for size, t in tensors.items()}
+    times = seconds(*(partial(dist.all_reduce, t) for t in tensors.values()))
+    return dict(zip(tensors, times, strict=True))
 
 
 def work(rank: int, world: int, folder: str) -> None:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without t
 def counted(rank, world):
     """A product sends what f sends; going back a gathering is a scattering of as much."""
     ranks.GRID, ranks.WIDTH, ranks.HIDDEN, ranks.BATCH = 12, 6, 8, 4
-    ranks.WARM, ranks.ROUNDS, ranks.PRODUCTS = 8, 1, 1
+    ranks.WARM, ranks.ROUNDS = 8, 1
     row, batch = 8 * 12, 8 * 4 * 6
     expected = {
         "grid, borders gathered": ([("all_gather", 2 * row)], [("reduce_scatter", 4 * row)]),
