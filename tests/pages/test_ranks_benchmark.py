@@ -71,7 +71,12 @@ def made_up(world, kept):
             messages = [("agree", 64), (kind, 100)]
             local = 1e-3 + 1e-2 / world
             told = sum(network.time(k, m, world) for k, m in messages)
-            found[name][product] = {"messages": messages, "local": local, "whole": local + told}
+            found[name][product] = {
+                "messages": messages,
+                "local": local,
+                "whole": local + told,
+                "processor": (local, local),
+            }
     return [found] * world
 
 
