@@ -221,6 +221,10 @@ other work: what is measured has waiting in it, for ranks that had to wait for a
 model knows nothing of. *Local work* is the product of f without its messages, on as many ranks.
 Where collectives communicate, there is the message by which ranks agree; custom Functions do
 without.
+
+A ratio below one is time that the model does not have: waiting for a core, and on one rank what
+surrounds a message, copies and the calls themselves. Times of several ranks on such a machine say
+whether the model is of the right size, not more; run the script on one that is quiet.
 """
 
 _AHEAD = """
