@@ -41,8 +41,8 @@ from bratu_ranks import Neighbours, gathered_rows, residual
 Message: TypeAlias = tuple[str, int]
 Function: TypeAlias = Callable[..., torch.Tensor]
 WORLDS = (1, 2, 4)
-GRID, WIDTH, HIDDEN, BATCH, LAYERS = 256, 256, 1024, 128, 2
-WARM, ROUNDS, PRODUCTS = 12, 30, 2
+GRID, WIDTH, HIDDEN, BATCH, LAYERS = 512, 128, 512, 64, 2
+WARM, ROUNDS = 8, 40
 COUNTED = ("all_gather", "reduce_scatter", "all_reduce", "isend")
 MARKS = "<!-- begin ranks -->", "<!-- end ranks -->"
 
@@ -126,18 +126,20 @@ def counting() -> Iterator[list[Message]]:
             setattr(dist, name, given[name])
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Return the time of one call."""
-    for _ in range(WARM):
-        call()
-    found = []
-    for _ in range(ROUNDS):
-        dist.barrier()
-        began = time.perf_counter()
-        for _ in range(PRODUCTS):
+def seconds(*calls: Callable[[], Any]) -> list[tuple[float, float]]:
+    """Return the time of each of some calls, which take turns, and that of the processor."""
+    found: list[list[tuple[float, float]]] = [[] for _ in calls]
+    for call in calls:
+        for _ in range(WARM):
             call()
-        found.append((time.perf_counter() - began) / PRODUCTS)
-    return min(found)
+    for _ in range(ROUNDS):
+        for call, times in zip(calls, found, strict=True):
+            dist.barrier()
+            began = time.perf_counter(), time.process_time()
+            call()
+            ended = time.perf_counter(), time.process_time()
+            times.append((ended[0] - began[0], ended[1] - began[1]))
+    return [(min(t for t, _ in times), min(t for _, t in times)) for times in found]
 
 
 def measured(case: Case) -> dict[str, Any]:
@@ -156,17 +158,23 @@ def measured(case: Case) -> dict[str, Any]:
     with counting() as found["f"], torch.no_grad():
         f(x)
     for name, product in products.items():
-        local, whole = (seconds(partial(product, p)) for p in (alone, here))
+        local, whole = seconds(partial(product, alone), partial(product, here))
         with counting() as messages:
             product(here)
-        found[name] = {"messages": messages, "local": local, "whole": whole}
+        found[name] = {
+            "messages": messages,
+            "local": local[0],
+            "whole": whole[0],
+            "processor": (local[1], whole[1]),
+        }
     return found
 
 
 def ping() -> dict[int, float]:
     """Return how long all-reductions of some sizes take."""
     tensors = {size: torch.zeros(size // 8, dtype=torch.float64) for size in scaling.PINGS}
-    return {size: seconds(partial(dist.all_reduce, t)) for size, t in tensors.items()}
+    times = seconds(*(partial(dist.all_reduce, t) for t in tensors.values()))
+    return {size: t for size, (t, _) in zip(tensors, times, strict=True)}
 
 
 def work(rank: int, world: int, folder: str) -> None:
@@ -213,7 +221,7 @@ def table(found: dict[int, list[dict[str, Any]]]) -> Iterator[list[str]]:
     """Yield one line for each case and number of ranks."""
     yield [
         "f", "ranks", "bytes kept", "f sends", "J·v sends", "Jᵀ·u sends", "to agree",
-        "J·v, ms", "Jᵀ·u, ms", "local work, ms",
+        "processor, ms", "local work, ms",
     ]  # fmt: skip
     for case in CASES:
         for world, ranks in found.items():
@@ -221,11 +229,13 @@ def table(found: dict[int, list[dict[str, Any]]]) -> Iterator[list[str]]:
             most = max(here, key=lambda r: sum(size for _, size in r["f"]))
             products = [most[name] for name in scaling.PRODUCTS]
             told = [size for name, size in products[0]["messages"] if name == "agree"]
-            times = [
-                max(r[name][kind] for r in here) * 1e3
-                for kind in ("whole", "local")
-                for name in scaling.PRODUCTS
-            ]
+            work, whole = (
+                ", ".join(
+                    f"{max(r[name]['processor'][i] for r in here) * 1e3:.2f}"
+                    for name in scaling.PRODUCTS
+                )
+                for i in (0, 1)
+            )
             yield [
                 case.name,
                 str(world),
@@ -233,9 +243,8 @@ def table(found: dict[int, list[dict[str, Any]]]) -> Iterator[list[str]]:
                 sent(most["f"]),
                 *(sent(p["messages"]) for p in products),
                 f"{len(told)}, {sum(told)} B",
-                f"{times[0]:.2f}",
-                f"{times[1]:.2f}",
-                f"{times[2]:.2f}, {times[3]:.2f}",
+                whole,
+                work,
             ]
 
 

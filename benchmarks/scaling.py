@@ -99,13 +99,13 @@ class Problem:
 
 #: Of the message to several parts that a reduce-scatter takes, each rank has one.
 PROBLEMS = (
-    Problem("grid, borders gathered", "a grid of 16,384 x 16,384", 64.0**2, lambda m, p: 64 * m),
-    Problem("grid, `isend` and `irecv`", "the same", 64.0**2, lambda m, p: 64 * m),
+    Problem("grid, borders gathered", "a grid of 16,384 x 16,384", 32.0**2, lambda m, p: 32 * m),
+    Problem("grid, `isend` and `irecv`", "the same", 32.0**2, lambda m, p: 32 * m),
     Problem(
         "layers, tensor-parallel",
         "layers of width 8,192 and 32,768 inside, a batch of 512",
-        32.0 * 32 * 4,
-        lambda m, p: 32 * 4 * m,
+        64.0 * 64 * 8,
+        lambda m, p: 64 * 8 * m,
     ),
 )
 
@@ -217,8 +217,14 @@ operations take a, however small the parts are, and b is shared.
 
 α = {latency:.0f} µs and β = 1 / ({rate:.2g} GB/s) are those of two ranks, from an all-reduction of
 64 bytes and one of four megabytes: gloo between processes of one machine of two cores, which had
-other work. *Local work* is the product of f without its messages. From one rank on there is the
-message by which ranks agree; of four ranks two share a core, and wait for each other.
+other work: what is measured has waiting in it, for ranks that had to wait for a core, which the
+model knows nothing of. *Local work* is the product of f without its messages, on as many ranks.
+Where collectives communicate, there is the message by which ranks agree; custom Functions do
+without.
+
+A ratio below one is time that the model does not have: waiting for a core, and on one rank what
+surrounds a message, copies and the calls themselves. Times of several ranks on such a machine say
+whether the model is of the right size, not more; run the script on one that is quiet.
 """
 
 _AHEAD = """

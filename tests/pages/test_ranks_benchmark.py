@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without t
 def counted(rank, world):
     """A product sends what f sends; going back a gathering is a scattering of as much."""
     ranks.GRID, ranks.WIDTH, ranks.HIDDEN, ranks.BATCH = 12, 6, 8, 4
-    ranks.WARM, ranks.ROUNDS, ranks.PRODUCTS = 8, 1, 1
+    ranks.WARM, ranks.ROUNDS = 8, 1
     row, batch = 8 * 12, 8 * 4 * 6
     expected = {
         "grid, borders gathered": ([("all_gather", 2 * row)], [("reduce_scatter", 4 * row)]),
@@ -71,7 +71,12 @@ def made_up(world, kept):
             messages = [("agree", 64), (kind, 100)]
             local = 1e-3 + 1e-2 / world
             told = sum(network.time(k, m, world) for k, m in messages)
-            found[name][product] = {"messages": messages, "local": local, "whole": local + told}
+            found[name][product] = {
+                "messages": messages,
+                "local": local,
+                "whole": local + told,
+                "processor": (local, local),
+            }
     return [found] * world
 
 
