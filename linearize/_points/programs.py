@@ -204,7 +204,6 @@ class PointPrograms:
         if self._signature is not None and self._structure is None and not program.fixed:
             self._structure = Structure(self._signature)
             self._structures.add(self._structure, shared=not graph.custom)
-            self._learn_to_match()
         return BoundProgram.of(program, numbers)
 
     def pulled_back(
@@ -407,7 +406,7 @@ class PointPrograms:
             }
 
     def _learn_to_match(self) -> None:
-        """Have graphs of the structure recognised sooner."""
+        """Have graphs of the structure recognised sooner: there are several, this is the second."""
         known, graph, engine = self._structure, self._graph, self._engine
         if known is not None and graph is not None and engine is not None and engine.unhooked:
             known.matcher = known.matcher or Matcher.of(graph, self._specs)
