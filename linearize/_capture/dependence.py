@@ -52,7 +52,7 @@ def check_not_behind(
     UnsupportedError
         If so: the derivative by that primal would be zero.
     """
-    if not any([isinstance(x, torch.Tensor) and x.requires_grad for x in given]):
+    if not any(isinstance(x, torch.Tensor) and x.requires_grad for x in given):
         return
     seen, variables = _below(edges)
     primals = [(x, f"primal{path}") for x, path in zip(given, paths, strict=True)]

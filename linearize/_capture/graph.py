@@ -190,7 +190,8 @@ class _Ends:
 
     def nodes(self) -> tuple[Node, ...]:
         """Return all nodes; one of its own for a leaf that the walk has not met."""
-        return tuple([accumulators([x])[0] if isinstance(x, torch.Tensor) else x for x in self.leaves])
+        own = iter(accumulators([x for x in self.leaves if isinstance(x, torch.Tensor)]))
+        return tuple([next(own) if isinstance(x, torch.Tensor) else x for x in self.leaves])
 
 
 def _walked(

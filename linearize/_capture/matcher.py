@@ -88,7 +88,7 @@ class Matcher:
         if beyond or set(graph.order) <= set(graph.leaves):
             return None
         saved = (t for node in graph.order for t in graph.saved_by(node))
-        if not all([t.layout is torch.strided and has_memory(t) for t in saved]):
+        if not all(t.layout is torch.strided and has_memory(t) for t in saved):
             return None
         try:
             return Matcher(graph, specs)

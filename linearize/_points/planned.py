@@ -17,7 +17,7 @@ from .._forms.dense import Dense
 from .._forms.plan import Plan
 from .._forms.succession import Learned, Left, Succession
 from .._programs.numbers import Pool
-from .._programs.program import Operation, Program
+from .._programs.program import Program
 from .._programs.residuals import Residual
 from .._reuse.template import Template
 from .._spaces.space import Space

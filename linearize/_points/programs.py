@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ import torch
 from .._capture.capture import Capture
 from .._capture.collectives import OpaqueNode
 from .._capture.graph import Graph
-from .._capture.matcher import Matcher, Place
+from .._capture.matcher import Matcher
 from .._capture.signature import signature
 from .._check.proof import Proof
 from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
-from .._execute.thresholds import BY_ENGINE
 from .._forms.dense import Dense
 from .._forms.plan import CompiledForms
 from .._forms.succession import Learned, Left
@@ -37,12 +36,12 @@ from .._reuse.shared import Structures
 from .._reuse.structure import Structure
 from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
-from .._torch.graphs import Node, outside_backward, pulled_back
-from .._torch.hooks import Unhooked
-from .._torch.modes import casts, undisturbed
+from .._torch.graphs import Node, outside_backward
+from .._torch.modes import undisturbed
 from .._transpose.missing import lacks_methods
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
+from .by_engine import ByEngine
 
 #: The names of the two directions.
 PULLBACK, PUSHFORWARD = "pullback", "pushforward"
@@ -115,12 +114,10 @@ class PointPrograms:
         self._places: dict[int, int] = {}
         self._read: dict[object, Residual] = {}
         #: What the graph saved, if it was looked at already.
-        self._seen: dict[Place, torch.Tensor | None] = {}
+        self._seen: Mapping[Any, torch.Tensor | None] = {}
         self._known: dict[Origin, Residual] = {}
         self._bound: list[Binding] = []
-        self._unhooked: Unhooked | None = captured.unhooked
-        #: How many pullbacks the engine ran.
-        self._by_engine = 0
+        self._engine: ByEngine | None = ByEngine(graph, captured.leaves, captured.unhooked)
         #: Who may still ask for a program.
         self._waiting: dict[str, weakref.ref[Any]] = {}
 
@@ -141,7 +138,7 @@ class PointPrograms:
 
     def awaited(self) -> bool:
         """Whether somebody lives who may still ask for a program."""
-        return any([user() is not None for user in list(self._waiting.values())])
+        return any(user() is not None for user in list(self._waiting.values()))
 
     def served(self, direction: str) -> None:
         """Take note that a direction is not asked for any more."""
@@ -220,45 +217,21 @@ class PointPrograms:
         if self._signature is not None and self._structure is None and not program.fixed:
             self._structure = Structure(self._signature)
             self._structures.add(self._structure, shared=not graph.custom)
-            self._learn_to_match()
         self._leave(PULLBACK, (True,) * len(self._specs[0]), program)
         return BoundProgram.of(program, numbers)
-
-    # -- by PyTorch's engine ----------------------------------------------------------------
 
     def pulled_back(
         self, cotangents: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None] | None:
         """Return Jᵀ·u as PyTorch's engine computes it from the graph; None if a program has to.
 
-        It may for the first pullbacks of a point that is not the first of its `Linearizer`, as
-        long as nothing was looked up, where it does what a program would do: there are no custom
-        Functions, whose methods are called under guards, and no hooks, which it would run.
+        The engine may where a program would have to be looked for first, but not at the first
+        point of a `Linearizer`: what is wrong with its programs is told by the first product.
         """
-        graph, unhooked = self._graph, self._unhooked
-        if (
-            graph is None
-            or unhooked is None
-            or self._searched
-            or self._by_engine >= BY_ENGINE
-            or not self._structures.met
-            or self._check == "always"
-            or graph.custom
-            or graph.hidden
-            or not (unhooked.still and undisturbed())
-            or casts()
-            or not all([t is None or type(t) is torch.Tensor for t in cotangents])
-        ):
+        engine = self._engine
+        if engine is None or self._searched or self._check == "always":
             return None
-        pairs = zip(graph.roots, cotangents, strict=True)
-        given = [(e, u) for e, u in pairs if e is not None and u is not None]
-        if not given:
-            return None
-        self._by_engine += 1
-        try:
-            return pulled_back([e for e, _ in given], [u for _, u in given], self._leaves)
-        except RuntimeError:  # recording has the words for what is wrong
-            return None
+        return engine(cotangents) if self._structures.met else None
 
     # -- taken over -------------------------------------------------------------------------
 
@@ -432,7 +405,7 @@ class PointPrograms:
             return
         self._searched = True
         graph = self._graph
-        unhooked = self._unhooked is not None and self._unhooked.still
+        unhooked = self._engine is not None and self._engine.unhooked
         known = self._structures.recognised(graph, self._specs) if unhooked else None
         if known is not None:
             self._structure, self._seen = known
@@ -447,11 +420,10 @@ class PointPrograms:
             }
 
     def _learn_to_match(self) -> None:
-        """Have graphs of the structure recognised sooner."""
-        known, graph, unhooked = self._structure, self._graph, self._unhooked
-        if known is not None and known.matcher is None and graph is not None:
-            if unhooked is not None and unhooked.still:
-                known.matcher = Matcher.of(graph, self._specs)
+        """Have graphs of the structure recognised sooner: there are several, this is the second."""
+        known, graph, engine = self._structure, self._graph, self._engine
+        if known is not None and graph is not None and engine is not None and engine.unhooked:
+            known.matcher = known.matcher or Matcher.of(graph, self._specs)
 
     def _count(self, *, reused: bool) -> None:
         if not self._counted:
@@ -489,7 +461,7 @@ class PointPrograms:
 
     def _let_go_of_graph(self) -> None:
         """Let go of the graph, once everything is made of it."""
-        self._graph = self._unhooked = None
+        self._graph = self._engine = None
         self._leaves = []
         self._read, self._known, self._seen = {}, {}, {}
         self._comparison = None

@@ -315,7 +315,7 @@ class Program:
         """Whether it calls user code that belongs to one point; at each new point it is asked."""
         if self._of_point is None:
             ops = [eq.op for eq in self.equations if isinstance(eq.op, Operation)]
-            self._of_point = any([op.of_point for op in ops])
+            self._of_point = any(op.of_point for op in ops)
         return self._of_point
 
     @property

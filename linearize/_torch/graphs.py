@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 #: The nodes in which the gradients of leaf tensors end.
-AccumulateGrad: Any = torch._C._functions.AccumulateGrad
+AccumulateGrad: Any = cast("Any", torch._C._functions).AccumulateGrad
 
 
 def is_custom(node: Node) -> bool:

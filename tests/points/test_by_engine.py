@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 import linearize as lz
 from linearize._execute.thresholds import BY_ENGINE
-from linearize._points import programs
+from linearize._points import by_engine
 from linearize.errors import StalenessError
 
 T = torch.Tensor
@@ -30,14 +30,14 @@ W = torch.linspace(-1, 1, 12, dtype=D).reshape(3, 4)
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """What the engine was asked for: the number of cotangents, each time."""
     calls: list[int] = []
-    real = programs.pulled_back
+    real = by_engine.pulled_back
 
     def counted(roots: Any, cotangents: Any, leaves: Any) -> Any:
         calls.append(len(cotangents))
         return real(roots, cotangents, leaves)
 
-    monkeypatch.setattr(programs, "pulled_back", counted)
-    yield calls
+    monkeypatch.setattr(by_engine, "pulled_back", counted)
+    return calls
 
 
 def later(f: Callable[..., Any], *primals: T, **options: Any) -> lz.Linearization:
@@ -209,9 +209,7 @@ def test_a_checkpoint_runs_no_more_often_than_before(asked: list[int]) -> None:
         return x.sin().exp()
 
     here = later(lambda x: checkpoint(block, x, use_reentrant=False) * x, X)
-    torch.testing.assert_close(
-        here.vjp_fn(X)[0], (X.sin().exp() * (1 + X * X.cos())) * X
-    )
+    torch.testing.assert_close(here.vjp_fn(X)[0], (X.sin().exp() * (1 + X * X.cos())) * X)
     assert not asked
 
 
