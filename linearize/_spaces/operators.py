@@ -250,12 +250,21 @@ class LinearOperator(LinearMap):
         if not isinstance(other, torch.Tensor) or not self._is_flat(other):
             return self(other)
         check_flat(self.in_space, other, f"{self!r} @ tensor")
-        columns = other.dim() == 2
-        parts = split(self.in_space, other.mT if columns else other)
-        if columns and other.shape[1] == 0:
+        if other.dim() == 2:
+            return self._times(other)
+        parts = self._apply(split(self.in_space, other), stacked=False)
+        return join(self.out_space, parts, stacked=False)
+
+    def _times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the product with a matrix, several columns in each pass."""
+        count = matrix.shape[1]
+        if count == 0:
             return join(self.out_space, zeros(self.out_space, 0), stacked=True).mT
-        result = join(self.out_space, self._apply(parts, stacked=columns), stacked=columns)
-        return result.mT if columns else result
+        images = []
+        for rows in matrix.mT.contiguous().split(max(1, min(self._at_once(False), count))):
+            parts = split(self.in_space, rows)
+            images.append(join(self.out_space, self._several(parts, adjoint=False), stacked=True))
+        return (images[0] if len(images) == 1 else torch.cat(images)).mT
 
     def __rmatmul__(self, other: torch.Tensor) -> torch.Tensor:
         """Return xᵀ·A for a flat vector, or X·A for a matrix whose rows are such vectors."""
