@@ -155,11 +155,11 @@ class Curvature(SelfAdjoint):
             images = parts
             for product in batch.point().products:
                 images = run(product, images, stacked=stacked)
-            if batch.weight != 1:
-                images = [batch.weight * t for t in images]
-            total = (
-                images if total is None else [a + b for a, b in zip(total, images, strict=True)]
-            )
+            if total is None:
+                total = [batch.weight * t for t in images]
+            else:  # what was made here is added to: large memory takes time to come by
+                for t, image in zip(total, images, strict=True):
+                    t.add_(image, alpha=batch.weight)
         assert total is not None
         self._trim()
         return total

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
+from ._spaces.between import alike
 from ._spaces.flat import Parts, check_flat, flat_spec, join, split, zeros
 from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
 from ._spaces.space import Space
@@ -103,7 +104,7 @@ def total(make: Callable[[], LinearOperator], group: Group = None) -> SelfAdjoin
     own = _together(checked, group, "the operator")
     _check_same(own, group)
     reduced = _Reduced(own._apply, own.in_space, group, repr(own))
-    return SelfAdjoint(own.in_space, reduced, at_once=own._at_once, name=f"total of {own._name}")
+    return SelfAdjoint(own.in_space, reduced, at_once=alike, name=f"total of {own._name}")
 
 
 class RowJacobian(LinearOperator):
@@ -137,7 +138,7 @@ class RowJacobian(LinearOperator):
             self._own.out_space.parts_of(dist.group.WORLD if group is None else group),
             self._own._apply,
             adjoint,
-            at_once=self._own._at_once,
+            at_once=alike,
             name="RowJacobian",
         )
 
@@ -145,7 +146,7 @@ class RowJacobian(LinearOperator):
         """Return Jᵀ·J of all ranks' rows: one sum over the ranks for each product."""
         own = self._own.gram()
         reduced = _Reduced(own._apply, own.in_space, self._group, "JᵀJ·v")
-        return SelfAdjoint(own.in_space, reduced, at_once=own._at_once, name="RowJacobian.gram()")
+        return SelfAdjoint(own.in_space, reduced, at_once=alike, name="RowJacobian.gram()")
 
     def materialize(
         self, *, chunk_size: ChunkSize = "auto", direction: Direction = "auto"
@@ -253,13 +254,13 @@ def parted(operator: LinearOperator, group: Group = None) -> LinearOperator:
     group = dist.group.WORLD if group is None else group
     space = operator.in_space.parts_of(group)
     if isinstance(operator, SelfAdjoint):
-        return SelfAdjoint(space, operator._apply, at_once=operator._at_once, name=operator._name)
+        return SelfAdjoint(space, operator._apply, at_once=alike, name=operator._name)
     return LinearOperator(
         space,
         operator.out_space.parts_of(group),
         operator._apply,
         operator._apply_adjoint,
-        at_once=operator._at_once,
+        at_once=alike,
         name=operator._name,
     )
 
@@ -296,10 +297,8 @@ def gathered(operator: LinearOperator) -> LinearOperator:
     back = functools.partial(_whole_product, adjoint, second, first)
     name = f"gathered {operator!r}"
     if isinstance(operator, SelfAdjoint):
-        return SelfAdjoint(first.space, forth, at_once=operator._at_once, name=name)
-    return LinearOperator(
-        first.space, second.space, forth, back, at_once=operator._at_once, name=name
-    )
+        return SelfAdjoint(first.space, forth, at_once=alike, name=name)
+    return LinearOperator(first.space, second.space, forth, back, at_once=alike, name=name)
 
 
 class _Whole:

@@ -18,10 +18,10 @@ import torch
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.schedule import Portable
-from .._execute.thresholds import MOST_STACKS, STACK_AT, STACK_BYTES, STACK_SHARE
+from .._execute.thresholds import MOST_STACKS, STACK_AT, STACK_BYTES, STACK_BYTES_MULTIPLIED
 from .._programs.numbers import Numbers
 from .._programs.origins import Literal, Saved
-from .._programs.price import matrices_read
+from .._programs.price import multiplies
 from .._programs.program import Program
 from .._programs.residuals import Residual
 from .._programs.values import Constant
@@ -32,9 +32,9 @@ from .stacked import vectorized
 def at_once(program: Program, device: torch.device) -> int:
     """Return how many arguments are best taken in one pass."""
     most = memory_budget(device)
-    if device.type == "cpu":
-        matrices = int(STACK_SHARE * matrices_read(program))
-        most = min(most, max(STACK_BYTES * torch.get_num_threads(), matrices))
+    if device.type == "cpu" and not program.is_opaque():  # user code may take all at once
+        fits = STACK_BYTES_MULTIPLIED if multiplies(program) else STACK_BYTES
+        most = min(most, fits * torch.get_num_threads())
     return max(1, most // max(program.peak_bytes(), 1))
 
 

@@ -20,6 +20,7 @@ from .._programs.numbers import Pool
 from .._programs.program import Program
 from .._programs.residuals import Residual
 from .._reuse.template import Template
+from .._spaces.budget import ON_RANKS
 from .._spaces.space import Space
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
@@ -136,6 +137,8 @@ class Planned:
 
     def at_once(self) -> int:
         """Return how many arguments are best mapped in one pass."""
+        if self._lifetime.ranks is not None:
+            return ON_RANKS
         plan = self._plans.get(self._whole) or self._plan(self._whole)
         return plan.at_once(self._arguments.tensors[0].device)
 

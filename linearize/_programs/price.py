@@ -73,10 +73,16 @@ def matrix_price(matrix: TensorSpec) -> float:
     return m.launch + 2 * m.view + m.moved(matrix.dtype.itemsize * entries)
 
 
-def matrices_read(program: Program) -> int:
-    """Return the bytes of the constants that take part in matrix products and convolutions."""
-    multiplying = [eq for eq in program.equations if _arithmetic(eq)]
-    return sum(c.spec.nbytes for c in {c for eq in multiplying for c in eq.constants()})
+def multiplies(program: Program) -> bool:
+    """Whether a run with many arguments at once mostly multiplies matrices."""
+    moving = multiplying = 0.0
+    for eq in program.equations:
+        m = machine(_device(eq))
+        if not (isinstance(eq.op, OpOverload) and may_alias(eq.op)):
+            passed = (v for v in (*eq.inputs(), *eq.outputs) if v is not None)
+            moving += m.moved(sum(v.spec.nbytes for v in passed))
+        multiplying += _arithmetic(eq) / m.arithmetic
+    return multiplying > moving
 
 
 def _price(eq: Equation) -> float:

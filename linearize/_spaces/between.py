@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .budget import ON_RANKS
 from .flat import Parts, zeros
 from .maps import Apply, AtOnce, LinearMap
 from .space import Space
@@ -29,6 +30,11 @@ def turned(at_once: AtOnce) -> AtOnce:
 def there_and_back(at_once: AtOnce) -> AtOnce:
     """Return how many vectors a map followed by its adjoint takes at once."""
     return lambda _: min(at_once(False), at_once(True))
+
+
+def alike(_adjoint: bool) -> int:
+    """Return how many vectors a map takes at once on each rank, whatever it has in memory."""
+    return ON_RANKS
 
 
 def fewest(*operators: LinearMap) -> AtOnce:

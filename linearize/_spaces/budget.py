@@ -8,6 +8,8 @@ import torch
 
 #: The most bytes that `chunk_size="auto"` takes for intermediates.
 _MOST = 1 << 31
+#: How many vectors ranks that communicate take in one pass: all have to take as many.
+ON_RANKS = 32
 
 
 def memory_budget(device: torch.device) -> int:

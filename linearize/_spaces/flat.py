@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from .._text.progress import progress
-from ..errors import SpaceError
+from ..errors import SpaceError, StructureError
 from .space import Space, TensorSpec
 
 #: The tensors of an element of a space, one per differentiable leaf.
@@ -38,6 +38,35 @@ def check_flat(space: Space, flat: torch.Tensor, what: str) -> None:
             f"{what}: expected dtype {spec.dtype} on {spec.device}, got {flat.dtype} on "
             f"{flat.device}; convert it, nothing is cast silently"
         )
+
+
+def refuse_array(x: Any) -> None:
+    """Raise for arrays of NumPy, which would be taken for something else."""
+    if type(x).__module__ == "numpy":
+        raise StructureError(
+            "an operator takes tensors: pass torch.from_numpy(x), or make it an operator of "
+            "NumPy arrays, A.to_scipy()"
+        )
+
+
+def is_flat(space: Space, x: Any, what: str) -> bool:
+    """Whether a factor is a vector of a space or a matrix of vectors, and no element."""
+    refuse_array(x)
+    if not isinstance(x, torch.Tensor):
+        return False
+    columns = space.size
+    if x.dim() in (1, 2) and x.shape[0] == columns:
+        check_flat(space, x, what)
+        return True
+    single = space.spec.is_leaf()
+    element = tuple(space.tensors[0].shape) if single else None
+    if tuple(x.shape) == element:
+        return False
+    also = f", or {element}" if single and element != (columns,) else ""
+    raise SpaceError(
+        f"{what}: expected a tensor of shape ({columns},) or ({columns}, k){also}, "
+        f"got {tuple(x.shape)}"
+    )
 
 
 def zeros(space: Space, stacked: int | None = None) -> Parts:

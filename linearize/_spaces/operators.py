@@ -10,7 +10,7 @@ import torch
 
 from ..errors import SpaceError, StructureError
 from . import between
-from .flat import Parts, check_flat, join, split, zeros
+from .flat import Parts, check_flat, is_flat, join, refuse_array, split, zeros
 from .maps import Apply, AtOnce, ChunkSize, Direction, KnownDiagonal, LinearMap, check_chunk_size
 from .space import Space
 
@@ -52,7 +52,7 @@ class LinearOperator(LinearMap):
     -----
     `A(x)` takes a pytree and returns one. `A @ x` takes, beside pytrees, the flat forms that
     solvers work with: a tensor of shape (n,) gives one of shape (m,), and n by k gives m by k,
-    the columns being mapped in one vectorised pass. A flat vector is the concatenation of the
+    the columns being mapped in vectorised passes. A flat vector is the concatenation of the
     leaves, each row by row.
     """
 
@@ -246,18 +246,27 @@ class LinearOperator(LinearMap):
         """
         if isinstance(other, LinearOperator):
             return self._after(other)
-        if not self._told(lambda: self._is_flat(other)):
+        if not self._told(lambda: is_flat(self.in_space, other, f"{self!r} @ tensor")):
             return self(other)
-        columns = other.dim() == 2
-        parts = split(self.in_space, other.mT if columns else other)
-        if columns and other.shape[1] == 0:
+        if other.dim() == 2:
+            return self._times(other)
+        parts = self._apply(split(self.in_space, other), stacked=False)
+        return join(self.out_space, parts, stacked=False)
+
+    def _times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the product with a matrix, several columns in each pass."""
+        count = matrix.shape[1]
+        if count == 0:
             return join(self.out_space, zeros(self.out_space, 0), stacked=True).mT
-        result = join(self.out_space, self._apply(parts, stacked=columns), stacked=columns)
-        return result.mT if columns else result
+        images = []
+        for rows in matrix.mT.contiguous().split(max(1, min(self._at_once(False), count))):
+            parts = split(self.in_space, rows)
+            images.append(join(self.out_space, self._several(parts, adjoint=False), stacked=True))
+        return (images[0] if len(images) == 1 else torch.cat(images)).mT
 
     def __rmatmul__(self, other: torch.Tensor) -> torch.Tensor:
         """Return xᵀ·A for a flat vector, or X·A for a matrix whose rows are such vectors."""
-        _no_array(other)
+        refuse_array(other)
         if not isinstance(other, torch.Tensor):
             return NotImplemented
         return (self.T @ other.mT).mT if other.dim() == 2 else self.T @ other
@@ -362,34 +371,6 @@ class LinearOperator(LinearMap):
     ) -> Callable[[ChunkSize], torch.Tensor]:
         """Return what finds the diagonal of an operator whose diagonal follows from this one's."""
         return lambda chunk_size: change(self.diagonal(chunk_size=chunk_size))
-
-    def _is_flat(self, x: Any) -> bool:
-        """Whether a factor is a vector or a matrix of vectors, and no element."""
-        _no_array(x)
-        if not isinstance(x, torch.Tensor):
-            return False
-        if x.dim() in (1, 2) and x.shape[0] == self.in_space.size:
-            check_flat(self.in_space, x, f"{self!r} @ tensor")
-            return True
-        single = self.in_space.spec.is_leaf()
-        if single and tuple(x.shape) == self.in_space.tensors[0].shape:
-            return False
-        columns = self.shape[1]
-        element = tuple(self.in_space.tensors[0].shape)
-        also = f", or {element}" if single and element != (columns,) else ""
-        raise SpaceError(
-            f"{self!r} @ tensor: expected a tensor of shape ({columns},) or ({columns}, k){also}, "
-            f"got {tuple(x.shape)}"
-        )
-
-
-def _no_array(x: Any) -> None:
-    """Raise for arrays of NumPy, which would be taken for something else."""
-    if type(x).__module__ == "numpy":
-        raise StructureError(
-            "an operator takes tensors: pass torch.from_numpy(x), or make it an operator of "
-            "NumPy arrays, A.to_scipy()"
-        )
 
 
 def _same(a: Space, b: Space, what: str) -> None:

@@ -10,6 +10,7 @@ import torch.distributed.nn.functional as dnn
 import linearize as lz
 import linearize.distributed as lzd
 import linearize.scipy
+from linearize._forms import stacks
 from linearize.curvature import gauss_newton
 from linearize.errors import DistributedError, SpaceError, UnsupportedError
 from tests.support.ranks import F64, rand, together
@@ -142,7 +143,18 @@ def refused(rank, world):
     lz.testing.check_linearization(f, x)
 
 
+def passes(rank, world):
+    """Take as many vectors in one pass as the others, however small the caches of one are."""
+    stacks.STACK_BYTES = 1 if rank else 1 << 30
+    n = sum(SIZES[:world])
+    x, vectors = rand(n, seed=1), rand(n, 40, seed=2)
+    J = torch.autograd.functional.jacobian(whole_function, x)
+    A = lzd.gathered(lz.Linearizer(part_function(rank, world)).at(x[mine(rank)]).jacobian)
+    torch.testing.assert_close(A @ vectors, J @ vectors)
+    torch.testing.assert_close(A.materialize(), J)
+
+
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("scene", [solvers, rows, refused], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("scene", [solvers, rows, refused, passes], ids=lambda s: s.__name__)
 def test_ranks(scene, world, tmp_path):
     together(world, tmp_path, scene)

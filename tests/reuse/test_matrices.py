@@ -10,7 +10,12 @@ import pytest
 import torch
 
 import linearize as lz
-from linearize._execute.thresholds import STACK_AT, STACK_BYTES, STACK_COMPARED
+from linearize._execute.thresholds import (
+    STACK_AT,
+    STACK_BYTES,
+    STACK_BYTES_MULTIPLIED,
+    STACK_COMPARED,
+)
 from linearize._forms import plan, stacks
 from linearize._points import programs
 from linearize._programs.program import Equation, Program
@@ -222,7 +227,7 @@ def test_large_matrices_are_read_for_more_vectors() -> None:
     few, _ = chosen(lambda x: x.sin().cos(), 3_000)
     many, each = chosen(lambda x: (W @ x).sin(), 3_000)
     assert many > few
-    assert many * each <= max(W.nbytes / 4, STACK_BYTES * torch.get_num_threads())
+    assert many * each <= STACK_BYTES_MULTIPLIED * torch.get_num_threads()
 
 
 def test_memory_bounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
