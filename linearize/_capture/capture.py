@@ -17,6 +17,7 @@ import torch
 
 from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
+from .._torch.compiled import CompiledCalls, Piece, compiled_functions
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
 from .._torch.hooks import HookWatcher
@@ -67,6 +68,8 @@ class Capture:
         Of f.
     derivative
         Whether f is the derivative of another function, and so may well be constant.
+    pieces
+        The parts of f that `torch.compile` was asked to compile.
     """
 
     value: Any
@@ -85,6 +88,7 @@ class Capture:
     trace: Trace | None = None
     name: str = ""
     derivative: bool = False
+    pieces: Sequence[Piece] = ()
 
     def graph(self) -> Graph:
         """Return the graph between value and primals."""
@@ -113,6 +117,7 @@ def capture(
     copy: bool = False,
     records: ContextRecords | None = None,
     trace: bool = False,
+    compiled: bool = False,
 ) -> Capture:
     """Run f once and keep its graph.
 
@@ -134,6 +139,9 @@ def capture(
         Where to note what is seen of custom Functions' contexts.
     trace
         Whether to note which line of f makes which node of the graph.
+    compiled
+        Whether compiled functions run compiled, where a graph of them can be read; not where the
+        graph is to be differentiated twice.
 
     Raises
     ------
@@ -151,6 +159,7 @@ def capture(
     frozen = torch.is_inference_mode_enabled()
     reads = Reads(records, thaw=frozen) if watch or frozen else None
     traced = Trace(_called.__code__, records) if trace else None
+    calls = _calls(reads) if compiled and not trace else None
     with torch.inference_mode(False), torch.enable_grad():
         aliases = _Aliases(copy)
         arguments, keywords = aliases.arguments(args, kwargs, argnums, given, tree)
@@ -158,7 +167,7 @@ def capture(
         if reads is not None:
             reads.note(scripted_state(f, aliases.others))
         with HookWatcher() as hooks:
-            result = _called(f, arguments, keywords, records, reads, traced)
+            result = _called(f, arguments, keywords, records, reads, traced, calls)
         result, aux = _apart(result) if has_aux else (result, None)
         outputs, out_space = _outputs(result)
         edges = [
@@ -187,7 +196,12 @@ def capture(
         trace=traced,
         name=getattr(f, "__qualname__", None) or type(f).__name__,
         derivative=is_derivative(f),
+        pieces=() if calls is None else tuple(calls.pieces),
     )
+
+
+def _calls(reads: Reads | None) -> CompiledCalls:
+    return CompiledCalls() if reads is None else CompiledCalls([reads], reads.note_compiled)
 
 
 def _refuse_transforms() -> None:
@@ -260,11 +274,12 @@ def _called(
     records: ContextRecords,
     reads: Reads | None,
     traced: Trace | None,
+    calls: CompiledCalls | None,
 ) -> Any:
     """Call f; this is where a trace of its lines begins."""
     with (
         records.watching(),
-        eager_compiled_functions(),
+        eager_compiled_functions() if calls is None else compiled_functions(calls),
         collectives_seen(),
         contextlib.ExitStack() as modes,
     ):

@@ -315,6 +315,7 @@ class Linearizer:
                 copy=self._by_value,
                 trace=self._trace,
                 records=records,
+                compiled=True,
             )
             notify = self._notifier()
             point = Linearization(captured, self._policy, notify, self._structures, alone=False)

@@ -15,6 +15,8 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
+from .aot import is_piece
+
 
 class _Eager:
     """Counts who wants compiled functions to run eagerly; the stance is one for all threads."""
@@ -190,7 +192,7 @@ _APPLY_ASKS = _APPLY_CODE is not None and "_is_setup_context_defined" in _APPLY_
 
 
 def _asked(method: Any) -> Any:
-    if ContextWatcher.current() is not None:
+    if ContextWatcher.current() is not None and not is_piece(sys._getframe(1).f_locals["cls"]):
         ContextWatcher.expect()
     return _ASKED(method)
 
@@ -218,7 +220,7 @@ def _applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _created(self: Any) -> None:
     watcher = ContextWatcher.current()
-    if watcher is None:
+    if watcher is None or is_piece(type(self)._forward_cls):
         return
     # The C++ part of `Function.apply` makes the context; its Python part is the caller and
     # holds the arguments.
@@ -251,6 +253,10 @@ def _dirtying(self: Any, *tensors: torch.Tensor) -> None:
     watcher = ContextWatcher.current()
     if watcher is not None:
         watcher.on_mark_dirty(self, tensors)
+
+
+#: What runs in the place of PyTorch's own functions.
+HOOKS = (_checkpointed, _asked, _applied, _created, _saving, _materializing, _dirtying)
 
 
 def _contexts_keep_nodes() -> bool:
