@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from .names import OpOverload, aten
+from .names import OpOverload
 
 
 class UnreadableError(Exception):
@@ -141,7 +141,7 @@ def _read(cls: Any, name: str) -> Reading:
     if meta.indices_of_inputs_that_requires_grad_with_mutations_in_bw:
         raise UnreadableError("its pullback writes to its arguments")
     module = info.bw_module if hasattr(info, "bw_module") else info.bw_module_fn()
-    graph, constants = _in_aten(module)
+    graph, constants = _checked(module)
     takes = _taken(cls, meta)
     strides = tuple([m.memory_format for m in meta.subclass_tangent_meta])
     places = sum(n.op == "placeholder" for n in graph.nodes)
@@ -160,8 +160,8 @@ def _taken(cls: Any, meta: Any) -> tuple[int, ...]:
     return tuple(cls._bw_prologue_fn((), [], [], list(range(count))))
 
 
-def _in_aten(module: Any) -> tuple[torch.fx.Graph, tuple[torch.Tensor, ...]]:
-    """Return the graph of a pullback in operations that are known, and the tensors in it."""
+def _checked(module: Any) -> tuple[torch.fx.Graph, tuple[torch.Tensor, ...]]:
+    """Return a copy of the graph of a pullback, and the tensors in it."""
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     constants = []
@@ -172,26 +172,20 @@ def _in_aten(module: Any) -> tuple[torch.fx.Graph, tuple[torch.Tensor, ...]]:
                 raise UnreadableError(f"its pullback has {type(t).__name__} {node.target} in it")
             constants.append(t)
         elif node.op == "call_function":
-            _translate(node)
+            _check(node.target)
         elif node.op not in ("placeholder", "output"):
             raise UnreadableError(f"its pullback calls {node.target}")
     return graph, tuple(constants)
 
 
-def _translate(node: Any) -> None:
-    """Have a node of a graph call an operation of ATen, if it does not."""
-    op = node.target
+def _check(op: Any) -> None:
+    """Raise if a graph that calls something cannot be read."""
     if not isinstance(op, OpOverload):
         module = getattr(op, "__module__", None)
         if module not in ("_operator", "math") and not _is_symbolic(op):
             raise UnreadableError(f"its pullback calls {getattr(op, '__name__', op)}")
         return
-    if op is torch.ops.prims.convert_element_type.default:
-        source, dtype = node.args
-        node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
-        return
-    known = op.namespace == "aten" or op is torch.ops.prims.iota.default
-    if not known or op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
+    if op.namespace != "aten" or op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
         raise UnreadableError(f"its pullback calls {op}")
 
 

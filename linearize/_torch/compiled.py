@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import re
 import sys
@@ -260,7 +261,7 @@ class _Looking:
             known = _functions()
             statistics = _statistics(module.graph)
             try:
-                compiled = self._backend(module, inputs)
+                compiled = _aot(self._backend)(module, inputs)
                 for cls in _functions() - known:
                     if is_piece(cls):
                         read(cls, name)
@@ -273,6 +274,39 @@ class _Looking:
                 reason = _said(error)
             module = torch.fx.GraphModule(module, plain)
         return _noted(Piece(name, reason), module.forward)
+
+
+def _aot(backend: Any) -> Any:
+    """Return what compiles a piece, with its pullback written down as autograd would do it.
+
+    The forward is left to `backend`. That does not see the pullback, whose operations it would take
+    apart or compute anew what the forward knows.
+    """
+    if getattr(getattr(backend, "compiler_fn", backend), "__name__", "") in _PLAIN:
+        return backend
+    common: Any = importlib.import_module("torch._dynamo.backends.common")
+    partitions: Any = importlib.import_module("torch._functorch.partitioners")
+
+    def forward(module: Any, inputs: Sequence[Any]) -> Any:
+        context = torch._guards.TracingContext(detect_fake_mode(inputs))
+        with torch._guards.tracing(context), torch.no_grad():
+            run = backend(module, inputs)
+
+        def called(arguments: list[Any]) -> Any:
+            return run(*arguments)
+
+        called._boxed_call = True  # type: ignore[attr-defined]
+        return called
+
+    return common.aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda module, inputs: module,
+        partition_fn=partitions.default_partition,
+    )
+
+
+#: Compilers that run the graph that they are given, as it is.
+_PLAIN = frozenset({"eager", "eager_noexcept", "eager_debug"})
 
 
 def _noted(
