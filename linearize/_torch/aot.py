@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from .names import OpOverload
+from .names import OpOverload, aten
 
 
 class UnreadableError(Exception):
@@ -87,7 +87,7 @@ _READINGS: weakref.WeakKeyDictionary[type, Reading | UnreadableError] = weakref.
 
 def is_piece(cls: Any) -> bool:
     """Whether a Function is a piece that AOTAutograd made."""
-    return "_aot_id" in vars(cls) and hasattr(cls, "_lazy_backward_info")
+    return hasattr(cls, "_aot_id") and hasattr(cls, "_lazy_backward_info")
 
 
 def reading_of(node: Node) -> Reading | None:
@@ -165,17 +165,34 @@ def _checked(module: Any) -> tuple[torch.fx.Graph, tuple[torch.Tensor, ...]]:
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     constants = []
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if node.op == "get_attr":
             t = operator.attrgetter(node.target)(module)
             if type(t) not in (torch.Tensor, torch.nn.Parameter):
                 raise UnreadableError(f"its pullback has {type(t).__name__} {node.target} in it")
             constants.append(t)
         elif node.op == "call_function":
-            _check(node.target)
+            if node.target is aten.copy.default:
+                _replace_copy(node)
+            else:
+                _check(node.target)
         elif node.op not in ("placeholder", "output"):
             raise UnreadableError(f"its pullback calls {node.target}")
     return graph, tuple(constants)
+
+
+def _replace_copy(node: Any) -> None:
+    """Replace a write to all of a tensor by what was written, as it comes out there."""
+    target, source = node.args[0].meta["val"], node.args[1].meta["val"]
+    if (target.dtype, target.device) != (source.dtype, source.device):
+        raise UnreadableError("its pullback casts in a way that is not known")
+    with node.graph.inserting_before(node):
+        shape = list(node.args[1].meta["val"].shape)
+        whole = node.args[1]
+        if shape != list(target.shape):
+            whole = node.graph.call_function(aten.expand_as.default, (whole, node.args[0]))
+        node.replace_all_uses_with(whole)
+    node.graph.erase_node(node)
 
 
 def _check(op: Any) -> None:

@@ -165,20 +165,15 @@ def _asked(callback: Any) -> Any:
     if calls is None or chosen is None or chosen is False:
         return chosen
     caller = sys._getframe(1)
-    compiler, reason = _compiler(chosen)
-    if reason:
+    backend = sys.modules["torch._dynamo.eval_frame"].innermost_backend(chosen)  # type: ignore
+    reason = _unfit(backend)
+    if reason and not getattr(caller.f_locals.get("self"), "fullgraph", False):
         calls.pieces[Piece(_called(caller), reason)] = None
-    elif calls.away is None and caller.f_code.co_name == "compile_wrapper":
+        return None
+    if calls.away is None and caller.f_code.co_name == "compile_wrapper":
         calls.frame, calls.away = id(caller), Hidden(calls.hidden)
-    _whole_is_no_matter()
-    return compiler
-
-
-def _whole_is_no_matter() -> None:
-    """Let a function run as it was written that was to be compiled as one whole."""
-    count = getattr(_FRAMES, "set_fullgraph_compiled_frame_count", None)
-    if count is not None and count(1) < 0:
-        count(-1)
+    # What is to be compiled as a whole must be compiled, says PyTorch; its graph runs as it is.
+    return _compiler(backend, reason)
 
 
 def _entered(callback: Any) -> Any:
@@ -198,8 +193,9 @@ def _called(frame: Any) -> str:
     return str(getattr(f, "__qualname__", None) or type(f).__name__)
 
 
-#: The compilers met, with what asks them; few, since equal ones are taken for one.
-_COMPILERS: list[tuple[Any, Any]] = []
+#: The compilers met, with what asks them, and whether graphs are run as they are; few, since
+#: equal ones are taken for one.
+_COMPILERS: list[tuple[Any, str, Any]] = []
 _MOST_COMPILERS = 32
 _LOCK = threading.Lock()
 #: Who has AOTAutograd make the pullback, or leaves the graph that it was given.
@@ -209,21 +205,30 @@ _READ = frozenset(
 )
 
 
-def _compiler(callback: Any) -> tuple[Any, str]:
-    """Return who compiles in place of a compiler, None with a reason if nobody shall."""
-    frames = sys.modules["torch._dynamo.eval_frame"]
-    backend = frames.innermost_backend(callback)
-    reason = _unfit(backend)
-    if reason:
-        return None, reason
+def _compiler(backend: Any, reason: str = "") -> Any:
+    """Return who compiles in place of a compiler; it runs all as it is if there is a reason."""
     with _LOCK:
-        for known, ours in _COMPILERS:
-            if known is backend or (type(known) is type(backend) and known == backend):
-                return ours, ""
-        ours = frames._create_wrapped_callback(_Looking(backend))
-        _COMPILERS.insert(0, (backend, ours))
+        for known, why, ours in _COMPILERS:
+            same = known is backend or (type(known) is type(backend) and known == backend)
+            if same and why == reason:
+                return ours
+        ours = _Apart(_Looking(backend, reason))
+        _COMPILERS.insert(0, (backend, reason, ours))
         del _COMPILERS[_MOST_COMPILERS:]
-    return ours, ""
+    return ours
+
+
+class _Apart:
+    """Has frames of functions compiled, out of sight of those who watch f."""
+
+    def __init__(self, looking: _Looking) -> None:
+        frames: Any = sys.modules["torch._dynamo.eval_frame"]
+        self._convert = frames._create_wrapped_callback(looking)
+        self._torchdynamo_orig_backend = self._convert  # told from others by that
+
+    def __call__(self, *given: Any) -> Any:
+        with contexts.ContextWatcher.none(), hooks.HookWatcher.none():
+            return self._convert(*given)
 
 
 def _unfit(backend: Any) -> str:
@@ -249,12 +254,12 @@ def _replays(backend: Any) -> bool:
 class _Looking:
     """A compiler that looks at what another one makes."""
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
+    def __init__(self, backend: Any, reason: str) -> None:
+        self._backend, self._reason = backend, reason
 
     def __call__(self, module: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
         name = _name_of(module.graph)
-        reason = _unfit_for(self._backend, module, inputs)
+        reason = self._reason or _unfit_for(self._backend, module, inputs)
         if not reason:
             plain = torch.fx.Graph()  # a compiler may change the graph that it is given
             plain.output(plain.graph_copy(module.graph, {}))

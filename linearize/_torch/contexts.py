@@ -175,6 +175,17 @@ class ContextWatcher:
             torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
 
     @classmethod
+    @contextlib.contextmanager
+    def none(cls) -> Iterator[None]:
+        """Have no watcher in this thread for a while."""
+        stack = cls._local.__dict__.setdefault("stack", [])
+        stack.append(None)
+        try:
+            yield
+        finally:
+            stack.pop()
+
+    @classmethod
     def current(cls) -> ContextWatcher | None:
         """Return the innermost watcher of this thread."""
         stack = cls._local.__dict__.get("stack")
@@ -192,8 +203,10 @@ _APPLY_ASKS = _APPLY_CODE is not None and "_is_setup_context_defined" in _APPLY_
 
 
 def _asked(method: Any) -> Any:
-    if ContextWatcher.current() is not None and not is_piece(sys._getframe(1).f_locals["cls"]):
-        ContextWatcher.expect()
+    if ContextWatcher.current() is not None:
+        caller = sys._getframe(1)  # `apply`, or the compiler
+        if not is_piece(caller.f_locals.get("cls") if caller.f_code is _APPLY_CODE else None):
+            ContextWatcher.expect()
     return _ASKED(method)
 
 
