@@ -117,7 +117,7 @@ def capture(
     copy: bool = False,
     records: ContextRecords | None = None,
     trace: bool = False,
-    compiled: bool = False,
+    compiled: Callable[..., Any] | None = None,
 ) -> Capture:
     """Run f once and keep its graph.
 
@@ -140,8 +140,9 @@ def capture(
     trace
         Whether to note which line of f makes which node of the graph.
     compiled
-        Whether compiled functions run compiled, where a graph of them can be read; not where the
-        graph is to be differentiated twice.
+        Runs in the place of f, f itself or what it was compiled to; in it, compiled functions run
+        compiled. With None they run as they were written, so that PyTorch can differentiate the
+        graph again; and so they do if lines are noted.
 
     Raises
     ------
@@ -159,7 +160,8 @@ def capture(
     frozen = torch.is_inference_mode_enabled()
     reads = Reads(records, thaw=frozen) if watch or frozen else None
     traced = Trace(_called.__code__, records) if trace else None
-    calls = _calls(reads) if compiled and not trace else None
+    calls = None if compiled is None or trace else _calls(reads)
+    run = f if compiled is None or trace else compiled
     with torch.inference_mode(False), torch.enable_grad():
         aliases = _Aliases(copy)
         arguments, keywords = aliases.arguments(args, kwargs, argnums, given, tree)
@@ -167,7 +169,7 @@ def capture(
         if reads is not None:
             reads.note(scripted_state(f, aliases.others))
         with HookWatcher() as hooks:
-            result = _called(f, arguments, keywords, records, reads, traced, calls)
+            result = _called(run, arguments, keywords, records, reads, traced, calls)
         result, aux = _apart(result) if has_aux else (result, None)
         outputs, out_space = _outputs(result)
         edges = [

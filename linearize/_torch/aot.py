@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node
 
 from .names import OpOverload, aten
 
@@ -90,11 +89,11 @@ def is_piece(cls: Any) -> bool:
     return hasattr(cls, "_aot_id") and hasattr(cls, "_lazy_backward_info")
 
 
-def reading_of(node: Node) -> Reading | None:
+def reading_of(node: Any) -> Reading | None:
     """Return the pullback of a compiled piece's node, None if it cannot be read, or is none."""
     if not isinstance(node, BackwardCFunction):
         return None
-    cls = node._forward_cls  # type: ignore[attr-defined]
+    cls: Any = node._forward_cls  # type: ignore[attr-defined]
     known = _READINGS.get(cls)
     if known is None:
         if not is_piece(cls):
@@ -202,13 +201,18 @@ def _check(op: Any) -> None:
         if module not in ("_operator", "math") and not _is_symbolic(op):
             raise UnreadableError(f"its pullback calls {getattr(op, '__name__', op)}")
         return
-    if op.namespace != "aten" or op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
+    if (
+        op.namespace != "aten"
+        or op._schema.is_mutable
+        or torch.Tag.nondeterministic_seeded in op.tags
+    ):
         raise UnreadableError(f"its pullback calls {op}")
 
 
 def _is_symbolic(op: Any) -> bool:
     """Whether a function computes with sizes."""
-    return getattr(torch, getattr(op, "__name__", ""), None) is op and op.__name__[:4] == "sym_"
+    name = getattr(op, "__name__", "")
+    return name.startswith("sym_") and getattr(torch, name, None) is op
 
 
 def saved_by_piece(node: Any) -> list[torch.Tensor]:

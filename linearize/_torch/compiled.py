@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -135,10 +135,36 @@ def compiled_functions(calls: CompiledCalls) -> Iterator[None]:
         _Watch.end(frames)
 
 
+def compiled(f: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return a function under `torch.compile`, or as it is if it cannot be or is already.
+
+    Parameters
+    ----------
+    f
+        The function.
+    settings
+        For `torch.compile`. That all of it be one graph is not asked for.
+    """
+    owner = getattr(f, "__self__", None)
+    applies = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+    if applies or hasattr(f, "_torchdynamo_orig_callable") or hasattr(f, "_orig_mod"):
+        return f
+    importlib.import_module("torch._dynamo.eval_frame")
+    if _frames() is None:
+        return f
+    made: Callable[..., Any] = torch.compile(f, **{**settings, "fullgraph": False})
+    return made
+
+
+def _module() -> Any:
+    """Return PyTorch's module that runs compiled functions; None if nothing was compiled."""
+    return sys.modules.get("torch._dynamo.eval_frame")
+
+
 def _frames() -> Any:
     """Return PyTorch's module that runs compiled functions; None if it is not as it was known."""
     global _THEIRS
-    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
+    frames = _module()
     needed = (
         *("_callback_from_stance", "_maybe_set_eval_frame", "_create_wrapped_callback"),
         "innermost_backend",
@@ -165,7 +191,7 @@ def _asked(callback: Any) -> Any:
     if calls is None or chosen is None or chosen is False:
         return chosen
     caller = sys._getframe(1)
-    backend = sys.modules["torch._dynamo.eval_frame"].innermost_backend(chosen)  # type: ignore
+    backend = _module().innermost_backend(chosen)
     reason = _unfit(backend)
     if reason and not getattr(caller.f_locals.get("self"), "fullgraph", False):
         calls.pieces[Piece(_called(caller), reason)] = None
@@ -222,8 +248,7 @@ class _Apart:
     """Has frames of functions compiled, out of sight of those who watch f."""
 
     def __init__(self, looking: _Looking) -> None:
-        frames: Any = sys.modules["torch._dynamo.eval_frame"]
-        self._convert = frames._create_wrapped_callback(looking)
+        self._convert = _module()._create_wrapped_callback(looking)
         self._torchdynamo_orig_backend = self._convert  # told from others by that
 
     def __call__(self, *given: Any) -> Any:
@@ -284,8 +309,8 @@ class _Looking:
 def _aot(backend: Any) -> Any:
     """Return what compiles a piece, with its pullback written down as autograd would do it.
 
-    The forward is left to `backend`. That does not see the pullback, whose operations it would take
-    apart or compute anew what the forward knows.
+    The forward is left to `backend`. That does not see the pullback: it would take operations
+    apart, and compute anew what the forward knows.
     """
     if getattr(getattr(backend, "compiler_fn", backend), "__name__", "") in _PLAIN:
         return backend
@@ -405,7 +430,8 @@ def _unfit_for(backend: Any, module: Any, inputs: Sequence[Any]) -> str:
     seen = _Operations()
     try:
         with (
-            contextlib.nullcontext() if fake.shape_env is None
+            contextlib.nullcontext()
+            if fake.shape_env is None
             else fake.shape_env.ignore_fresh_unbacked_symbols(),
             patch.object(fake, "allow_non_fake_inputs", True),
             torch.enable_grad(),
