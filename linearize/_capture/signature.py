@@ -291,8 +291,7 @@ def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
     """Return what a built-in node saved, with the names by which it is found again."""
     reading = reading_of(node)
     if reading is not None:
-        known = [(t, Literal(t)) for t in reading.constants]
-        return [*((t, Saved(place, name, i)) for name, i, t in named_by_piece(node)), *known]
+        return _saved_by_piece(reading, node, place)
     if not is_generated(type(node)):
         return []
     tensors, _ = saved_names(type(node))
@@ -302,3 +301,11 @@ def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
         ]
     except (HiddenError, RuntimeError):
         return []
+
+
+def _saved_by_piece(reading: Reading, node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
+    try:
+        saved = [(t, Saved(place, name, i)) for name, i, t in named_by_piece(node)]
+    except RuntimeError:  # whoever reads has the words for it
+        return []
+    return [*saved, *((t, Literal(t)) for t in reading.constants)]

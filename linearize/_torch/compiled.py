@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
@@ -245,14 +246,22 @@ def _compiler(backend: Any, reason: str = "") -> Any:
 
 
 class _Apart:
-    """Has frames of functions compiled, out of sight of those who watch f."""
+    """Has frames of functions compiled, out of sight of those who watch f.
+
+    What a compiler warns of concerns its own ways, not the function: all that comes of it here is
+    that a piece runs as it is, which is written down.
+    """
 
     def __init__(self, looking: _Looking) -> None:
         self._convert = _module()._create_wrapped_callback(looking)
         self._torchdynamo_orig_backend = self._convert  # told from others by that
 
     def __call__(self, *given: Any) -> Any:
-        with contexts.ContextWatcher.none(), hooks.HookWatcher.none():
+        with (
+            contexts.ContextWatcher.none(),
+            hooks.HookWatcher.none(),
+            warnings.catch_warnings(action="ignore"),
+        ):
             return self._convert(*given)
 
 
