@@ -329,7 +329,7 @@ def _aot(backend: Any) -> Any:
     def forward(module: Any, inputs: Sequence[Any]) -> Any:
         context = torch._guards.TracingContext(detect_fake_mode(inputs))
         with torch._guards.tracing(context), torch.no_grad():
-            run = backend(module, inputs)
+            run = _bare(backend(module, inputs))
 
         def called(arguments: list[Any]) -> Any:
             return run(*arguments)
@@ -357,6 +357,7 @@ def _noted(
     without raising their version.
     """
     still = [i for i, moves in (statistics or {}).items() if not moves]
+    run = _bare(run)
 
     def called(*arguments: Any) -> Any:
         calls = _Watch.current()
@@ -368,6 +369,15 @@ def _noted(
         return run(*[t.clone() if i in still else t for i, t in enumerate(arguments)])
 
     return called
+
+
+def _bare(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what runs a piece without what keeps the compiler from looking at it.
+
+    Nobody does: whoever calls a piece has seen to that.
+    """
+    inner: Callable[..., Any] = getattr(run, "_torchdynamo_orig_callable", run)
+    return inner
 
 
 def _statistics(graph: Any) -> dict[int, bool]:
