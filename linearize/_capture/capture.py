@@ -17,12 +17,13 @@ import torch
 
 from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
-from .._torch.compiled import CompiledCalls, Piece, compiled_functions
+from .._torch.compiled import compiled_functions
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
 from .._torch.hooks import HookWatcher
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, pytree
+from .._torch.pieces import CompiledCalls, Piece
 from .._torch.ranks import collectives_seen
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords

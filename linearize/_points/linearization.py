@@ -22,8 +22,8 @@ from .._reuse.shared import Structures
 from .._simplify.passes import explain, simplify
 from .._spaces.memory import total_bytes
 from .._text.tables import code, framed
-from .._torch.compiled import Piece
 from .._torch.names import pytree
+from .._torch.pieces import Piece
 from ..errors import ClosedError, CopyError, UnsupportedError
 from .closures import JvpFn, VjpFn
 from .first_use import check_adjoint, check_before_use, check_statistics

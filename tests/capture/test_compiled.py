@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import linearize as lz
 from linearize._record import node_formulas
-from linearize._torch.compiled import OWN_WORDS
+from linearize._torch.pieces import OWN_WORDS
 from linearize.errors import StalenessError
 from tests.support.comparing import close, same_draws
 from tests.support.references import Plain, difference, gradient, like, tensors
@@ -411,7 +411,7 @@ def test_compilers_of_others_are_not_used(whole: bool) -> None:
 
 
 def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize._torch.compiled._aot", lambda backend: failing)
+    monkeypatch.setattr("linearize._torch.pieces._aot", lambda backend: failing)
     _, here = agree(aot(layers), layers, (rand(3, 4),), (rand(3, 4, seed=1),))
     assert "no compiler here" in ran(here)[0]
     assert "no compiler here" in str(here.program)
