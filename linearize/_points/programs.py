@@ -111,6 +111,7 @@ class PointPrograms:
         self._places: dict[int, int] = {}
         self._read: dict[object, Residual] = {}
         self._known: dict[Origin, Residual] = {}
+        self._sequences: dict[tuple[int, str], Any] = {}
         self._bound: list[Binding] = []
         #: Who may still ask for a program.
         self._waiting: dict[str, weakref.ref[Any]] = {}
@@ -389,7 +390,7 @@ class PointPrograms:
             assert self._graph is not None
             node = self._graph.order[origin.node]
             try:
-                value = getattr(node, origin.name)
+                value = self._attribute(node, origin)
             except RuntimeError as error:
                 raise StalenessError(
                     f"{self._graph.label(node)}: a tensor that it needs was changed in place "
@@ -401,6 +402,16 @@ class PointPrograms:
             self._read[origin.place] = known
         return known
 
+    def _attribute(self, node: Any, origin: Saved) -> Any:
+        """Return an attribute of a node, a sequence once: to ask for it unpacks all of it."""
+        if origin.position is None:
+            return getattr(node, origin.name)
+        key = origin.node, origin.name
+        known = self._sequences.get(key)
+        if known is None:
+            known = self._sequences[key] = getattr(node, origin.name)
+        return known
+
     def _custom(self, place: int) -> OpaqueNode:
         assert self._graph is not None
         return self._graph.custom[self._graph.order[place]]
@@ -409,7 +420,7 @@ class PointPrograms:
         """Let go of the graph, once everything is made of it."""
         self._graph = None
         self._leaves = []
-        self._read, self._known = {}, {}
+        self._read, self._known, self._sequences = {}, {}, {}
         self._comparison = None
         bindings, self._bound = self._bound, []
         ours = {id(r): r for b in bindings for r in (*b.residuals, *b.guards)}

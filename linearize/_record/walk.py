@@ -288,8 +288,13 @@ class Walk:
     ) -> list[Gradient | None]:
         """Write down what is known of nodes of this kind."""
 
+        saved: dict[str, Any] = {}
+
         def read(origin: Saved) -> torch.Tensor:
-            value = unpacked(self.graph.label(node), lambda: getattr(node, origin.name))
+            value = saved.get(origin.name)
+            if value is None:
+                value = unpacked(self.graph.label(node), lambda: getattr(node, origin.name))
+                saved[origin.name] = value
             t: torch.Tensor = value if origin.position is None else value[origin.position]
             return t
 
