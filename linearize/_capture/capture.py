@@ -16,11 +16,13 @@ import torch
 
 from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
+from .._torch.compiled import compiled_functions
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
 from .._torch.hooks import HookWatcher, Unhooked
 from .._torch.modes import NOTHING, being_traced, functorch_active, grad_enabled
 from .._torch.names import batched_or_wrapped, pytree
+from .._torch.pieces import CompiledCalls, Piece
 from .._torch.ranks import collectives_seen
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
@@ -68,6 +70,8 @@ class Capture:
         Of f.
     derivative
         Whether f is the derivative of another function, and so may well be constant.
+    pieces
+        The parts of f that `torch.compile` was asked to compile.
     """
 
     value: Any
@@ -87,6 +91,7 @@ class Capture:
     trace: Trace | None = None
     name: str = ""
     derivative: bool = False
+    pieces: Sequence[Piece] = ()
 
     def nodes(self) -> list[Node]:
         """Return the graph node of each of the leaves."""
@@ -118,6 +123,7 @@ def capture(
     copy: bool = False,
     records: ContextRecords | None = None,
     trace: bool = False,
+    compiled: Callable[..., Any] | None = None,
 ) -> Capture:
     """Run f once and keep its graph.
 
@@ -139,6 +145,10 @@ def capture(
         Where to note what is seen of custom Functions' contexts.
     trace
         Whether to note which line of f makes which node of the graph.
+    compiled
+        Runs in the place of f, f itself or what it was compiled to; in it, compiled functions run
+        compiled. With None they run as they were written, so that PyTorch can differentiate the
+        graph again; and so they do if lines are noted.
 
     Raises
     ------
@@ -156,13 +166,15 @@ def capture(
     frozen = torch.is_inference_mode_enabled()
     reads = Reads(records, thaw=frozen) if watch or frozen else None
     traced = Trace(_called.__code__, records) if trace else None
+    calls = None if compiled is None or trace else _calls(reads)
+    run = f if compiled is None or trace else compiled
     with grad_enabled():
         aliases = _Aliases(copy)
         arguments, keywords = aliases.arguments(args, kwargs, argnums, given, tree)
         if reads is not None:
             reads.note(scripted_state(f, aliases.others))
         with HookWatcher() as hooks:
-            result = _called(f, arguments, keywords, records, reads, traced)
+            result = _called(run, arguments, keywords, records, reads, traced, calls)
             unhooked = hooks.since()
         result, aux = _apart(result) if has_aux else (result, None)
         outputs, out_space = _outputs(result)
@@ -191,7 +203,12 @@ def capture(
         trace=traced,
         name=getattr(f, "__qualname__", None) or type(f).__name__,
         derivative=is_derivative(f),
+        pieces=() if calls is None else tuple(calls.pieces),
     )
+
+
+def _calls(reads: Reads | None) -> CompiledCalls:
+    return CompiledCalls() if reads is None else CompiledCalls([reads], reads.note_compiled)
 
 
 def _refuse_transforms() -> None:
@@ -266,13 +283,14 @@ def _called(
     records: ContextRecords,
     reads: Reads | None,
     traced: Trace | None,
+    calls: CompiledCalls | None,
 ) -> Any:
     """Call f; this is where a trace of its lines begins."""
     if traced is not None:
         records.locate = traced.locate
     with (
         records.watching(),
-        eager_compiled_functions(),
+        eager_compiled_functions() if calls is None else compiled_functions(calls),
         collectives_seen(),
         NOTHING if reads is None else reads,
         NOTHING if traced is None else traced,

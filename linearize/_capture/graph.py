@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .._text.labels import Line
+from .._torch.aot import reading_of
 from .._torch.graphs import (
     NORMS,
     AccumulateGrad,
@@ -90,7 +91,7 @@ class Graph:
                 if is_collective(n)
                 else CustomNode(n, records.get(n), owners)
                 for n in self.order
-                if is_custom(n)
+                if is_custom(n) and reading_of(n) is None
             }
         #: Whether contexts were made that are no nodes here: they may be inside others.
         self.hidden = len(records) > len(self.custom)
@@ -107,6 +108,9 @@ class Graph:
 
     def label(self, node: Node) -> str:
         """Return a node's name; it knows the line of f that made it, if f was traced."""
+        reading = reading_of(node)
+        if reading is not None:
+            return f"compiled {reading.name}"
         return node.name() if self._trace is None else self._trace.label(node)
 
     def line(self, node: Node) -> Line | None:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch.hooks import HookWatcher
 from .._torch.modes import DispatchMode, lazy_bits_respected
-from .._torch.names import batched_or_wrapped, pytree
+from .._torch.names import MOVING_STATISTICS, batched_or_wrapped, pytree
 from ..errors import IgnoredHookWarning
 from .contexts import ContextRecords
 from .graph import Graph
@@ -54,7 +54,7 @@ class Reads(TorchFunctionMode):
             self.note(kwargs.values())
         if self._records.pending:
             self._records.settle()
-        if func in _MOVING:
+        if func in MOVING_STATISTICS:
             args, kwargs = self._held_still(func, args, kwargs or {})
         if self._thaw and not getattr(func, "__name__", "").endswith("_"):
             args, kwargs = pytree.tree_map(_thawed, (args, kwargs))
@@ -75,7 +75,7 @@ class Reads(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Take note of running statistics; hand copies on where they do not move now."""
-        first, flag, moves = _MOVING[func]
+        first, flag, moves = MOVING_STATISTICS[func]
         given = dict(enumerate(args)) | kwargs
         moves = given.get(5, given.get(flag, moves))
         for place in (first, first + 1, "running_mean", "running_var"):
@@ -84,6 +84,11 @@ class Reads(TorchFunctionMode):
                 self._moving[id(t)] = t
                 given[place] = t if moves else t.clone()
         return tuple(given[i] for i in range(len(args))), {k: given[k] for k in kwargs}
+
+    def note_compiled(self, items: Iterable[Any], moving: Iterable[torch.Tensor]) -> None:
+        """Take note of what compiled code reads, and of running statistics among it."""
+        self.note(items)
+        self._moving.update((id(t), t) for t in moving)
 
     def moving(self) -> list[torch.Tensor]:
         """Return tensors that PyTorch writes to without raising their version."""
@@ -104,17 +109,6 @@ def stamps(refs: Iterable[weakref.ref[torch.Tensor]]) -> list[tuple[Any, int]]:
     ]
 
 
-#: Functions with running statistics: the place of the first of both, and the name of the flag, the
-#: sixth argument, by which they move, with its default.
-_MOVING: dict[Any, tuple[int, str, bool]] = {
-    torch.nn.functional.batch_norm: (1, "training", False),
-    torch.nn.functional.instance_norm: (1, "use_input_stats", True),
-    torch.batch_norm: (3, "training", False),
-    torch.instance_norm: (3, "use_input_stats", True),
-    torch.native_batch_norm: (3, "training", False),
-    torch.cudnn_batch_norm: (3, "training", False),
-    torch.miopen_batch_norm: (3, "training", False),
-}
 _RUNS_BACKWARD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
 #: Looked up once: this runs at each operation of f.
 _TENSOR, _REF, _SEQUENCES = torch.Tensor, weakref.ref, (list, tuple)

@@ -15,10 +15,18 @@ from typing import Any
 
 import torch
 
-from .._programs.origins import Origin, Saved
+from .._programs.origins import Literal, Origin, Saved
 from .._spaces.compare import exact
 from .._spaces.space import TensorSpec
-from .._torch.graphs import Node, input_metadata, is_generated, saved_names, unpacked
+from .._torch.aot import Reading, named_by_piece, reading_of, saved_by_piece
+from .._torch.graphs import (
+    Node,
+    input_metadata,
+    is_generated,
+    packed_by_hooks,
+    saved_names,
+    unpacked,
+)
 from .._torch.names import has_memory, is_wrapped_number
 from ..errors import LinearizeError
 from .graph import Graph
@@ -116,6 +124,9 @@ def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
 
 def _node_key(node: Node, seen: _Seen) -> tuple[Any, ...]:
     """Return a node's key; add the tensors that it saved to those `seen`."""
+    reading = reading_of(node)
+    if reading is not None:
+        return _piece_key(reading, node, seen)
     tensors, static, partial, writes = _shown(type(node))
     wanted = tuple([target is not None for target, _ in node.next_functions])
     if partial and not all(wanted):
@@ -132,6 +143,17 @@ def _node_key(node: Node, seen: _Seen) -> tuple[Any, ...]:
         others += (repeats(node),)
     layouts = tuple([_layout(t) for t in saved])
     return type(node), wanted, expected(node), others, layouts, seen.add(saved)
+
+
+def _piece_key(reading: Reading, node: Any, seen: _Seen) -> tuple[Any, ...]:
+    """Return the key of a compiled piece's node: its pullback, and the sizes that it takes."""
+    if packed_by_hooks(node):
+        raise HiddenError(node.name())
+    saved = saved_by_piece(node)
+    wanted = tuple([target is not None for target, _ in node.next_functions])
+    given = tuple(node.needs_input_grad), tuple(map(exact, node.symints))
+    layouts = tuple([_layout(t) for t in saved])
+    return reading.key, wanted, expected(node), given, layouts, seen.add(saved)
 
 
 #: Where `expected` stands in a node's key.
@@ -267,6 +289,9 @@ def _layout(t: torch.Tensor | None) -> Any:
 
 def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
     """Return what a built-in node saved, with the names by which it is found again."""
+    reading = reading_of(node)
+    if reading is not None:
+        return _saved_by_piece(reading, node, place)
     if not is_generated(type(node)):
         return []
     tensors, _ = saved_names(type(node))
@@ -276,3 +301,11 @@ def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
         ]
     except (HiddenError, RuntimeError):
         return []
+
+
+def _saved_by_piece(reading: Reading, node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
+    try:
+        saved = [(t, Saved(place, name, i)) for name, i, t in named_by_piece(node)]
+    except RuntimeError:  # whoever reads has the words for it
+        return []
+    return [*saved, *((t, Literal(t)) for t in reading.constants)]

@@ -8,7 +8,7 @@ import torch
 
 from .._capture.graph import Graph
 from .._execute.thresholds import BY_ENGINE
-from .._torch.graphs import pulled_back
+from .._torch.graphs import pulled_back, some_custom
 from .._torch.hooks import Unhooked
 from .._torch.modes import casts, undisturbed
 
@@ -17,7 +17,7 @@ class ByEngine:
     """Applies the pullback of a graph by PyTorch's engine, to the first few cotangents.
 
     It does so where it does what a program would do: there are no custom Functions, whose methods
-    are called under guards, no hooks, which it would run, and no modes that change operations.
+    are called under guards, no compiled pieces, no hooks, which it would run, and no modes that change operations.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class ByEngine:
 
     def __init__(self, graph: Graph, leaves: Sequence[torch.Tensor], unhooked: Unhooked) -> None:
         self._graph, self._leaves, self._unhooked = graph, leaves, unhooked
-        self._plain = not (graph.custom or graph.hidden)
+        self._plain = not (graph.hidden or some_custom(graph.kinds))
         self._count = 0
 
     @property

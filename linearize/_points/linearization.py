@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .._simplify.passes import explain, simplify
 from .._spaces.memory import total_bytes
 from .._spaces.trees import flatten
 from .._text.tables import code, framed
+from .._torch.pieces import Piece
 from ..errors import ClosedError, CopyError, UnsupportedError
 from .closures import JvpFn, VjpFn
 from .first_use import check_adjoint, check_before_use, check_statistics
@@ -43,17 +44,25 @@ class ProgramPair:
         The program of `jvp_fn`. Readable by `print`, as the other one.
     pullback : BoundProgram
         The program of `vjp_fn`.
+    pieces : tuple
+        The parts of f that `torch.compile` was asked to compile: `name`, and `reason` why one
+        ran as it is, empty if it ran compiled. Printed below the programs.
     """
 
-    __slots__ = ("pullback", "pushforward")
+    __slots__ = ("pieces", "pullback", "pushforward")
 
-    def __init__(self, pushforward: BoundProgram, pullback: BoundProgram) -> None:
+    def __init__(
+        self, pushforward: BoundProgram, pullback: BoundProgram, pieces: Sequence[Piece] = ()
+    ) -> None:
         self.pushforward = pushforward
         self.pullback = pullback
+        self.pieces = tuple(pieces)
 
     def simplified(self) -> ProgramPair:
         """Return the programs as they are run when they are run often."""
-        return ProgramPair(self.pushforward.made(simplify), self.pullback.made(simplify))
+        return ProgramPair(
+            self.pushforward.made(simplify), self.pullback.made(simplify), self.pieces
+        )
 
     def explain(self) -> str:
         """Tell what each simplification does to each program."""
@@ -76,7 +85,8 @@ class ProgramPair:
         return draw([self.pushforward, self.pullback], limit)
 
     def __str__(self) -> str:
-        return f"{self.pushforward}\n\n{self.pullback}"
+        pieces = "\n".join(map(str, self.pieces))
+        return "\n\n".join([str(self.pushforward), str(self.pullback), *filter(None, [pieces])])
 
     def _repr_html_(self) -> str:
         return framed(self.draw().svg)
@@ -138,7 +148,7 @@ class Linearization:
                 "Linearizer(f).at(...) and its products"
             )
         self._name, self._traced = captured.name, captured.trace is not None
-        self._simplifies = policy.simplify
+        self._simplifies, self._pieces = policy.simplify, captured.pieces
         structures = structures or Structures(policy.shared)
         source = PointPrograms(captured, structures, check=policy.check)
         self._lifetime = Lifetime(notify)
@@ -203,7 +213,7 @@ class Linearization:
     def program(self) -> ProgramPair:
         """The two linear programs, recorded if they are not yet. Readable by `print`."""
         self._check_open()
-        return ProgramPair(self.jvp_fn.program, self.vjp_fn.program)
+        return ProgramPair(self.jvp_fn.program, self.vjp_fn.program, self._pieces)
 
     def compile(self, **options: Any) -> None:
         """Have the programs of both products compiled, at their next calls.

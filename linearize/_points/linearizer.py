@@ -20,6 +20,7 @@ from .._capture.state import State
 from .._forms.compiled import Options
 from .._reuse.shared import Structures
 from .._spaces.trees import flatten
+from .._torch.compiled import compiled
 from .._torch.modes import eagerly
 from ..errors import CopyError, MemoWarning, OptionError, StructureError
 from .linearization import Linearization
@@ -76,10 +77,11 @@ class Linearizer:
         programs that call custom Functions are not, nor any if `simplify` is False. 0 or None
         for no matrices.
     compile
-        Whether programs that are run repeatedly go through `torch.compile`, each once for all
-        points with one structure: True, or a dict of options of `torch.compile` (`mode`,
-        `backend`, `options`). Custom Functions stay calls. On CUDA the rest is replayed from
-        CUDA graphs too, unless the dict has `"cudagraph": False`.
+        Whether f, and programs that are run repeatedly, go through `torch.compile`, programs each
+        once for all points with one structure: True, or a dict of options of `torch.compile`
+        (`mode`, `backend`, `options`). Of f, what cannot be compiled or seen through runs as it
+        is, and `print(here.program)` says why. Custom Functions stay calls. On CUDA programs are
+        replayed from CUDA graphs too, unless the dict has `"cudagraph": False`.
     trace
         Whether to note which line of f keeps what, for `residuals()`, `summary()` and
         `report()` of a `Linearization`, and for messages. It makes each operation of f some
@@ -128,11 +130,13 @@ class Linearizer:
         if check not in ("structure", "always", "never"):
             raise OptionError(f'check must be "structure", "always" or "never", got {check!r}')
         limits = {"maxsize": maxsize, "max_bytes": max_bytes, "dense_limit": dense_limit}
-        Options.of(compile)  # raises
+        options = Options.of(compile)  # raises
         for name, limit in limits.items():
             if limit is not None and limit < 0:
                 raise OptionError(f"{name} must not be negative, got {limit}")
         self.f = f
+        self._options = options
+        self._compiled: Callable[..., Any] | None = None
         self._argnums = argnums
         self._has_aux = has_aux
         self._trace = trace
@@ -315,6 +319,7 @@ class Linearizer:
                 copy=self._by_value,
                 trace=self._trace,
                 records=records,
+                compiled=self._run_as,
             )
             notify = self._notifier()
             point = Linearization(captured, self._policy, notify, self._structures, alone=False)
@@ -334,6 +339,14 @@ class Linearizer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return once()
+
+    @property
+    def _run_as(self) -> Callable[..., Any]:
+        """What runs in the place of f: f, compiled if that was asked for."""
+        if self._compiled is None:
+            options = self._options
+            self._compiled = self.f if options is None else compiled(self.f, options.torch)
+        return self._compiled
 
     def _notifier(self) -> Callable[[bool], None]:
         """Return what a point calls when it has grown or, told so, was closed."""

@@ -37,7 +37,7 @@ from .._reuse.structure import Structure
 from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
 from .._torch.graphs import Node, outside_backward
-from .._torch.modes import undisturbed
+from .._torch.modes import undisturbed, without_inference_mode
 from .._transpose.missing import lacks_methods
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
@@ -116,6 +116,7 @@ class PointPrograms:
         #: What the graph saved, if it was looked at already.
         self._seen: Mapping[Any, torch.Tensor | None] = {}
         self._known: dict[Origin, Residual] = {}
+        self._sequences: dict[tuple[int, str], Any] = {}
         self._bound: list[Binding] = []
         self._engine: ByEngine | None = ByEngine(graph, captured.leaves, captured.unhooked)
         #: Who may still ask for a program.
@@ -439,14 +440,15 @@ class PointPrograms:
             t = self._seen.get(origin.place)
             if t is None:
                 t = self._unpacked(node, origin)
-            known = Residual(t, self._graph.label(node)).settle()
+            with without_inference_mode():
+                known = Residual(t, self._graph.label(node)).settle()
             self._read[origin.place] = known
         return known
 
     def _unpacked(self, node: Node, origin: Saved) -> torch.Tensor:
         assert self._graph is not None
         try:
-            value = getattr(node, origin.name)
+            value = self._attribute(node, origin)
         except RuntimeError as error:
             raise StalenessError(
                 f"{self._graph.label(node)}: a tensor that it needs was changed in place "
@@ -454,6 +456,16 @@ class PointPrograms:
             ) from error
         t: torch.Tensor = value if origin.position is None else value[origin.position]
         return t
+
+    def _attribute(self, node: Any, origin: Saved) -> Any:
+        """Return an attribute of a node, a sequence once: to ask for it unpacks all of it."""
+        if origin.position is None:
+            return getattr(node, origin.name)
+        key = origin.node, origin.name
+        known = self._sequences.get(key)
+        if known is None:
+            known = self._sequences[key] = getattr(node, origin.name)
+        return known
 
     def _custom(self, place: int) -> OpaqueNode:
         assert self._graph is not None
@@ -463,7 +475,7 @@ class PointPrograms:
         """Let go of the graph, once everything is made of it."""
         self._graph = self._engine = None
         self._leaves = []
-        self._read, self._known, self._seen = {}, {}, {}
+        self._read, self._known, self._seen, self._sequences = {}, {}, {}, {}
         self._comparison = None
         bindings, self._bound = self._bound, []
         ours = {id(r): r for b in bindings for r in (*b.residuals, *b.guards)}

@@ -18,6 +18,7 @@ from .._programs.aten import schema_of
 from .._programs.numbers import Numbers
 from .._programs.program import Equation, Operation
 from .._programs.values import Var
+from .._torch.aot import reading_of
 from .._torch.graphs import Node, leaf_variable, recomputed_apart, signed
 from .._torch.names import OpOverload, aten
 from ..errors import UnsupportedError
@@ -142,7 +143,10 @@ def formula_of(node: Node) -> Formula | None:
 
 
 def mended(node: Node) -> Callable[[Gradients], Gradients]:
-    """Return what computes the gradients of a built-in node."""
+    """Return what computes the gradients of a built-in node, or of a compiled piece."""
+    reading = reading_of(node)
+    if reading is not None:
+        return lambda grads: reading(node, grads)
     formula = _MENDED.get(node.name())
     if formula is None:
         return lambda grads: call_node(node, grads)

@@ -26,6 +26,7 @@ from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.values import Constant, Var
 from .._spaces.compare import close
 from .._spaces.space import TensorSpec
+from .._torch.aot import reading_of
 from .._torch.graphs import (
     Node,
     input_metadata,
@@ -218,6 +219,7 @@ class Walk:
         before = self.emitter.fixed, self.recording.frozen
         self.emitter.fixed = self.recording.frozen = ""
         numbers = [None if g is None else self.number(g) for g in grads]
+        self.lay_out(node, grads, numbers)
         try:
             result = self.call(node, numbers)
             _check_dense(node, result)
@@ -243,6 +245,17 @@ class Walk:
             self.forward(node, found)
         self.emitter.fixed = before[0] or self.emitter.fixed
         self.recording.frozen = before[1] or self.recording.frozen
+
+    def lay_out(
+        self, node: Node, grads: Sequence[Gradient | None], numbers: list[torch.Tensor | None]
+    ) -> None:
+        """Lay out numbers in memory as a compiled piece wants them; nothing depends on that."""
+        reading = reading_of(node)
+        for i, (g, t) in enumerate(zip(grads, numbers, strict=True) if reading else ()):
+            if g is not None and t is not None and reading is not None:
+                numbers[i] = own = reading.laid_out(i, t)
+                if own is not t:
+                    self.recording.define(own, g.var)
 
     def saved(self, node: Node) -> Iterable[tuple[torch.Tensor, Origin | None]]:
         """Return what a node saved, with what tells it from the rest."""
@@ -275,8 +288,13 @@ class Walk:
     ) -> list[Gradient | None]:
         """Write down what is known of nodes of this kind."""
 
+        saved: dict[str, Any] = {}
+
         def read(origin: Saved) -> torch.Tensor:
-            value = unpacked(self.graph.label(node), lambda: getattr(node, origin.name))
+            value = saved.get(origin.name)
+            if value is None:
+                value = unpacked(self.graph.label(node), lambda: getattr(node, origin.name))
+                saved[origin.name] = value
             t: torch.Tensor = value if origin.position is None else value[origin.position]
             return t
 

@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from .modes import NOTHING
+from .aot import is_piece
 
 
 class _Eager:
@@ -176,6 +177,17 @@ class ContextWatcher:
             torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
 
     @classmethod
+    @contextlib.contextmanager
+    def none(cls) -> Iterator[None]:
+        """Have no watcher in this thread for a while."""
+        stack = cls._local.__dict__.setdefault("stack", [])
+        stack.append(None)
+        try:
+            yield
+        finally:
+            stack.pop()
+
+    @classmethod
     def current(cls) -> ContextWatcher | None:
         """Return the innermost watcher of this thread."""
         stack = cls._local.__dict__.get("stack")
@@ -194,7 +206,9 @@ _APPLY_ASKS = _APPLY_CODE is not None and "_is_setup_context_defined" in _APPLY_
 
 def _asked(method: Any) -> Any:
     if ContextWatcher.current() is not None:
-        ContextWatcher.expect()
+        caller = sys._getframe(1)  # `apply`, or the compiler
+        if not is_piece(caller.f_locals.get("cls") if caller.f_code is _APPLY_CODE else None):
+            ContextWatcher.expect()
     return _ASKED(method)
 
 
@@ -221,7 +235,7 @@ def _applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _created(self: Any) -> None:
     watcher = ContextWatcher.current()
-    if watcher is None:
+    if watcher is None or is_piece(type(self)._forward_cls):
         return
     # The C++ part of `Function.apply` makes the context; its Python part is the caller and
     # holds the arguments.
@@ -254,6 +268,10 @@ def _dirtying(self: Any, *tensors: torch.Tensor) -> None:
     watcher = ContextWatcher.current()
     if watcher is not None:
         watcher.on_mark_dirty(self, tensors)
+
+
+#: What runs in the place of PyTorch's own functions.
+HOOKS = (_checkpointed, _asked, _applied, _created, _saving, _materializing, _dirtying)
 
 
 def _contexts_keep_nodes() -> bool:

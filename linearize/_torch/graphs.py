@@ -14,6 +14,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.graph import Node as Node
 
+from .aot import reading_of
 from .modes import NOTHING, subclasses_ignored, unobserved
 from .names import OpOverload
 
@@ -286,6 +287,8 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
 
     What was packed by a hook is left alone: to unpack it may mean to compute it again.
     """
+    if reading_of(node) is not None:
+        yield from node._tensors_no_vc_check  # type: ignore[attr-defined]
     for name in saved_names(type(node))[0]:
         for raw in _packed(node, name):
             if raw is None or getattr(raw, "unpack_hook", None) is not None:
@@ -297,12 +300,13 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
 
 def saved_changed(node: Node) -> bool:
     """Whether a tensor that a built-in node keeps was changed in place after it was saved."""
+    piece = reading_of(node) is not None
     for name in saved_names(type(node))[0]:
         packed = _packed(node, name)
         if any(getattr(raw, "unpack_hook", None) is not None for raw in packed):
             continue
         try:
-            getattr(node, name)
+            getattr(node, "saved_tensors" if piece else name)
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error):
                 return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -59,6 +61,18 @@ class HookWatcher:
         """Return the watchers of this thread."""
         stack: list[HookWatcher] = cls._local.__dict__.get("stack", [])
         return stack
+
+    @classmethod
+    @contextlib.contextmanager
+    def none(cls) -> Iterator[None]:
+        """Have no watcher in this thread for a while."""
+        local = cls._local.__dict__
+        stack = local.get("stack", [])
+        local["stack"] = []
+        try:
+            yield
+        finally:
+            local["stack"] = stack
 
     @property
     def any(self) -> bool:
@@ -144,3 +158,7 @@ def _has_hooks(node: Any) -> bool:
 
 def _nothing(*_: Any) -> None:
     """Change no gradient."""
+
+
+#: What runs in the place of PyTorch's own functions.
+HOOKS = (_made,)

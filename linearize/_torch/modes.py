@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -188,3 +188,45 @@ def lazy_bits_respected() -> contextlib.AbstractContextManager[Any]:
 
 
 _LESS_EXCLUDED: dict[int, Any] = {}
+
+
+class Hidden:
+    """Function modes that are taken off this thread's stack for a while.
+
+    Parameters
+    ----------
+    modes
+        Which; others stay.
+
+    Attributes
+    ----------
+    entered
+        Whether they are off.
+    """
+
+    def __init__(self, modes: Sequence[Any]) -> None:
+        self._modes = modes
+        self._stack: list[Any] = []
+        self.entered = False
+
+    def enter(self) -> None:
+        """Take them off."""
+        self.entered = True
+        self._stack = _popped()
+        _pushed([m for m in self._stack if not any(m is x for x in self._modes)])
+
+    def leave(self) -> None:
+        """Put them back where they were."""
+        _popped()
+        _pushed(self._stack)
+
+
+def _popped() -> list[Any]:
+    """Take all function modes off the stack; return them, the innermost last."""
+    count = torch._C._len_torch_function_stack()
+    return [torch._C._pop_torch_function_stack() for _ in range(count)][::-1]
+
+
+def _pushed(modes: Sequence[Any]) -> None:
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)

@@ -152,3 +152,16 @@ _SMALLER = {
     torch.complex128: torch.empty((), dtype=torch.complex64, device="cpu"),
     torch.int64: torch.empty((), dtype=torch.int32, device="cpu"),
 }
+
+
+#: Functions with running statistics: the place of the first of both, and the name of the flag, the
+#: sixth argument, by which they move, with its default.
+MOVING_STATISTICS: dict[Any, tuple[int, str, bool]] = {
+    torch.nn.functional.batch_norm: (1, "training", False),
+    torch.nn.functional.instance_norm: (1, "use_input_stats", True),
+    torch.batch_norm: (3, "training", False),
+    torch.instance_norm: (3, "use_input_stats", True),
+    torch.native_batch_norm: (3, "training", False),
+    torch.cudnn_batch_norm: (3, "training", False),
+    torch.miopen_batch_norm: (3, "training", False),
+}
