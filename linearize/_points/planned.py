@@ -115,6 +115,11 @@ class Planned:
                 "close()); linearize anew with at(...)"
             )
 
+    def _notes(self) -> dict[str, Any]:
+        """Return what is known of all points of this structure, to be added to."""
+        source = self._source
+        return {} if source is None else source.notes()
+
     def _release(self) -> None:
         with self._lock:
             self._make = self._program = self._turned = self._source = self._first = None

@@ -112,6 +112,8 @@ class PointPrograms:
         self._read: dict[object, Residual] = {}
         self._known: dict[Origin, Residual] = {}
         self._bound: list[Binding] = []
+        #: What is known of this point, if there is no structure.
+        self._notes: dict[str, Any] = {}
         #: Who may still ask for a program.
         self._waiting: dict[str, weakref.ref[Any]] = {}
 
@@ -325,6 +327,12 @@ class PointPrograms:
         if template is not None:
             self._structure.offer((direction, present), template)
         return template
+
+    def notes(self) -> dict[str, Any]:
+        """Return what was found out about all points of this structure, to be added to."""
+        with self.lock:
+            self._search()
+            return self._notes if self._structure is None else self._structure.notes
 
     def dense(self, limit: int) -> Dense | None:
         """Return what stands ready to become the matrix of both products."""

@@ -284,7 +284,7 @@ class Walk:
         place = self.graph.places[node]
 
         def move(origin: Saved) -> Origin:
-            return Saved(place, origin.name, origin.position)
+            return Saved(place, origin.name, origin.position, ready=origin.ready)
 
         return known.write(self.emitter, inputs, read, move, self.recording.constant)
 

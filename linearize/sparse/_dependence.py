@@ -2,15 +2,20 @@
 
 Each variable has a boolean matrix, one row per entry, one column per entry of the program's
 arguments. Operations that move entries move rows, pointwise operations join the rows of their
-arguments, contractions join rows along a dimension. What an operation that has no rule here
-gives counts as depending on all that its arguments depend on. So a pattern can hold too much,
-never too little. Numbers do not matter, except where they are indices.
+arguments, contractions join rows along a dimension. Kernels are tried out (see `_probing`), custom
+Functions have the pattern that their author declared. What any other operation gives counts as
+depending on all that its arguments depend on. So a pattern can hold too much, never too little.
+
+Numbers do not matter, except where they say what is read: indices, positions, and the zeros of a
+matrix that f found ready. What was looked at is noted, so that the pattern is used where these are
+the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,14 +24,20 @@ import torch
 
 from .._execute.binding import BoundProgram
 from .._programs.aten import JOINED, JOINED_BY_ENTRY, MOVES, schema_of
+from .._programs.origins import Origin, Saved, ordered
 from .._programs.program import Equation
-from .._programs.values import Constant, Var
+from .._programs.values import Constant, Value, Var, frozen
 from .._spaces.nested import map_leaves
+from .._text.labels import beside
 from .._torch.names import OpOverload
+from . import _declared, _probing
 
 #: A boolean matrix in SciPy's CSR format.
 Rows: TypeAlias = Any
 Rule: TypeAlias = Callable[["_Reader", Equation], "list[Rows] | None"]
+
+#: What is looked at of a constant.
+Look: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 #: Entries that a pattern may have before it counts as full.
 LIMIT = 50_000_000
@@ -36,6 +47,73 @@ class TooDenseError(Exception):
     """A pattern would have more entries than `LIMIT`."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """What an operation does to the number of entries.
+
+    Attributes
+    ----------
+    name
+        Of the operation, with the line of f if that is known.
+    before, after
+        The most arguments that an entry of what goes in, and of what comes out, depends on.
+    guessed
+        Whether its result counts as depending on everything, for want of a rule.
+    """
+
+    name: str
+    before: int
+    after: int
+    guessed: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Dependence:
+    """The boolean matrix of a program.
+
+    Attributes
+    ----------
+    rows
+        One row per entry of the results.
+    steps
+        The operations whose results depend on more than their arguments do.
+    looked_at
+        What was read of constants, by their origins.
+    """
+
+    rows: Rows
+    steps: list[Step]
+    looked_at: dict[Origin, tuple[Look, torch.Tensor]]
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was guessed."""
+        return not any(step.guessed for step in self.steps)
+
+    def holds(self, program: BoundProgram) -> bool:
+        """Whether what was read is the same in the program of another point."""
+        if not self.looked_at:
+            return True
+        constants = program.program.constants
+        there = dict(zip((c.origin for c in constants), program.residuals(), strict=True))
+        return all(
+            o in there and torch.equal(look(there[o].tensor.detach()), seen)
+            for o, (look, seen) in self.looked_at.items()
+        )
+
+
+def _numbers(t: torch.Tensor) -> torch.Tensor:
+    return t.clone()
+
+
+def _not_zero(t: torch.Tensor) -> torch.Tensor:
+    return t.nonzero().T
+
+
+def _stored(t: torch.Tensor) -> torch.Tensor:
+    return t.to_sparse_coo().coalesce().indices()
+
+
 class _Reader:
     """Propagates the boolean matrices through one program."""
 
@@ -43,8 +121,10 @@ class _Reader:
         sizes = [v.spec.numel for v in program.inputs]
         self.width = sum(sizes)
         self.rows: dict[Var, Rows] = {}
-        self.exact = True
+        self.steps: list[Step] = []
+        self.looked_at: dict[Origin, tuple[Look, torch.Tensor]] = {}
         self.numbers = program.numbers()
+        self._tried: dict[Hashable, Rows | None] = {}
         start = 0
         for v, size in zip(program.inputs, sizes, strict=True):
             self.rows[v] = sp.eye_array(size, self.width, k=start, dtype=bool, format="csr")
@@ -52,19 +132,85 @@ class _Reader:
 
     def read(self, eq: Equation) -> None:
         """Find the rows of an equation's results."""
-        results = None
-        if isinstance(eq.op, OpOverload) and eq.op.namespace == "aten":
-            rule = _rule(eq.op)
-            results = rule(self, eq) if rule is not None else None
+        results = self._found(eq)
+        guessed = results is None
         if results is None:
-            self.exact = False
             results = self._everything(eq)
+        after = 0
         for out, rows in zip(eq.outputs, results, strict=True):
             if out is not None:
                 if rows.nnz > LIMIT:
                     raise TooDenseError
                 assert rows.shape == (out.spec.numel, self.width), eq.name
                 self.rows[out] = rows
+                after = max(after, _most(rows))
+        before = max((_most(self.rows[v]) for v in eq.inputs()), default=0)
+        if guessed or after > before:
+            name = beside(eq.name, eq.source)
+            self.steps.append(Step(name, before, after, guessed and after > 1))
+
+    def _found(self, eq: Equation) -> list[Rows] | None:
+        if not isinstance(eq.op, OpOverload):
+            return self._linked(eq, _declared.relation(eq))
+        if eq.op.namespace != "aten":
+            return None
+        rule = _rule(eq.op)
+        results = rule(self, eq) if rule is not None else None
+        if results is None and _probing.tried(eq):
+            results = self._linked(eq, self._try(eq))
+        return results
+
+    def _try(self, eq: Equation) -> Rows | None:
+        """Try an operation out, once for all that are alike."""
+        positions = _probing.reads_positions(eq)
+        variables = eq.inputs()
+
+        def kind(x: Any) -> Any:
+            if isinstance(x, Constant) and (positions or not x.spec.differentiable):
+                self.read_numbers(x)
+                return x
+            return (variables.index(x) if isinstance(x, Var) else "", x.spec) if isinstance(x, Value) else x
+
+        key = frozen(eq.op, map_leaves(kind, eq.args), map_leaves(kind, eq.kwargs))
+        if key not in self._tried:
+            self._tried[key] = _probing.relation(eq, self.numbers, LIMIT)
+        return self._tried[key]
+
+    def _linked(self, eq: Equation, relation: Rows | None) -> list[Rows] | None:
+        """Return the rows of an equation's results, of which is known what entries they read."""
+        if relation is None:
+            return None
+        source = [self.rows[v] for v in dict.fromkeys(eq.inputs())]
+        joined = self.joined(relation, sp.vstack(source, format="csr"))
+        results, start = [], 0
+        for out in eq.outputs:
+            size = 0 if out is None else out.spec.numel
+            results.append(joined[start : start + size])
+            start += size
+        return results
+
+    def read_numbers(self, c: Constant) -> torch.Tensor:
+        """Return the tensor of a constant, and note that it was looked at."""
+        return self._look(c, _numbers)
+
+    def entries(self, c: Constant) -> torch.Tensor:
+        """Return the places where a constant has entries, one in each column.
+
+        If it was not there before f ran, another point may have others: these are all places.
+        """
+        t = self.numbers[c]
+        if t.layout != torch.strided:
+            return self._look(c, _stored)
+        begin = [o for o in ordered([c.origin]) if not o.inputs()]
+        if all(o.static or (isinstance(o, Saved) and o.ready) for o in begin):
+            return self._look(c, _not_zero)
+        return torch.ones(t.shape, dtype=torch.bool).nonzero().T
+
+    def _look(self, c: Constant, at: Look) -> torch.Tensor:
+        seen = at(self.numbers[c].detach())
+        if not c.origin.static:
+            self.looked_at[c.origin] = at, seen
+        return seen
 
     def _everything(self, eq: Equation) -> list[Rows]:
         """Let each entry of each result depend on everything that the arguments depend on."""
@@ -96,8 +242,12 @@ class _Reader:
         return (relation.astype(bool) @ rows.astype(bool)).tocsr()
 
 
-def dependence(program: BoundProgram) -> tuple[Rows, bool]:
-    """Return the boolean matrix of a program's result, and whether every operation had a rule.
+def _most(rows: Rows) -> int:
+    return int(np.diff(rows.indptr).max(initial=0))
+
+
+def dependence(program: BoundProgram) -> Dependence:
+    """Return the boolean matrix of a program's result, and how it came about.
 
     Raises
     ------
@@ -113,9 +263,13 @@ def dependence(program: BoundProgram) -> tuple[Rows, bool]:
         sp.csr_array((spec.numel, reader.width), dtype=bool) if v is None else reader.rows[v]
         for v, spec in zip(program.outputs, program.specs, strict=True)
     ]
-    if not blocks:
-        return sp.csr_array((0, reader.width), dtype=bool), True
-    return sp.vstack(blocks, format="csr").astype(bool), reader.exact
+    empty = sp.csr_array((0, reader.width), dtype=bool)
+    rows = sp.vstack([*blocks, empty], format="csr").astype(bool)
+    return Dependence(rows, reader.steps, reader.looked_at)
+
+
+#: What puts the entries of one argument in the place of some of another's.
+_PUTS = frozenset("slice_scatter select_scatter diagonal_scatter diag trace_backward".split())
 
 
 def _rule(op: OpOverload) -> Rule | None:
@@ -123,7 +277,7 @@ def _rule(op: OpOverload) -> Rule | None:
     rule = _RULES.get(schema.name)
     if rule is not None:
         return rule
-    if schema.name in MOVES or schema.name in JOINED:
+    if schema.name in MOVES or schema.name in JOINED or schema.name in _PUTS:
         return _move
     return _pointwise if schema.by_entry or schema.name in JOINED_BY_ENTRY else None
 
@@ -159,7 +313,11 @@ def _move(reader: _Reader, eq: Equation) -> list[Rows] | None:
     def number(x: Any) -> Any:
         if isinstance(x, Var):
             return _index(x.spec.shape, starts[x] + 1)
-        return reader.numbers[x].cpu() if isinstance(x, Constant) else x
+        if not isinstance(x, Constant):
+            return x
+        if x.spec.differentiable:  # what stands beside variables is zero: the map is linear
+            return torch.zeros(x.spec.shape, dtype=torch.int64)
+        return reader.read_numbers(x).cpu()
 
     name = schema_of(eq.op).name
     if name == "_to_copy" or (name == "constant_pad_nd" and any(eq.args[2:])):
@@ -202,135 +360,40 @@ def _gathered(reader: _Reader, rows: Rows, target: torch.Tensor, height: int) ->
     return reader.joined(relation, rows)
 
 
-def _along(reader: _Reader, v: Var, dims: set[int]) -> Rows:
-    """Join along dimensions, keeping the shape."""
-    shape = v.spec.shape
-    kept = [1 if d in dims else n for d, n in enumerate(shape)]
-    group = _index(kept).expand(shape)
-    joined = _gathered(reader, reader.rows[v], group, math.prod(kept))
-    return reader.taken(joined, group.reshape(-1).numpy())
-
-
-def _softmax(reader: _Reader, eq: Equation) -> list[Rows] | None:
-    v = eq.args[0]
-    if not isinstance(v, Var) or isinstance(eq.args[1], Var):
-        return None
-    return [_along(reader, v, _dims(eq.args[2], len(v.spec.shape)))]
-
-
-def _cumsum(reader: _Reader, eq: Equation) -> list[Rows] | None:
-    v, dim = eq.args[:2]
-    shape = v.spec.shape
-    if not shape:
-        return [reader.rows[v]]
-    dim %= len(shape)
-    before, after = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    lower = sp.csr_array(np.tri(shape[dim], dtype=bool))
-    return [reader.joined(_kron(_eye(before), lower, _eye(after)), reader.rows[v])]
-
-
-def _eye(n: int) -> Rows:
-    return sp.eye_array(n, dtype=bool, format="csr")
-
-
-def _kron(*factors: Rows) -> Rows:
-    total = factors[0]
-    for factor in factors[1:]:
-        if total.nnz * factor.nnz > LIMIT:
-            raise TooDenseError
-        total = sp.kron(total, factor, format="csr")
-    return total
-
-
-def _entries(t: torch.Tensor) -> Rows:
-    """Return where a residual matrix may have entries: everywhere, unless its layout is sparse."""
-    if t.layout == torch.strided:
-        return sp.csr_array(np.ones(tuple(t.shape), dtype=bool))
-    coo = t.to_sparse_coo().coalesce()
-    row, column = coo.indices().cpu().numpy()
-    return sp.csr_array((np.ones(row.size, dtype=bool), (row, column)), shape=tuple(t.shape))
-
-
 def _matmul(reader: _Reader, eq: Equation) -> list[Rows] | None:
+    """Products with a matrix, or with a stack of them."""
     a, b = eq.args[:2]
     if isinstance(a, Var) == isinstance(b, Var):
         return None
     v, other = (a, b) if isinstance(a, Var) else (b, a)
     if not isinstance(other, Constant):
         return None
-    t = reader.numbers[other]
-    if t.dim() == 1:  # dot, or mv with a variable matrix
-        t = t[:, None] if isinstance(a, Var) else t[None, :]
-    if isinstance(a, Var):
-        rest = v.spec.shape[:-1]
-        if t.dim() == 3:
-            pattern = sp.csr_array(np.ones((t.shape[2], t.shape[1]), dtype=bool))
-        else:
-            pattern = _entries(t).T.tocsr()
-        relation = _kron(_eye(math.prod(rest)), pattern)
-    else:
-        columns = v.spec.shape[-1] if len(v.spec.shape) > 1 else 1
-        if t.dim() == 3:
-            pattern = sp.csr_array(np.ones(tuple(t.shape[1:]), dtype=bool))
-            relation = _kron(_eye(t.shape[0]), pattern, _eye(columns))
-        else:
-            relation = _kron(_entries(t), _eye(columns))
-    return [reader.joined(relation, reader.rows[v])]
-
-
-def _window(out: int, into: int, kernel: int, stride: int, padding: int, dilation: int) -> Rows:
-    """Return which inputs each output of a one-dimensional convolution reads."""
-    at = np.arange(out)[:, None] * stride - padding + np.arange(kernel)[None, :] * dilation
-    row = np.broadcast_to(np.arange(out)[:, None], at.shape)
-    inside = (at >= 0) & (at < into)
-    ones = np.ones(int(inside.sum()), dtype=bool)
-    return sp.csr_array((ones, (row[inside], at[inside])), shape=(out, into))
-
-
-def _convolution_relation(
-    into: Sequence[int],
-    out: Sequence[int],
-    weight: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    groups: int,
-) -> Rows:
-    """Return which inputs each output of a convolution reads; shapes with batch and channels."""
-    if transposed:  # the other way round
-        return _convolution_relation(
-            out, into, weight, stride, padding, dilation, False, groups
-        ).T.tocsr()
-    ones = np.ones((out[1] // groups, into[1] // groups), dtype=bool)
-    factors = [_eye(into[0]), _eye(groups), sp.csr_array(ones)]
-    spread = [list(x) * (len(into) - 2) if len(x) == 1 else x for x in (stride, padding, dilation)]
-    for k in range(len(into) - 2):
-        step, pad, gap = (x[k] for x in spread)
-        factors.append(_window(out[2 + k], into[2 + k], weight[2 + k], step, pad, gap))
-    return _kron(*factors)
-
-
-def _convolution(reader: _Reader, eq: Equation) -> list[Rows] | None:
-    v, weight, _bias, stride, padding, dilation, transposed, _, groups = eq.args
-    out = eq.outputs[0]
-    if not isinstance(v, Var) or len(eq.inputs()) != 1 or out is None:
-        return None
-    shapes = v.spec.shape, out.spec.shape, weight.spec.shape
-    relation = _convolution_relation(*shapes, stride, padding, dilation, transposed, groups)
-    return [reader.joined(relation, reader.rows[v])]
-
-
-def _convolution_backward(reader: _Reader, eq: Equation) -> list[Rows] | None:
-    v, given, weight, _sizes, stride, padding, dilation, transposed, _, groups = eq.args[:10]
-    if not isinstance(v, Var) or len(eq.inputs()) != 1:
-        return None
-    if any(out is not None for out in eq.outputs[1:]):
-        return None
-    shapes = given.spec.shape, v.spec.shape, weight.spec.shape
-    relation = _convolution_relation(*shapes, stride, padding, dilation, transposed, groups)
-    joined = reader.joined(relation.T.tocsr(), reader.rows[v])
-    return [joined, *([sp.csr_array((0, reader.width), dtype=bool)] * (len(eq.outputs) - 1))]
+    entries, shape = reader.entries(other).cpu(), other.spec.shape
+    nothing = torch.zeros_like(entries[:1])
+    if len(shape) == 1:  # mv with a variable matrix, or dot
+        right = isinstance(a, Var)
+        entries = torch.cat([entries, nothing] if right else [nothing, entries])
+        shape = (*shape, 1) if right else (1, *shape)
+    if len(shape) == 2:
+        entries, shape = torch.cat([nothing, entries]), (1, *shape)
+    (stack, height, width), (place, row, column) = shape, entries
+    if isinstance(a, Var):  # out[place, i, column] takes in a[place, i, row]
+        count = v.spec.numel // max(stack * height, 1)
+        outer = place[:, None] * count + torch.arange(count)
+        out, into = outer * width + column[:, None], outer * height + row[:, None]
+        size = stack * count * width, stack * count * height
+    else:  # out[place, row, i] takes in b[place, column, i]
+        count = v.spec.numel // max(stack * width, 1)
+        out, into = (
+            (place * n + k)[:, None] * count + torch.arange(count)
+            for n, k in ((height, row), (width, column))
+        )
+        size = stack * height * count, stack * width * count
+    if out.numel() > LIMIT:
+        raise TooDenseError
+    ones = np.ones(out.numel(), dtype=bool)
+    places = out.reshape(-1).numpy(), into.reshape(-1).numpy()
+    return [reader.joined(sp.csr_array((ones, places), shape=size), reader.rows[v])]
 
 
 def _index_put(reader: _Reader, eq: Equation) -> list[Rows] | None:
@@ -338,12 +401,10 @@ def _index_put(reader: _Reader, eq: Equation) -> list[Rows] | None:
     out = eq.outputs[0]
     if out is None or any(isinstance(i, Var) for i in indices):
         return None
-    places = [None if i is None else reader.numbers[i].cpu() for i in indices]
+    places = [None if i is None else reader.read_numbers(i).cpu() for i in indices]
     target = torch.ops.aten.index.Tensor(_index(out.spec.shape), places)
     height = out.spec.numel
-    total = sp.csr_array((height, reader.width), dtype=bool)
-    if isinstance(base, Var):
-        total = total + reader.rows[base]
+    total = _kept(reader, base, None if eq.argument(3, False, "accumulate") else target, height)
     if isinstance(values, Var):
         source = _index(values.spec.shape).expand(target.shape).reshape(-1).numpy()
         rows = reader.taken(reader.rows[values], source)
@@ -351,26 +412,34 @@ def _index_put(reader: _Reader, eq: Equation) -> list[Rows] | None:
     return [total.tocsr()]
 
 
-def _scatter_add(reader: _Reader, eq: Equation) -> list[Rows] | None:
+def _scatter(reader: _Reader, eq: Equation) -> list[Rows] | None:
     base, dim, index, source = eq.args[:4]
     out = eq.outputs[0]
     if out is None or not isinstance(index, Constant):
         return None
-    places = reader.numbers[index].cpu()
-    total = sp.csr_array((out.spec.numel, reader.width), dtype=bool)
-    if isinstance(base, Var):
-        total = total + reader.rows[base]
+    places = reader.read_numbers(index).cpu()
+    name, numbers = schema_of(eq.op).name, _index(out.spec.shape)
+    whole = name.startswith("index")
+    target = numbers.index_select(dim, places.reshape(-1)) if whole else numbers.gather(dim, places)
+    replaced = None if name.endswith("_add") else target
+    total = _kept(reader, base, replaced, out.spec.numel)
     if isinstance(source, Var):
-        numbers = _index(out.spec.shape)
-        if schema_of(eq.op).name == "index_add":
-            target = numbers.index_select(dim, places.reshape(-1))
-            rows = reader.rows[source]
-        else:
-            target = numbers.gather(dim, places)
+        rows = reader.rows[source]
+        if not whole:
             read = tuple(slice(0, n) for n in places.shape)
-            rows = reader.taken(reader.rows[source], _index(source.spec.shape)[read].numpy())
+            rows = reader.taken(rows, _index(source.spec.shape)[read].numpy())
         total = total + _gathered(reader, rows, target, out.spec.numel)
     return [total.tocsr()]
+
+
+def _kept(reader: _Reader, base: Any, replaced: torch.Tensor | None, height: int) -> Rows:
+    """Return the rows of what something is put into, without those that it replaces."""
+    if not isinstance(base, Var):
+        return sp.csr_array((height, reader.width), dtype=bool)
+    index = np.arange(height)
+    if replaced is not None:
+        index[replaced.reshape(-1).numpy()] = -1
+    return reader.taken(reader.rows[base], index)
 
 
 def _unfold_backward(reader: _Reader, eq: Equation) -> list[Rows] | None:
@@ -379,24 +448,43 @@ def _unfold_backward(reader: _Reader, eq: Equation) -> list[Rows] | None:
     return [_gathered(reader, reader.rows[v], target, math.prod(sizes))]
 
 
+def _as_parts(reader: _Reader, eq: Equation) -> list[Rows] | None:
+    v = eq.args[0]
+    return [reader.taken(reader.rows[v], _index((v.spec.numel, 1)).expand(-1, 2).numpy())]
+
+
+def _of_parts(reader: _Reader, eq: Equation) -> list[Rows] | None:
+    v = eq.args[0]
+    count = v.spec.numel // 2
+    return [_gathered(reader, reader.rows[v], _index((count, 1)).expand(-1, 2), count)]
+
+
+def _strided(reader: _Reader, eq: Equation) -> list[Rows] | None:
+    """Strides count memory: they are places of entries where these lie in one row."""
+    if any(len(v.spec.shape) != 1 for v in eq.inputs()[:1]):
+        return None
+    return _move(reader, eq)
+
+
 _RULES: dict[str, Rule] = {
     "sum": _reduction,
     "mean": _reduction,
     "nansum": _reduction,
-    "cumsum": _cumsum,
     "mm": _matmul,
     "bmm": _matmul,
     "mv": _matmul,
     "dot": _matmul,
     "vdot": _matmul,
     "_sparse_mm": _matmul,
-    "_softmax_backward_data": _softmax,
-    "_log_softmax_backward_data": _softmax,
-    "convolution": _convolution,
-    "convolution_backward": _convolution_backward,
     "index_put": _index_put,
     "_unsafe_index_put": _index_put,
-    "scatter_add": _scatter_add,
-    "index_add": _scatter_add,
+    "scatter": _scatter,
+    "scatter_add": _scatter,
+    "index_add": _scatter,
+    "index_copy": _scatter,
+    "view_as_real": _as_parts,
+    "view_as_complex": _of_parts,
+    "as_strided": _strided,
+    "as_strided_scatter": _strided,
     "unfold_backward": _unfold_backward,
 }
