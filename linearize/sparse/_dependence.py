@@ -124,6 +124,8 @@ class _Reader:
         self.steps: list[Step] = []
         self.looked_at: dict[Origin, tuple[Look, torch.Tensor]] = {}
         self.numbers = program.numbers()
+        #: What lies in memory row by row.
+        self.contiguous: set[Var] = set()
         self._tried: dict[Hashable, Rows | None] = {}
         start = 0
         for v, size in zip(program.inputs, sizes, strict=True):
@@ -144,6 +146,8 @@ class _Reader:
                 assert rows.shape == (out.spec.numel, self.width), eq.name
                 self.rows[out] = rows
                 after = max(after, _most(rows))
+        if eq.kwargs.get("memory_format") == torch.contiguous_format or eq.kind == "contiguous":
+            self.contiguous.update(v for v in eq.outputs if v is not None)
         before = max((_most(self.rows[v]) for v in eq.inputs()), default=0)
         if guessed or after > before:
             name = beside(eq.name, eq.source)
@@ -269,7 +273,10 @@ def dependence(program: BoundProgram) -> Dependence:
 
 
 #: What puts the entries of one argument in the place of some of another's.
-_PUTS = frozenset("slice_scatter select_scatter diagonal_scatter diag trace_backward".split())
+_PUTS = frozenset(
+    "slice_scatter select_scatter diagonal_scatter masked_scatter masked_scatter_backward "
+    "masked_select diag".split()
+)
 
 
 def _rule(op: OpOverload) -> Rule | None:
@@ -461,9 +468,9 @@ def _of_parts(reader: _Reader, eq: Equation) -> list[Rows] | None:
 
 def _strided(reader: _Reader, eq: Equation) -> list[Rows] | None:
     """Strides count memory: they are places of entries where these lie in one row."""
-    if any(len(v.spec.shape) != 1 for v in eq.inputs()[:1]):
-        return None
-    return _move(reader, eq)
+    base = eq.args[0]
+    flat = len(base.spec.shape) == 1 or base in reader.contiguous
+    return _move(reader, eq) if flat else None
 
 
 _RULES: dict[str, Rule] = {

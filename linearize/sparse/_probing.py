@@ -44,7 +44,6 @@ _TRIED = frozenset(
         "max_pool2d_with_indices_backward max_pool3d_with_indices_backward "
         "adaptive_max_pool2d_backward adaptive_max_pool3d_backward fractional_max_pool2d_backward "
         "fractional_max_pool3d_backward max_unpool2d max_unpool3d channel_shuffle "
-        "pixel_shuffle pixel_unshuffle masked_scatter masked_select renorm "
         "_embedding_bag_dense_backward _embedding_bag_per_sample_weights_backward "
         "_scaled_dot_product_flash_attention_for_cpu_backward _unsafe_masked_index "
         "_scaled_dot_product_fused_attention_overrideable_backward"
@@ -68,11 +67,11 @@ _TRIED_KINDS = (
 _POSITIONED = ("grid_sampler", "_grid_sampler")
 
 #: Into how many blocks arguments are cut at first, and each block at every further step.
-_FIRST, _AGAIN = 64, 4
+_FIRST, _AGAIN = 8, 4
 #: How many numbers may be looked at in one step.
 _WORK = 200_000_000
 #: How many columns are looked at to see whether smaller blocks would tell more.
-_LOOKS = 6
+_LOOKS = 3
 
 
 def tried(eq: Equation) -> bool:

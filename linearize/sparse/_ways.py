@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from .._spaces.flat import join, random
-from .._spaces.space import Space
+from .._spaces.space import Space, TensorSpec
 from ._coloring import Colors, count, grouped, places, split_by, star
 
 Direction: TypeAlias = Literal["auto", "forward", "reverse", "both", "symmetric"]
@@ -74,6 +74,7 @@ class Way:
             self._take_from_both(pattern.shape, row, column)
         self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._seeds: dict[object, torch.Tensor] = {}
+        self._random: dict[TensorSpec, torch.Tensor] = {}
 
     def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `take` and `conjugated` as tensors."""
@@ -105,8 +106,11 @@ class Way:
 
     def random(self, space: Space) -> torch.Tensor:
         """Return the random vector."""
-        generator = torch.Generator().manual_seed(20_011)
-        return join(space, random(space, generator))
+        spec = space.vector
+        if spec not in self._random:
+            generator = torch.Generator().manual_seed(20_011)
+            self._random[spec] = join(space, random(space, generator))
+        return self._random[spec]
 
     def _take_from_both(
         self, shape: tuple[int, int], row: NDArray[np.int64], column: NDArray[np.int64]
