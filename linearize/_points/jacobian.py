@@ -101,7 +101,13 @@ class Jacobian(LinearOperator):
 
 
 class Gram(SelfAdjoint):
-    """Jᴴ·J as one program."""
+    """Jᴴ·J as one program: what `gram()` of a Jacobian returns.
+
+    Parameters
+    ----------
+    of
+        The Jacobian.
+    """
 
     def __init__(self, of: Jacobian) -> None:
         jvp_fn, vjp_fn = of._products

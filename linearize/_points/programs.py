@@ -112,8 +112,6 @@ class PointPrograms:
         self._read: dict[object, Residual] = {}
         self._known: dict[Origin, Residual] = {}
         self._bound: list[Binding] = []
-        #: What is known of this point, if there is no structure.
-        self._notes: dict[str, Any] = {}
         #: Who may still ask for a program.
         self._waiting: dict[str, weakref.ref[Any]] = {}
 
@@ -328,11 +326,19 @@ class PointPrograms:
             self._structure.offer((direction, present), template)
         return template
 
-    def notes(self) -> dict[str, Any]:
-        """Return what was found out about all points of this structure, to be added to."""
+    def notes(self) -> dict[str, Any] | None:
+        """Return what was found out about all points of this structure, to be added to.
+
+        None if no other point has it.
+        """
         with self.lock:
             self._search()
-            return self._notes if self._structure is None else self._structure.notes
+            return None if self._structure is None else self._structure.notes
+
+    def saved(self, origin: Saved) -> torch.Tensor | None:
+        """Return what the graph of this point saved, as long as there is one."""
+        with self.lock:
+            return None if self._graph is None else self._saved(origin).tensor
 
     def dense(self, limit: int) -> Dense | None:
         """Return what stands ready to become the matrix of both products."""

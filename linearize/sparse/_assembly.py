@@ -50,8 +50,9 @@ def entries(
     values = flat.index_select(0, take)
     if values.is_complex():
         values = torch.where(conjugated, values.conj(), values)
-    if not (sure and pattern.checked and _agrees(A, pattern, way, values, stacks[0][-1], ahead)):
-        verify(A, pattern, values)
+    side = _Side(A, pattern, values, adjoint=not ahead)
+    if not (sure and pattern.checked and side.agrees(way.random(side.ours), stacks[0][-1])):
+        side.verify()
         pattern.checked = True
     return values
 
@@ -77,73 +78,86 @@ def _results(
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
-def _agrees(
-    A: LinearOperator,
-    pattern: Pattern,
-    way: Way,
-    values: torch.Tensor,
-    want: torch.Tensor,
-    ahead: bool,
-) -> bool:
-    """Whether the entries times a random vector are what the product gave for it."""
-    space = A.in_space if ahead else A.out_space
-    x = way.random(space)
-    row, column = pattern.places(values.device)
-    to, by = (row, column) if ahead else (column, row)
-    terms = (values if ahead else values.conj()) * x[by]
-    got = torch.zeros_like(want, dtype=terms.dtype).index_add(0, to, terms)
-    size = torch.zeros_like(want, dtype=terms.dtype.to_real()).index_add(0, to, terms.abs())
-    limit = tolerance(values.dtype) * (size + want.abs())
-    return bool(((got - want).abs() <= limit).all())  # nothing that is not finite
+class _Side:
+    """The entries of a matrix, held against products of one direction.
 
-
-def verify(A: LinearOperator, pattern: Pattern, values: torch.Tensor) -> None:
-    """Raise unless the entries that were found are all that there are, row by row.
-
-    Two vectors are tried, the second with columns weighed so that small ones count like large
-    ones. A row in which terms cancel is known as precisely as sums of such terms are.
+    Parameters
+    ----------
+    A
+        The operator.
+    pattern, values
+        The entries that were found.
+    adjoint
+        Whether the products are those of its adjoint.
     """
-    generator = torch.Generator().manual_seed(1_009)
-    row, column = pattern.places(values.device)
-    sizes = values.abs()
-    columns = torch.zeros(A.shape[1], dtype=sizes.dtype, device=sizes.device)
-    columns = columns.scatter_reduce(0, column, sizes, "amax")
-    most = float(columns.max()) if len(columns) else 0.0
-    least = math.sqrt(torch.finfo(sizes.dtype).eps)
-    weights = (
-        (columns / most).clamp(min=least) if 0 < most < math.inf else torch.ones_like(columns)
-    )
 
-    def image(x: torch.Tensor) -> torch.Tensor:
-        return join(A.out_space, A._apply(split(A.in_space, x), stacked=False))
+    def __init__(
+        self, A: LinearOperator, pattern: Pattern, values: torch.Tensor, *, adjoint: bool
+    ) -> None:
+        row, column = pattern.places(values.device)
+        if adjoint:
+            self.ours, self._theirs, self._apply = A.out_space, A.in_space, A._apply_adjoint
+            self._to, self._by, self._values = column, row, values.conj()
+        else:
+            self.ours, self._theirs, self._apply = A.in_space, A.out_space, A._apply
+            self._to, self._by, self._values = row, column, values
+        self._word = "column" if adjoint else "row"
 
-    def added(terms: torch.Tensor) -> torch.Tensor:
-        zero = torch.zeros(A.shape[0], dtype=terms.dtype, device=terms.device)
-        return zero.index_add(0, row, terms)
+    def _added(self, terms: torch.Tensor) -> torch.Tensor:
+        zero = torch.zeros(self._theirs.size, dtype=terms.dtype, device=terms.device)
+        return zero.index_add(0, self._to, terms)
 
-    for scale in (torch.ones_like(weights), weights):
-        x, y = (join(A.in_space, random(A.in_space, generator)) / scale for _ in range(2))
-        want = image(x)
-        got = added(values * x[column])
-        limit = tolerance(values.dtype) * (added(sizes * x.abs()[column]) + want.abs())
-        finite = torch.isfinite(want)
-        off = torch.where(finite, (got - want).abs() > limit, torch.isfinite(got))
-        if bool(off.any()):
-            off &= ~finite | ((got - want).abs() > 1e3 * (want + image(y) - image(x + y)).abs())
-        lacking = off.nonzero().flatten()
-        if len(lacking):
-            raise LinearizeError(
-                "a sparse Jacobian: times a random vector it differs from the Jacobian times that "
-                "vector; the pattern lacks entries, or what was said to be symmetric is not (in "
-                f"{_rows(lacking)})"
-            )
+    def _times(self, x: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the entries times x, and how far that may be from a product."""
+        terms = self._values * x[self._by]
+        limit = tolerance(terms.dtype) * (self._added(terms.abs()) + want.abs())
+        return self._added(terms), limit
+
+    def agrees(self, x: torch.Tensor, want: torch.Tensor) -> bool:
+        """Whether the entries times x are what the product gave for it, all of them finite."""
+        got, limit = self._times(x, want)
+        return bool(((got - want).abs() <= limit).all())
+
+    def verify(self) -> None:
+        """Raise unless the entries that were found are all that there are, row by row.
+
+        Two vectors are tried, the second with columns weighed so that small ones count like large
+        ones. A row in which terms cancel is known as precisely as sums of such terms are.
+        """
+        generator = torch.Generator().manual_seed(1_009)
+        sizes = self._values.abs()
+        largest = torch.zeros(self.ours.size, dtype=sizes.dtype, device=sizes.device)
+        largest = largest.scatter_reduce(0, self._by, sizes, "amax")
+        most = float(largest.max()) if len(largest) else 0.0
+        weights = torch.ones_like(largest)
+        if 0 < most < math.inf:
+            weights = (largest / most).clamp(min=math.sqrt(torch.finfo(sizes.dtype).eps))
+        for scale in (torch.ones_like(weights), weights):
+            x, y = (join(self.ours, random(self.ours, generator)) / scale for _ in range(2))
+            want = self._image(x)
+            got, limit = self._times(x, want)
+            off, finite = (got - want).abs(), torch.isfinite(want)
+            wrong = torch.where(finite, off > limit, torch.isfinite(got))
+            if bool(wrong.any()):
+                rounding = (want + self._image(y) - self._image(x + y)).abs()
+                wrong &= ~finite | (off > 1e3 * rounding)
+            lacking = wrong.nonzero().flatten()
+            if len(lacking):
+                raise LinearizeError(
+                    "a sparse Jacobian: times a random vector it differs from the Jacobian times "
+                    "that vector; the pattern lacks entries, or what was said to be symmetric is "
+                    f"not (in {_named(self._word, lacking)})"
+                )
+
+    def _image(self, x: torch.Tensor) -> torch.Tensor:
+        return join(self._theirs, self._apply(split(self.ours, x), stacked=False))
 
 
-def _rows(numbers: torch.Tensor) -> str:
-    """Return some rows by their numbers."""
+def _named(word: str, numbers: torch.Tensor) -> str:
+    """Return some rows or columns by their numbers."""
     few = ", ".join(str(int(i)) for i in numbers[:3])
     more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {few}{more}"
+    return f"{word}{'s' if len(numbers) > 1 else ''} {few}{more}"
 
 
 def laid_out(pattern: Pattern, values: torch.Tensor, layout: Layout) -> Any:
@@ -163,9 +177,8 @@ def laid_out(pattern: Pattern, values: torch.Tensor, layout: Layout) -> Any:
         order = sp.csr_array((np.arange(found.nnz), found.indices, found.indptr), shape).tocsc()
         values = values[torch.from_numpy(order.data.astype(np.int64)).to(values.device)]
         found = order
-    bounds, places = (
-        torch.from_numpy(x.astype(np.int64)).to(values.device) for x in (found.indptr, found.indices)
-    )
+    arrays = found.indptr.astype(np.int64), found.indices.astype(np.int64)
+    bounds, places = (torch.from_numpy(x).to(values.device) for x in arrays)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CS. tensor support is in beta", UserWarning)
         return make(bounds, places, values, shape, check_invariants=False)

@@ -202,8 +202,8 @@ def _ones(row: Any, column: Any, shape: tuple[int, int]) -> Any:
 def _check(eq: Equation, node: CustomNode, pattern: Any) -> None:
     """Raise unless products have no other entries than a pattern.
 
-    The matrix is found from one product for each of its colours. Times a random vector it must give
-    what the method gives for that vector. Complex numbers count as two real ones.
+    The matrix is found from one product for each of its colours. Times a random vector it must
+    give what the method gives for that vector. Complex numbers count as two real ones.
     """
     variables = list(dict.fromkeys(eq.inputs()))
     outs = [v.spec for v in eq.outputs if v is not None]

@@ -26,7 +26,7 @@ from .._execute.binding import BoundProgram
 from .._programs.aten import JOINED, JOINED_BY_ENTRY, MOVES, schema_of
 from .._programs.origins import Origin, Saved, ordered
 from .._programs.program import Equation
-from .._programs.values import Constant, Value, Var, frozen
+from .._programs.values import Constant, Var, frozen
 from .._spaces.nested import map_leaves
 from .._text.labels import beside
 from .._torch.names import OpOverload
@@ -79,27 +79,29 @@ class Dependence:
         The operations whose results depend on more than their arguments do.
     looked_at
         What was read of constants, by their origins.
+    here_only
+        Whether the program may be another one at other points of the structure.
     """
 
     rows: Rows
     steps: list[Step]
     looked_at: dict[Origin, tuple[Look, torch.Tensor]]
+    here_only: bool
 
     @property
     def exact(self) -> bool:
         """Whether nothing was guessed."""
         return not any(step.guessed for step in self.steps)
 
-    def holds(self, program: BoundProgram) -> bool:
-        """Whether what was read is the same in the program of another point."""
-        if not self.looked_at:
-            return True
-        constants = program.program.constants
-        there = dict(zip((c.origin for c in constants), program.residuals(), strict=True))
-        return all(
-            o in there and torch.equal(look(there[o].tensor.detach()), seen)
-            for o, (look, seen) in self.looked_at.items()
-        )
+    def holds(self, read: Callable[[Origin], torch.Tensor]) -> bool:
+        """Whether it is the one of another point too, of which constants can be read."""
+        try:
+            return not self.here_only and all(
+                torch.equal(look(read(o).detach()), seen)
+                for o, (look, seen) in self.looked_at.items()
+            )
+        except LookupError:  # recorded anew
+            return False
 
 
 def _numbers(t: torch.Tensor) -> torch.Tensor:
@@ -111,7 +113,8 @@ def _not_zero(t: torch.Tensor) -> torch.Tensor:
 
 
 def _stored(t: torch.Tensor) -> torch.Tensor:
-    return t.to_sparse_coo().coalesce().indices()
+    found: torch.Tensor = t.to_sparse_coo().coalesce().indices()
+    return found
 
 
 class _Reader:
@@ -170,10 +173,12 @@ class _Reader:
         variables = eq.inputs()
 
         def kind(x: Any) -> Any:
+            if isinstance(x, Var):
+                return variables.index(x), x.spec
             if isinstance(x, Constant) and (positions or not x.spec.differentiable):
                 self.read_numbers(x)
                 return x
-            return (variables.index(x) if isinstance(x, Var) else "", x.spec) if isinstance(x, Value) else x
+            return ("any", x.spec) if isinstance(x, Constant) else x
 
         key = frozen(eq.op, map_leaves(kind, eq.args), map_leaves(kind, eq.kwargs))
         if key not in self._tried:
@@ -269,7 +274,7 @@ def dependence(program: BoundProgram) -> Dependence:
     ]
     empty = sp.csr_array((0, reader.width), dtype=bool)
     rows = sp.vstack([*blocks, empty], format="csr").astype(bool)
-    return Dependence(rows, reader.steps, reader.looked_at)
+    return Dependence(rows, reader.steps, reader.looked_at, bool(program.program.fixed))
 
 
 #: What puts the entries of one argument in the place of some of another's.
@@ -427,7 +432,10 @@ def _scatter(reader: _Reader, eq: Equation) -> list[Rows] | None:
     places = reader.read_numbers(index).cpu()
     name, numbers = schema_of(eq.op).name, _index(out.spec.shape)
     whole = name.startswith("index")
-    target = numbers.index_select(dim, places.reshape(-1)) if whole else numbers.gather(dim, places)
+    if whole:
+        target = numbers.index_select(dim, places.reshape(-1))
+    else:
+        target = numbers.gather(dim, places)
     replaced = None if name.endswith("_add") else target
     total = _kept(reader, base, replaced, out.spec.numel)
     if isinstance(source, Var):

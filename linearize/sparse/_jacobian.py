@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -174,15 +175,24 @@ def explain(
     for text, price in compared:
         chosen = "  <- taken" if text == str(way) else ""
         lines.append(f"  {text}, price {price / max(least, 1e-300):.2f}{chosen}")
-    for step in (s for s in known.steps if s.guessed):
-        lines.append(
-            f"  counted as full: {step.name}, where each entry depends on {step.after} "
-            "(linearize.sparse.declare gives a custom Function its pattern)"
-        )
+    return "\n".join([*lines, *_filling(known)])
+
+
+#: How many operations are named that fill a pattern without being unknown.
+_NAMED = 5
+
+
+def _filling(known: Pattern) -> Iterator[str]:
+    """Tell which operations make a pattern what it is."""
+    for step in known.steps:
+        if step.guessed:
+            yield (
+                f"  counted as full: {step.name}, where each entry depends on {step.after} "
+                "(linearize.sparse.declare gives a custom Function its pattern)"
+            )
     filling = [s for s in known.steps if not s.guessed]
-    for step in sorted(filling, key=lambda s: s.before - s.after)[:5]:
-        lines.append(f"  filled by {step.name}: from {step.before} to {step.after} for an entry")
-    return "\n".join(lines)
+    for step in sorted(filling, key=lambda s: s.before - s.after)[:_NAMED]:
+        yield f"  filled by {step.name}: from {step.before} to {step.after} for an entry"
 
 
 def _operator(of: Any) -> Any:
@@ -206,8 +216,8 @@ def _chosen(
         direction = "forward"
     if mixed and direction != "forward":
         raise UnsupportedError(
-            "a sparse Jacobian: the adjoint of a map from real to complex numbers keeps real parts "
-            'only; use direction="forward"'
+            "a sparse Jacobian: the adjoint of a map from real to complex numbers keeps real "
+            'parts only; use direction="forward"'
         )
     way, compared = known.way(direction, symmetric=mirrored)
     return known, way, compared

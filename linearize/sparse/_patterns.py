@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
+from .._execute.binding import BoundProgram
 from .._points.jacobian import Gram, Jacobian
 from .._points.product import Product
 from .._programs.price import price
+from .._transpose.missing import resolve
 from ..curvature import Curvature
-from ..errors import LinearizeError, StructureError
+from ..errors import LinearizeError, MissingDerivativeError, StructureError
 from ._coloring import places
 from ._declared import times_declared
 from ._dependence import Dependence, Step, TooDenseError, dependence
@@ -75,11 +78,19 @@ class Pattern:
             self._places[device] = row, column
         return self._places[device]
 
+    def learn(self, other: Pattern) -> None:
+        """Take over the ways to another pattern, if that has the same entries."""
+        if _same(self.entries, other.entries):
+            self._ways = other._ways
+
+    @property
+    def is_recent(self) -> bool:
+        """Whether nothing was declared since."""
+        return self._declared == times_declared()
+
     def holds(self, products: tuple[Product, ...]) -> bool:
         """Whether what was looked at is the same at another point of the structure."""
-        return self._declared == times_declared() and all(
-            not read.looked_at or read.holds(products[i].program) for i, read in self._reads
-        )
+        return self.is_recent and all(read.holds(products[i]._read) for i, read in self._reads)
 
 
 def pattern_of(A: Any) -> Pattern:
@@ -101,27 +112,35 @@ def pattern_of(A: Any) -> Pattern:
         total = sp.csr_array(A.shape, dtype=bool)
         steps: list[Step] = []
         for chain in A._chains():
-            for k, product in enumerate(chain):
+            rows: Any = None
+            for product in chain:
                 one = _found(product)
                 if one is None:
                     return Pattern(np.ones(A.shape, dtype=bool))
-                rows = one.rows if k == 0 else (one.rows @ rows).astype(bool)
+                rows = one.rows if rows is None else (one.rows @ rows).astype(bool)
                 steps += one.steps
             total = total + rows
         return Pattern(total, steps)
     raise StructureError(
-        "pattern: expected a linearization, its Jacobian, the gram operator of that or a curvature "
-        f"operator, got {type(A).__name__}"
+        "pattern: expected a linearization, its Jacobian, the gram operator of that or an "
+        f"operator of linearize.curvature, got {type(A).__name__}"
     )
 
 
 def _of_jacobian(J: Jacobian) -> Pattern:
     """Find the pattern, unless another point of the same structure knows it."""
     products = J._products
-    known: Pattern | None = products[1]._notes().get(_NOTE)
+    here = products[1]._own_notes
+    known: Pattern | None = here.get(_NOTE)
+    if known is not None and known.is_recent:
+        return known
+    known = products[1]._notes().get(_NOTE)
     if known is None or not known.holds(products):
-        known = _from_programs(J)
-        products[1]._notes()[_NOTE] = known  # only now the structure need be known
+        found = _from_programs(J)
+        if known is not None:
+            found.learn(known)
+        known = products[1]._notes()[_NOTE] = found  # only now the structure need be known
+    here[_NOTE] = known
     return known
 
 
@@ -152,17 +171,30 @@ def _from_programs(J: Jacobian) -> Pattern:
 def _found(product: Product) -> Dependence | None:
     """Return what a product's program tells; None if it would be too large, or there is none."""
     try:
-        return dependence(product.program)
+        program = product.program
+        return dependence(_resolved(program) or program)
     except (TooDenseError, LinearizeError):
         return None
 
 
-def _price(product: Product) -> float:
-    """Return what a product costs; infinite if it cannot be had."""
+def _resolved(program: BoundProgram) -> BoundProgram | None:
+    """Return a program with methods turned around where their authors gave the other one only.
+
+    None if that cannot be done but by a matrix.
+    """
     try:
-        return max(price(product.program.program), 1.0)
+        return program.made(resolve, materialize=False, limit=0)
+    except MissingDerivativeError:
+        return None
+
+
+def _price(product: Product) -> float:
+    """Return what a product costs; infinite if it cannot be had, or but by a matrix."""
+    try:
+        resolved = _resolved(product.program)
     except LinearizeError:
-        return float("inf")
+        resolved = None
+    return math.inf if resolved is None else max(price(resolved.program), 1.0)
 
 
 def given(entries: Any) -> Pattern:

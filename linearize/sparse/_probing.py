@@ -197,7 +197,9 @@ def _block(trial: _Trial, v: Var, k: int, limit: int) -> Any:
 
     if 1 < len(ins) == len(outs):
         # Most kernels do the same at each place of a dimension, whatever the other dimensions.
-        factors = [_refined(_along(trial, v, k, d), outs[d], ins[d], limit) for d in range(len(ins))]
+        factors = [
+            _refined(_along(trial, v, k, d), outs[d], ins[d], limit) for d in range(len(ins))
+        ]
         if math.prod(f.nnz for f in factors) <= limit:
             whole = functools.reduce(lambda a, b: sp.kron(a, b, format="csr"), factors)
             if _is_exact(flat, whole.tocsc()):
@@ -221,7 +223,7 @@ def _along(trial: _Trial, v: Var, k: int, d: int) -> Call:
 
 def _is_exact(call: Call, columns: Any) -> bool:
     """Whether some columns of a relation, which holds at least all entries, hold no others."""
-    height, width = columns.shape
+    width = columns.shape[1]
     for j in np.random.default_rng(2).integers(0, width, size=_LOOKS) if width else ():
         chosen = np.zeros(width, dtype=bool)
         chosen[j] = True

@@ -1,7 +1,8 @@
 """The ways to have a sparse matrix from products, and which of them is the cheapest.
 
-Products with J give columns, products with Jᵀ rows, both together what dense rows and dense columns
-would spoil for either. A symmetric matrix takes fewer: each entry also stands in the mirror.
+Products with J give columns, products with Jᵀ rows, both together what dense rows and dense
+columns would spoil for either. A symmetric matrix takes fewer: each entry also stands in the
+mirror.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Way:
         The entries, in CSR format with sorted indices.
     columns, rows
         Colours; columns of one colour are summed up by one product with J, rows by one with Jᴴ.
+        Those of a symmetric matrix are either.
 
     Attributes
     ----------
@@ -62,13 +64,13 @@ class Way:
 
     def __init__(self, name: str, pattern: Any, columns: Colors, rows: Colors) -> None:
         self.name, self.columns, self.rows = name, columns, rows
-        height, width = pattern.shape
+        self.forward, self.reverse = count(columns), count(rows)
         row, column = places(pattern)
         if name == "symmetric":
-            self.forward, self.reverse = count(columns), 0
-            own = _alone(columns, column, row)
-            straight = columns[column] * height + row
-            mirror = columns[row] * height + column
+            colors, size = (columns if self.forward else rows), len(columns)
+            own = _alone(colors, column, row)
+            straight = colors[column] * size + row
+            mirror = colors[row] * size + column
             self.take, self.conjugated = np.where(own, straight, mirror), ~own
         else:
             self._take_from_both(pattern.shape, row, column)
@@ -116,7 +118,6 @@ class Way:
         self, shape: tuple[int, int], row: NDArray[np.int64], column: NDArray[np.int64]
     ) -> None:
         height, width = shape
-        self.forward, self.reverse = count(self.columns), count(self.rows)
         by_row = np.zeros(len(row), dtype=bool)
         if self.reverse:
             by_row = self.rows[row] >= 0
@@ -171,17 +172,19 @@ def ways(
         way = Way(name, pattern, columns, rows)
         found.append((prices.of(columns, rows), way))
 
-    if direction in ("auto", "forward") and prices.forward < np.inf:
+    auto = direction == "auto"
+    if direction == "forward" or (auto and (prices.forward < np.inf or prices.reverse == np.inf)):
         add("forward", grouped(pattern), none[1])
-    if direction in ("auto", "reverse") and prices.reverse < np.inf:
+    if direction == "reverse" or (auto and prices.reverse < np.inf):
         add("reverse", none[0], grouped(pattern.T.tocsr()))
-    if direction == "both" or (direction == "auto" and max(prices.forward, prices.reverse) < np.inf):
+    if direction == "both" or (auto and max(prices.forward, prices.reverse) < np.inf):
         enough = min((price for price, _ in found), default=np.inf)
         for rows, columns in _splits(pattern, prices, enough):
             add("both", *split_by(pattern, rows, columns))
-    if direction == "symmetric" or (direction == "auto" and symmetric):
-        mirrored = (pattern + pattern.T).tocsr()
-        add("symmetric", star(mirrored), none[1])
+    if direction == "symmetric" or (auto and symmetric):
+        colors = star((pattern + pattern.T).tocsr())
+        ahead = prices.forward <= prices.reverse
+        add("symmetric", *((colors, none[1]) if ahead else (none[0], colors)))
     best = min(found, key=lambda f: f[0])[1]
     return best, [(str(way), price) for price, way in found]
 
