@@ -70,12 +70,14 @@ def _results(
         chunk = max(1, memory_budget(A.device) // pattern.bytes_each)
     else:
         chunk = chunk_size or count
-    starts = range(0, count, chunk)
-    images = [
-        join(theirs, A._several(split(ours, seeds[k : k + chunk]), adjoint=adjoint), stacked=True)
-        for k in progress(starts, len(starts), "sparse Jacobian")
-    ]
-    return images[0] if len(images) == 1 else torch.cat(images)
+
+    def images(some: torch.Tensor) -> torch.Tensor:
+        return join(theirs, A._several(split(ours, some), adjoint=adjoint), stacked=True)
+
+    if chunk >= count:
+        return images(seeds)
+    pieces = seeds.split(chunk)
+    return torch.cat([images(s) for s in progress(pieces, len(pieces), "sparse Jacobian")])
 
 
 class _Side:

@@ -172,8 +172,11 @@ def _found(product: Product) -> Dependence | None:
     """Return what a product's program tells; None if it would be too large, or there is none."""
     try:
         program = product.program
+    except LinearizeError:
+        return None
+    try:
         return dependence(_resolved(program) or program)
-    except (TooDenseError, LinearizeError):
+    except TooDenseError:
         return None
 
 
