@@ -135,8 +135,12 @@ class Way:
 
     def __str__(self) -> str:
         if self.name == "both":
-            return f"both: {self.forward} products forward and {self.reverse} in reverse"
-        return f"{self.name}: {self.products} product{'s' if self.products != 1 else ''}"
+            return f"both: {_counted(self.forward)} forward and {self.reverse} in reverse"
+        return f"{self.name}: {_counted(self.products)}"
+
+
+def _counted(products: int) -> str:
+    return "1 product" if products == 1 else f"{products} products"
 
 
 def _alone(
@@ -186,7 +190,7 @@ def ways(
         ahead = prices.forward <= prices.reverse
         add("symmetric", *((colors, none[1]) if ahead else (none[0], colors)))
     best = min(found, key=lambda f: f[0])[1]
-    return best, [(str(way), price) for price, way in found]
+    return best, list({str(way): price for price, way in found}.items())
 
 
 def _none(size: int) -> Colors:
