@@ -17,7 +17,7 @@ from .._forms.dense import Dense
 from .._forms.plan import Plan
 from .._forms.succession import Learned, Left, Succession
 from .._programs.numbers import Pool
-from .._programs.origins import Origin, Saved
+from .._programs.origins import Origin
 from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
 from .._reuse.template import Template
@@ -131,8 +131,7 @@ class Planned:
         LookupError
             If it is none of the program's.
         """
-        source = self._source
-        t = source.saved(origin) if source is not None and isinstance(origin, Saved) else None
+        t = None if self._source is None else self._source.value(origin)
         if t is not None:
             return t
         program = self.program

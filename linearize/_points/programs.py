@@ -22,6 +22,7 @@ from .._capture.signature import signature
 from .._check.proof import Proof
 from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
+from .._execute.schedule import Schedule
 from .._forms.dense import Dense
 from .._forms.plan import CompiledForms
 from .._forms.succession import Learned, Left
@@ -335,10 +336,13 @@ class PointPrograms:
             self._search()
             return None if self._structure is None else self._structure.notes
 
-    def saved(self, origin: Saved) -> torch.Tensor | None:
-        """Return what the graph of this point saved, as long as there is one."""
-        with self.lock:
-            return None if self._graph is None else self._saved(origin).tensor
+    def value(self, origin: Origin) -> torch.Tensor | None:
+        """Return what a constant is at this point, None if that cannot be computed any more."""
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            if self._graph is None or not origin.portable:
+                return None
+            schedule = Schedule([origin])
+            return schedule([self._saved(o).tensor for o in schedule.saved])[0]
 
     def dense(self, limit: int) -> Dense | None:
         """Return what stands ready to become the matrix of both products."""

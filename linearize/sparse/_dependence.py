@@ -169,16 +169,14 @@ class _Reader:
 
     def _try(self, eq: Equation) -> Rows | None:
         """Try an operation out, once for all that are alike."""
-        positions = _probing.reads_positions(eq)
-        variables = eq.inputs()
+        variables, kept = eq.inputs(), _probing.kept(eq)
+        for c in kept:
+            self.read_numbers(c)
 
         def kind(x: Any) -> Any:
             if isinstance(x, Var):
                 return variables.index(x), x.spec
-            if isinstance(x, Constant) and (positions or not x.spec.differentiable):
-                self.read_numbers(x)
-                return x
-            return ("any", x.spec) if isinstance(x, Constant) else x
+            return ("any", x.spec) if isinstance(x, Constant) and x not in kept else x
 
         key = frozen(eq.op, map_leaves(kind, eq.args), map_leaves(kind, eq.kwargs))
         if key not in self._tried:

@@ -82,9 +82,14 @@ def tried(eq: Equation) -> bool:
     return name in _TRIED or name.startswith(_TRIED_KINDS)
 
 
-def reads_positions(eq: Equation) -> bool:
-    """Whether floating point constants say where an operation reads."""
-    return schema_of(eq.op).name.startswith(_POSITIONED)
+def kept(eq: Equation) -> list[Constant]:
+    """Return the constants whose numbers say what an operation reads."""
+    found = [c for c in eq.constants() if not c.spec.differentiable]
+    name = schema_of(eq.op).name
+    if name.startswith(_POSITIONED):
+        grid = eq.args[2 if name.endswith("_backward") else 1]
+        found += [grid] if isinstance(grid, Constant) else []
+    return found
 
 
 def relation(eq: Equation, numbers: Numbers, limit: int) -> Any:
@@ -139,10 +144,10 @@ class _Trial:
         self.variables = list(dict.fromkeys(eq.inputs()))
         self._natural = natural
         self._generator = torch.Generator().manual_seed(77)
-        keep = reads_positions(eq)
+        fixed = kept(eq)
         self._values: dict[Any, torch.Tensor] = {}
         for c in dict.fromkeys(eq.constants()):
-            self._values[c] = self._constant(c, numbers[c], keep=keep)
+            self._values[c] = self._constant(c, numbers[c], keep=c in fixed)
         self._random = {v: self._numbers(self._spec(v.spec)) for v in self.variables}
         for v, t in self._random.items():
             self._values[v] = torch.zeros_like(t)
@@ -158,8 +163,7 @@ class _Trial:
 
     def _constant(self, c: Constant, own: torch.Tensor, *, keep: bool) -> torch.Tensor:
         spec = self._spec(c.spec)
-        varies = own.is_floating_point() or own.is_complex()
-        if not varies or keep or own.layout != torch.strided:
+        if keep or own.layout != torch.strided:
             return own.to(device=spec.device, dtype=spec.dtype)
         return self._numbers(spec)
 
