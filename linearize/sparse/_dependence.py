@@ -158,14 +158,16 @@ class _Reader:
 
     def _found(self, eq: Equation) -> list[Rows] | None:
         if not isinstance(eq.op, OpOverload):
-            return self._linked(eq, _declared.relation(eq))
-        if eq.op.namespace != "aten":
+            declared = _declared.relation(eq)
+            if declared is not None:
+                return self._linked(eq, declared)
+        elif eq.op.namespace != "aten":
             return None
-        rule = _rule(eq.op)
-        results = rule(self, eq) if rule is not None else None
-        if results is None and _probing.tried(eq):
-            results = self._linked(eq, self._try(eq))
-        return results
+        elif (rule := _rule(eq.op)) is not None:
+            results = rule(self, eq)
+            if results is not None:
+                return results
+        return self._linked(eq, self._try(eq)) if _probing.tried(eq) else None
 
     def _try(self, eq: Equation) -> Rows | None:
         """Try an operation out, once for all that are alike."""
@@ -438,7 +440,9 @@ def _scatter(reader: _Reader, eq: Equation) -> list[Rows] | None:
     total = _kept(reader, base, replaced, out.spec.numel)
     if isinstance(source, Var):
         rows = reader.rows[source]
-        if not whole:
+        if name == "index_fill":
+            rows = reader.taken(rows, np.zeros(target.numel(), dtype=np.int64))
+        elif not whole:
             read = tuple(slice(0, n) for n in places.shape)
             rows = reader.taken(rows, _index(source.spec.shape)[read].numpy())
         total = total + _gathered(reader, rows, target, out.spec.numel)
@@ -495,6 +499,7 @@ _RULES: dict[str, Rule] = {
     "scatter_add": _scatter,
     "index_add": _scatter,
     "index_copy": _scatter,
+    "index_fill": _scatter,
     "view_as_real": _as_parts,
     "view_as_complex": _of_parts,
     "as_strided": _strided,

@@ -27,8 +27,10 @@ from .._programs.aten import schema_of
 from .._programs.numbers import Numbers
 from .._programs.program import Equation
 from .._programs.values import Constant, Var
+from .._record.node_formulas import Differential
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
+from .._torch.names import OpOverload
 from ._coloring import grouped
 
 #: Operations whose floating point constants do not decide which results are zero, by name.
@@ -76,6 +78,8 @@ _LOOKS = 3
 
 def tried(eq: Equation) -> bool:
     """Whether the structure of an operation is found by trying it."""
+    if not isinstance(eq.op, OpOverload):
+        return isinstance(eq.op, Differential)
     name = schema_of(eq.op).name
     if name == "_cdist_backward" and eq.args[3] == math.inf:
         return False  # it looks for where the maximum is taken
@@ -85,7 +89,7 @@ def tried(eq: Equation) -> bool:
 def kept(eq: Equation) -> list[Constant]:
     """Return the constants whose numbers say what an operation reads."""
     found = [c for c in eq.constants() if not c.spec.differentiable]
-    name = schema_of(eq.op).name
+    name = eq.kind
     if name.startswith(_POSITIONED):
         grid = eq.args[2 if name.endswith("_backward") else 1]
         found += [grid] if isinstance(grid, Constant) else []

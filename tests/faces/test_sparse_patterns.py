@@ -84,6 +84,8 @@ EXACT = {
     "group_norm": (24, lambda x: F.group_norm(x.view(2, 4, 3), 2)),
     "softmax": (12, lambda x: x.view(4, 3).softmax(1)),
     "cumsum": (12, lambda x: (x.view(4, 3) ** 2).cumsum(1)),
+    "logcumsumexp": (12, lambda x: x.view(4, 3).logcumsumexp(1)),
+    "trace": (16, lambda x: torch.stack([x.view(4, 4).trace() ** 2, x[1].exp()])),
     "cdist": (12, lambda x: torch.cdist(x.view(4, 3), rand(2, 3))),
     "attention": (
         24,
@@ -108,6 +110,7 @@ BATCHED = {
         36 * 9,
     ),
     "inverse": (36, lambda x: torch.linalg.inv(SPD + x.view(4, 3, 3)), 36 * 9),
+    "matrix_exp": (36, lambda x: torch.linalg.matrix_exp(x.view(4, 3, 3)), 36 * 9),
     "det": (36, lambda x: torch.linalg.det(SPD + x.view(4, 3, 3)), 36),
     "irfft": (24, lambda x: torch.fft.irfft(torch.fft.rfft(x.view(4, 6)) ** 2), 24 * 6),
     "eigvalsh": (36, lambda x: torch.linalg.eigvalsh(x.view(4, 3, 3) + SPD), 12 * 9),
