@@ -18,7 +18,8 @@ from ..curvature import Curvature
 from ..errors import LinearizeError, MissingDerivativeError, StructureError
 from ._coloring import places
 from ._declared import times_declared
-from ._dependence import Dependence, Step, TooDenseError, dependence
+from ._dependence import Dependence, Step, dependence
+from ._reading import TooDenseError
 from ._ways import Direction, Prices, Way, ways
 
 
