@@ -55,7 +55,9 @@ def _parts(J: lz.operators.LinearOperator) -> tuple[np.ndarray, np.ndarray]:
         sizes = [leaf.numel for leaf in space.tensors]
         widths = np.repeat([1 + leaf.dtype.is_complex for leaf in space.tensors], sizes)
         found = np.repeat(found, widths, axis)
-    return found, J.as_real().materialize().ne(0).numpy(force=True)
+    matrix = J.as_real().materialize().numpy(force=True)
+    # A factor that is not finite makes NaN of the zeros of unit vectors.
+    return found, np.isfinite(matrix) & (matrix != 0)
 
 
 def main(args: list[str]) -> int:
