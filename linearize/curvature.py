@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -148,6 +148,11 @@ class Curvature(SelfAdjoint):
         """Bytes that are kept for the products, without the parameters' own."""
         kept = (t for b in self._batches if b.kept for p in b.kept.products for t in p._kept())
         return total_bytes(kept, excluding=self._own)
+
+    def _chains(self) -> Iterator[tuple[Product, ...]]:
+        """Yield for each batch the products that are applied one after another."""
+        for batch in self._batches:
+            yield batch.point().products
 
     def _summed(self, parts: Parts, *, stacked: bool) -> Parts:
         total: Parts | None = None

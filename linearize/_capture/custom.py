@@ -112,6 +112,17 @@ class CustomNode:
             )
 
     @property
+    def arguments(self) -> list[tuple[int, TensorSpec]]:
+        """The arguments of `forward` that can be differentiated, by their positions.
+
+        Those that required grad, where no more was seen.
+        """
+        seen = self._record.inputs
+        if seen is None:
+            return list(zip(self.positions, self.inputs, strict=True))
+        return [(i, s) for i, s in enumerate(seen) if s is not None and s.differentiable]
+
+    @property
     def registered_jvp(self) -> Callable[..., Any] | None:
         """The jvp registered for a `torch.library` operator."""
         return registered_jvp(self.cls)

@@ -297,7 +297,9 @@ def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
     tensors, _ = saved_names(type(node))
     try:
         return [
-            (t, Saved(place, name, i)) for name, i, t in _saved(node, tensors) if t is not None
+            (t, Saved(place, name, i, ready=not t.requires_grad))
+            for name, i, t in _saved(node, tensors)
+            if t is not None
         ]
     except (HiddenError, RuntimeError):
         return []

@@ -17,7 +17,8 @@ class ByEngine:
     """Applies the pullback of a graph by PyTorch's engine, to the first few cotangents.
 
     It does so where it does what a program would do: there are no custom Functions, whose methods
-    are called under guards, no compiled pieces, no hooks, which it would run, and no modes that change operations.
+    are called under guards, no compiled pieces, no hooks, which it would run, and no modes that
+    change operations.
 
     Parameters
     ----------

@@ -66,7 +66,7 @@ class Jacobian(LinearOperator):
 
     def gram(self) -> LinearOperator:
         """Return Jᴴ·J. Both maps are one program, simplified together."""
-        return _Gram(self)
+        return Gram(self)
 
     def materialize(
         self,
@@ -99,8 +99,14 @@ class Jacobian(LinearOperator):
         return join(self.in_space, run(vjp_fn, ones, stacked=False)).conj().resolve_conj()
 
 
-class _Gram(SelfAdjoint):
-    """Jᴴ·J as one program."""
+class Gram(SelfAdjoint):
+    """Jᴴ·J as one program: what `gram()` of a Jacobian returns.
+
+    Parameters
+    ----------
+    of
+        The Jacobian.
+    """
 
     def __init__(self, of: Jacobian) -> None:
         jvp_fn, vjp_fn = of._products
@@ -141,7 +147,7 @@ class _Gram(SelfAdjoint):
             M = self._of._written.matrix()
             if M is not None and M.dtype == self.dtype:
                 return M.mH @ M
-            whole = super(_Gram, self).materialize(chunk_size=chunk_size, direction=direction)
+            whole = super(Gram, self).materialize(chunk_size=chunk_size, direction=direction)
             return whole
 
         return self._written.once(direction, made)

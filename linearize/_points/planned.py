@@ -17,6 +17,7 @@ from .._forms.dense import Dense
 from .._forms.plan import Plan
 from .._forms.succession import Learned, Left, Succession
 from .._programs.numbers import Pool
+from .._programs.origins import Origin
 from .._programs.program import Program
 from .._programs.residuals import Residual
 from .._reuse.template import Template
@@ -78,6 +79,8 @@ class Planned:
         self._shortened = False
         #: Matrices that were written out at this point, by what they are of.
         self._matrices: dict[str, torch.Tensor] = {}
+        #: What others found out about this point.
+        self._own_notes: dict[str, Any] = {}
         #: Checks the product before its first use.
         self._first: Callable[[], None] | None = None
         lifetime.register(self)
@@ -116,11 +119,33 @@ class Planned:
                 "close()); linearize anew with at(...)"
             )
 
+    def _notes(self) -> dict[str, Any]:
+        """Return what is known of all points of this structure, to be added to."""
+        notes = None if self._source is None else self._source.notes()
+        return self._own_notes if notes is None else notes
+
+    def _read(self, origin: Origin) -> torch.Tensor:
+        """Return what a constant of the program is at this point.
+
+        Raises
+        ------
+        LookupError
+            If it is none of the program's.
+        """
+        t = None if self._source is None else self._source.value(origin)
+        if t is not None:
+            return t
+        program = self.program
+        for c, r in zip(program.program.constants, program.residuals(), strict=True):
+            if c.origin is origin:
+                return r.tensor
+        raise LookupError
+
     def _release(self) -> None:
         with self._lock:
             self._make = self._program = self._turned = self._source = self._first = None
             self._short = None
-            self._plans, self._matrices = {}, {}
+            self._plans, self._matrices, self._own_notes = {}, {}, {}
 
     def _plan(self, present: tuple[bool, ...]) -> Plan:
         """Return what runs the program for arguments of which some are zero."""

@@ -124,7 +124,12 @@ MULTIPLYING = frozenset(
     "huber_loss_backward".split()
 )
 #: Pointwise without the tag too, in one argument or several.
-JOINED_BY_ENTRY = frozenset("real imag _conj _neg_view where rsub mse_loss_backward".split())
+JOINED_BY_ENTRY = frozenset(
+    (
+        "real imag _conj _neg_view where rsub mse_loss_backward smooth_l1_loss_backward "
+        "huber_loss_backward"
+    ).split()
+)
 _UNREPEATABLE = frozenset(
     {
         torch.Tag.nondeterministic_seeded,

@@ -88,13 +88,17 @@ class Saved(Origin):
         The attribute of the node.
     position
         The place in the attribute, if that is a list; else None.
+    ready
+        Whether f found it ready, as far as is known: nothing was differentiated on the way to it.
     """
 
-    __slots__ = ("name", "node", "position")
+    __slots__ = ("name", "node", "position", "ready")
 
-    def __init__(self, node: int, name: str, position: int | None = None) -> None:
+    def __init__(
+        self, node: int, name: str, position: int | None = None, *, ready: bool = False
+    ) -> None:
         super().__init__(None)
-        self.node, self.name, self.position = node, name, position
+        self.node, self.name, self.position, self.ready = node, name, position, ready
         self.static = False
 
     @property

@@ -287,7 +287,6 @@ class Walk:
         self, node: Any, known: NodeProgram, received: dict[int, Gradient]
     ) -> list[Gradient | None]:
         """Write down what is known of nodes of this kind."""
-
         saved: dict[str, Any] = {}
 
         def read(origin: Saved) -> torch.Tensor:
@@ -302,7 +301,7 @@ class Walk:
         place = self.graph.places[node]
 
         def move(origin: Saved) -> Origin:
-            return Saved(place, origin.name, origin.position)
+            return Saved(place, origin.name, origin.position, ready=origin.ready)
 
         return known.write(self.emitter, inputs, read, move, self.recording.constant)
 

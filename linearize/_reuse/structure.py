@@ -26,7 +26,13 @@ _PROVED_LOCK = threading.Lock()
 
 
 class Structure:
-    """What is known of all points with one signature."""
+    """What is known of all points with one signature.
+
+    Attributes
+    ----------
+    notes
+        What others found out about it, under names of their own.
+    """
 
     def __init__(self, of: tuple[Any, ...]) -> None:
         self.signature = of
@@ -35,6 +41,7 @@ class Structure:
         self._lock = threading.Lock()
         self._templates: dict[Key, list[Template]] = {}
         self._learned: dict[Key, Learned] = {}
+        self.notes: dict[str, Any] = {}
         try:
             self._hash: int | None = hash(of)
         except TypeError:

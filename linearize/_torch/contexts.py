@@ -15,8 +15,8 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from .modes import NOTHING
 from .aot import is_piece
+from .modes import NOTHING
 
 
 class _Eager:

@@ -127,13 +127,20 @@ class Flattened:
 class Matrices:
     """Hands out the matrix of an operator in the form that was asked for.
 
-    The pattern of a sparse one is found at the first point.
+    Parameters
+    ----------
+    kind
+        That form.
+    option
+        By which argument it was asked for.
+    symmetric
+        Whether the matrices are Hessians.
     """
 
-    def __init__(self, kind: str, option: str) -> None:
+    def __init__(self, kind: str, option: str, *, symmetric: bool = False) -> None:
         if kind not in KINDS:
             raise OptionError(f'{option} must be "dense", "operator" or "sparse", got {kind!r}')
-        self._kind = kind
+        self._kind, self._symmetric = kind, symmetric
         self._pattern: Any = None
 
     def of(self, J: Jacobian) -> Any:
@@ -143,12 +150,16 @@ class Matrices:
             return aslinearoperator(A)
         if self._kind == "dense":
             return array(A.materialize())
+        if A is J:
+            return _matrix(sparse.jacobian(J, symmetric=self._symmetric, layout="scipy"))
         if self._pattern is None:
             self._pattern = _in_parts(sparse.pattern(J), J)
-        t = sparse.jacobian(A, pattern=self._pattern)
-        return scipy.sparse.csr_matrix(
-            (array(t.values()), t.indices().cpu().numpy()), shape=A.shape
-        )
+        return _matrix(sparse.jacobian(A, pattern=self._pattern, layout="scipy"))
+
+
+def _matrix(found: Any) -> Any:
+    """Return a sparse array as one of SciPy's older matrices, which all of its solvers take."""
+    return scipy.sparse.csr_matrix(found)
 
 
 def _in_parts(pattern: Any, J: Jacobian) -> Any:

@@ -64,7 +64,8 @@ class VectorFunction(Flattened):
         jac: Kind = "dense",
         maxsize: int = 8,
     ) -> None:
-        self._jacobians, self._hessians = Matrices(jac, "jac"), Matrices(jac, "jac")
+        self._jacobians = Matrices(jac, "jac")
+        self._hessians = Matrices(jac, "jac", symmetric=True)
         super().__init__(f, x0, maxsize, has_aux=False)
         self._name = _name(f)
 
@@ -190,7 +191,7 @@ class ScalarFunction(Flattened):
         hess: Kind = "operator",
         maxsize: int = 8,
     ) -> None:
-        self._hessians = Matrices(hess, "hess")
+        self._hessians = Matrices(hess, "hess", symmetric=True)
         super().__init__(gradient_and_value(f), x0, maxsize, has_aux=True)
         self._name = _name(f)
         self._first_order: FirstOrder | None = FirstOrder(f, maxsize, self.unravel, self._of_parts)

@@ -14,9 +14,10 @@ torch.Size([998, 1000])
 Needs SciPy.
 """
 
-from ._jacobian import coloring, jacobian, pattern
+from ._declared import declare
+from ._jacobian import coloring, explain, jacobian, pattern
 
-__all__ = ["coloring", "jacobian", "pattern"]
+__all__ = ["coloring", "declare", "explain", "jacobian", "pattern"]
 
 
 def __dir__() -> list[str]:

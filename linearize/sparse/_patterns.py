@@ -1,0 +1,223 @@
+"""Patterns of operators, found from their programs, once for all points of one structure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from .._execute.binding import BoundProgram
+from .._points.jacobian import Gram, Jacobian
+from .._points.product import Product
+from .._programs.price import price
+from .._transpose.missing import resolve
+from ..curvature import Curvature
+from ..errors import LinearizeError, MissingDerivativeError, StructureError
+from ._coloring import places
+from ._declared import times_declared
+from ._dependence import Dependence, Step, dependence
+from ._reading import TooDenseError
+from ._ways import Direction, Prices, Way, ways
+
+
+class Pattern:
+    """Where a matrix may have entries, with the ways to have it.
+
+    Parameters
+    ----------
+    entries
+        In CSR format.
+    steps
+        The operations that fill it.
+    prices
+        Of products.
+    reads
+        What was looked at to find it, by products.
+
+    Attributes
+    ----------
+    checked
+        Whether products were seen to have no other entries.
+    """
+
+    def __init__(
+        self,
+        entries: Any,
+        steps: list[Step] | None = None,
+        prices: Prices | None = None,
+        reads: list[tuple[int, Dependence]] | None = None,
+    ) -> None:
+        found = sp.csr_array(entries, dtype=bool)
+        found.sum_duplicates()
+        found.sort_indices()
+        self.entries = found
+        self.steps = steps or []
+        self.prices = prices or Prices()
+        self.checked = False
+        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._reads = reads or []
+        self._declared = times_declared()
+        self._ways: dict[tuple[Direction, bool], tuple[Way, list[tuple[str, float]]]] = {}
+
+    def way(self, direction: Direction, *, symmetric: bool) -> tuple[Way, list[tuple[str, float]]]:
+        """Return the cheapest way to have the matrix, and what was compared, with prices."""
+        key = direction, symmetric
+        if key not in self._ways:
+            self._ways[key] = ways(self.entries, direction, self.prices, symmetric=symmetric)
+        return self._ways[key]
+
+    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return row and column of each entry as tensors."""
+        if device not in self._places:
+            row, column = (torch.from_numpy(x).to(device) for x in places(self.entries))
+            self._places[device] = row, column
+        return self._places[device]
+
+    def learn(self, other: Pattern) -> None:
+        """Take over the ways to another pattern, if that has the same entries."""
+        if _same(self.entries, other.entries):
+            self._ways = other._ways
+
+    @property
+    def is_recent(self) -> bool:
+        """Whether nothing was declared since."""
+        return self._declared == times_declared()
+
+    def holds(self, products: tuple[Product, ...]) -> bool:
+        """Whether what was looked at is the same at another point of the structure."""
+        return self.is_recent and all(read.holds(products[i]._read) for i, read in self._reads)
+
+
+def pattern_of(A: Any) -> Pattern:
+    """Return the pattern of an operator whose programs are known.
+
+    Raises
+    ------
+    StructureError
+        If it is another one.
+    """
+    if isinstance(A, Jacobian):
+        return _of_jacobian(A)
+    if isinstance(A, Gram):
+        found = _found(A._product)
+        if found is not None:
+            return Pattern(found.rows, found.steps, reads=[(0, found)])
+        return Pattern(np.ones(A.shape, dtype=bool))
+    if isinstance(A, Curvature):
+        total = sp.csr_array(A.shape, dtype=bool)
+        steps: list[Step] = []
+        for chain in A._chains():
+            rows: Any = None
+            for product in chain:
+                one = _found(product)
+                if one is None:
+                    return Pattern(np.ones(A.shape, dtype=bool))
+                rows = one.rows if rows is None else (one.rows @ rows).astype(bool)
+                steps += one.steps
+            total = total + rows
+        return Pattern(total, steps)
+    raise StructureError(
+        "pattern: expected a linearization, its Jacobian, the gram operator of that or an "
+        f"operator of linearize.curvature, got {type(A).__name__}"
+    )
+
+
+def _of_jacobian(J: Jacobian) -> Pattern:
+    """Find the pattern, unless another point of the same structure knows it."""
+    products = J._products
+    here = products[1]._own_notes
+    known: Pattern | None = here.get(_NOTE)
+    if known is not None and known.is_recent:
+        return known
+    known = products[1]._notes().get(_NOTE)
+    if known is None or not known.holds(products):
+        found = _from_programs(J)
+        if known is not None:
+            found.learn(known)
+        known = products[1]._notes()[_NOTE] = found  # only now the structure need be known
+    here[_NOTE] = known
+    return known
+
+
+#: Under which name a structure's pattern is noted.
+_NOTE = "pattern"
+
+
+def _from_programs(J: Jacobian) -> Pattern:
+    jvp_fn, vjp_fn = J._products
+    back = _found(vjp_fn)
+    entries, reads = None, []
+    steps = [] if back is None else back.steps
+    if back is not None:
+        entries, reads = back.rows.T.tocsr(), [(1, back)]
+    if back is None or not back.exact:
+        # Both directions hold all entries; what only one of them has is none.
+        straight = _found(jvp_fn)
+        if straight is not None:
+            reads.append((0, straight))
+            fewer = entries is None or straight.rows.nnz < entries.nnz
+            steps = straight.steps if fewer else steps
+            entries = straight.rows if entries is None else entries.multiply(straight.rows)
+    if entries is None:
+        entries = np.ones(J.shape, dtype=bool)
+    return Pattern(entries, steps, Prices(_price(jvp_fn), _price(vjp_fn)), reads)
+
+
+def _found(product: Product) -> Dependence | None:
+    """Return what a product's program tells; None if it would be too large, or there is none."""
+    try:
+        program = product.program
+    except LinearizeError:
+        return None
+    try:
+        return dependence(_resolved(program) or program)
+    except TooDenseError:
+        return None
+
+
+def _resolved(program: BoundProgram) -> BoundProgram | None:
+    """Return a program with methods turned around where their authors gave the other one only.
+
+    None if that cannot be done but by a matrix.
+    """
+    try:
+        return program.made(resolve, materialize=False, limit=0)
+    except MissingDerivativeError:
+        return None
+
+
+def _price(product: Product) -> float:
+    """Return what a product costs; infinite if it cannot be had, or but by a matrix."""
+    try:
+        resolved = _resolved(product.program)
+    except LinearizeError:
+        resolved = None
+    return math.inf if resolved is None else max(price(resolved.program), 1.0)
+
+
+def given(entries: Any) -> Pattern:
+    """Return a pattern that the user gives, as it was met before if it is the same."""
+    made = Pattern(entries)
+    for known in reversed(_MET):
+        if _same(known.entries, made.entries):
+            return known
+    _MET.append(made)
+    del _MET[:-_MOST_MET]
+    return made
+
+
+#: Patterns that users gave, the last ones, with their colourings.
+_MET: list[Pattern] = []
+_MOST_MET = 8
+
+
+def _same(a: Any, b: Any) -> bool:
+    return (
+        a.shape == b.shape
+        and a.nnz == b.nnz
+        and np.array_equal(a.indptr, b.indptr)
+        and np.array_equal(a.indices, b.indices)
+    )
