@@ -287,7 +287,6 @@ class Walk:
         self, node: Any, known: NodeProgram, received: dict[int, Gradient]
     ) -> list[Gradient | None]:
         """Write down what is known of nodes of this kind."""
-
         saved: dict[str, Any] = {}
 
         def read(origin: Saved) -> torch.Tensor:
