@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -13,16 +14,38 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.graph import Node as Node
 
-from .aot import reading_of
+from .aot import SAVED_BY_PIECES, is_piece
 from .modes import NOTHING, subclasses_ignored, unobserved
 from .names import OpOverload
 
 T = TypeVar("T")
 
 
+#: The nodes in which the gradients of leaf tensors end.
+AccumulateGrad: Any = torch._C._functions.AccumulateGrad
+
+
 def is_custom(node: Node) -> bool:
     """Whether a graph node is the context of a custom `torch.autograd.Function`."""
     return isinstance(node, BackwardCFunction)
+
+
+#: The classes of PyTorch's own nodes that were met, and those that keep running statistics.
+_BUILT_IN: set[type] = set()
+NORMS: set[type] = set()
+
+
+def some_custom(kinds: set[type]) -> bool:
+    """Whether among classes of nodes there are those of such contexts."""
+    custom = False
+    for kind in kinds - _BUILT_IN:
+        if issubclass(kind, BackwardCFunction):
+            custom = True
+        elif is_generated(kind):
+            _BUILT_IN.add(kind)
+            if "BatchNorm" in kind.__name__:
+                NORMS.add(kind)
+    return custom
 
 
 class _Children:
@@ -74,6 +97,38 @@ def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
             if below:
                 metadata: Any = node.metadata
                 metadata["linearize"] = _Children(below)
+
+
+def pulled_back(
+    roots: Sequence[tuple[Node, int]],
+    cotangents: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+) -> list[torch.Tensor | None]:
+    """Return what PyTorch's engine makes of cotangents; the graph stays as it is.
+
+    No result shares memory with another one or with a cotangent.
+    """
+    found = torch.autograd.grad(
+        [GradientEdge(node, nr) for node, nr in roots],
+        leaves,
+        cotangents,
+        retain_graph=True,
+        allow_unused=True,
+    )
+    taken = {t.untyped_storage().data_ptr() for t in cotangents}
+    return [None if t is None else _own(t, taken) for t in found]
+
+
+def _own(t: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """Return a dense tensor on memory that is not among what is taken, and add it to that."""
+    if t.layout is not torch.strided:
+        t = t.to_dense()
+    begin = t.untyped_storage().data_ptr()
+    if begin in taken or t.is_conj() or t.is_neg():
+        t = t.resolve_conj().resolve_neg().clone()
+        begin = t.untyped_storage().data_ptr()
+    taken.add(begin)
+    return t
 
 
 def has_outputs(node: Any) -> bool:
@@ -134,6 +189,10 @@ def node_of(t: torch.Tensor) -> Node | None:
 def leaf_variable(node: Node) -> torch.Tensor | None:
     """Return the leaf tensor behind an `AccumulateGrad` node, None for other nodes."""
     return getattr(node, "variable", None)
+
+
+#: The same, for many nodes at once.
+METADATA: Callable[[Node], Sequence[Any]] = operator.attrgetter("_input_metadata")
 
 
 def input_metadata(node: Any) -> Sequence[Any]:
@@ -199,9 +258,15 @@ def is_generated(kind: type) -> bool:
     )
 
 
-@functools.cache
 def saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the attributes of a node class that are saved tensors, and the other saved ones."""
+    if issubclass(kind, BackwardCFunction) and is_piece(getattr(kind, "_forward_cls", None)):
+        return tuple(SAVED_BY_PIECES), ("symints", "needs_input_grad")
+    return _saved_names(kind)
+
+
+@functools.cache
+def _saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     raw = [name for name in dir(kind) if name.startswith("_raw_saved_")]
     tensors = tuple(name.removeprefix("_raw") for name in raw)
     known = [name for name in dir(kind) if name.startswith("_saved_")]
@@ -228,8 +293,6 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
 
     What was packed by a hook is left alone: to unpack it may mean to compute it again.
     """
-    if reading_of(node) is not None:
-        yield from node._tensors_no_vc_check  # type: ignore[attr-defined]
     for name in saved_names(type(node))[0]:
         for raw in _packed(node, name):
             if raw is None or getattr(raw, "unpack_hook", None) is not None:
@@ -241,13 +304,12 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
 
 def saved_changed(node: Node) -> bool:
     """Whether a tensor that a built-in node keeps was changed in place after it was saved."""
-    piece = reading_of(node) is not None
     for name in saved_names(type(node))[0]:
         packed = _packed(node, name)
         if any(getattr(raw, "unpack_hook", None) is not None for raw in packed):
             continue
         try:
-            getattr(node, "saved_tensors" if piece else name)
+            getattr(node, name)
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error):
                 return True
@@ -257,7 +319,7 @@ def saved_changed(node: Node) -> bool:
 def _packed(node: Node, name: str) -> Sequence[Any]:
     """Return what a node saved under a name, as it lies there; nothing if f has freed it."""
     try:
-        packed = getattr(node, f"_raw{name}")
+        packed = getattr(node, SAVED_BY_PIECES.get(name, f"_raw{name}"))
     except RuntimeError:
         return ()
     return packed if isinstance(packed, (tuple, list)) else (packed,)
