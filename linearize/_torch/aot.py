@@ -215,6 +215,13 @@ def _is_symbolic(op: Any) -> bool:
     return name.startswith("sym_") and getattr(torch, name, None) is op
 
 
+#: By the attributes of a piece's node that are saved tensors: where these lie as they were packed.
+SAVED_BY_PIECES = {
+    "saved_tensors": "_raw_saved_tensors",
+    "_tensors_no_vc_check": "_tensors_no_vc_check",
+}
+
+
 def saved_by_piece(node: Any) -> list[torch.Tensor]:
     """Return the tensors that the node of a compiled piece saved.
 
@@ -228,6 +235,6 @@ def saved_by_piece(node: Any) -> list[torch.Tensor]:
 
 def named_by_piece(node: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yield the same, each with the attribute of the node and the place in it."""
-    for name in ("saved_tensors", "_tensors_no_vc_check"):
+    for name in SAVED_BY_PIECES:
         for i, t in enumerate(getattr(node, name)):
             yield name, i, t

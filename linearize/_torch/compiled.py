@@ -19,7 +19,7 @@ import torch
 
 from . import contexts, hooks
 from .contexts import eager_compiled_functions
-from .modes import Hidden
+from .modes import COMPILING, Hidden
 from .pieces import WATCHING, CompiledCalls, Looking, Piece, watching
 from .ranks import distributed
 
@@ -194,12 +194,16 @@ class _Apart:
         self._torchdynamo_orig_backend = self._convert  # told from others by that
 
     def __call__(self, *given: Any) -> Any:
-        with (
-            contexts.ContextWatcher.none(),
-            hooks.HookWatcher.none(),
-            warnings.catch_warnings(action="ignore"),
-        ):
-            return self._convert(*given)
+        COMPILING.add(threading.get_ident())
+        try:
+            with (
+                contexts.ContextWatcher.none(),
+                hooks.HookWatcher.none(),
+                warnings.catch_warnings(action="ignore"),
+            ):
+                return self._convert(*given)
+        finally:
+            COMPILING.discard(threading.get_ident())
 
 
 def _unfit(backend: Any) -> str:

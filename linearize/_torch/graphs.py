@@ -14,7 +14,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.graph import Node as Node
 
-from .aot import reading_of
+from .aot import SAVED_BY_PIECES, is_piece
 from .modes import NOTHING, subclasses_ignored, unobserved
 from .names import OpOverload
 
@@ -258,9 +258,15 @@ def is_generated(kind: type) -> bool:
     )
 
 
-@functools.cache
 def saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the attributes of a node class that are saved tensors, and the other saved ones."""
+    if issubclass(kind, BackwardCFunction) and is_piece(getattr(kind, "_forward_cls", None)):
+        return tuple(SAVED_BY_PIECES), ("symints", "needs_input_grad")
+    return _saved_names(kind)
+
+
+@functools.cache
+def _saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     raw = [name for name in dir(kind) if name.startswith("_raw_saved_")]
     tensors = tuple(name.removeprefix("_raw") for name in raw)
     known = [name for name in dir(kind) if name.startswith("_saved_")]
@@ -287,8 +293,6 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
 
     What was packed by a hook is left alone: to unpack it may mean to compute it again.
     """
-    if reading_of(node) is not None:
-        yield from node._tensors_no_vc_check  # type: ignore[attr-defined]
     for name in saved_names(type(node))[0]:
         for raw in _packed(node, name):
             if raw is None or getattr(raw, "unpack_hook", None) is not None:
@@ -300,13 +304,12 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
 
 def saved_changed(node: Node) -> bool:
     """Whether a tensor that a built-in node keeps was changed in place after it was saved."""
-    piece = reading_of(node) is not None
     for name in saved_names(type(node))[0]:
         packed = _packed(node, name)
         if any(getattr(raw, "unpack_hook", None) is not None for raw in packed):
             continue
         try:
-            getattr(node, "saved_tensors" if piece else name)
+            getattr(node, name)
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error):
                 return True
@@ -316,7 +319,7 @@ def saved_changed(node: Node) -> bool:
 def _packed(node: Node, name: str) -> Sequence[Any]:
     """Return what a node saved under a name, as it lies there; nothing if f has freed it."""
     try:
-        packed = getattr(node, f"_raw{name}")
+        packed = getattr(node, SAVED_BY_PIECES.get(name, f"_raw{name}"))
     except RuntimeError:
         return ()
     return packed if isinstance(packed, (tuple, list)) else (packed,)

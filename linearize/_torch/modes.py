@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -72,9 +73,14 @@ def casts() -> bool:
     return bool(torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"))
 
 
+#: The threads in which a part of f is being compiled. While one does it, PyTorch says of every
+#: thread that it compiles.
+COMPILING: set[int] = set()
+
+
 def being_traced() -> bool:
     """Whether somebody writes down operations here: `torch.compile`, `export` or `make_fx`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and (not COMPILING or threading.get_ident() in COMPILING):
         return True
     tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return tracing is not None and tracing.get_proxy_mode() is not None

@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch._guards import detect_fake_mode
@@ -256,7 +255,7 @@ def _unfit_for(backend: Any, module: Any, inputs: Sequence[Any]) -> str:
             contextlib.nullcontext()
             if fake.shape_env is None
             else fake.shape_env.ignore_fresh_unbacked_symbols(),
-            patch.object(fake, "allow_non_fake_inputs", True),
+            _constants_allowed(fake),
             torch.enable_grad(),
             fake,
             seen,
@@ -265,6 +264,17 @@ def _unfit_for(backend: Any, module: Any, inputs: Sequence[Any]) -> str:
     except Exception as error:  # whatever stands in for numbers may raise
         return f"it does not run without numbers: {_said(error)}"
     return seen.reason
+
+
+@contextlib.contextmanager
+def _constants_allowed(fake: Any) -> Iterator[None]:
+    """Let tensors with numbers meet those without."""
+    before = fake.allow_non_fake_inputs
+    fake.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        fake.allow_non_fake_inputs = before
 
 
 def _values(graph: Any) -> Iterator[Any]:

@@ -506,6 +506,31 @@ def test_the_compiler_of_the_caller_is_not_disturbed() -> None:
     assert counters["unique_graphs"] == made + 1
 
 
+def test_several_threads() -> None:
+    """While one compiles, the others wait for it, and are not taken for being traced."""
+
+    def product(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        t = torch.tanh(x @ W)
+        return (1 - t * t) * (v @ W) * x.sum() + t * v.sum()
+
+    lin, failed = lz.Linearizer(aot(lambda x: torch.tanh(x @ W) * x.sum())), []
+
+    def work(seed: int) -> None:
+        try:
+            for call in range(3):
+                x = rand(3, 4, seed=10 * seed + call)
+                close(lin.at(x).jvp_fn(x), product(x, x), 1e-10)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
