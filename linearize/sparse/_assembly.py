@@ -10,7 +10,6 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from .._spaces.budget import memory_budget
 from .._spaces.compare import tolerance
 from .._spaces.flat import join, random, split
 from .._spaces.operators import ChunkSize, LinearOperator
@@ -42,8 +41,8 @@ def entries(
     """
     back = way.reverse > 0
     ahead = way.forward > 0 or not back
-    forward = _results(A, pattern, way, chunk_size, adjoint=False) if ahead else None
-    reverse = _results(A, pattern, way, chunk_size, adjoint=True) if back else None
+    forward = _results(A, way, chunk_size, adjoint=False) if ahead else None
+    reverse = _results(A, way, chunk_size, adjoint=True) if back else None
     stacks = [t for t in (forward, reverse) if t is not None]
     flat = torch.cat([t.reshape(-1) for t in stacks]) if len(stacks) > 1 else stacks[0].reshape(-1)
     take, conjugated = way.places(flat.device)
@@ -57,19 +56,12 @@ def entries(
     return values
 
 
-def _results(
-    A: LinearOperator, pattern: Pattern, way: Way, chunk_size: ChunkSize, *, adjoint: bool
-) -> torch.Tensor:
+def _results(A: LinearOperator, way: Way, chunk_size: ChunkSize, *, adjoint: bool) -> torch.Tensor:
     """Return the products of one direction, the first direction's with one for a random vector."""
     ours, theirs = (A.out_space, A.in_space) if adjoint else (A.in_space, A.out_space)
     seeds = way.seeds(ours, adjoint=adjoint)
     count = len(seeds)
-    if chunk_size == "auto":
-        if pattern.bytes_each is None:
-            pattern.bytes_each = max(A._peak(), 1)
-        chunk = max(1, memory_budget(A.device) // pattern.bytes_each)
-    else:
-        chunk = chunk_size or count
+    chunk = A._chunk(chunk_size, count, adjoint=adjoint)
 
     def images(some: torch.Tensor) -> torch.Tensor:
         return join(theirs, A._several(split(ours, some), adjoint=adjoint), stacked=True)

@@ -39,8 +39,6 @@ class Pattern:
 
     Attributes
     ----------
-    bytes_each
-        What one product takes on its way, as far as known.
     checked
         Whether products were seen to have no other entries.
     """
@@ -58,7 +56,6 @@ class Pattern:
         self.entries = found
         self.steps = steps or []
         self.prices = prices or Prices()
-        self.bytes_each: int | None = None
         self.checked = False
         self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._reads = reads or []
