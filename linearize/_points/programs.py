@@ -23,7 +23,6 @@ from .._capture.signature import signature
 from .._check.proof import Proof
 from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
-from .._execute.schedule import Schedule
 from .._execute.thresholds import BY_ENGINE
 from .._forms.dense import Dense
 from .._forms.plan import CompiledForms
@@ -388,23 +387,6 @@ class PointPrograms:
         if template is None:
             return None
         return self._structure.offer((direction, present), template)
-
-    def notes(self) -> dict[str, Any] | None:
-        """Return what was found out about all points of this structure, to be added to.
-
-        None if no other point has it.
-        """
-        with self.lock:
-            self._search()
-            return None if self._structure is None else self._structure.notes
-
-    def value(self, origin: Origin) -> torch.Tensor | None:
-        """Return what a constant is at this point, None if that cannot be computed any more."""
-        with self.lock, torch.inference_mode(False), torch.no_grad():
-            if self._graph is None or not origin.portable:
-                return None
-            schedule = Schedule([origin])
-            return schedule([self._saved(o).tensor for o in schedule.saved])[0]
 
     def dense(self, limit: int) -> Dense | None:
         """Return what stands ready to become the matrix of both products."""
