@@ -27,6 +27,7 @@ from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
 from ..errors import ClosedError, CopyError
 from .lifetime import Lifetime
+from .notes import shared, value
 from .policy import Policy
 from .programs import PULLBACK, PUSHFORWARD, PointPrograms, tidy
 
@@ -121,7 +122,7 @@ class Planned:
 
     def _notes(self) -> dict[str, Any]:
         """Return what is known of all points of this structure, to be added to."""
-        notes = None if self._source is None else self._source.notes()
+        notes = shared(self._source)
         return self._own_notes if notes is None else notes
 
     def _read(self, origin: Origin) -> torch.Tensor:
@@ -132,7 +133,7 @@ class Planned:
         LookupError
             If it is none of the program's.
         """
-        t = None if self._source is None else self._source.value(origin)
+        t = value(self._source, origin)
         if t is not None:
             return t
         program = self.program

@@ -362,23 +362,6 @@ class PointPrograms:
             return None
         return self._structure.offer((direction, present), template)
 
-    def notes(self) -> dict[str, Any] | None:
-        """Return what was found out about all points of this structure, to be added to.
-
-        None if no other point has it.
-        """
-        with self.lock:
-            self._search()
-            return None if self._structure is None else self._structure.notes
-
-    def value(self, origin: Origin) -> torch.Tensor | None:
-        """Return what a constant is at this point, None if that cannot be computed any more."""
-        with self.lock, torch.inference_mode(False), torch.no_grad():
-            if self._graph is None or not origin.portable:
-                return None
-            schedule = Schedule([origin])
-            return schedule([self._saved(o).tensor for o in schedule.saved])[0]
-
     def dense(self, limit: int) -> Dense | None:
         """Return what stands ready to become the matrix of both products."""
         with self.lock:
