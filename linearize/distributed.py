@@ -28,7 +28,8 @@ from ._points.linearizer import Linearizer
 from ._spaces.flat import Parts, check_flat, flat_spec, join, split, zeros
 from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
 from ._spaces.space import Space
-from .errors import DistributedError, UnsupportedError
+from ._torch.ranks import fail_if_told
+from .errors import DistributedError, LinearizeError, UnsupportedError
 
 __all__ = ["RowJacobian", "dot", "gathered", "jacobian", "norm", "parted", "total"]
 
@@ -190,10 +191,21 @@ def dot(space: Space, a: Any, b: Any) -> torch.Tensor:
     DistributedError
         If a rank cannot be reached.
     """
-    result: torch.Tensor = torch.vdot(_flat(space, a), _flat(space, b))
-    if space.group is not None:
-        _reduce(result, dist.ReduceOp.SUM, space.group, "an inner product")
-    return result
+    if space.group is None:
+        return torch.vdot(_flat(space, a), _flat(space, b))
+    failure: LinearizeError | None = None
+    spec = flat_spec(space)
+    # One sum carries the number, and whether a part did not fit.
+    sums = torch.zeros(2, dtype=spec.dtype, device=spec.device)
+    try:
+        sums[0] = torch.vdot(_flat(space, a), _flat(space, b))
+    except LinearizeError as error:
+        failure = error
+        sums[1] = 1
+    _reduce(sums, dist.ReduceOp.SUM, space.group, "an inner product")
+    if sums[1].real > 0:
+        _raise(failure, space.group, "an inner product")
+    return sums[0]
 
 
 def norm(space: Space, a: Any) -> torch.Tensor:
@@ -365,6 +377,7 @@ class _Reduced:
         count = len(parts[0]) if stacked else 1
         failure: BaseException | None = None
         try:
+            fail_if_told()
             results = self._apply(parts, stacked=stacked)
         except Exception as error:
             failure = error
@@ -405,17 +418,13 @@ def _raise(failure: BaseException | None, group: Group, what: str) -> None:
     own = None if failure is None else f"{type(failure).__name__}: {failure}"
     messages = _gathered(own, group, what)
     failed = {rank: text for rank, text in enumerate(messages) if text is not None}
-    if failure is not None and len(failed) == len(messages) and _is_ours(failure):
+    if isinstance(failure, DistributedError) and len(failed) == len(messages):
         raise failure  # the same on all ranks
     if failed:
         reasons = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
         raise DistributedError(
             f"{what} failed on {len(failed)} of the ranks: {reasons}"
         ) from failure
-
-
-def _is_ours(failure: BaseException) -> bool:
-    return isinstance(failure, DistributedError)
 
 
 def _check_same(operator: LinearOperator, group: Group) -> None:

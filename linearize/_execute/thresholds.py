@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from typing import Final
 
+# -- by PyTorch's engine ---------------------------------------------------------------------
+
+#: How many of the first pullbacks of a point the engine runs over the graph, before the programs
+#: of an earlier point are looked for and get the numbers of this one: that costs as much.
+BY_ENGINE: Final = 3
+
 # -- written out as a function ---------------------------------------------------------------
 
 #: At which run a program is written out: one that is to be simplified before that, and others.

@@ -240,7 +240,7 @@ class Planned:
             return None
         if learned.matrix is False:
             return None
-        if any(isinstance(eq.op, Operation) and eq.op.of_point for eq in program.equations):
+        if program.is_of_point:
             return None  # custom Functions are promised one call for each product
         if source is not None and self._direction in (PUSHFORWARD, PULLBACK):
             dense = source.dense(policy.dense_limit)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import Any, TypeAlias
 
+from .._capture.matcher import Matcher
 from .._forms.succession import Learned
 from .template import Template
 
@@ -29,6 +30,8 @@ class Structure:
 
     def __init__(self, of: tuple[Any, ...]) -> None:
         self.signature = of
+        #: Recognises its graphs; None if there is none, or not yet.
+        self.matcher: Matcher | None = None
         self._lock = threading.Lock()
         self._templates: dict[Key, list[Template]] = {}
         self._learned: dict[Key, Learned] = {}

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol, TypeAlias, overload
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, overload
 
 import torch
 
 from .._text.progress import progress
-from ..errors import MissingDerivativeError, OptionError, SpaceError, UnsupportedError
+from .._torch.ranks import failing
+from ..errors import (
+    LinearizeError,
+    MissingDerivativeError,
+    OptionError,
+    SpaceError,
+    UnsupportedError,
+)
 from .budget import memory_budget
 from .compare import close
 from .estimates import Estimate, Mean, signs
-from .flat import Parts, flat_spec, join, random, units
+from .flat import Parts, flat_spec, join, random, units, zeros
 from .space import Space, TensorSpec, check_whole
 
+T = TypeVar("T")
 Direction: TypeAlias = Literal["auto", "forward", "reverse"]
 ChunkSize: TypeAlias = int | Literal["auto"] | None
 #: Returns the diagonal of a matrix, None if it takes products with all unit vectors.
@@ -382,6 +390,18 @@ class LinearMap:
             )
 
     # -- helpers ------------------------------------------------------------------------
+
+    def _told(self, given: Callable[[], T]) -> T:
+        """Look at an argument; ranks that wait in the product are told if it does not fit."""
+        try:
+            return given()
+        except LinearizeError as error:
+            if self.in_space.group is not None:
+                with failing(error):
+                    # Not zeros: where custom Functions communicate nobody is told otherwise.
+                    nothing = [t.fill_(torch.nan) for t in zeros(self.in_space)]
+                    self._apply(nothing, stacked=False)
+            raise
 
     def _several(self, parts: Parts, *, adjoint: bool) -> Parts:
         """Map a stack; a stack of one without `torch.vmap`."""

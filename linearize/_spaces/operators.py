@@ -219,7 +219,7 @@ class LinearOperator(LinearMap):
         StructureError, SpaceError
             If it does not fit; the message names the leaf.
         """
-        given = self.in_space.flatten(element)
+        given = self._told(lambda: self.in_space.flatten(element))
         parts = [spec.or_zeros(t) for t, spec in zip(given, self.in_space.tensors, strict=True)]
         return self.out_space.unflatten(self._apply(parts, stacked=False))
 
@@ -246,10 +246,8 @@ class LinearOperator(LinearMap):
         """
         if isinstance(other, LinearOperator):
             return self._after(other)
-        _no_array(other)
-        if not isinstance(other, torch.Tensor) or not self._is_flat(other):
+        if not self._told(lambda: self._is_flat(other)):
             return self(other)
-        check_flat(self.in_space, other, f"{self!r} @ tensor")
         if other.dim() == 2:
             return self._times(other)
         parts = self._apply(split(self.in_space, other), stacked=False)
@@ -374,10 +372,13 @@ class LinearOperator(LinearMap):
         """Return what finds the diagonal of an operator whose diagonal follows from this one's."""
         return lambda chunk_size: change(self.diagonal(chunk_size=chunk_size))
 
-    def _is_flat(self, x: torch.Tensor) -> bool:
-        """Whether a tensor is read as a vector or a matrix of vectors."""
-        size = self.in_space.size
-        if x.dim() in (1, 2) and x.shape[0] == size:
+    def _is_flat(self, x: Any) -> bool:
+        """Whether a factor is a vector or a matrix of vectors, and no element."""
+        _no_array(x)
+        if not isinstance(x, torch.Tensor):
+            return False
+        if x.dim() in (1, 2) and x.shape[0] == self.in_space.size:
+            check_flat(self.in_space, x, f"{self!r} @ tensor")
             return True
         single = self.in_space.spec.is_leaf()
         if single and tuple(x.shape) == self.in_space.tensors[0].shape:
