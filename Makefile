@@ -104,6 +104,7 @@ soak: $(READY) ## make 10^5 points and 10^6 products, see that memory is flat (m
 bench: $(READY) ## time the products against their peers (minutes), write table, JSON, plot
 	$(call say,Running the benchmarks)
 	$(PY) -m benchmarks.run --docs docs/benchmarks.md $(ARGS)
+	$(if $(ARGS),,$(PY) -m benchmarks.outer --docs docs/benchmarks.md)
 
 # Goes on where it was cut off; ARGS='--fresh' begins anew, ARGS='--help' lists the options.
 conformance: $(READY) ## compare every operator of PyTorch's database (minutes), write the page

@@ -14,6 +14,7 @@ import math
 from .._execute import thresholds
 from .._programs.price import price
 from .._programs.program import Program
+from .._simplify.sparse_matrices import stores_by_rows
 from .compiled import Options
 from .dense import Dense
 
@@ -179,6 +180,8 @@ class Succession:
 
 def pays(before: Program, after: Program) -> bool:
     """Whether a simplified program saves enough work or memory to be tried."""
+    if stores_by_rows(after) and not stores_by_rows(before):
+        return True  # prices do not tell how a matrix is stored
     then, now = price(after), price(before)
     if then <= thresholds.SIMPLIFIED_SHARE * now:
         return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
+
 from .._torch.names import reachable_elsewhere
 from .residuals import Residual
 
@@ -36,6 +38,12 @@ def watched(residuals: Iterable[Residual], ours: Iterable[Residual]) -> list[Res
             count[r.tensor.untyped_storage().data_ptr()] += 1
 
     def can_change(r: Residual) -> bool:
+        if _is_sparse(r):  # there is no telling who holds a part of it
+            return True
         return reachable_elsewhere(r.tensor, count[r.tensor.untyped_storage().data_ptr()])
 
-    return [r.without_memory() for r in residuals if r.size and can_change(r)]
+    return [r.without_memory() for r in residuals if (r.size or _is_sparse(r)) and can_change(r)]
+
+
+def _is_sparse(r: Residual) -> bool:
+    return r.tensor.layout is not torch.strided

@@ -25,6 +25,7 @@ from .products import (
     transpose_products,
 )
 from .rowwise import multiply_rows
+from .sparse_matrices import store_by_rows
 
 #: The passes, in order.
 PASSES: tuple[Callable[[Program, Numbers], Program], ...] = (
@@ -41,6 +42,7 @@ PASSES: tuple[Callable[[Program, Numbers], Program], ...] = (
     merge_moves,
     add_products,
     merge_copies,
+    store_by_rows,
 )
 
 
