@@ -406,7 +406,7 @@ class PointPrograms:
             }
 
     def _learn_to_match(self) -> None:
-        """Have graphs of the structure recognised sooner: there are several, this is the second."""
+        """Have graphs of the structure recognised sooner, once there are two."""
         known, graph, engine = self._structure, self._graph, self._engine
         if known is not None and graph is not None and engine is not None and engine.unhooked:
             known.matcher = known.matcher or Matcher.of(graph, self._specs)
