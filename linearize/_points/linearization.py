@@ -153,7 +153,8 @@ class Linearization:
         self.jvp_fn = JvpFn(source.pushforward, self.in_space, self.out_space, *common)
         self.vjp_fn = VjpFn(source.pullback, self.out_space, self.in_space, *common)
         if policy.check == "always":
-            check_before_use(self.jvp_fn, self.vjp_fn)
+            together = captured.records.communicates()
+            check_before_use(self.jvp_fn, self.vjp_fn, held=together)
         check_statistics((self.jvp_fn, self.vjp_fn), source.moving)
 
     @property
@@ -240,8 +241,16 @@ class Linearization:
         ClosedError
             If the linearization was closed.
         """
-        self._check_open()
-        check_adjoint(self.jvp_fn, self.vjp_fn)
+
+        def check() -> None:
+            self._check_open()
+            check_adjoint(self.jvp_fn, self.vjp_fn)
+
+        ranks = self._lifetime.ranks
+        if ranks is None:
+            check()
+        else:
+            ranks.led("a check", check)
 
     @property
     def nbytes(self) -> int:

@@ -134,6 +134,11 @@ class Planned:
                 self._lifetime.changed()
         return plan
 
+    def at_once(self) -> int:
+        """Return how many arguments are best mapped in one pass."""
+        plan = self._plans.get(self._whole) or self._plan(self._whole)
+        return plan.at_once(self._arguments.tensors[0].device)
+
     def _shared_plan(self, present: tuple[bool, ...]) -> Plan | None:
         """Take over what another point of the same structure left."""
         source = self._source

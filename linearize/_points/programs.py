@@ -38,6 +38,7 @@ from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
 from .._torch.graphs import Node, outside_backward
 from .._torch.modes import undisturbed
+from .._transpose.missing import lacks_methods
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
 from .by_engine import ByEngine
@@ -168,21 +169,33 @@ class PointPrograms:
         with self.lock:
             if self._pullback is None:
                 present = (True,) * len(self._specs[0])
-                known = self.known(PULLBACK, present, simplified=False)
-                self._pullback = (
-                    self._record() if known is None else bound(known[0].program, known[1])
-                )
+                self._pullback = self._recorded(PULLBACK, present) or self._record()
                 self._let_go_of_graph()
             return self._pullback
 
     def pushforward(self) -> BoundProgram:
         """Return the transpose of the pullback."""
+        present = (True,) * len(self._specs[1])
         with self.lock:
+            known = self._recorded(PUSHFORWARD, present)
+            if known is not None:
+                return known
             pullback = self.pullback()
             pushforward = pullback.made(transpose, PUSHFORWARD, pool=self.pool)
             if self._owes_proof():
                 self.proof = Proof(pullback, pushforward, transpose, self._proved)
+            self._leave(PUSHFORWARD, present, pushforward.program)
             return pushforward
+
+    def _recorded(self, direction: str, present: tuple[bool, ...]) -> BoundProgram | None:
+        """Return the program as another point recorded it, with the numbers of this one."""
+        known = self.known(direction, present, simplified=False)
+        return None if known is None else bound(known[0].program, known[1])
+
+    def _leave(self, direction: str, present: tuple[bool, ...], program: Program) -> None:
+        """Let other points take over a program, also where this one only looks at it."""
+        if not lacks_methods(program):
+            self.offer(direction, present, program, simplified=False)
 
     def _owes_proof(self) -> bool:
         structure = self._structure
@@ -204,6 +217,7 @@ class PointPrograms:
         if self._signature is not None and self._structure is None and not program.fixed:
             self._structure = Structure(self._signature)
             self._structures.add(self._structure, shared=not graph.custom)
+        self._leave(PULLBACK, (True,) * len(self._specs[0]), program)
         return BoundProgram.of(program, numbers)
 
     def pulled_back(
@@ -343,9 +357,9 @@ class PointPrograms:
         if self._structure is None:
             return None
         template = Template.of(program, self._places, simplified=simplified)
-        if template is not None:
-            self._structure.offer((direction, present), template)
-        return template
+        if template is None:
+            return None
+        return self._structure.offer((direction, present), template)
 
     def dense(self, limit: int) -> Dense | None:
         """Return what stands ready to become the matrix of both products."""
