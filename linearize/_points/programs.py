@@ -23,7 +23,6 @@ from .._capture.signature import signature
 from .._check.proof import Proof
 from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
-from .._execute.schedule import Schedule
 from .._forms.dense import Dense
 from .._forms.plan import CompiledForms
 from .._forms.succession import Learned, Left

@@ -35,6 +35,8 @@ class HookWatcher:
         Whether hooks were registered on nodes themselves.
     """
 
+    _lock = threading.Lock()
+    _users = 0
     _local = threading.local()
 
     def __init__(self) -> None:
@@ -43,13 +45,23 @@ class HookWatcher:
         self._since: Unhooked | None = None
 
     def __enter__(self) -> HookWatcher:
+        cls = HookWatcher
         self._since = Unhooked()
-        HookWatcher._local.__dict__.setdefault("stack", []).append(self)
+        with cls._lock:
+            if cls._users == 0:
+                saved_tensors_hooks.__enter__ = _entered  # type: ignore[method-assign]
+            cls._users += 1
+        cls._local.__dict__.setdefault("stack", []).append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        HookWatcher._local.stack.pop()
+        cls = HookWatcher
+        cls._local.stack.pop()
         self._since = None
+        with cls._lock:
+            cls._users -= 1
+            if cls._users == 0:
+                saved_tensors_hooks.__enter__ = _ENTER  # type: ignore[method-assign]
 
     def since(self) -> Unhooked:
         """Return what goes on looking out for hooks, when f has returned."""
@@ -88,7 +100,8 @@ class Unhooked:
     """Knows whether a hook was registered since it was made, by whichever thread.
 
     PyTorch's engine runs gradient hooks, and has saved tensors unpacked by theirs, which a
-    checkpoint does by running a part of f again.
+    checkpoint does by running a part of f again. The latter count while a watcher is active: later
+    ones see nothing of what f saved.
     """
 
     __slots__ = ("_before",)
@@ -101,7 +114,6 @@ class Unhooked:
         with cls._lock:
             if cls._users == 0:
                 RemovableHandle.__init__ = _made  # type: ignore[method-assign]
-                saved_tensors_hooks.__enter__ = _entered  # type: ignore[method-assign]
             cls._users += 1
         self._before = cls._hooks - (_AROUND(False) is not None)
 
@@ -118,7 +130,6 @@ class Unhooked:
             cls._users -= 1
             if cls._users == 0:
                 RemovableHandle.__init__ = _INIT  # type: ignore[method-assign]
-                saved_tensors_hooks.__enter__ = _ENTER  # type: ignore[method-assign]
 
 
 def _entered(self: saved_tensors_hooks) -> None:

@@ -70,7 +70,7 @@ def undisturbed() -> bool:
 
 def casts() -> bool:
     """Whether operations are run in other dtypes than those of their arguments (autocast)."""
-    return bool(torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"))
+    return torch._C._is_any_autocast_enabled()
 
 
 #: The threads in which a part of f is being compiled. While one does it, PyTorch says of every

@@ -201,6 +201,13 @@ def test_handles_are_made_as_ever_when_the_points_are_gone() -> None:
     assert torch.autograd.graph.saved_tensors_hooks.__enter__ is enter
 
 
+def test_a_checkpoint_of_somebody_else_does_not_count(asked: list[int]) -> None:
+    here = later(lambda x: x.sin(), X)
+    checkpoint(torch.sin, X.clone().requires_grad_(), use_reentrant=False).sum().backward()
+    torch.testing.assert_close(here.vjp_fn(X)[0], X.cos() * X)
+    assert len(asked) == 1
+
+
 def test_a_checkpoint_runs_no_more_often_than_before(asked: list[int]) -> None:
     runs = []
 
