@@ -65,7 +65,7 @@ def by_scipy(problem: Problem) -> Any:
 
 
 def by_torch(problem: Problem) -> Any:
-    derivative = jacfwd(problem.f, chunk_size=200)
+    derivative = jacfwd(problem.f)
     fun = lambda t, y: problem.f(torch.from_numpy(y)).numpy()  # noqa: E731
     jac = lambda t, y: scipy.sparse.csr_matrix(derivative(torch.from_numpy(y)).numpy())  # noqa: E731
     return solve_ivp(fun, (0, END), problem.start, jac=jac, **OPTIONS).y[:, -1]
