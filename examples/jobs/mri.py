@@ -1,9 +1,9 @@
 """Magnetic resonance imaging: an image and the sensitivities of the coils that saw it.
 
-The head phantom of Shepp and Logan, in complex numbers, seen by four coils that each measure a part
-of its Fourier transform. Image and coils are found together by Gauss–Newton steps with damping
-(Uecker, Hohage, Block and Frahm, "Image reconstruction by regularized nonlinear inversion", Magnetic
-Resonance in Medicine 60, 2008), each by LSMR.
+The head phantom of Shepp and Logan, in complex numbers, seen by four coils that each measure a
+part of its Fourier transform. Image and coils are found together by Gauss–Newton steps with
+damping (Uecker, Hohage, Block and Frahm, "Image reconstruction by regularized nonlinear
+inversion", Magnetic Resonance in Medicine 60, 2008), each by LSMR.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ def by_torch(problem: Problem) -> Any:
 def by_scipy(problem: Problem) -> Any:
     mask, smooth, data = problem.mask.numpy(), problem.smooth.numpy(), problem.data.numpy()
     image, coils = problem.start["image"].numpy(), problem.start["coils"].numpy()
-    n, fft, ifft = len(image), np.fft.fft2, np.fft.ifft2
+    n, coil, fft, ifft = len(image), coils.shape, np.fft.fft2, np.fft.ifft2
     for step in range(STEPS):
         seen = ifft(smooth * coils) * n
 
         def forward(v: Any, image: Any = image, seen: Any = seen) -> Any:
-            d, c = v[: n * n].reshape(n, n), v[n * n :].reshape(coils.shape)
+            d, c = v[: n * n].reshape(n, n), v[n * n :].reshape(coil)
             return (mask * fft(d * seen + image * ifft(smooth * c) * n)).ravel()
 
         def back(u: Any, image: Any = image, seen: Any = seen) -> Any:

@@ -53,8 +53,38 @@ REACTIVE = [0, 12.7, 19, -3.9, 1.6, 7.5, 0, 0, 16.6, 5.8, 1.8, 1.6, 5.8, 5]
 GIVEN = [232.4, 40, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
 HELD = [1.06, 1.045, 1.01, 0, 0, 1.07, 0, 1.09, 0, 0, 0, 0, 0, 0]
 #: The solution as it is published with the data: magnitudes, and angles in degrees.
-MAGNITUDES = [1.06, 1.045, 1.01, 1.019, 1.02, 1.07, 1.062, 1.09, 1.056, 1.051, 1.057, 1.055, 1.05, 1.036]
-ANGLES = [0, -4.98, -12.72, -10.33, -8.78, -14.22, -13.37, -13.36, -14.94, -15.1, -14.79, -15.07, -15.16, -16.04]
+MAGNITUDES = [
+    1.06,
+    1.045,
+    1.01,
+    1.019,
+    1.02,
+    1.07,
+    1.062,
+    1.09,
+    1.056,
+    1.051,
+    1.057,
+    1.055,
+    1.05,
+    1.036,
+]
+ANGLES = [
+    0,
+    -4.98,
+    -12.72,
+    -10.33,
+    -8.78,
+    -14.22,
+    -13.37,
+    -13.36,
+    -14.94,
+    -15.1,
+    -14.79,
+    -15.07,
+    -15.16,
+    -16.04,
+]
 
 
 def admittances(copies: int) -> Any:
@@ -62,7 +92,7 @@ def admittances(copies: int) -> Any:
     n = 14 * copies
     Y = scipy.sparse.lil_matrix((n, n), dtype=complex)
     for k in range(copies):
-        branches = BRANCHES + [14 * k, 14 * k, 0, 0, 0, 0]
+        branches = BRANCHES + np.array((14 * k, 14 * k, 0, 0, 0, 0))
         if k:
             branches = np.vstack([branches, (14 * k, 14 * k + 14, 0.2, 0.4, 0, 1)])
         for a, b, r, x, charging, ratio in branches:

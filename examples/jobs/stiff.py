@@ -1,7 +1,7 @@
 """A sparse Jacobian for BDF: the Brusselator in one dimension.
 
-Hairer and Wanner, "Solving Ordinary Differential Equations II", section IV.1; the two substances of
-each place stand side by side.
+Hairer and Wanner, "Solving Ordinary Differential Equations II", section IV.1; the two substances
+of each place stand side by side.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def error(problem: Problem, found: Any) -> float:
             spread = (padded[2:] - 2 * both + padded[:-2]) * ((n + 1) ** 2 / 50)
             return (np.stack([1 + u * u * v - 4 * u, 3 * u - u * u * v], 1) + spread).ravel()
 
-        near = scipy.sparse.diags_array([np.ones(2 * n - abs(k)) for k in range(-3, 4)], offsets=range(-3, 4))
+        near = scipy.sparse.diags_array(
+            [np.ones(2 * n - abs(k)) for k in range(-3, 4)], offsets=range(-3, 4)
+        )
         options = {"method": "Radau", "rtol": 1e-8, "atol": 1e-10, "jac_sparsity": near}
         problem.known.append(solve_ivp(fun, (0, END), problem.start, **options).y[:, -1])
     return float(np.abs(found / problem.known[0] - 1).max())
