@@ -98,7 +98,8 @@ def _panel(k: int, case: str, found: Sequence[Curve]) -> Iterator[str]:
     for exponent in range(low, high + 1):
         level = y(10.0**exponent)
         yield f'<path d="M{left} {level:.1f}h{WIDE}" stroke="{GREY}" stroke-opacity="0.3"/>'
-        yield f'<text x="{left - 6}" y="{level + 4:.1f}" text-anchor="end">{_time(exponent)}</text>'
+        label, low_by = _time(exponent), level + 4
+        yield f'<text x="{left - 6}" y="{low_by:.1f}" text-anchor="end">{label}</text>'
     for n in counts:
         yield f'<text x="{x(n):.1f}" y="{ABOVE + HIGH + 18}" text-anchor="middle">{n}</text>'
     middle = left + WIDE / 2
