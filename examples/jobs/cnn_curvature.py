@@ -13,7 +13,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.func import functional_call, jacrev, jvp, vjp
+from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
 import linearize as lz
 import linearize.curvature
@@ -58,9 +58,9 @@ class Problem:
 
 def make(quick: bool) -> Problem:
     X, y = load_digits(return_X_y=True)
-    count = 60 if quick else 600
+    count = 60 if quick else 300
     torch.manual_seed(0)
-    net = Net(2 if quick else 8).double()
+    net = Net(2 if quick else 6).double()
     images = torch.from_numpy(X[:count] / 16).view(-1, 1, 8, 8)
     labels = torch.from_numpy(y[:count])
     batches = list(zip(images.split(count // 3), labels.split(count // 3), strict=True))
@@ -108,13 +108,14 @@ def matrix(problem: Problem) -> torch.Tensor:
     """Return the Gauss–Newton matrix from PyTorch's Jacobian and a formula by hand."""
     if not problem.known:
         params = {n: p.detach() for n, p in problem.net.named_parameters()}
-        x = torch.cat([x for x, _ in problem.batches])
-        model = lambda p: functional_call(problem.net.layers, p, (x,))  # noqa: E731
         params = {n.removeprefix("layers."): p for n, p in params.items()}
-        J = torch.cat([j.flatten(2) for j in jacrev(model)(params).values()], 2)
-        s = model(params).softmax(1)
+        x = torch.cat([x for x, _ in problem.batches])
+        one = lambda p, x: functional_call(problem.net.layers, p, (x[None],))[0]  # noqa: E731
+        J = vmap(jacrev(one), (None, 0), chunk_size=100)(params, x)
+        J = torch.cat([j.flatten(2) for j in J.values()], 2)
+        s = vmap(one, (None, 0))(params, x).softmax(1)
         H = torch.diag_embed(s) - s[:, :, None] * s[:, None, :]
-        problem.known.append(torch.einsum("nki,nkl,nlj->ij", J, H, J) / len(x))
+        problem.known.append((J.mT @ H).movedim(0, 1).flatten(1) @ J.flatten(0, 1) / len(x))
     return problem.known[0]
 
 

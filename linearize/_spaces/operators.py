@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -13,6 +13,9 @@ from . import between
 from .flat import Parts, check_flat, join, split, zeros
 from .maps import Apply, ChunkSize, Direction, KnownDiagonal, LinearMap, check_chunk_size
 from .space import Space
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
 
 __all__ = [
     "Apply",
@@ -147,7 +150,7 @@ class LinearOperator(LinearMap):
             f"{self._name}.as_real()",
         )
 
-    def to_scipy(self, *, real: bool = False) -> Any:
+    def to_scipy(self, *, real: bool = False) -> scipy.sparse.linalg.LinearOperator:
         """Return the operator as one of SciPy's: `linearize.scipy.aslinearoperator`.
 
         Parameters
@@ -160,7 +163,8 @@ class LinearOperator(LinearMap):
         scipy.sparse.linalg.LinearOperator
             Of NumPy arrays, with all four products.
         """
-        return BRIDGES["scipy"](self, real=real)
+        made: scipy.sparse.linalg.LinearOperator = BRIDGES["scipy"](self, real=real)
+        return made
 
     def __getitem__(self, block: Any) -> LinearOperator:
         """Return a block: `G["layer.weight", "layer.bias"]`, `J[:, "bias"]`.

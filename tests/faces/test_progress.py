@@ -28,7 +28,9 @@ def jacobian():
 def curvature(**options):
     w, x, y = rand(3, 4), rand(10, 4, seed=1), rand(10, 3, seed=2)
     batches = list(zip(x.split(5), y.split(5), strict=True))
-    return lz.curvature.gauss_newton(lambda w, x: torch.tanh(x @ w.T), w, "mse", batches, **options)
+    return lz.curvature.gauss_newton(
+        lambda w, x: torch.tanh(x @ w.T), w, "mse", batches, **options
+    )
 
 
 def rows_apart():
