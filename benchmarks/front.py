@@ -79,6 +79,7 @@ def _legend() -> Iterator[str]:
         yield f'<path d="M{x} 14h24" stroke="{colour}" stroke-width="{wide}"/>'
         yield f'<text x="{x + 30}" y="18">{title}</text>'
         x += 60 + 7 * len(title)
+    yield f'<text x="{LEFT}" y="34">time of one outer iteration</text>'
 
 
 def _panel(k: int, case: str, found: Sequence[Curve]) -> Iterator[str]:
