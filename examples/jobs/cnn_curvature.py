@@ -60,7 +60,7 @@ def make(quick: bool) -> Problem:
     X, y = load_digits(return_X_y=True)
     count = 60 if quick else 300
     torch.manual_seed(0)
-    net = Net(2 if quick else 6).double()
+    net = Net(2 if quick else 4).double()
     images = torch.from_numpy(X[:count] / 16).view(-1, 1, 8, 8)
     labels = torch.from_numpy(y[:count])
     batches = list(zip(images.split(count // 3), labels.split(count // 3), strict=True))

@@ -163,8 +163,7 @@ class LinearOperator(LinearMap):
         scipy.sparse.linalg.LinearOperator
             Of NumPy arrays, with all four products.
         """
-        made: scipy.sparse.linalg.LinearOperator = BRIDGES["scipy"](self, real=real)
-        return made
+        return BRIDGES["scipy"](self, real=real)
 
     def __getitem__(self, block: Any) -> LinearOperator:
         """Return a block: `G["layer.weight", "layer.bias"]`, `J[:, "bias"]`.
