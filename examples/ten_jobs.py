@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -72,23 +71,31 @@ def section(name: str, found: Sequence[Row]) -> str:
     lines += [f"| {way} | | {why} | | | |" for way, why in job.refused.items()]
     ours = next(iter(job.ways.values())).__name__
     code = f"```{{literalinclude}} ../examples/jobs/{name}.py\n:pyobject: {ours}\n```"
-    return "\n\n".join((f"## {job.title}", _below_title(module), code, "\n".join(lines)))
+    return "\n\n".join(
+        (f"## {job.title}", _below_title(module, job.title), code, "\n".join(lines))
+    )
 
 
-def _below_title(module: Any) -> str:
+def _below_title(module: Any, title: str) -> str:
     """Return the text of a module; its first sentence too, if it says more than the title."""
-    text = module.__doc__.strip()
-    return re.sub(r"\n(?!\n)(?<!\n\n)", "\n", text)
+    first, _, rest = module.__doc__.strip().partition("\n\n")
+    return rest if first == f"{title}." else f"{first}\n\n{rest}"
 
 
 def notebook() -> str:
     """Return the part of the page about the notebook."""
     module = importlib.import_module(f"jobs.{NOTEBOOK}")
-    parts = ["## A notebook", _below_title(module)]
+    parts = ["## A notebook", _below_title(module, "A notebook")]
     for number, cell in enumerate(session({"__name__": "__main__"}), 1):
         shown = "" if cell.value is None else f"\n\n{cell.value}"
         parts.append(f"```text\n[{number}] {_hanging(cell.code)}{shown}\n```")
     return "\n\n".join(parts)
+
+
+def setting(quick: bool) -> str:
+    """Return what the numbers depend on."""
+    sizes = "the small problems of the tests (`--quick`)" if quick else "problems of full size"
+    return f"The numbers are for {sizes}, with PyTorch {torch.__version__} in one thread."
 
 
 def _hanging(code: str) -> str:
@@ -112,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     threadpool_limits(1)
     warnings.simplefilter("ignore")
-    parts, right = [], True
+    parts, right = [setting(given.quick)], True
     for name in given.only:
         found = rows(name, given.quick)
         right = right and all(row.right for row in found)
