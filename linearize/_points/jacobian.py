@@ -145,7 +145,7 @@ class Jacobian(LinearOperator):
         theirs = self.out_space.tensors[0]
         blocks = theirs.shape[0]
         high, wide = theirs.numel // blocks, self.in_space.size // blocks
-        chunk = self._chunk(chunk_size, high)
+        chunk = self._chunk(chunk_size, high, adjoint=True)
         starts = range(0, high, chunk)
         for start in progress(starts, len(starts), "rows of blocks"):
             units = torch.eye(high, dtype=theirs.dtype, device=theirs.device)[
