@@ -169,11 +169,14 @@ def _keeps_rows(eq: Equation, count: int) -> bool:
 
 def _rows(eq: Equation) -> Any:
     """Return the number of rows, their dtype and device; None if they are not small and apart."""
-    out = eq.outputs[0].spec if len(eq.outputs) == 1 and eq.outputs[0] is not None else None
-    if out is None or len(out.shape) < 1 or out.shape[0] < FEWEST_ROWS or out.dtype not in _DTYPES:
+    result = eq.outputs[0] if len(eq.outputs) == 1 else None
+    if result is None:
+        return None
+    out = result.spec
+    if len(out.shape) < 1 or out.shape[0] < FEWEST_ROWS or out.dtype not in _DTYPES:
         return None
     kind = (out.shape[0], out.dtype, out.device)
-    for v in (*eq.inputs(), eq.outputs[0]):
+    for v in (*eq.inputs(), result):
         if (*v.spec.shape[:1], v.spec.dtype, v.spec.device) != kind or width(v.spec) > WIDEST:
             return None
     # In a matrix, what is not chosen would be multiplied by zero.
