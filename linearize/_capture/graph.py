@@ -190,7 +190,9 @@ class _Ends:
 
     def nodes(self) -> tuple[Node, ...]:
         """Return all nodes; one of its own for a leaf that the walk has not met."""
-        return tuple([accumulators([x])[0] if isinstance(x, torch.Tensor) else x for x in self.leaves])
+        return tuple(
+            [accumulators([x])[0] if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        )
 
 
 def _walked(
