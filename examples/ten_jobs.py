@@ -77,9 +77,9 @@ def section(name: str, found: Sequence[Row]) -> str:
 
 
 def _below_title(module: Any, title: str) -> str:
-    """Return the text of a module; its first sentence too, if it says more than the title."""
-    first, _, rest = module.__doc__.strip().partition("\n\n")
-    return rest if first == f"{title}." else f"{first}\n\n{rest}"
+    """Return the text of a module; what its first sentence says beyond the title."""
+    text: str = module.__doc__.strip().removeprefix(title).lstrip(".,: \n")
+    return text[:1].upper() + text[1:]
 
 
 def notebook() -> str:
