@@ -127,7 +127,7 @@ class Curvature(SelfAdjoint):
         """The gradient at the point, structured like the parameters."""
         if self._gradient is None:
             total = zeros(self.in_space)
-            for batch in self._batches:
+            for batch in self._shown():
                 for t, g in zip(total, batch.point().gradient(), strict=True):
                     t.add_(g, alpha=batch.weight)
             self._gradient = self.in_space.unflatten(total)
@@ -156,7 +156,7 @@ class Curvature(SelfAdjoint):
 
     def _summed(self, parts: Parts, *, stacked: bool) -> Parts:
         total: Parts | None = None
-        for batch in self._batches:
+        for batch in self._shown():
             images = parts
             for product in batch.point().products:
                 images = run(product, images, stacked=stacked)
@@ -168,6 +168,12 @@ class Curvature(SelfAdjoint):
         assert total is not None
         self._trim()
         return total
+
+    def _shown(self) -> Iterable[_Batch]:
+        """Return the batches, with a progress bar if some are linearized anew on the way."""
+        if all(batch.kept is not None for batch in self._batches):
+            return self._batches
+        return progress(self._batches, self.batches, "batches")
 
     def _by_outputs(self, chunk_size: ChunkSize) -> torch.Tensor | None:
         """Return the diagonal of Jᵀ·H·J from the rows of J and of H·J, if these are fewer."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
 from .._execute.binding import BoundProgram
 from .._programs.program import Operation
 from .._programs.reach import is_diagonal
+from .._simplify.rowwise import rows_apart
 from .._spaces.flat import Parts, join, split, zeros
-from .._spaces.maps import ChunkSize, Direction
+from .._spaces.maps import ChunkSize, Direction, check_chunk_size
 from .._spaces.operators import LinearOperator, SelfAdjoint
+from .._text.progress import progress
 from .closures import JvpFn, VjpFn
 from .product import Product
 
@@ -92,11 +95,66 @@ class Jacobian(LinearOperator):
         if matrix is not None:
             return matrix.diagonal().clone()
         _, vjp_fn = self._products
-        if not is_diagonal(vjp_fn.program.program):
+        if is_diagonal(vjp_fn.program.program):
+            self.check_complex_linear("diagonal")
+            ones = [torch.ones_like(t) for t in zeros(self.out_space)]
+            return join(self.in_space, run(vjp_fn, ones, stacked=False)).conj().resolve_conj()
+        if not self._apart:
             return None
         self.check_complex_linear("diagonal")
-        ones = [torch.ones_like(t) for t in zeros(self.out_space)]
-        return join(self.in_space, run(vjp_fn, ones, stacked=False)).conj().resolve_conj()
+        found = [part.diagonal(start, 0, 2) for start, part in self._rows_at_once(chunk_size)]
+        return torch.cat(found, 1).reshape(-1).conj().resolve_conj()
+
+    def squared_norms(self, chunk_size: ChunkSize = "auto") -> torch.Tensor:
+        """Return the squared norms of the columns, as for any operator.
+
+        Where f treats each row of its primal by itself, it takes a product for each number that
+        a row of the value has.
+
+        Parameters
+        ----------
+        chunk_size
+            As for any operator.
+        """
+        if not self._apart:
+            return super().squared_norms(chunk_size)
+        check_chunk_size(chunk_size)
+        self.check_complex_linear("the norms of columns")
+        total = zeros(self.in_space)[0].reshape(-1)
+        for _, part in self._rows_at_once(chunk_size):
+            total += part.abs().square().sum(0).reshape(-1)
+        return total
+
+    @functools.cached_property
+    def _apart(self) -> bool:
+        """Whether the matrix has a block for each row, all of one shape, and nothing else.
+
+        It is seen most easily before the program is simplified, and stays true.
+        """
+        spaces = self.in_space, self.out_space
+        if not all(s.is_single and s.tensors[0].numel for s in spaces):
+            return False
+        _, vjp_fn = self._products
+        (ours, theirs) = (s.tensors[0] for s in spaces)
+        same = ours.dtype == theirs.dtype and ours.shape[:1] == theirs.shape[:1]
+        return same and len(ours.shape) > 0 and rows_apart(vjp_fn.program.program)
+
+    def _rows_at_once(self, chunk_size: ChunkSize) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the conjugate rows of all blocks: chunks by blocks by columns of a block."""
+        _, vjp_fn = self._products
+        theirs = self.out_space.tensors[0]
+        blocks = theirs.shape[0]
+        high, wide = theirs.numel // blocks, self.in_space.size // blocks
+        chunk = self._chunk(chunk_size, high, adjoint=True)
+        starts = range(0, high, chunk)
+        for start in progress(starts, len(starts), "rows of blocks"):
+            units = torch.eye(high, dtype=theirs.dtype, device=theirs.device)[
+                start : start + chunk
+            ]
+            stack = units.unsqueeze(1).expand(-1, blocks, -1)
+            parts = [stack.reshape(len(units), *theirs.shape)]
+            (images,) = run(vjp_fn, parts, stacked=True)
+            yield start, images.reshape(len(units), blocks, wide)
 
 
 class Gram(SelfAdjoint):

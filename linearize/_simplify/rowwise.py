@@ -148,32 +148,46 @@ def _connected(equations: Sequence[Equation]) -> list[list[Equation]]:
 # -- which steps treat each row by itself -----------------------------------------------------
 
 
+def rows_apart(program: Program) -> bool:
+    """Whether each row of the only output depends on the same row of the only input alone."""
+    if len(program.inputs) != 1 or len(program.outputs) != 1 or program.outputs[0] is None:
+        return False
+    shape = program.inputs[0].spec.shape
+    return bool(shape) and all(_keeps_rows(eq, shape[0]) for eq in program.equations)
+
+
+def _keeps_rows(eq: Equation, count: int) -> bool:
+    """Whether an operation treats each of so many rows by itself."""
+    if not isinstance(eq.op, OpOverload) or len(eq.outputs) != 1 or eq.outputs[0] is None:
+        return False
+    out = eq.outputs[0].spec.shape
+    if any(v.spec.shape[:1] != (count,) for v in (*eq.inputs(), eq.outputs[0])):
+        return False
+    rule = _RULES.get(eq.op)
+    return rule(eq, out) if rule is not None else _is_pointwise(eq, out)
+
+
 def _rows(eq: Equation) -> Any:
-    """Return the number of rows and their dtype and device; None if rows depend on others."""
-    if not isinstance(eq.op, OpOverload):
+    """Return the number of rows, their dtype and device; None if they are not small and apart."""
+    result = eq.outputs[0] if len(eq.outputs) == 1 else None
+    if result is None:
         return None
-    if len(eq.outputs) != 1 or eq.outputs[0] is None:
-        return None
-    out = eq.outputs[0].spec
+    out = result.spec
     if len(out.shape) < 1 or out.shape[0] < FEWEST_ROWS or out.dtype not in _DTYPES:
         return None
     kind = (out.shape[0], out.dtype, out.device)
-    for v in (*eq.inputs(), eq.outputs[0]):
-        shape = v.spec.shape
-        if not shape or (shape[0], v.spec.dtype, v.spec.device) != kind:
+    for v in (*eq.inputs(), result):
+        if (*v.spec.shape[:1], v.spec.dtype, v.spec.device) != kind or width(v.spec) > WIDEST:
             return None
-        if width(v.spec) > WIDEST:
-            return None
-    rule = _RULES.get(eq.op)
-    fine = rule(eq, out.shape) if rule is not None else _is_pointwise(eq, out.shape)
+    # In a matrix, what is not chosen would be multiplied by zero.
+    fine = _keeps_rows(eq, out.shape[0]) and not (eq.op not in _RULES and _is_choice(eq))
     return kind if fine else None
 
 
 def _is_pointwise(eq: Equation, shape: Sequence[int]) -> bool:
     assert isinstance(eq.op, OpOverload)
     schema = schema_of(eq.op)
-    # In a matrix, what is not chosen would be multiplied by zero.
-    return schema.pointwise and not schema.writes and _aligned(eq, shape) and not _is_choice(eq)
+    return schema.pointwise and not schema.writes and _aligned(eq, shape)
 
 
 def _is_choice(eq: Equation) -> bool:
@@ -226,7 +240,11 @@ _RULES: dict[Any, Rule] = {
         not eq.constants() and _other([eq.argument(1, 0)], len(shape))
     ),
     aten.bmm.default: lambda eq, shape: all(c.spec.shape[0] == shape[0] for c in eq.constants()),
+    aten.baddbmm.default: lambda eq, shape: all(
+        c.spec.shape[0] == shape[0] for c in eq.constants()
+    ),
     aten.mm.default: lambda eq, _: isinstance(eq.args[0], Var),
+    aten.addmm.default: lambda eq, _: all(isinstance(a, Var) for a in eq.args[:2]),
 }
 #: Steps after which a number depends on others of its row.
 _MIXING = frozenset(
@@ -241,6 +259,8 @@ _MIXING = frozenset(
         aten.stack.default,
         aten.cat.default,
         aten.bmm.default,
+        aten.baddbmm.default,
         aten.mm.default,
+        aten.addmm.default,
     }
 )

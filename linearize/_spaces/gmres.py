@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .._text.progress import ticking
 from ..errors import LinearizeError, OptionError, SpaceError
 from .operators import LinearOperator
 from .space import check_whole
@@ -70,14 +71,14 @@ def gmres(
     x = torch.zeros_like(b) if start is None else start.clone()
     goal = tol * float(torch.linalg.vector_norm(b))
     residual = b if start is None else b - times(x)
-    used = int(start is not None)
+    used, tick = int(start is not None), ticking(most, "gmres, at most")
     while not (size := float(torch.linalg.vector_norm(residual))) <= goal:
         if used >= most or not math.isfinite(size):
             raise LinearizeError(
                 f"gmres: after {used} products a residual of {size:.3g} is left where {goal:.3g} "
                 "was asked for; give a preconditioner, a larger restart or rtol, or more products"
             )
-        cycle = _Cycle(times, inverse, residual, min(restart, len(b), most - used))
+        cycle = _Cycle(times, inverse, residual, min(restart, len(b), most - used), tick)
         step = cycle.run(goal)
         used += cycle.products + 1
         x = x + step
@@ -94,12 +95,13 @@ class _Cycle:
         inverse: Callable[[torch.Tensor], torch.Tensor],
         residual: torch.Tensor,
         length: int,
+        tick: Callable[[], object],
     ) -> None:
         self._times, self._inverse = times, inverse
         self._size = float(torch.linalg.vector_norm(residual))
         self._basis = residual.new_empty(length + 1, len(residual))
         self._basis[0] = residual / self._size
-        self._length = length
+        self._length, self._tick = length, tick
         self.products = 0
 
     def run(self, goal: float) -> torch.Tensor:
@@ -127,6 +129,7 @@ class _Cycle:
         """Add a vector to the basis, and return its column of the Hessenberg matrix."""
         v = self._times(self._inverse(self._basis[k]))
         self.products += 1
+        self._tick()
         known = self._basis[: k + 1]
         first = known.conj() @ v
         v = v - first @ known

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 
@@ -86,24 +87,12 @@ def block_diagonal(*operators: LinearOperator) -> LinearOperator:
     ours = Space.joined([A.in_space for A in operators])
     theirs = Space.joined([A.out_space for A in operators])
 
-    def each(adjoint: bool) -> Apply:
-        def apply(parts: Parts, *, stacked: bool) -> Parts:
-            rest, images = parts, []
-            for A in operators:
-                count = len((A.out_space if adjoint else A.in_space).tensors)
-                run = A._apply_adjoint if adjoint else A._apply
-                images += run(rest[:count], stacked=stacked)
-                rest = rest[count:]
-            return images
-
-        return apply
-
     def diagonal(chunk_size: ChunkSize) -> torch.Tensor:
         return torch.cat([A.diagonal(chunk_size=chunk_size) for A in operators])
 
     known = diagonal if all(A.shape[0] == A.shape[1] for A in operators) else None
     at_once, name = fewest(*operators), "block_diagonal"
-    forward, back = each(adjoint=False), each(adjoint=True)
+    forward, back = _each(operators, adjoint=False), _each(operators, adjoint=True)
     if all(isinstance(A, SelfAdjoint) for A in operators):
         return SelfAdjoint(ours, forward, at_once=at_once, diagonal=known, name=name)
     return LinearOperator(ours, theirs, forward, back, at_once=at_once, diagonal=known, name=name)
@@ -121,23 +110,37 @@ def _spread(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:
     return apply
 
 
+def _each(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:
+    """Return the map of several elements to one image of each."""
+
+    def apply(parts: Parts, *, stacked: bool) -> Parts:
+        return list(chain.from_iterable(_images(operators, parts, adjoint, stacked)))
+
+    return apply
+
+
 def _gathered(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:
     """Return the map of several elements to the sum of their images."""
 
     def apply(parts: Parts, *, stacked: bool) -> Parts:
-        rest, total = parts, None
-        for A in operators:
-            count = len((A.out_space if adjoint else A.in_space).tensors)
-            run = A._apply_adjoint if adjoint else A._apply
-            images = run(rest[:count], stacked=stacked)
-            rest = rest[count:]
-            total = (
-                images if total is None else [a + b for a, b in zip(total, images, strict=True)]
-            )
-        assert total is not None
+        images = _images(operators, parts, adjoint, stacked)
+        total = next(images)
+        for more in images:
+            total = [a + b for a, b in zip(total, more, strict=True)]
         return total
 
     return apply
+
+
+def _images(
+    operators: Sequence[LinearOperator], parts: Parts, adjoint: bool, stacked: bool
+) -> Iterator[Parts]:
+    """Yield what each operator makes of its own part of some elements."""
+    rest = parts
+    for A in operators:
+        count = len((A.out_space if adjoint else A.in_space).tensors)
+        yield (A._apply_adjoint if adjoint else A._apply)(rest[:count], stacked=stacked)
+        rest = rest[count:]
 
 
 def _check(operators: Sequence[LinearOperator], what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -13,6 +13,9 @@ from . import between
 from .flat import Parts, check_flat, is_flat, join, refuse_array, split, zeros
 from .maps import Apply, AtOnce, ChunkSize, Direction, KnownDiagonal, LinearMap, check_chunk_size
 from .space import Space
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
 
 __all__ = [
     "Apply",
@@ -148,7 +151,7 @@ class LinearOperator(LinearMap):
             f"{self._name}.as_real()",
         )
 
-    def to_scipy(self, *, real: bool = False) -> Any:
+    def to_scipy(self, *, real: bool = False) -> scipy.sparse.linalg.LinearOperator:
         """Return the operator as one of SciPy's: `linearize.scipy.aslinearoperator`.
 
         Parameters

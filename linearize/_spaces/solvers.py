@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 
+from .._text.progress import progress
 from ..errors import LinearizeError, SpaceError, StructureError
 from .budget import memory_budget
 from .flat import Parts
@@ -250,7 +251,7 @@ def checked_inverse(A: LinearOperator, solving: Solving, tol: float | None) -> L
         ours, theirs = (A.in_space, A.out_space) if adjoint else (A.out_space, A.in_space)
         flat = ours.join(parts, stacked=stacked)
         if stacked:
-            found = [one(b, adjoint) for b in flat]
+            found = [one(b, adjoint) for b in progress(flat, len(flat), "solutions")]
             rows = torch.stack(found) if found else flat.new_zeros(0, theirs.size)
             return theirs.split(rows)
         return theirs.split(one(flat, adjoint))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,3 +15,9 @@ def progress(steps: Iterable[T], total: int, what: str) -> Iterable[T]:
     except ImportError:
         return steps
     return tqdm(steps, total=total, desc=what, delay=1.0, leave=False)
+
+
+def ticking(total: int, what: str) -> Callable[[], object]:
+    """Return what moves a progress bar by a step of at most `total`, each time it is called."""
+    steps = iter(progress(range(total), total, what))
+    return lambda: next(steps, None)

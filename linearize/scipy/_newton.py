@@ -13,6 +13,7 @@ from scipy.optimize import OptimizeResult
 
 from .._points.linearization import Linearization
 from .._spaces.operators import LinearOperator
+from .._text.progress import ticking
 from ..errors import SpaceError, StructureError
 from ._functions import VectorFunction
 from ._operators import Array, array, aslinearoperator
@@ -82,6 +83,7 @@ def newton_krylov(
         raise SpaceError(f"newton_krylov: f takes {x.size} numbers and returns {residual.size}")
     norm, products, forcing, steps, runs = float(np.linalg.norm(residual)), 0, 0.1, 0, 1
     message = "the largest component of f(x) is within tol"
+    tick = ticking(max_iterations, "Newton steps, at most")
     # Negated, so that nan goes on to the line search and is reported there.
     while not np.abs(residual).max(initial=0.0) <= tol:
         if steps == max_iterations:
@@ -112,6 +114,7 @@ def newton_krylov(
         forcing = min(max(0.9 * (size / norm) ** 2, 0.9 * forcing**2 * (forcing > 0.33)), 0.5)
         x, residual, norm = x + length * step, trial, size
         steps += 1
+        tick()
         if _stops(callback, p.like_start(x), residual):
             message = "the callback stopped it"
             break

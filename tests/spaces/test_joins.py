@@ -335,6 +335,54 @@ def test_a_program_of_pointwise_operations_tells_its_diagonal():
         lz.Linearizer(lambda z: z * z.conj()).at(z).jacobian.diagonal()
 
 
+APART = {
+    "layer": lambda x: torch.tanh(x @ rand(4, 4)) * x,
+    "complex layer": lambda z: torch.tanh(z @ rand(4, 4, dtype=torch.complex128)) * z,
+    "to fewer": lambda x: torch.sin(x @ rand(4, 2)),
+    "to more": lambda x: torch.cat([x, torch.relu(x[:, :2]).exp()], 1),
+    "to one": lambda x: (x * x).sum(1).sqrt(),
+    "reshaped": lambda x: torch.linalg.cross(x.view(60, 2, 2)[:, 0, :1] * x[:, :3], x[:, 1:]),
+}
+
+
+@pytest.mark.parametrize("which", list(APART))
+def test_a_program_that_treats_rows_alone_tells_its_diagonals(which, monkeypatch):
+    f, x = APART[which], rand(60, 4, dtype=torch.complex128 if "complex" in which else F64)
+    units = torch.eye(240, dtype=x.dtype).view(240, 60, 4)
+    M = torch.stack([torch.func.jvp(f, (x,), (v,))[1].reshape(-1) for v in units], 1)
+    J = lz.Linearizer(f).at(x).jacobian
+
+    def many(*args):
+        raise AssertionError("a product for every row or column")
+
+    monkeypatch.setattr(lz.operators.LinearOperator, "columns", many)
+    monkeypatch.setattr(lz.operators.LinearOperator, "rows", many)
+    for chunk_size in ("auto", 1, 3, None):
+        got = J.gram().diagonal(chunk_size=chunk_size)
+        torch.testing.assert_close(got, (M.mH @ M).diagonal())
+        if M.shape[0] == M.shape[1]:
+            torch.testing.assert_close(J.diagonal(chunk_size=chunk_size), M.diagonal())
+
+
+def test_what_mixes_rows_is_no_matter_of_rows():
+    x = rand(60, 4, seed=4)
+    W = rand(60, 60, seed=5)
+    for f in (
+        lambda x: W @ x,
+        lambda x: x * x.mean(0),
+        lambda x: x.flip(0) * x,
+        lambda x: x.cumsum(0),
+        lambda x: x.softmax(0),
+        lambda x: x.reshape(4, 60).T * x,
+        lambda x: x.T.reshape(60, 4) * x,
+        lambda x: torch.cat([x[:30], x[30:] * x[:30]]),
+    ):
+        M = torch.autograd.functional.jacobian(f, x).reshape(240, 240)
+        J = lz.Linearizer(f).at(x).jacobian
+        torch.testing.assert_close(J.diagonal(), M.diagonal())
+        torch.testing.assert_close(J.gram().diagonal(), (M.T @ M).diagonal())
+
+
 @pytest.mark.parametrize("dtype", [F64, torch.complex128])
 def test_estimates_say_their_error(dtype):
     A = rand(30, 30, dtype=dtype)
