@@ -28,6 +28,8 @@ from ._points.linearizer import Linearizer
 from ._spaces.flat import Parts, check_flat, flat_spec, join, split, zeros
 from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
 from ._spaces.space import Space
+from ._torch.sharded import is_sharded
+from ._torch.sharded import is_sharded
 from .errors import DistributedError, UnsupportedError
 
 __all__ = ["RowJacobian", "dot", "gathered", "jacobian", "norm", "parted", "total"]
@@ -213,7 +215,7 @@ def norm(space: Space, a: Any) -> torch.Tensor:
 
 
 def _flat(space: Space, a: Any) -> torch.Tensor:
-    if isinstance(a, torch.Tensor) and tuple(a.shape) == (space.size,):
+    if isinstance(a, torch.Tensor) and not is_sharded(a) and tuple(a.shape) == (space.size,):
         check_flat(space, a, "dot")
         return a.detach()
     given = zip(space.flatten(a), space.tensors, strict=True)

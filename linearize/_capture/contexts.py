@@ -21,6 +21,8 @@ from .._torch.contexts import ContextWatcher
 from .._torch.graphs import forward_class, has_outputs
 from .._torch.names import batched_or_wrapped
 from .._torch.ranks import collective_kind
+from .._torch.sharded import groups_of, is_sharded, own_function
+from ..errors import UnsupportedError
 
 
 @dataclasses.dataclass(slots=True)
@@ -50,6 +52,10 @@ class ContextRecords:
         Tells the line of f that is being executed; None if nobody wants to know.
     collectives
         The contexts of collectives, in order; these are kept, as other ranks wait for them.
+    meshes
+        The process groups of the meshes on which there are DTensors.
+    conversions
+        The contexts of Functions that make DTensors of local tensors, or the reverse.
     pending
         Contexts whose `apply` had not returned when they were looked at last.
     """
@@ -60,6 +66,8 @@ class ContextRecords:
         self._records: weakref.WeakKeyDictionary[Any, ContextRecord]
         self._records = weakref.WeakKeyDictionary()
         self.collectives: list[Any] = []
+        self.meshes: dict[Any, None] = {}
+        self.conversions: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def watching(self) -> ContextWatcher:
         """Return the context manager inside which contexts are recorded."""
@@ -77,7 +85,11 @@ class ContextRecords:
 
     def communicates(self) -> bool:
         """Whether products have to communicate."""
-        return bool(self.communicating())
+        return bool(self.meshes or self.communicating())
+
+    def note_mesh(self, mesh: Any) -> None:
+        """Take note of a mesh."""
+        self.meshes |= dict.fromkeys(groups_of(mesh))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -98,6 +110,16 @@ class ContextRecords:
                 )
 
     def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
+        cls = forward_class(ctx)
+        if own_function(cls):
+            self.conversions.add(ctx)
+            return
+        if any(map(is_sharded, arguments or ())):
+            raise UnsupportedError(
+                f"{function_name(cls)}: a custom Function was called inside f with a DTensor, and "
+                "its methods would have to be told how gradients lie on the mesh; call it with "
+                "to_local(), and make a DTensor of what it returns (DTensor.from_local)"
+            )
         if self.pending:
             self.settle()
         self.pending.append(weakref.ref(ctx))

@@ -42,8 +42,8 @@ def check_adjoint(pushforward: Product, pullback: Product, *, thorough: bool = T
         programs = pullback.program, pushforward.program
         ranks = pushforward._lifetime.ranks
         check_maps(
-            pullback._apply,
-            pushforward._apply,
+            lambda u: pullback._apply(pullback._arguments.alike(u)),
+            lambda v: pushforward._apply(pushforward._arguments.alike(v)),
             *programs,
             lambda: (resolved(programs[0]), resolved(programs[1])),
             transpose,

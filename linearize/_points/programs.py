@@ -37,6 +37,7 @@ from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
 from .._torch.graphs import outside_backward
 from .._torch.modes import undisturbed
+from .._transpose.copies import among_ranks
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
 
@@ -90,6 +91,7 @@ class PointPrograms:
         # The graph is made now: it stamps what contexts keep, before anybody changes it.
         graph = captured.graph()
         self._graph: Graph | None = graph
+        self._layouts = graph.layouts
         #: Running statistics that it keeps, with the names of their nodes. Those of a run that
         #: was watched are copies.
         self.moving = [] if captured.watched else list(graph.moving())
@@ -174,7 +176,14 @@ class PointPrograms:
             pushforward = pullback.made(transpose, PUSHFORWARD, pool=self.pool)
             if self._owes_proof():
                 self.proof = Proof(pullback, pushforward, transpose, self._proved)
+            return self._among_ranks(pushforward)
+
+    def _among_ranks(self, pushforward: BoundProgram) -> BoundProgram:
+        """Return a pushforward that gives the same on all ranks that have a tensor."""
+        if self._layouts is None:
             return pushforward
+        outs, ins = self._layouts
+        return pushforward.made(among_ranks, ins, outs, pool=self.pool)
 
     def _owes_proof(self) -> bool:
         structure = self._structure
@@ -273,7 +282,7 @@ class PointPrograms:
         numbers = Numbers()
         program = record_pullback(self._graph, *self._specs, numbers, remembered=True)
         fresh = BoundProgram.of(program, numbers)
-        right = fresh if direction == PULLBACK else fresh.made(transpose)
+        right = fresh if direction == PULLBACK else self._among_ranks(fresh.made(transpose))
         compare = getattr(self._comparison, direction)
         for nearer, given in ((fresh, self._comparison.pullback), (right, compare)):
             whole = (True,) * len(nearer.inputs)

@@ -20,6 +20,7 @@ from .._programs.program import Equation, Operation
 from .._programs.values import Var
 from .._torch.graphs import Node, leaf_variable, recomputed_apart, signed
 from .._torch.names import OpOverload, aten
+from .._torch.sharded import is_sharded
 from ..errors import UnsupportedError
 from .formulas import FORMULAS, Gradients, call_node
 
@@ -146,7 +147,7 @@ def mended(node: Node) -> Callable[[Gradients], Gradients]:
     formula = _MENDED.get(node.name())
     if formula is None:
         return lambda grads: call_node(node, grads)
-    return lambda grads: formula(node, grads)
+    return lambda grads: (call_node if any(map(is_sharded, grads)) else formula)(node, grads)
 
 
 def differentiable(node: Node) -> Callable[[Gradients], Gradients]:

@@ -16,6 +16,7 @@ import torch
 from cachetools.keys import hashkey
 
 from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
+from .._capture.conversions import check_alike, is_conversion
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
@@ -25,6 +26,7 @@ from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.values import Constant, Var
 from .._spaces.compare import close
+from .._spaces.sharding import Layout
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     Node,
@@ -34,6 +36,9 @@ from .._torch.graphs import (
     walking,
 )
 from .._torch.names import aten
+from .._torch.ranks import collectives_seen
+from .._torch.sharded import copies_taken, is_sharded, local_of
+from ..errors import UnsupportedError
 from .calls import called, unpacked
 from .node_formulas import formula_of, mended, refuse_repeated
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
@@ -90,7 +95,7 @@ class Walk:
         self.emitter = emitter
         self.generator = generator
         self.remembered = remembered
-        self.lazy = lazy
+        self.lazy = lazy and graph.layouts is None
         #: Whether random numbers stood for a gradient that in truth depends on others.
         self.invented = False
         self.recording = Recording(emitter)
@@ -120,26 +125,53 @@ class Walk:
 
     def computed(self, t: torch.Tensor) -> Gradient | None:
         """Return a gradient that was computed; None if it does not descend from a cotangent."""
-        var = self.recording.variable(t)
-        return None if var is None else Gradient(var, layout_of(t), t)
+        part = local_of(t)
+        var = self.recording.variable(part)
+        return None if var is None else Gradient(var, layout_of(part), t)
 
     def run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
         """Walk from the roots, one seed each; return what arrives at the leaves."""
-        result = walking(lambda: self._run(seeds))
+        with collectives_seen():
+            result = walking(lambda: self._run(seeds))
         self.recording.finish()
         return result
 
     def _run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
-        for edge, seed in zip(self.graph.roots, seeds, strict=True):
+        outs, ins = self.graph.layouts or (None, None)
+        for i, (edge, seed) in enumerate(zip(self.graph.roots, seeds, strict=True)):
             if edge is not None:
-                self.deliver(edge, seed)
+                self.deliver(edge, self.opened(i, seed, None if outs is None else outs[i]))
         cut = self.cut
         self.visit_all(self.graph.order if cut is None else cut.before)
         if cut is not None:
             self.part(cut.stretch, cut.reason)
             self.visit_all(cut.after)
-        arrived = (self.pending.get(leaf, {}) for leaf in self.graph.leaves)
-        return [got.get(0) for got in arrived]
+        arrived = [self.pending.get(leaf, {}).get(0) for leaf in self.graph.leaves]
+        if ins is None:
+            return arrived
+        return [self.closed(g, layout) for g, layout in zip(arrived, ins, strict=True)]
+
+    def opened(self, i: int, seed: Gradient, layout: Layout | None) -> Gradient:
+        """Return the gradient of the root at place `i` for what a program takes."""
+        if layout is None:
+            return seed
+        # Drawn anew, as all copies are alike.
+        alike = torch.Generator().manual_seed(i)
+        number = seed.var.spec.random(alike) * self.factor
+        self.recording.define(number, seed.var)
+        with self.recorder:
+            return self.computed(layout.given(number)) or seed
+
+    def closed(self, grad: Gradient | None, layout: Layout | None) -> Gradient | None:
+        """Return what a program gives for the gradient that arrived at a leaf."""
+        if grad is None or layout is None:
+            return grad
+        with self.recorder:
+            number = self.number(grad)
+            part = layout.lying(number)
+        check_alike(part, layout.groups, "the gradient of a primal")
+        with self.recorder:
+            return self.computed(layout.scaled(part))
 
     def visit_all(self, nodes: Sequence[Node]) -> None:
         """Write down nodes, in their order."""
@@ -156,6 +188,8 @@ class Walk:
         node, nr = edge
         spec = metadata_spec(input_metadata(node)[nr])
         fits = grad.var.spec is spec or grad.var.spec == spec
+        if grad.tensor is not None and is_sharded(grad.tensor):
+            fits = spec.matches(grad.tensor)
         if not fits and self.lazy and _sums_to(grad.var.spec, spec):
             grad = self.summed(grad, spec)
         elif not fits:
@@ -189,7 +223,7 @@ class Walk:
         if a.tensor is not None and b.tensor is not None:
             with self.recorder:
                 t = a.tensor + b.tensor
-            return self.computed(t) or Gradient(a.var, layout_of(t), t)
+            return self.computed(t) or Gradient(a.var, layout_of(local_of(t)), t)
         spec = a.var.spec
         var = self.emitter.emit(aten.add.Tensor, (a.var, b.var), spec)
         return Gradient(var, a.layout if a.layout == b.layout else dense(spec.shape))
@@ -208,7 +242,8 @@ class Walk:
             return
         grads = [received.get(i) for i in range(len(input_metadata(node)))]
         self.recording.constants.at_node(self.saved(node))
-        formula = formula_of(node)
+        sharded = self.graph.layouts is not None and self.is_sharded(node, received)
+        formula = None if sharded else formula_of(node)
         if formula is not None:
             op, point = unpacked(self.graph.label(node), lambda: formula(node))
             edges, specs = _edges(node)
@@ -233,6 +268,11 @@ class Walk:
             reason = str(error)
         except NotRecordedError as error:
             reason = self.as_it_is(node, numbers, error)
+        if reason and sharded:
+            raise UnsupportedError(
+                f"{self.graph.label(node)}: an operation on DTensors cannot be recorded: {reason}; "
+                "compute it with to_local(), or with local_map"
+            )
         if reason:
             del self.emitter.equations[mark:]
             self.opaque(alone(self.graph, node), received, reason)
@@ -246,9 +286,26 @@ class Walk:
 
     def saved(self, node: Node) -> Iterable[tuple[torch.Tensor, Origin | None]]:
         """Return what a node saved, with what tells it from the rest."""
+        found: Iterable[tuple[torch.Tensor, Origin | None]]
         if self.remembered:
-            return saved_by(node, self.graph.places[node])
-        return [(t, None) for t in saved_tensors(node)]
+            found = saved_by(node, self.graph.places[node])
+        else:
+            found = [(t, None) for t in saved_tensors(node)]
+        if self.graph.layouts is None:
+            return found
+        pairs = [(t, local_of(t), origin) for t, origin in found]
+        known = self.recording.sharded
+        known |= {p.untyped_storage().data_ptr(): t for t, p, _ in pairs if p is not t}
+        return [(part, origin) for _, part, origin in pairs]
+
+    def is_sharded(self, node: Node, received: dict[int, Gradient]) -> bool:
+        """Whether a node takes or gives DTensors."""
+        if is_conversion(node):
+            groups = copies_taken(node)
+            for g in received.values() if groups else ():
+                check_alike(self.number(g), groups, "the gradient of what to_local() gave")
+            return True
+        return any(g.tensor is not None and is_sharded(g.tensor) for g in received.values())
 
     def forward(self, node: Node, result: Sequence[Gradient | None]) -> None:
         """Hand on what a node returned."""
@@ -350,7 +407,8 @@ class Walk:
     def is_opaque(self, result: Sequence[torch.Tensor | None]) -> bool:
         """Whether a gradient does not descend from the cotangents although it is not zero."""
         return any(
-            g is not None and self.recording.variable(g) is None and bool(g.any()) for g in result
+            g is not None and self.recording.variable(g) is None and bool(g.any())
+            for g in (None if g is None else local_of(g) for g in result)
         )
 
     def as_it_is(

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 
+from .._torch.sharded import is_sharded
 from ..errors import SpaceError, StructureError
 from . import between
 from .flat import Parts, check_flat, join, split, zeros
@@ -358,6 +359,8 @@ class LinearOperator(LinearMap):
 
     def _is_flat(self, x: torch.Tensor) -> bool:
         """Whether a tensor is read as a vector or a matrix of vectors."""
+        if is_sharded(x):
+            return False
         size = self.in_space.size
         if x.dim() in (1, 2) and x.shape[0] == size:
             return True
@@ -383,7 +386,7 @@ def _no_array(x: Any) -> None:
 
 
 def _same(a: Space, b: Space, what: str) -> None:
-    if a.tensors != b.tensors:
+    if a.tensors != b.tensors or a.layouts != b.layouts:
         raise SpaceError(f"{what}: the spaces differ: {a!r} and {b!r}")
     if a.group is not b.group:
         raise SpaceError(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import DistributedError, UnsupportedError
+from .sharded import own_function
 
 _FUNCTIONAL = "torch.distributed._functional_collectives"
 _GENERATED = "GeneratedBackwardFor_"
@@ -31,8 +32,8 @@ def collective_kind(cls: Any) -> str:
     Of the Functions of `torch.distributed` it is the name of the class, of the functional
     collectives that of the operator.
     """
-    if str(cls.__module__).startswith("torch.distributed."):  # DTensor and FSDP have their own
-        return str(cls.__name__)
+    if str(cls.__module__).startswith("torch.distributed."):
+        return "" if own_function(cls) else str(cls.__name__)
     name = str(cls.__name__)
     for library in ("_c10d_functional_autograd", "_c10d_functional"):
         prefix = f"{_GENERATED}{library}_"
@@ -82,6 +83,13 @@ def summed_over(group: Any, t: torch.Tensor) -> torch.Tensor:
             f"elsewhere ({error})"
         ) from error
     return t
+
+
+def agreed_number(number: int, group: Any) -> int:
+    """Return the number that the first rank of a group has."""
+    t = torch.tensor(number, device=device_of(group))
+    dist.broadcast(t, members(group)[0], group=group)
+    return int(t)
 
 
 def store() -> Any:
