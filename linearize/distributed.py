@@ -29,7 +29,6 @@ from ._spaces.flat import Parts, check_flat, flat_spec, join, split, zeros
 from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
 from ._spaces.space import Space
 from ._torch.sharded import is_sharded
-from ._torch.sharded import is_sharded
 from .errors import DistributedError, UnsupportedError
 
 __all__ = ["RowJacobian", "dot", "gathered", "jacobian", "norm", "parted", "total"]

@@ -300,8 +300,6 @@ class CollectiveNode:
     has_jvp = True
     has_backward = True
     takes_batches = False
-    #: Whether it is a node of f's graph, so that another point has another one.
-    of_graph = True
 
     def __init__(self, ctx: Any, record: ContextRecord) -> None:
         kind = collective_kind(forward_class(ctx))
@@ -417,7 +415,6 @@ class MeshCollective(CollectiveNode):
     """
 
     __slots__ = ("factor",)
-    of_graph = False
 
     def __init__(
         self, kind: str, args: Sequence[Any], takes: TensorSpec, gives: TensorSpec
@@ -496,7 +493,7 @@ class Collective(Operation):
 
     def moved(self, counterpart: Callable[[Any], Any]) -> Collective:
         """Return the same with another node."""
-        if not self.node.of_graph:
+        if isinstance(self.node, MeshCollective):
             return self
         return Collective(counterpart(self.node), back=self.back, name=self.name)
 

@@ -76,7 +76,9 @@ def laid_out_leaves(graph: Graph, layouts: Layouts) -> tuple[Layout | None, ...]
                     users[end].append(node)
     return tuple(
         [
-            _alike(users[leaf], copies_given, "a primal", "from_local") if layout is None else layout
+            _alike(users[leaf], copies_given, "a primal", "from_local")
+            if layout is None
+            else layout
             for leaf, layout in zip(graph.leaves, layouts, strict=True)
         ]
     )

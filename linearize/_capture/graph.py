@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .._spaces.sharding import Layout
 from .._text.labels import Line
 from .._torch.graphs import (
     Node,
@@ -17,7 +18,6 @@ from .._torch.graphs import (
     saved_changed,
     saved_tensors,
 )
-from .._spaces.sharding import Layout
 from .._torch.ranks import device_of, order_of, summed_over
 from .._torch.sharded import local_of, own_function
 from ..errors import UnsupportedError
@@ -69,7 +69,7 @@ class Graph:
     ) -> None:
         self._trace = trace
         self.leaves = tuple(leaves)
-        records = records or ContextRecords()
+        records = ContextRecords() if records is None else records
         # Other ranks may wait for a collective from which nothing comes to the value here.
         shared = records.communicating()
         above = [edge[0] for edge in roots if edge is not None]

@@ -28,7 +28,7 @@ from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.modes import DispatchMode, lazy_bits_respected
 from .._torch.names import OpOverload, aten
-from .._torch.sharded import COMMUNICATING, WAITING, waited, has_sharded, is_fake
+from .._torch.sharded import COMMUNICATING, WAITING, has_sharded, is_fake, waited
 from ..errors import LinearizeError
 from .linearity import known_linear, tested_linear
 from .recording import OpaqueError, Recording, SparseError

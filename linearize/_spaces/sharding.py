@@ -133,12 +133,14 @@ class Layout:
                 f"{what}: expected {self}, got {TensorSpec.of(given)} ({differing(given, spec)})"
             )
         if given.device_mesh != whole.mesh:  # type: ignore[attr-defined]
-            raise SpaceError(f"{what}: expected a DTensor on {whole.mesh}, got one on another mesh")
+            raise SpaceError(
+                f"{what}: expected a DTensor on {whole.mesh}, got one on another mesh"
+            )
         return placed(given, whole)
 
 
 def _names(spec: Any) -> str:
-    return f"({', '.join(map(str, spec.placements))})"
+    return f"({', '.join(map(repr, spec.placements))})"
 
 
 class _Rescaled(torch.autograd.Function):

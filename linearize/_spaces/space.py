@@ -210,6 +210,8 @@ class Space(VectorSpace):
         for t, expected in zip(given, self.tensors, strict=True):
             if not isinstance(t, torch.Tensor) or t.is_nested or t.layout is not torch.strided:
                 return False
+            if type(t) is not torch.Tensor and is_sharded(t):
+                return False
             shape = t.shape
             if stacked:
                 if not shape:

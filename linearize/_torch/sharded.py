@@ -126,9 +126,7 @@ def reduced(t: Any) -> Any:
     if not any(p.is_partial() for p in t.placements):
         return t
     whole = sys.modules[_MODULE].Replicate()
-    return t.redistribute(
-        t.device_mesh, [whole if p.is_partial() else p for p in t.placements]
-    )
+    return t.redistribute(t.device_mesh, [whole if p.is_partial() else p for p in t.placements])
 
 
 def groups_of(mesh: Any) -> list[Any]:

@@ -64,7 +64,9 @@ def among_ranks(
     }
     for eq in program.equations:
         e.equations.append(_written(eq, alike))
-    pairs = zip(program.outputs, program.specs, gives or [None] * len(program.outputs), strict=True)
+    pairs = zip(
+        program.outputs, program.specs, gives or [None] * len(program.outputs), strict=True
+    )
     outputs = [
         v if layout is None else _mean(e, v, spec, layout, alike.get(v, frozenset()))
         for v, spec, layout in pairs
@@ -97,7 +99,9 @@ def _mean(
     for group in layout.groups:
         if group in known:
             continue
-        total = Collective(MeshCollective("all_reduce", (None, "sum", group), spec, spec), back=False)
+        total = Collective(
+            MeshCollective("all_reduce", (None, "sum", group), spec, spec), back=False
+        )
         summed = e.emit(total, (v,), spec)
         v = e.emit(aten.mul.Tensor, (summed, 1 / len(members(group))), spec)
     return v
