@@ -105,7 +105,6 @@ class Capture:
             warn_independent(f"the value of {self.name}")
         return graph
 
-
     def _lay_out(self, graph: Graph) -> None:
         """Find out how values and primals lie on the ranks, for the graph and for both spaces."""
         ours, theirs = self.in_space, self.out_space
@@ -176,6 +175,7 @@ def capture(
         result, aux = _apart(result) if has_aux else (result, None)
         outputs, out_space = _outputs(result)
         _note_meshes(records, out_space)
+        records.note_conversions()
         edges = [
             _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
         ]
@@ -355,8 +355,8 @@ def _check_tensor(t: torch.Tensor, what: str) -> None:
     if is_sharded(t):
         if any(p.is_partial() for p in lies(t).placements):
             raise UnsupportedError(
-                f"{what}: a DTensor whose ranks hold what is still to be added up (Partial) has no "
-                "numbers of its own; call redistribute() first"
+                f"{what}: a DTensor whose ranks hold what is still to be added up (Partial) is "
+                "not supported; call redistribute() first"
             )
         t = local_of(t)
     if t.is_nested:

@@ -394,7 +394,7 @@ class CollectiveNode:
 
 
 class MeshCollective(CollectiveNode):
-    """A collective that the backward of an operation on DTensors runs, callable in both directions.
+    """A collective of the backward of an operation on DTensors, callable in both directions.
 
     It is no node of a graph, and the same at all points. What f itself does on DTensors is its
     transpose.
@@ -427,7 +427,7 @@ class MeshCollective(CollectiveNode):
         self.group = group_of(more[-1])
         self.pair = self._told(kind, more)
         self.names = self.pair.names
-        self.settings = tuple(map(repr, more[:-1]))
+        self.settings = tuple([("", repr(value)) for value in more[:-1]])
 
     def _told(self, kind: str, more: Sequence[Any]) -> Pair:
         group = self.group
@@ -446,8 +446,8 @@ class MeshCollective(CollectiveNode):
                 lambda ts: [exchanged_dims(ts[0], cut, gathered, group)],
             )
         raise UnsupportedError(
-            f"{kind}: this collective, run by an operation on DTensors, is not supported inside f; "
-            "redistribute the tensor before that operation"
+            f"{kind}: this collective, run by an operation on DTensors, is not supported inside "
+            "f; redistribute the tensor before that operation"
         )
 
 

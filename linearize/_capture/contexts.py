@@ -21,7 +21,7 @@ from .._torch.contexts import ContextWatcher
 from .._torch.graphs import forward_class, has_outputs
 from .._torch.names import batched_or_wrapped
 from .._torch.ranks import collective_kind
-from .._torch.sharded import groups_of, is_sharded, own_function
+from .._torch.sharded import groups_of, is_sharded, mesh_of, own_function
 from ..errors import UnsupportedError
 
 
@@ -54,8 +54,6 @@ class ContextRecords:
         The contexts of collectives, in order; these are kept, as other ranks wait for them.
     meshes
         The process groups of the meshes on which there are DTensors.
-    conversions
-        The contexts of Functions that make DTensors of local tensors, or the reverse.
     pending
         Contexts whose `apply` had not returned when they were looked at last.
     """
@@ -67,7 +65,7 @@ class ContextRecords:
         self._records = weakref.WeakKeyDictionary()
         self.collectives: list[Any] = []
         self.meshes: dict[Any, None] = {}
-        self.conversions: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._conversions: list[weakref.ref[Any]] = []
 
     def watching(self) -> ContextWatcher:
         """Return the context manager inside which contexts are recorded."""
@@ -86,6 +84,14 @@ class ContextRecords:
     def communicates(self) -> bool:
         """Whether products have to communicate."""
         return bool(self.meshes or self.communicating())
+
+    def note_conversions(self) -> None:
+        """Take note of the meshes of DTensors that f made of local tensors, or the reverse."""
+        found = [ctx for ctx in (ref() for ref in self._conversions) if ctx is not None]
+        for ctx in found:
+            if any(ctx.needs_input_grad):
+                self.note_mesh(mesh_of(ctx))
+        self._conversions = []
 
     def note_mesh(self, mesh: Any) -> None:
         """Take note of a mesh."""
@@ -112,7 +118,7 @@ class ContextRecords:
     def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
         cls = forward_class(ctx)
         if own_function(cls):
-            self.conversions.add(ctx)
+            self._conversions.append(weakref.ref(ctx))
             return
         if any(map(is_sharded, arguments or ())):
             raise UnsupportedError(

@@ -1,8 +1,8 @@
 """Plain tensors that become DTensors in f, and DTensors that become plain ones.
 
 What `to_local` gives of a tensor that all ranks have is the same on all of them, and PyTorch
-takes its gradient to be so too. So a value that comes of it counts once, and not once on each rank;
-and so does a primal of which `from_local` makes a DTensor that all ranks have.
+takes its gradient to be so too. So a value that comes of it counts once, and not once on each
+rank; and so does a primal of which `from_local` makes a DTensor that all ranks have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .._spaces.compare import close
 from .._spaces.sharding import Layout
 from .._torch.graphs import Node, forward_class, is_custom
 from .._torch.ranks import device_of, members
-from .._torch.sharded import copies_given, copies_taken, own_function, summed
+from .._torch.sharded import copies_given, copies_taken, own_function, summed, takes_parts
 from ..errors import UnsupportedError
 from .graph import Graph
 
@@ -48,10 +48,10 @@ def check_alike(t: torch.Tensor, groups: Groups, what: str) -> None:
             off = torch.tensor(float(not close(t, mean)), device=device_of(group))
         if float(summed(off, group)):
             raise UnsupportedError(
-                f"{what} is not the same on all ranks, which it has to be where a DTensor that all "
-                "ranks have (Replicate) was made a plain tensor, or of one: give to_local() or "
-                "from_local() the grad_placements that are right (Partial, if each rank uses it in "
-                "another way), or compute with DTensors"
+                f"{what} is not the same on all ranks, which it has to be where a DTensor that "
+                "all ranks have (Replicate) was made a plain tensor, or of one: give to_local() "
+                "or from_local() the grad_placements that are right (Partial, if each rank uses "
+                "it in another way), or compute with DTensors"
             )
 
 
@@ -60,7 +60,12 @@ def laid_out_roots(graph: Graph, layouts: Layouts) -> tuple[Layout | None, ...]:
     found = list(layouts)
     for i, (edge, layout) in enumerate(zip(graph.roots, layouts, strict=True)):
         if layout is None and edge is not None:
-            ends = _first_conversions(graph, [edge[0]])
+            ends = [n for n in _reached(graph, [edge[0]]) if is_conversion(n)]
+            if any(map(takes_parts, ends)):
+                raise UnsupportedError(
+                    "the value comes of to_local() of a DTensor whose ranks hold what is still to "
+                    "be added up (Partial), so that no rank has it: redistribute() it before"
+                )
             found[i] = _alike(ends, copies_taken, "the value", "to_local")
     return tuple(found)
 
@@ -96,10 +101,6 @@ def _alike(
         )
     groups = known.pop() if known else ()
     return Layout(None, groups) if groups else None
-
-
-def _first_conversions(graph: Graph, roots: Sequence[Node]) -> list[Node]:
-    return [n for n in _reached(graph, roots) if is_conversion(n)]
 
 
 def _reached(graph: Graph, roots: Sequence[Node]) -> list[Node]:

@@ -55,8 +55,8 @@ class Graph:
     """
 
     __slots__ = (
-        *("_meshes", "_trace", "constants", "custom", "hidden", "keys", "layouts", "leaves", "order"),
-        *("places", "roots"),
+        *("_meshes", "_trace", "constants", "custom", "hidden", "keys", "layouts", "leaves"),
+        *("order", "places", "roots"),
     )
 
     def __init__(
@@ -98,7 +98,8 @@ class Graph:
     @property
     def communicates(self) -> bool:
         """Whether there are collectives among the nodes, or DTensors, whose nodes may run some."""
-        return self.layouts is not None or any(isinstance(node, CollectiveNode) for node in self.custom.values())
+        collectives = (isinstance(node, CollectiveNode) for node in self.custom.values())
+        return self.layouts is not None or any(collectives)
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Return sums of numbers over all ranks that have parts of DTensors."""

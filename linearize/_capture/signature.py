@@ -66,8 +66,9 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
         if node in custom:
             key = (custom[node].signature(), expected(node))
         elif is_custom(node):  # what makes a DTensor of another, and keeps no tensors
-            key = (forward_class(node), settings_of(node), expected(node))
-            hash(key)
+            settings = forward_class(node), settings_of(node)
+            hash(settings)
+            key = (settings, expected(node))
         else:
             key = keys[node] = _node_key(node, saved)
         line = graph.line(node)  # programs name the lines that they come from

@@ -283,9 +283,7 @@ def _largest(groups: Iterable[Any]) -> list[Any]:
 
 def group_of_records(records: ContextRecords) -> Any:
     """Return the group whose ranks have parts of one vector, None if f does not communicate."""
-    groups = _largest(
-        [*map(group_of_context, records.communicating()), *records.meshes]
-    )
+    groups = _largest([*map(group_of_context, records.communicating()), *records.meshes])
     if len(groups) > 1:
         return group_of(None)
     return groups[0] if groups else None

@@ -90,16 +90,16 @@ class Recorder(DispatchMode):
         if name in WAITING:
             with torch.no_grad():
                 waited(given)
-            return given
+            return given  # type: ignore[no-any-return]
         out = waited(func(*args))
         var = self.recording.variable(given)
         if var is None:
             self.recording.define(out, None)
             self.recording.constants.decided(f"{name} in {self.recording.emitter.source}")
             return out
-        node = MeshCollective(name, args, TensorSpec.of(given), TensorSpec.of(out))
-        result = self.recording.emitter.emit(Collective(node, back=False), (var,), TensorSpec.of(out))
-        self.recording.define(out, result)
+        spec = TensorSpec.of(out)
+        done = Collective(MeshCollective(name, args, TensorSpec.of(given), spec), back=False)
+        self.recording.define(out, self.recording.emitter.emit(done, (var,), spec))
         return out
 
     def _see(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

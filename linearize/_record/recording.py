@@ -60,8 +60,8 @@ class Recording:
         self.constants = Constants(emitter)
         #: A comparison of something derived from a cotangent, if one was met.
         self.frozen = ""
-        #: The DTensors that a node saved, by where the memory of their parts begins.
-        self.sharded: dict[int, torch.Tensor] = {}
+        #: The DTensors that nodes saved, by where the memory of their parts begins.
+        self.sharded: dict[int, Residual] = {}
 
     def define(self, t: torch.Tensor, var: Var | None, uninitialized: bool = False) -> None:
         """Let `t` stand for `var` from now on."""
@@ -102,7 +102,7 @@ class Recording:
             known = t, self.emitter.numbers.constant(t, self.emitter.source, origin)
             whole = self.sharded.get(t.untyped_storage().data_ptr()) if self.sharded else None
             if whole is not None:
-                self.emitter.numbers.residual(known[1]).part_of(Residual(whole))
+                self.emitter.numbers.residual(known[1]).part_of(whole)
             self._read[id(t)] = known
         return known[1]
 

@@ -24,6 +24,7 @@ from .._execute.binding import BoundProgram
 from .._execute.executor import runner
 from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Program
+from .._programs.residuals import Residual
 from .._programs.values import Constant, Var
 from .._spaces.compare import close
 from .._spaces.sharding import Layout
@@ -270,8 +271,8 @@ class Walk:
             reason = self.as_it_is(node, numbers, error)
         if reason and sharded:
             raise UnsupportedError(
-                f"{self.graph.label(node)}: an operation on DTensors cannot be recorded: {reason}; "
-                "compute it with to_local(), or with local_map"
+                f"{self.graph.label(node)}: an operation on DTensors cannot be recorded: "
+                f"{reason}; compute it with to_local(), or with local_map"
             )
         if reason:
             del self.emitter.equations[mark:]
@@ -295,13 +296,13 @@ class Walk:
             return found
         pairs = [(t, local_of(t), origin) for t, origin in found]
         known = self.recording.sharded
-        known |= {p.untyped_storage().data_ptr(): t for t, p, _ in pairs if p is not t}
+        known |= {p.untyped_storage().data_ptr(): Residual(t) for t, p, _ in pairs if p is not t}
         return [(part, origin) for _, part, origin in pairs]
 
     def is_sharded(self, node: Node, received: dict[int, Gradient]) -> bool:
         """Whether a node takes or gives DTensors."""
         if is_conversion(node):
-            groups = copies_taken(node)
+            groups = copies_taken(node) or ()
             for g in received.values() if groups else ():
                 check_alike(self.number(g), groups, "the gradient of what to_local() gave")
             return True

@@ -131,9 +131,9 @@ class Comparison:
         self._outs, self._ins = tuple(out_specs), tuple(in_specs)
         self._stand_ins = StandIns()
         generator = torch.Generator().manual_seed(6)
-        outs, ins = graph.layouts or ((None,) * len(self._outs), (None,) * len(self._ins))
-        self._u = [_drawn(s, layout, generator) for s, layout in zip(self._outs, outs, strict=True)]
-        self._v = [_drawn(s, layout, generator) for s, layout in zip(self._ins, ins, strict=True)]
+        outs, ins = graph.layouts or ((), ())
+        self._u = _drawn(self._outs, outs, generator)
+        self._v = _drawn(self._ins, ins, generator)
         self._known: dict[tuple[bool, ...], Tensors | None] = {}
 
     def pullback(
@@ -203,12 +203,14 @@ class Comparison:
 
 
 def _drawn(
-    spec: TensorSpec, layout: Layout | None, generator: torch.Generator
-) -> torch.Tensor:
+    specs: Sequence[TensorSpec], layouts: Sequence[Layout | None], generator: torch.Generator
+) -> list[torch.Tensor]:
     """Return random numbers; where several ranks have a tensor, the same on them."""
-    if layout is None:
-        return spec.random(generator)
-    return spec.random(torch.Generator().manual_seed(6))
+    known = layouts or [None] * len(specs)
+    return [
+        s.random(generator if layout is None else torch.Generator().manual_seed(i))
+        for i, (s, layout) in enumerate(zip(specs, known, strict=True))
+    ]
 
 
 def _finite(tensors: Tensors) -> bool:

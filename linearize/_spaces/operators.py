@@ -8,7 +8,6 @@ from typing import Any, overload
 
 import torch
 
-from .._torch.sharded import is_sharded
 from ..errors import SpaceError, StructureError
 from . import between
 from .flat import Parts, check_flat, join, split, zeros
@@ -359,7 +358,7 @@ class LinearOperator(LinearMap):
 
     def _is_flat(self, x: torch.Tensor) -> bool:
         """Whether a tensor is read as a vector or a matrix of vectors."""
-        if is_sharded(x):
+        if self.in_space.layouts:
             return False
         size = self.in_space.size
         if x.dim() in (1, 2) and x.shape[0] == size:

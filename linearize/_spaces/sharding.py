@@ -89,7 +89,7 @@ class Layout:
         """Return what a program takes or gives for this rank's part of the leaf."""
         if not self.groups:
             return part
-        return _Rescaled.apply(part, self.count**-0.5)  # type: ignore[no-untyped-call,no-any-return]
+        return rescaled(part, self.count**-0.5)
 
     def mean(self, part: torch.Tensor) -> torch.Tensor:
         """Return the mean of the parts of all ranks that have the same tensor."""
@@ -100,7 +100,7 @@ class Layout:
     def given(self, part: torch.Tensor) -> torch.Tensor:
         """Return the leaf for what a program gives."""
         if self.groups:
-            part = _Rescaled.apply(part, self.count**0.5)  # type: ignore[no-untyped-call]
+            part = rescaled(part, self.count**0.5)
         if self.whole is None:
             return part
         single = part.dim() == len(self.whole.tensor_meta.shape)
@@ -115,7 +115,8 @@ class Layout:
                 none = numbers.narrow(placement.dim, 0, 0)
                 rank = mesh.get_local_rank(dim)
                 numbers = pieces[rank] if rank < len(pieces) else none
-        return numbers.contiguous() * self.count**-0.5
+        part: torch.Tensor = numbers.contiguous() * self.count**-0.5
+        return part
 
     def _fitting(self, given: torch.Tensor, what: str, several: bool) -> Any:
         whole = self.whole
@@ -143,6 +144,13 @@ def _names(spec: Any) -> str:
     return f"({', '.join(map(repr, spec.placements))})"
 
 
+def rescaled(t: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return a tensor times a factor that stands for the number of copies."""
+    if not (t.requires_grad and torch.is_grad_enabled()):
+        return t * factor
+    return _Rescaled.apply(t, factor)  # type: ignore[no-untyped-call,no-any-return]
+
+
 class _Rescaled(torch.autograd.Function):
     """A factor that stands for the number of copies, and is no part of a derivative.
 
@@ -162,8 +170,9 @@ class _Rescaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Rescaled.apply(grad, 1 / ctx.factor), None  # type: ignore[no-untyped-call]
+        return rescaled(grad, 1 / ctx.factor), None
 
     @staticmethod
     def jvp(ctx: Any, t: torch.Tensor, _: Any) -> torch.Tensor:
-        return t * ctx.factor
+        result: torch.Tensor = t * ctx.factor
+        return result

@@ -255,8 +255,8 @@ class Space(VectorSpace):
             )
         if is_sharded(given):
             raise SpaceError(
-                f"{self.word}{path}: expected {expected}, a plain tensor as in the {self.of}, got a "
-                "DTensor; pass its to_local() or full_tensor()"
+                f"{self.word}{path}: expected {expected}, a plain tensor as in the {self.of}, got "
+                "a DTensor; pass its to_local() or full_tensor()"
             )
         if given.is_nested:  # has no shape to speak of
             raise SpaceError(f"{self.word}{path}: expected {expected}, got a nested tensor")
@@ -422,6 +422,16 @@ class Space(VectorSpace):
                 parts.append(layout.whole_numbers(whole))
         return self.unflatten(parts)
 
+    def ravel(self, element: Any) -> torch.Tensor:
+        """Return the flat vector of an element, see `VectorSpace`; not of DTensors."""
+        check_no_layouts(self, "ravel")
+        return super().ravel(element)
+
+    def unravel(self, vector: torch.Tensor) -> Any:
+        """Return the element that a flat vector stands for, see `VectorSpace`."""
+        check_no_layouts(self, "unravel")
+        return super().unravel(vector)
+
     def alike(self, parts: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Return parts that are the same where several ranks have a tensor: their means."""
         return [
@@ -434,6 +444,16 @@ class Space(VectorSpace):
         children = spec_children(self.spec) if self.spec.type is tuple else ()
         alone = len(children) == 1 and given is not None and type(given) is not tuple
         return (given,) if alone else given
+
+
+def check_no_layouts(space: Space, what: str) -> None:
+    """Raise if the vectors of a space are DTensors, or belong to them."""
+    if space.layouts:
+        raise UnsupportedError(
+            f"{what}: not for {space!r}, whose vectors are DTensors, or plain tensors that "
+            "several ranks have alike; these are whole as they are: inner products of DTensors "
+            "are those of whole vectors, and solvers written in PyTorch take them"
+        )
 
 
 def check_whole(space: Space, what: str) -> None:

@@ -150,7 +150,20 @@ def copies_taken(ctx: Any) -> tuple[Any, ...] | None:
     if not hasattr(ctx, "dtensor_spec"):
         return None
     spec = ctx.dtensor_spec
-    return copies(spec.mesh, _normal(ctx.grad_placements or spec.placements))
+    if ctx.grad_placements is not None:
+        return copies(spec.mesh, ctx.grad_placements)
+    whole = sys.modules[_MODULE].Replicate()
+    return copies(spec.mesh, [whole if p.is_partial() else p for p in spec.placements])
+
+
+def takes_parts(ctx: Any) -> bool:
+    """Whether `to_local` gives what is to be added up, and takes one gradient for all ranks."""
+    spec = getattr(ctx, "dtensor_spec", None)
+    return (
+        spec is not None
+        and ctx.grad_placements is None
+        and any(p.is_partial() for p in spec.placements)
+    )
 
 
 def copies_given(ctx: Any) -> tuple[Any, ...] | None:
@@ -160,11 +173,6 @@ def copies_given(ctx: Any) -> tuple[Any, ...] | None:
     # That of a part of a sum is the same on all ranks, and yet each has its own part.
     placements = getattr(ctx, "grad_placements", None) or ctx.forward_input_placements
     return copies(ctx.forward_input_device_mesh, placements)
-
-
-def _normal(placements: Sequence[Any]) -> list[Any]:
-    whole = sys.modules[_MODULE].Replicate()
-    return [whole if p.is_partial() else p for p in placements]
 
 
 def settings_of(ctx: Any) -> tuple[Any, ...]:

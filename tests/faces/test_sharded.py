@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 import linearize as lz
 import linearize.distributed as lzd
+import linearize.testing
 from linearize.errors import DistributedError, SpaceError, StalenessError, UnsupportedError
 from tests.support.ranks import F64, rand, together
 
@@ -42,7 +43,9 @@ def full(tree):
 
 def like(whole, t):
     """Return a whole tensor as one that lies as `t` does."""
-    return distribute_tensor(whole, t.device_mesh, t.placements) if isinstance(t, DTensor) else whole
+    return (
+        distribute_tensor(whole, t.device_mesh, t.placements) if isinstance(t, DTensor) else whole
+    )
 
 
 def close(a, b, limit=1e-11):
@@ -176,12 +179,20 @@ def parallel_modules(rank, world):
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel(use_local_output=local)}
         split = parallelize_module(Mlp(), mesh, plan)
         parameters = dict(split.named_parameters())
-        f = lambda x, *p, split=split: functional_call(split, dict(zip(state, p, strict=True)), (x,))
+        f = lambda x, *p, split=split: functional_call(
+            split, dict(zip(state, p, strict=True)), (x,)
+        )
         primals = [x, *(p.detach() for p in parameters.values())]
         here = lz.Linearizer(f).at(*primals)
         assert isinstance(here.value, DTensor) != local
-        agrees(here, None, primals, [x, *state.values()], count=40 if local else 4, f_whole=f_whole)
+        agrees(
+            here, None, primals, [x, *state.values()], count=40 if local else 4, f_whole=f_whole
+        )
         here.check()
+        lin = lz.Linearizer(split)  # DTensors inside of f only
+        for point in (x, 2 * x):
+            agrees(lin.at(point), None, [point], [point], f_whole=whole)
+        assert lin.stats().reused == 1, (local, lin.stats())
 
 
 def sequence_parallel(rank, world):
@@ -202,7 +213,9 @@ def sequence_parallel(rank, world):
     along = Shard(1)  # the sequence
     col = lambda: ColwiseParallel(use_local_output=False)
     row = lambda: RowwiseParallel(output_layouts=along, use_local_output=False)
-    gather = lambda: PrepareModuleInput(input_layouts=(along,), desired_input_layouts=(Replicate(),))
+    gather = lambda: PrepareModuleInput(
+        input_layouts=(along,), desired_input_layouts=(Replicate(),)
+    )
     split = parallelize_module(
         split,
         mesh,
@@ -244,7 +257,9 @@ def solvers(rank, world):
     A = J.gram() + 0.1 * lz.operators.identity(J.in_space)
     b = rand(4, 8, seed=9)
     found = conjugate_gradients(A, like(b, first))
-    close(found, torch.linalg.solve(M.T @ M + 0.1 * torch.eye(32, dtype=F64), b.ravel()).view(4, 8))
+    close(
+        found, torch.linalg.solve(M.T @ M + 0.1 * torch.eye(32, dtype=F64), b.ravel()).view(4, 8)
+    )
     v, w = like(rand(4, 8, seed=5), first), like(rand(4, 8, seed=6), first)
     close(lzd.dot(J.in_space, v, w), (full(v) * full(w)).sum())
     close(J.in_space.norm(v), full(v).norm())
@@ -353,6 +368,39 @@ def trees_batches_and_gradients(rank, world):
     assert scale.dim() == 0
 
 
+def every_option(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    x = distribute_tensor(rand(6, 4), mesh, [Shard(0)])
+    w = distribute_tensor(rand(4, 3, seed=2), mesh, [Replicate()])
+    f = lambda x, w: torch.tanh(x @ w)
+    whole = [rand(6, 4), rand(4, 3, seed=2)]
+    options = [
+        {"check": "always"},
+        {"check": "never"},
+        {"trace": True},
+        {"match": "value"},
+        {"maxsize": 0, "simplify": False},
+        {"has_aux": True},
+    ]
+    for given in options:
+        g = (lambda x, w: (f(x, w), x.shape)) if "has_aux" in given else f
+        lin = lz.Linearizer(g, **given)
+        here = lin.at(x, w)
+        agrees(here, None, [x, w], whole, f_whole=f)
+        assert here.nbytes > 0
+        assert "all_reduce" in str(here.summary()) or "mm" in str(here.summary())
+        assert here.residuals()
+        assert lin.at(x, w) is not here  # f runs again: no point is remembered
+    with lin.at(x, w) as here:
+        v, u = like(rand(6, 4, seed=3), x), like(rand(6, 3, seed=4), here.value)
+        one = here.jacobian
+        close((one.T @ (one @ (v, w)))[0], full(one.gram() @ (v, w))[0])
+        close((2 * one @ (v, w)), 2 * full(here.jvp_fn(v, w)))
+        assert here.jvp_fn(v, None).placements == (Shard(0),)
+        close(here.jvp_fn(v, None) + here.jvp_fn(None, w), full(here.jvp_fn(v, w)))
+        assert u.placements == (Shard(0),)
+
+
 def refused(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     x = distribute_tensor(rand(6, 4), mesh, [Shard(0)])
@@ -363,7 +411,9 @@ def refused(rank, world):
     with pytest.raises(SpaceError, match="distribute_tensor"):
         here.jvp_fn(rand(6, 4))
     with pytest.raises(SpaceError, match="plain tensor"):
-        lz.Linearizer(lambda t: t * 2).at(rand(6)).jvp_fn(distribute_tensor(rand(6), mesh, [Shard(0)]))
+        lz.Linearizer(lambda t: t * 2).at(rand(6)).jvp_fn(
+            distribute_tensor(rand(6), mesh, [Shard(0)])
+        )
     close(here.jvp_fn(x), full(x).cos() * full(x))  # and it goes on
     if rank == 0:
         with pytest.raises(DistributedError, match="pullback"):
@@ -374,8 +424,20 @@ def refused(rank, world):
     partial = DTensor.from_local(rand(3), mesh, [Partial()])
     with pytest.raises(UnsupportedError, match="Partial"):
         lz.Linearizer(torch.sin).at(partial)
-    with pytest.raises(UnsupportedError, match="materialize"):
+    with pytest.raises(UnsupportedError, match="rows of the matrix"):
         here.jacobian.materialize()
+    with pytest.raises(UnsupportedError, match="gathered.*Shard"):
+        lzd.gathered(here.jacobian)
+    with pytest.raises(UnsupportedError, match="ravel"):
+        here.in_space.ravel(x)
+    with pytest.raises(SpaceError, match="distribute_tensor"):
+        here.jacobian @ rand(12)
+    with pytest.raises(UnsupportedError, match="communicates"):
+        lz.func.jvp(torch.sin, (x,), (x,))
+    with pytest.raises(UnsupportedError, match="check_linearization"):
+        lz.testing.check_linearization(torch.sin, x)
+    with pytest.raises(UnsupportedError, match="jacobian"):
+        lzd.jacobian(torch.sin, x)
 
     class Square(torch.autograd.Function):
         @staticmethod
@@ -436,7 +498,10 @@ def two_dimensions(rank, world):
     agrees(lin.at(*[p * 1.1 for p in primals]), two_layers, primals, [1.1 * t for t in WHOLE])
     assert lin.stats().reused == 1
     J = lin.at(*primals).jacobian
-    v = [like(rand(*t.shape, seed=i), p) for i, (t, p) in enumerate(zip(WHOLE, primals, strict=True))]
+    v = [
+        like(rand(*t.shape, seed=i), p)
+        for i, (t, p) in enumerate(zip(WHOLE, primals, strict=True))
+    ]
     close(J.in_space.dot(tuple(v), tuple(v)), sum(full(t).square().sum() for t in v))
 
 
@@ -447,6 +512,7 @@ TWO = (
     "sequence_parallel",
     "solvers",
     "trees_batches_and_gradients",
+    "every_option",
     "refused",
     "fully_sharded",
 )
