@@ -163,7 +163,8 @@ class ContextRecords:
         _expect_steps(record, record.dirty)
 
     def _materialize(self, ctx: Any, value: bool) -> None:
-        self._records.setdefault(ctx, ContextRecord()).materialize = value
+        if not own_function(forward_class(ctx)):
+            self._records.setdefault(ctx, ContextRecord()).materialize = value
 
 
 #: Functions that only wait for what another one has begun.
