@@ -2,9 +2,9 @@
 
 The layers of the network are split by `parallelize_module` of torch.distributed, so that its
 parameters are DTensors. The matrix is Jᵀ·J for the Jacobian of its outputs by all parameters,
-known by products; f runs once. Lanczos' method is written in PyTorch, on pytrees of DTensors, whose
-inner products are those of the whole. One and two ranks, and four, find the same eigenvalues as the
-matrix, written out on one.
+known by products; f runs once. Lanczos' method is written in PyTorch, on pytrees of DTensors,
+whose inner products are those of the whole. One, two and four ranks find the eigenvalues of the
+matrix that one process writes out.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def work(rank: int, world: int, folder: str, width: int, rows: int, steps: int) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Find the eigenvalues on one, two and four ranks, print a table, draw them."""
     wanted = options(__doc__, "tensor_parallel", arguments)
-    width, rows, steps = (8, 4, 12) if wanted.quick else (128, 24, 40)
+    width, rows, steps = (8, 4, 12) if wanted.quick else (128, 8, 24)
     worlds = (2,) if wanted.quick else (1, 2, 4)
     exact = whole(width, rows)
     lines, found = [], {}

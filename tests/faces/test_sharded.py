@@ -58,7 +58,10 @@ def agrees(here, f, primals, whole, count=4, f_whole=None):
     f = f_whole or f
     value, back = torch.func.vjp(f, *whole)
     J = torch.func.jacrev(f, tuple(range(len(whole))))(*whole)
-    forth = lambda vs: sum(torch.tensordot(M, v, v.dim()) for M, v in zip(J, vs, strict=True))
+
+    def forth(vs):
+        return sum(torch.tensordot(M, v, v.dim()) for M, v in zip(J, vs, strict=True))
+
     close(here.value, value)
     for k in range(count):
         vs = [rand(*t.shape, seed=7 * k + i) for i, t in enumerate(whole)]
@@ -144,14 +147,19 @@ class Layer(nn.Module):
     def __init__(self, heads=4, width=8):
         super().__init__()
         self.heads, self.size = heads, width // heads
-        linear = lambda a, b: nn.Linear(a, b, dtype=F64)
+
+        def linear(a, b):
+            return nn.Linear(a, b, dtype=F64)
+
         self.before, self.between = nn.LayerNorm(width, dtype=F64), nn.LayerNorm(width, dtype=F64)
         self.q, self.k, self.v = linear(width, width), linear(width, width), linear(width, width)
         self.out = linear(width, width)
         self.up, self.down = linear(width, 12), linear(12, width)
 
     def attend(self, x):
-        split = lambda t: t.unflatten(-1, (-1, self.size)).transpose(1, 2)
+        def split(t):
+            return t.unflatten(-1, (-1, self.size)).transpose(1, 2)
+
         q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
         weights = torch.softmax(q @ k.transpose(-1, -2) / self.size**0.5, -1)
         return self.out((weights @ v).transpose(1, 2).flatten(-2))
@@ -173,15 +181,19 @@ def parallel_modules(rank, world):
     whole = Mlp()
     state = {k: v.detach().clone() for k, v in whole.named_parameters()}
     x = rand(7, 6)
-    f_whole = lambda x, *p: functional_call(whole, dict(zip(state, p, strict=True)), (x,))
+
+    def f_whole(x, *p):
+        return functional_call(whole, dict(zip(state, p, strict=True)), (x,))
+
     for local in (True, False):  # plain tensors at both ends, or a DTensor at the end
         torch.manual_seed(0)
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel(use_local_output=local)}
         split = parallelize_module(Mlp(), mesh, plan)
         parameters = dict(split.named_parameters())
-        f = lambda x, *p, split=split: functional_call(
-            split, dict(zip(state, p, strict=True)), (x,)
-        )
+
+        def f(x, *p, split=split):
+            return functional_call(split, dict(zip(state, p, strict=True)), (x,))
+
         primals = [x, *(p.detach() for p in parameters.values())]
         here = lz.Linearizer(f).at(*primals)
         assert isinstance(here.value, DTensor) != local
@@ -198,7 +210,6 @@ def parallel_modules(rank, world):
 def sequence_parallel(rank, world):
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
-        PrepareModuleInput,
         RowwiseParallel,
         SequenceParallel,
         parallelize_module,
@@ -211,11 +222,13 @@ def sequence_parallel(rank, world):
     split = Layer()
     names = list(dict(whole.named_parameters()))
     along = Shard(1)  # the sequence
-    col = lambda: ColwiseParallel(use_local_output=False)
-    row = lambda: RowwiseParallel(output_layouts=along, use_local_output=False)
-    gather = lambda: PrepareModuleInput(
-        input_layouts=(along,), desired_input_layouts=(Replicate(),)
-    )
+
+    def col():
+        return ColwiseParallel(use_local_output=False)
+
+    def row():
+        return RowwiseParallel(output_layouts=along, use_local_output=False)
+
     split = parallelize_module(
         split,
         mesh,
@@ -229,7 +242,10 @@ def sequence_parallel(rank, world):
     )
     x = rand(2, 6, 8)
     inputs = distribute_tensor(x, mesh, [along])
-    call = lambda m: lambda x, *p: functional_call(m, dict(zip(names, p, strict=True)), (x,))
+
+    def call(m):
+        return lambda x, *p: functional_call(m, dict(zip(names, p, strict=True)), (x,))
+
     primals = [inputs, *(p.detach() for p in dict(split.named_parameters()).values())]
     whole_primals = [x, *(p.detach() for p in dict(whole.named_parameters()).values())]
     lin = lz.Linearizer(call(split))
@@ -251,7 +267,10 @@ def solvers(rank, world):
         distribute_tensor(t, mesh, [p])
         for t, p in zip(WHOLE, [Shard(0), Replicate(), Replicate(), Replicate()], strict=True)
     )
-    f = lambda w: two_layers(x, w, bias, second)
+
+    def f(w):
+        return two_layers(x, w, bias, second)
+
     J = lz.Linearizer(f).at(first).jacobian
     M = torch.func.jacrev(lambda w: two_layers(WHOLE[0], w, *WHOLE[2:]))(WHOLE[1]).reshape(18, 32)
     A = J.gram() + 0.1 * lz.operators.identity(J.in_space)
@@ -269,7 +288,10 @@ def solvers(rank, world):
     start = distribute_tensor(torch.zeros(12, dtype=F64), mesh, [Shard(0)])
     target = distribute_tensor(rand(12, seed=3) / 4, mesh, [Shard(0)])
     mix = distribute_tensor(rand(12, 12, seed=4) / 8, mesh, [Shard(0)])
-    g = lambda x: x + (mix @ torch.sin(x)) - target
+
+    def g(x):
+        return x + (mix @ torch.sin(x)) - target
+
     lin, root = lz.Linearizer(g), start
     for _ in range(8):
         here = lin.at(root)
@@ -318,7 +340,7 @@ def gmres(A, b, steps=12):
 
 def trees_batches_and_gradients(rank, world):
     mesh = init_device_mesh("cpu", (world,))
-    A, b, scale = rand(6, 4, seed=1), rand(4, seed=2), rand((), seed=3)
+    A, b = rand(6, 4, seed=1), rand(4, seed=2)
 
     def whole(p):
         y = p["A"] @ p["b"]
@@ -337,12 +359,15 @@ def trees_batches_and_gradients(rank, world):
         "b": distribute_tensor(V["b"], mesh, [Replicate()]),
         "own": V["own"],
     }
-    one = lambda v: torch.autograd.functional.jvp(
-        lambda A, b: tuple(whole({"A": A, "b": b, "own": b})[k] for k in ("y", "n")),
-        (A, b),
-        (v["A"], v["b"]),
-        create_graph=True,
-    )[1]
+
+    def one(v):
+        return torch.autograd.functional.jvp(
+            lambda A, b: tuple(whole({"A": A, "b": b, "own": b})[k] for k in ("y", "n")),
+            (A, b),
+            (v["A"], v["b"]),
+            create_graph=True,
+        )[1]
+
     each = [one({k: t[i] for k, t in V.items()}) for i in range(5)]
     expected = {k: torch.stack([e[i] for e in each]) for i, k in enumerate(("y", "n"))}
     expected["own"] = 2 * V["own"]
@@ -351,7 +376,7 @@ def trees_batches_and_gradients(rank, world):
         for key in expected:
             close(found[key], expected[key])
         assert found["y"].placements == (Shard(1),)
-    assert "Shard" in repr(here) and "[6,4]" in repr(here)
+    assert "float64[6,4] (Shard(dim=0)) on" in repr(here)
     # Tangents are differentiable, and those of other placements are moved.
     v = {k: t[0] for k, t in V.items()}
     mine = {
@@ -365,14 +390,16 @@ def trees_batches_and_gradients(rank, world):
     (one(v)[0].square().sum() + one(v)[1] ** 2).backward()
     close(mine["A"].grad, v["A"].grad)
     close(mine["b"].grad, v["b"].grad)
-    assert scale.dim() == 0
 
 
 def every_option(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     x = distribute_tensor(rand(6, 4), mesh, [Shard(0)])
     w = distribute_tensor(rand(4, 3, seed=2), mesh, [Replicate()])
-    f = lambda x, w: torch.tanh(x @ w)
+
+    def f(x, w):
+        return torch.tanh(x @ w)
+
     whole = [rand(6, 4), rand(4, 3, seed=2)]
     options = [
         {"check": "always"},
@@ -426,7 +453,7 @@ def refused(rank, world):
         lz.Linearizer(torch.sin).at(partial)
     with pytest.raises(UnsupportedError, match="rows of the matrix"):
         here.jacobian.materialize()
-    with pytest.raises(UnsupportedError, match="gathered.*Shard"):
+    with pytest.raises(UnsupportedError, match=r"gathered.*Shard"):
         lzd.gathered(here.jacobian)
     with pytest.raises(UnsupportedError, match="ravel"):
         here.in_space.ravel(x)
