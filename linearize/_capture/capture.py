@@ -23,7 +23,7 @@ from .._torch.hooks import HookWatcher
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, pytree
 from .._torch.ranks import collectives_seen
-from .._torch.sharded import is_sharded, lies, local_of, reduced
+from .._torch.sharded import is_sharded, lies, local_of, may_be_sharded, reduced
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .conversions import laid_out_leaves, laid_out_roots
@@ -293,6 +293,8 @@ def _called(
 
 def _in_full(result: Any) -> Any:
     """Return f's result with DTensors that are still to be added up over the ranks added up."""
+    if not may_be_sharded():
+        return result
     return pytree.tree_map_only(torch.Tensor, lambda t: reduced(t) if is_sharded(t) else t, result)
 
 

@@ -13,7 +13,6 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -23,7 +22,6 @@ from .._programs.program import Operation
 from .._spaces.space import TensorSpec
 from .._torch.graphs import forward_class, input_metadata
 from .._torch.ranks import collective_kind, group_of
-from .._torch.sharded import exchanged_dims
 from ..errors import UnsupportedError
 from .contexts import ContextRecord
 from .custom import CustomNode
@@ -393,64 +391,6 @@ class CollectiveNode:
             return list(self.pair.forth(whole))
 
 
-class MeshCollective(CollectiveNode):
-    """A collective of the backward of an operation on DTensors, callable in both directions.
-
-    It is no node of a graph, and the same at all points. What f itself does on DTensors is its
-    transpose.
-
-    Parameters
-    ----------
-    kind
-        The name of the functional collective.
-    args
-        What it was called with.
-    takes, gives
-        Shapes and dtypes.
-
-    Attributes
-    ----------
-    factor
-        Of an all-reduce that sums what it takes: what it is multiplied by, of others 0.
-    """
-
-    __slots__ = ("factor",)
-
-    def __init__(
-        self, kind: str, args: Sequence[Any], takes: TensorSpec, gives: TensorSpec
-    ) -> None:
-        self.inputs = self.takes = (takes,)
-        self.outputs = (gives,)
-        self._where = (0,)
-        self.factor = 0.0
-        more = args[1:]
-        self.group = group_of(more[-1])
-        self.pair = self._told(kind, more)
-        self.names = self.pair.names
-        self.settings = tuple([("", repr(value)) for value in more[:-1]])
-
-    def _told(self, kind: str, more: Sequence[Any]) -> Pair:
-        group = self.group
-        if kind == "all_reduce":
-            self.factor = _summed(more[0], kind, group)
-            return _pair_all_reduce(SimpleNamespace(op=more[0]), group)
-        if kind == "all_gather_into_tensor":
-            return _pair_gathered_tensor(None, group)
-        if kind == "reduce_scatter_tensor":
-            return _pair_scattered_tensor(SimpleNamespace(reduce_op=more[0]), group)
-        if kind == "shard_dim_alltoall":
-            gathered, cut = more[:2]
-            return Pair(
-                ("all_to_all", "all_to_all"),
-                lambda ts: [exchanged_dims(ts[0], gathered, cut, group)],
-                lambda ts: [exchanged_dims(ts[0], cut, gathered, group)],
-            )
-        raise UnsupportedError(
-            f"{kind}: this collective, run by an operation on DTensors, is not supported inside "
-            "f; redistribute the tensor before that operation"
-        )
-
-
 #: What calls user code or other ranks.
 OpaqueNode: TypeAlias = CustomNode | CollectiveNode
 
@@ -489,12 +429,10 @@ class Collective(Operation):
 
     def turned(self) -> Collective:
         """Return the transpose."""
-        return Collective(self.node, back=not self.back)
+        return type(self)(self.node, back=not self.back)
 
     def moved(self, counterpart: Callable[[Any], Any]) -> Collective:
         """Return the same with another node."""
-        if isinstance(self.node, MeshCollective):
-            return self
         return Collective(counterpart(self.node), back=self.back, name=self.name)
 
     def __call__(self, *given: torch.Tensor | None) -> list[torch.Tensor]:

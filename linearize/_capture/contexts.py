@@ -20,7 +20,7 @@ from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
 from .._torch.graphs import forward_class, has_outputs
 from .._torch.names import batched_or_wrapped
-from .._torch.ranks import collective_kind
+from .._torch.ranks import collective_kind, group_of, members
 from .._torch.sharded import groups_of, is_sharded, mesh_of, own_function
 from ..errors import UnsupportedError
 
@@ -94,7 +94,18 @@ class ContextRecords:
         self._conversions = []
 
     def note_mesh(self, mesh: Any) -> None:
-        """Take note of a mesh."""
+        """Take note of a mesh.
+
+        Raises
+        ------
+        UnsupportedError
+            If no group has its ranks: inner products are sums over them.
+        """
+        if mesh.ndim > 1 and mesh.size() != len(members(group_of(None))):
+            raise UnsupportedError(
+                f"a DTensor on {mesh}: a mesh of several dimensions must have all ranks; put it "
+                "on one of its dimensions, mesh[name]"
+            )
         self.meshes |= dict.fromkeys(groups_of(mesh))
 
     def __len__(self) -> int:

@@ -52,11 +52,13 @@ class Graph:
     layouts
         How the tensors at the roots and at the leaves lie on the ranks of a mesh; None where
         there are no DTensors.
+    meshes
+        The process groups of their meshes.
     """
 
     __slots__ = (
-        *("_meshes", "_trace", "constants", "custom", "hidden", "keys", "layouts", "leaves"),
-        *("order", "places", "roots"),
+        *("_trace", "constants", "custom", "hidden", "keys", "layouts", "leaves"),
+        *("meshes", "order", "places", "roots"),
     )
 
     def __init__(
@@ -79,7 +81,7 @@ class Graph:
             t for n, ours in reaches.items() if not ours and (t := leaf_variable(n)) is not None
         ]
         self.layouts: tuple[Layouts, Layouts] | None = None
-        self._meshes = tuple(records.meshes)
+        self.meshes = tuple(records.meshes)
         if shared or records.meshes:
             self.order = _latest_first(self.order, self.leaves)
         self.keys: dict[Node, tuple[Any, ...]] = {}
@@ -101,10 +103,15 @@ class Graph:
         collectives = (isinstance(node, CollectiveNode) for node in self.custom.values())
         return self.layouts is not None or any(collectives)
 
+    @property
+    def is_anybodys(self) -> bool:
+        """Whether its programs hold nothing of a user's: no custom Function, no process group."""
+        return not (self.custom or self.layouts)
+
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Return sums of numbers over all ranks that have parts of DTensors."""
         t = torch.tensor(list(numbers), dtype=torch.float64)
-        for group in self._meshes:
+        for group in self.meshes:
             t = summed_over(group, t.to(device_of(group)))
         return [float(x) for x in t]
 

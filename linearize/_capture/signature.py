@@ -84,7 +84,7 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
         return None
     leaves = tuple(places.get(leaf) for leaf in graph.leaves)
     roots = tuple([None if e is None else (places.get(e[0], -2), e[1]) for e in graph.roots])
-    return nodes, roots, leaves, tuple(map(tuple, specs)), shared, graph.layouts
+    return nodes, roots, leaves, tuple(map(tuple, specs)), shared, graph.layouts, graph.meshes
 
 
 def expected(node: Node) -> tuple[Any, ...]:

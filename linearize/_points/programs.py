@@ -204,7 +204,7 @@ class PointPrograms:
         self._count(reused=False)
         if self._signature is not None and self._structure is None and not program.fixed:
             self._structure = Structure(self._signature)
-            self._structures.add(self._structure, shared=not graph.custom)
+            self._structures.add(self._structure, shared=graph.is_anybodys)
         return BoundProgram.of(program, numbers)
 
     # -- taken over -------------------------------------------------------------------------
@@ -381,7 +381,7 @@ class PointPrograms:
         graph = self._graph
         self._signature = outside_backward(lambda: signature(graph, self._specs))
         if self._signature is not None:
-            self._structure = self._structures.find(self._signature, shared=not graph.custom)
+            self._structure = self._structures.find(self._signature, shared=graph.is_anybodys)
             self._places = {
                 id(custom): graph.places[node] for node, custom in graph.custom.items()
             }

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .._capture.collectives import Collective, MeshCollective
+from .._capture.mesh_collectives import MeshCollective, OnMesh
 from .._programs.aten import (
     CONSTANT,
     READS_NUMBERS,
@@ -98,7 +98,7 @@ class Recorder(DispatchMode):
             self.recording.constants.decided(f"{name} in {self.recording.emitter.source}")
             return out
         spec = TensorSpec.of(out)
-        done = Collective(MeshCollective(name, args, TensorSpec.of(given), spec), back=False)
+        done = OnMesh(MeshCollective(name, args, TensorSpec.of(given), spec), back=False)
         self.recording.define(out, self.recording.emitter.emit(done, (var,), spec))
         return out
 

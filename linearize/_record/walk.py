@@ -16,7 +16,6 @@ import torch
 from cachetools.keys import hashkey
 
 from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
-from .._capture.conversions import check_alike, is_conversion
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
@@ -24,10 +23,8 @@ from .._execute.binding import BoundProgram
 from .._execute.executor import runner
 from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Operation, Program
-from .._programs.residuals import Residual
 from .._programs.values import Constant, Var
 from .._spaces.compare import close
-from .._spaces.sharding import Layout
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     Node,
@@ -38,11 +35,12 @@ from .._torch.graphs import (
 )
 from .._torch.names import aten
 from .._torch.ranks import collectives_seen
-from .._torch.sharded import copies_taken, is_sharded, local_of
+from .._torch.sharded import is_sharded, local_of
 from ..errors import UnsupportedError
 from .calls import called, unpacked
 from .node_formulas import formula_of, mended, refuse_repeated
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
+from .parts import closed, opened, parts, takes_sharded
 from .recorder import Recorder
 from .recording import OpaqueError, Recording, SparseError
 from .stretch import (
@@ -138,41 +136,25 @@ class Walk:
         return result
 
     def _run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
-        outs, ins = self.graph.layouts or (None, None)
-        for i, (edge, seed) in enumerate(zip(self.graph.roots, seeds, strict=True)):
-            if edge is not None:
-                self.deliver(edge, self.opened(i, seed, None if outs is None else outs[i]))
+        outs, ins = self.graph.layouts or ([None] * len(seeds), [None] * len(self.graph.leaves))
+        for i, (edge, seed, layout) in enumerate(zip(self.graph.roots, seeds, outs, strict=True)):
+            if edge is not None and layout is not None:
+                t = opened(self.recorder, seed.var, layout, i, self.factor)
+                self.deliver(edge, self.computed(t) or seed)
+            elif edge is not None:
+                self.deliver(edge, seed)
         cut = self.cut
         self.visit_all(self.graph.order if cut is None else cut.before)
         if cut is not None:
             self.part(cut.stretch, cut.reason)
             self.visit_all(cut.after)
         arrived = [self.pending.get(leaf, {}).get(0) for leaf in self.graph.leaves]
-        if ins is None:
-            return arrived
-        return [self.closed(g, layout) for g, layout in zip(arrived, ins, strict=True)]
-
-    def opened(self, i: int, seed: Gradient, layout: Layout | None) -> Gradient:
-        """Return the gradient of the root at place `i` for what a program takes."""
-        if layout is None:
-            return seed
-        # Drawn anew, as all copies are alike.
-        alike = torch.Generator().manual_seed(i)
-        number = seed.var.spec.random(alike) * self.factor
-        self.recording.define(number, seed.var)
-        with self.recorder:
-            return self.computed(layout.given(number)) or seed
-
-    def closed(self, grad: Gradient | None, layout: Layout | None) -> Gradient | None:
-        """Return what a program gives for the gradient that arrived at a leaf."""
-        if grad is None or layout is None:
-            return grad
-        with self.recorder:
-            number = self.number(grad)
-            part = layout.lying(number)
-        check_alike(part, layout.groups, "the gradient of a primal")
-        with self.recorder:
-            return self.computed(layout.scaled(part))
+        return [
+            g
+            if g is None or layout is None
+            else self.computed(closed(self.recorder, self.number(g), layout))
+            for g, layout in zip(arrived, ins, strict=True)
+        ]
 
     def visit_all(self, nodes: Sequence[Node]) -> None:
         """Write down nodes, in their order."""
@@ -243,7 +225,7 @@ class Walk:
             return
         grads = [received.get(i) for i in range(len(input_metadata(node)))]
         self.recording.constants.at_node(self.saved(node))
-        sharded = self.graph.layouts is not None and self.is_sharded(node, received)
+        sharded = self.graph.layouts is not None and takes_sharded(node, received.values())
         formula = None if sharded else formula_of(node)
         if formula is not None:
             op, point = unpacked(self.graph.label(node), lambda: formula(node))
@@ -292,21 +274,7 @@ class Walk:
             found = saved_by(node, self.graph.places[node])
         else:
             found = [(t, None) for t in saved_tensors(node)]
-        if self.graph.layouts is None:
-            return found
-        pairs = [(t, local_of(t), origin) for t, origin in found]
-        known = self.recording.sharded
-        known |= {p.untyped_storage().data_ptr(): Residual(t) for t, p, _ in pairs if p is not t}
-        return [(part, origin) for _, part, origin in pairs]
-
-    def is_sharded(self, node: Node, received: dict[int, Gradient]) -> bool:
-        """Whether a node takes or gives DTensors."""
-        if is_conversion(node):
-            groups = copies_taken(node) or ()
-            for g in received.values() if groups else ():
-                check_alike(self.number(g), groups, "the gradient of what to_local() gave")
-            return True
-        return any(g.tensor is not None and is_sharded(g.tensor) for g in received.values())
+        return found if self.graph.layouts is None else parts(found, self.recording.sharded)
 
     def forward(self, node: Node, result: Sequence[Gradient | None]) -> None:
         """Hand on what a node returned."""

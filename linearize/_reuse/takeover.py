@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._capture.collectives import Collective, MeshCollective, OpaqueNode
+from .._capture.collectives import Collective, OpaqueNode
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
+from .._capture.mesh_collectives import OnMesh
 from .._check.adjoint import RankOne
 from .._check.balance import Balance
 from .._execute.binding import Binding, BoundProgram
@@ -195,7 +196,7 @@ class Comparison:
 
     def _replaced(self, op: Any) -> Operation:
         node: OpaqueNode | None = getattr(op, "node", None)
-        if node is None or isinstance(node, MeshCollective):
+        if node is None or isinstance(op, OnMesh):
             kept: Operation = op
             return kept
         backward = op.back if isinstance(op, Collective) else isinstance(op, CustomBackward)

@@ -16,6 +16,11 @@ _MODULE = "torch.distributed.tensor"
 _OWN = tuple(f"{_MODULE}.{name}" for name in ("_api", "_redistribute"))
 
 
+def may_be_sharded() -> bool:
+    """Whether anybody has loaded what DTensors are."""
+    return _MODULE in sys.modules
+
+
 def is_sharded(x: Any) -> bool:
     """Whether something is a DTensor."""
     module = sys.modules.get(_MODULE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .._capture.collectives import Collective, MeshCollective
+from .._capture.mesh_collectives import MeshCollective, summed_over_ranks
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Program
 from .._programs.values import Var
@@ -99,9 +99,6 @@ def _mean(
     for group in layout.groups:
         if group in known:
             continue
-        total = Collective(
-            MeshCollective("all_reduce", (None, "sum", group), spec, spec), back=False
-        )
-        summed = e.emit(total, (v,), spec)
+        summed = e.emit(summed_over_ranks(spec, group), (v,), spec)
         v = e.emit(aten.mul.Tensor, (summed, 1 / len(members(group))), spec)
     return v

@@ -113,6 +113,9 @@ def placements_of_every_kind(rank, world):
         agrees(lin.at(*there), two_layers, primals, [1.1 * t for t in WHOLE])
         assert len(runs) == 2
         assert lin.stats().reused == (name != "uneven"), lin.stats()
+        said = here.program.explain()
+        assert ("no matrix" in said) == ("all_" in said or "all_" in str(here.program))
+        assert ("anew at each point" in said) == (name == "uneven")
         close(here.value, two_layers(*WHOLE))
 
 
