@@ -3,6 +3,7 @@
 #   make PYTHON=/path/to/python venv    build the environment with that interpreter
 #   make PY=python test                 use an environment that exists already
 #                                       (a GPU machine with its own torch, say)
+#   make JOBS=1 test                    run the tests in that many processes
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -27,6 +28,11 @@ PUBLIC = linearize/*.py linearize/scipy/*.py linearize/sparse/*.py linearize/_ca
   linearize/_points/closures.py linearize/_points/jacobian.py linearize/_points/linearization.py \
   linearize/_points/linearizer.py linearize/_points/memo.py linearize/_spaces/gmres.py \
   linearize/_spaces/joins.py linearize/_spaces/operators.py
+
+# Tests of one file share a process: code blocks of a page build on each other. Without
+# pytest-xdist (an environment of the user's own) they run one after the other.
+JOBS ?= auto
+WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n $(JOBS) --maxprocesses 4 --dist loadfile')
 
 IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 say = @printf '\n==> %s\n' '$(1)'
@@ -74,7 +80,7 @@ examples: $(READY) ## run all examples in full (minutes), write outputs and pict
 
 test: $(READY) ## run the tests and the code blocks of README and docs
 	$(call say,Running the tests)
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest -m 'not slow' $(WORKERS)
 
 test-slow: $(READY) ## run the tests that take minutes
 	$(call say,Running the slow tests)

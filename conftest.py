@@ -1,10 +1,16 @@
 """Set-up shared by all tests, those made of code blocks in pages and docstrings included."""
 
+import os
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 from importlib.util import find_spec
 
 import pytest
 import torch
+
+# Processes that run tests side by side share the cores, and so do the scripts that they start.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 # A machine lent for its GPU may have torch and pytest only: no code blocks there.
 if find_spec("sybil"):

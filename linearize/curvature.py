@@ -111,7 +111,7 @@ class Curvature(SelfAdjoint):
         max_bytes: int | None,
     ) -> None:
         super().__init__(
-            space, self._summed, peak=self._largest, diagonal=self._by_outputs, name=name
+            space, self._summed, at_once=self._fewest, diagonal=self._by_outputs, name=name
         )
         self._batches = batches
         self._own = own
@@ -178,7 +178,7 @@ class Curvature(SelfAdjoint):
         total = self.in_space.ravel(None)
         for batch in progress(self._batches, len(self._batches), "batches"):
             _, inner, back = batch.point().products
-            chunk = self._chunk(chunk_size, inner._arguments.size)
+            chunk = self._chunk(chunk_size, inner._arguments.size, adjoint=False)
             for _, parts in units(inner._arguments, chunk, "outputs"):
                 rows = self.in_space.join(run(back, parts, stacked=True), stacked=True)
                 weighed = run(back, run(inner, parts, stacked=True), stacked=True)
@@ -195,8 +195,8 @@ class Curvature(SelfAdjoint):
                 return
             batch.kept = None
 
-    def _largest(self) -> int:
-        return max(p.program.peak_bytes() for p in self._batches[0].point().products)
+    def _fewest(self, adjoint: bool) -> int:
+        return min(p.at_once() for p in self._batches[0].point().products)
 
 
 @eagerly

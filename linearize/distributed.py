@@ -28,7 +28,8 @@ from ._points.linearizer import Linearizer
 from ._spaces.flat import Parts, check_flat, flat_spec, join, split, zeros
 from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
 from ._spaces.space import Space, check_no_layouts
-from .errors import DistributedError, UnsupportedError
+from ._torch.ranks import fail_if_told
+from .errors import DistributedError, LinearizeError, UnsupportedError
 
 __all__ = ["RowJacobian", "dot", "gathered", "jacobian", "norm", "parted", "total"]
 
@@ -102,7 +103,7 @@ def total(make: Callable[[], LinearOperator], group: Group = None) -> SelfAdjoin
     own = _together(checked, group, "the operator")
     _check_same(own, group)
     reduced = _Reduced(own._apply, own.in_space, group, repr(own))
-    return SelfAdjoint(own.in_space, reduced, peak=own._peak, name=f"total of {own._name}")
+    return SelfAdjoint(own.in_space, reduced, at_once=own._at_once, name=f"total of {own._name}")
 
 
 class RowJacobian(LinearOperator):
@@ -137,7 +138,7 @@ class RowJacobian(LinearOperator):
             self._own.out_space.parts_of(dist.group.WORLD if group is None else group),
             self._own._apply,
             adjoint,
-            peak=self._own._peak,
+            at_once=self._own._at_once,
             name="RowJacobian",
         )
 
@@ -145,7 +146,7 @@ class RowJacobian(LinearOperator):
         """Return Jᵀ·J of all ranks' rows: one sum over the ranks for each product."""
         own = self._own.gram()
         reduced = _Reduced(own._apply, own.in_space, self._group, "JᵀJ·v")
-        return SelfAdjoint(own.in_space, reduced, peak=own._peak, name="RowJacobian.gram()")
+        return SelfAdjoint(own.in_space, reduced, at_once=own._at_once, name="RowJacobian.gram()")
 
     def materialize(
         self, *, chunk_size: ChunkSize = "auto", direction: Direction = "auto"
@@ -191,10 +192,21 @@ def dot(space: Space, a: Any, b: Any) -> torch.Tensor:
     DistributedError
         If a rank cannot be reached.
     """
-    result: torch.Tensor = torch.vdot(_flat(space, a), _flat(space, b))
-    if space.group is not None:
-        _reduce(result, dist.ReduceOp.SUM, space.group, "an inner product")
-    return result
+    if space.group is None:
+        return torch.vdot(_flat(space, a), _flat(space, b))
+    failure: LinearizeError | None = None
+    spec = flat_spec(space)
+    # One sum carries the number, and whether a part did not fit.
+    sums = torch.zeros(2, dtype=spec.dtype, device=spec.device)
+    try:
+        sums[0] = torch.vdot(_flat(space, a), _flat(space, b))
+    except LinearizeError as error:
+        failure = error
+        sums[1] = 1
+    _reduce(sums, dist.ReduceOp.SUM, space.group, "an inner product")
+    if sums[1].real > 0:
+        _raise(failure, space.group, "an inner product")
+    return sums[0]
 
 
 def norm(space: Space, a: Any) -> torch.Tensor:
@@ -242,13 +254,13 @@ def parted(operator: LinearOperator, group: Group = None) -> LinearOperator:
     group = dist.group.WORLD if group is None else group
     space = operator.in_space.parts_of(group)
     if isinstance(operator, SelfAdjoint):
-        return SelfAdjoint(space, operator._apply, peak=operator._peak, name=operator._name)
+        return SelfAdjoint(space, operator._apply, at_once=operator._at_once, name=operator._name)
     return LinearOperator(
         space,
         operator.out_space.parts_of(group),
         operator._apply,
         operator._apply_adjoint,
-        peak=operator._peak,
+        at_once=operator._at_once,
         name=operator._name,
     )
 
@@ -287,8 +299,10 @@ def gathered(operator: LinearOperator) -> LinearOperator:
     back = functools.partial(_whole_product, adjoint, second, first)
     name = f"gathered {operator!r}"
     if isinstance(operator, SelfAdjoint):
-        return SelfAdjoint(first.space, forth, peak=operator._peak, name=name)
-    return LinearOperator(first.space, second.space, forth, back, peak=operator._peak, name=name)
+        return SelfAdjoint(first.space, forth, at_once=operator._at_once, name=name)
+    return LinearOperator(
+        first.space, second.space, forth, back, at_once=operator._at_once, name=name
+    )
 
 
 class _Whole:
@@ -366,6 +380,7 @@ class _Reduced:
         count = len(parts[0]) if stacked else 1
         failure: BaseException | None = None
         try:
+            fail_if_told()
             results = self._apply(parts, stacked=stacked)
         except Exception as error:
             failure = error
@@ -406,17 +421,13 @@ def _raise(failure: BaseException | None, group: Group, what: str) -> None:
     own = None if failure is None else f"{type(failure).__name__}: {failure}"
     messages = _gathered(own, group, what)
     failed = {rank: text for rank, text in enumerate(messages) if text is not None}
-    if failure is not None and len(failed) == len(messages) and _is_ours(failure):
+    if isinstance(failure, DistributedError) and len(failed) == len(messages):
         raise failure  # the same on all ranks
     if failed:
         reasons = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
         raise DistributedError(
             f"{what} failed on {len(failed)} of the ranks: {reasons}"
         ) from failure
-
-
-def _is_ours(failure: BaseException) -> bool:
-    return isinstance(failure, DistributedError)
 
 
 def _check_same(operator: LinearOperator, group: Group) -> None:

@@ -232,7 +232,7 @@ def least_squares(
 
 def _check_closure(captured: Capture, name: str) -> None:
     """Raise if f depends on tensors that require grad besides its arguments."""
-    others = other_leaves(captured.edges, [node for _, node in captured.leaves])
+    others = other_leaves(captured.edges, captured.nodes())
     if others:
         shapes = ", ".join(str(tuple(t.shape)) for t in others[:5])
         more = ", ..." if len(others) > 5 else ""

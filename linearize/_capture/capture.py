@@ -7,7 +7,6 @@ custom Functions. It owns everything that must be known while f runs.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +18,8 @@ from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
-from .._torch.hooks import HookWatcher
-from .._torch.modes import being_traced, functorch_active
+from .._torch.hooks import HookWatcher, Unhooked
+from .._torch.modes import NOTHING, being_traced, functorch_active, grad_enabled
 from .._torch.names import batched_or_wrapped, pytree
 from .._torch.ranks import collectives_seen
 from .._torch.sharded import is_sharded, lies, local_of, may_be_sharded, reduced
@@ -50,7 +49,7 @@ class Capture:
     owners
         What keeps the graph alive for its contexts, where they do not.
     leaves
-        The detached alias of each differentiable primal leaf, with its node.
+        The detached alias of each differentiable primal leaf.
     records
         What was seen of custom Functions' contexts.
     reads
@@ -61,6 +60,8 @@ class Capture:
         Those of them that PyTorch writes to without raising their version.
     hooks
         The gradient hooks that f registered.
+    unhooked
+        Knows whether there are any, or were registered afterwards.
     outputs
         The differentiable outputs with their history.
     trace
@@ -77,21 +78,25 @@ class Capture:
     out_space: Space
     edges: list[Edge | None]
     owners: list[Node]
-    leaves: list[tuple[torch.Tensor, Node]]
+    leaves: list[torch.Tensor]
     records: ContextRecords
     reads: list[tuple[weakref.ref[torch.Tensor], int]]
     watched: bool
     moving: list[torch.Tensor]
     hooks: HookWatcher
+    unhooked: Unhooked
     outputs: list[torch.Tensor]
     trace: Trace | None = None
     name: str = ""
     derivative: bool = False
 
+    def nodes(self) -> list[Node]:
+        """Return the graph node of each of the leaves."""
+        return accumulators(self.leaves)
+
     def graph(self) -> Graph:
         """Return the graph between value and primals."""
-        leaves = [node for _, node in self.leaves]
-        graph = Graph(self.edges, leaves, self.records, self.trace, self.owners)
+        graph = Graph(self.edges, self.leaves, self.records, self.trace, self.owners)
         if self.records.meshes:
             self._lay_out(graph)
         if self.watched:
@@ -108,10 +113,10 @@ class Capture:
     def _lay_out(self, graph: Graph) -> None:
         """Find out how values and primals lie on the ranks, for the graph and for both spaces."""
         ours, theirs = self.in_space, self.out_space
-        plain = [None] * len(ours.tensors), [None] * len(theirs.tensors)
-        ours.layouts = laid_out_leaves(graph, ours.layouts or plain[0])
-        theirs.layouts = laid_out_roots(graph, theirs.layouts or plain[1])
-        graph.layouts = theirs.layouts, ours.layouts
+        ins = laid_out_leaves(graph, ours.layouts or [None] * len(ours.tensors))
+        outs = laid_out_roots(graph, theirs.layouts or [None] * len(theirs.tensors))
+        graph.layouts = outs, ins
+        ours.layouts, theirs.layouts = (x if any(x) else () for x in (ins, outs))
 
 
 def capture(
@@ -164,14 +169,14 @@ def capture(
     frozen = torch.is_inference_mode_enabled()
     reads = Reads(records, thaw=frozen) if watch or frozen else None
     traced = Trace(_called.__code__, records) if trace else None
-    with torch.inference_mode(False), torch.enable_grad():
+    with grad_enabled():
         aliases = _Aliases(copy)
         arguments, keywords = aliases.arguments(args, kwargs, argnums, given, tree)
-        nodes = accumulators(aliases.leaves)
         if reads is not None:
             reads.note(scripted_state(f, aliases.others))
         with HookWatcher() as hooks:
             result = _called(f, arguments, keywords, records, reads, traced)
+            unhooked = hooks.since()
         result, aux = _apart(result) if has_aux else (result, None)
         outputs, out_space = _outputs(result)
         _note_meshes(records, out_space)
@@ -179,9 +184,7 @@ def capture(
         edges = [
             _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
         ]
-        chosen = [x for x in given if differentiable(x)]
-        names = [f"primal{p}" for x, p in zip(given, tree.paths, strict=True) if differentiable(x)]
-        check_not_behind(edges, chosen, nodes, names)
+        check_not_behind(edges, given, tree.paths, aliases.leaves)
         made = (owner_of(x) for x in outputs if isinstance(x, torch.Tensor))
         owners = [node for node in made if node is not None]
         value = out_space.tree.unflatten(_detached(outputs, own=len(records) > 0))
@@ -192,12 +195,13 @@ def capture(
         out_space=out_space,
         edges=edges,
         owners=owners,
-        leaves=list(zip(aliases.leaves, nodes, strict=True)),
+        leaves=aliases.leaves,
         records=records,
         reads=[] if reads is None else reads.stamps(),
         watched=reads is not None,
         moving=[] if reads is None else reads.moving(),
         hooks=hooks,
+        unhooked=unhooked,
         outputs=[x for x in outputs if differentiable(x)],
         trace=traced,
         name=getattr(f, "__qualname__", None) or type(f).__name__,
@@ -248,6 +252,8 @@ class _Aliases:
     ) -> tuple[Sequence[Any], dict[str, Any]]:
         """Return what f is called with, where some arguments were flattened already."""
         whole = list(argnums) == list(range(len(args)))
+        if whole and not kwargs:
+            return tree.unflatten([self._alias(x, True) for x in given]), {}
         chosen = set(argnums)
         others = [] if whole else [a for i, a in enumerate(args) if i not in chosen]
         rest, frame = flatten((others, dict(kwargs)))
@@ -277,17 +283,15 @@ def _called(
     traced: Trace | None,
 ) -> Any:
     """Call f; this is where a trace of its lines begins."""
+    if traced is not None:
+        records.locate = traced.locate
     with (
         records.watching(),
         eager_compiled_functions(),
         collectives_seen(),
-        contextlib.ExitStack() as modes,
+        NOTHING if reads is None else reads,
+        NOTHING if traced is None else traced,
     ):
-        if reads is not None:
-            modes.enter_context(reads)
-        if traced is not None:
-            records.locate = traced.locate
-            modes.enter_context(traced)
         return _in_full(applied_late(f)(*arguments, **keywords))
 
 
@@ -325,13 +329,15 @@ def _detached(outputs: Sequence[Any], *, own: bool) -> list[Any]:
 def _edge(output: torch.Tensor) -> Edge | None:
     if not output.requires_grad:
         return None
+    if type(output) is torch.Tensor and output.grad_fn is not None:
+        return output.grad_fn, output.output_nr  # quicker
     edge = gradient_edge(output)
     return edge.node, edge.output_nr
 
 
 def _check_layouts(leaves: Sequence[Any], tree: Tree) -> None:
     for x, path in zip(leaves, tree.paths, strict=True):
-        if isinstance(x, torch.Tensor):
+        if isinstance(x, torch.Tensor) and not _is_usual(x):
             _check_tensor(x, f"primal{path}")
 
 
@@ -351,6 +357,15 @@ def _kind(leaf: Any) -> str:
     if dataclasses.is_dataclass(leaf):
         return f"{name} (register the dataclass: torch.export.register_dataclass({name}))"
     return str(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else name
+
+
+def _is_usual(t: torch.Tensor) -> bool:
+    """Whether there is nothing to check; quicker than to do so."""
+    return (
+        type(t) is torch.Tensor
+        and t.layout is torch.strided
+        and not (t.is_nested or t.is_quantized or t.is_meta or batched_or_wrapped(t))
+    )
 
 
 def _check_tensor(t: torch.Tensor, what: str) -> None:
@@ -388,7 +403,8 @@ def _outputs(result: Any) -> tuple[list[Any], Space]:
     leaves, tree = flatten(result)
     for x, path in zip(leaves, tree.paths, strict=True):
         if isinstance(x, torch.Tensor):
-            _check_tensor(x, f"output{path}")
+            if not _is_usual(x):
+                _check_tensor(x, f"output{path}")
         elif isinstance(x, (float, complex)):
             raise StructureError(
                 f"output{path}: f returned the number {x!r}, whose derivative would be lost; "

@@ -13,9 +13,15 @@ from .code import is_installed
 
 _CODE: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 _INSTALLED: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_FOREIGN: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 #: Bases that read no attributes of their own accord, but those that are always looked at.
 _HARMLESS = (object, torch.nn.Module, torch.autograd.Function, abc.ABC, Generic, Protocol)
 _HEAP_TYPE = 1 << 9
+#: Packages whose code is taken to hide nothing, in C, and to read no tensors of its own.
+TRUSTED = (frozenset(("torch", "numpy", "scipy")) | sys.stdlib_module_names) - {
+    "ctypes",
+    "_ctypes",
+}
 
 
 def installed_class(cls: type) -> bool:
@@ -44,6 +50,21 @@ def has_code(cls: type) -> bool:
 def is_own(cls: type) -> bool:
     """Whether all code that reads attributes of a class's objects can be seen."""
     return all(base in _HARMLESS or not installed_class(base) for base in cls.__mro__)
+
+
+def is_foreign(module: str | None) -> bool:
+    """Whether code is of a package that may read tensors of its own."""
+    return (module or "").partition(".")[0] not in TRUSTED
+
+
+def has_foreign_code(cls: type) -> bool:
+    """Whether a class has methods of such a package."""
+    known = _FOREIGN.get(cls)
+    if known is None:
+        known = _FOREIGN[cls] = any(
+            installed_class(base) and is_foreign(base.__module__) for base in cls.__mro__
+        )
+    return known
 
 
 def slots_of(cls: type) -> list[str]:

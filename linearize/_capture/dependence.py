@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .._torch.graphs import Node, gradient_edge, leaf_variable, let_die_in_turn
+from .._spaces.space import differentiable
+from .._torch.graphs import Node, accumulators, gradient_edge, leaf_variable, let_die_in_turn
 from ..errors import IndependenceWarning, UnsupportedError
 from .graph import Edge
 
@@ -31,9 +32,9 @@ def is_derivative(f: Callable[..., Any]) -> bool:
 
 def check_not_behind(
     edges: Sequence[Edge | None],
-    primals: Sequence[torch.Tensor],
-    nodes: Sequence[Node],
-    names: Sequence[str],
+    given: Sequence[Any],
+    paths: Sequence[str],
+    aliases: Sequence[torch.Tensor],
 ) -> None:
     """Raise if f reads a primal itself, from a closure or a global, and not its argument.
 
@@ -41,19 +42,22 @@ def check_not_behind(
     ----------
     edges
         The gradient edges of f's outputs.
-    primals, nodes, names
-        The tensors as they were given, and for each the node of the alias that f was called
-        with, and a name.
+    given, paths
+        The leaves of the primals as they were given, and what they are called.
+    aliases
+        What f was called with in the place of those that are differentiable.
 
     Raises
     ------
     UnsupportedError
         If so: the derivative by that primal would be zero.
     """
-    if not any(t.requires_grad for t in primals):
+    if not any([isinstance(x, torch.Tensor) and x.requires_grad for x in given]):
         return
     seen, variables = _below(edges)
-    for t, node, name in zip(primals, nodes, names, strict=True):
+    primals = [(x, f"primal{path}") for x, path in zip(given, paths, strict=True)]
+    chosen = [(x, name) for x, name in primals if differentiable(x)]
+    for (t, name), node in zip(chosen, accumulators(aliases), strict=True):
         if not t.requires_grad or (node, 0) in seen:
             continue
         behind = id(t) in variables if t.is_leaf else _edge(t) in seen

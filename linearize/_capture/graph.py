@@ -10,13 +10,17 @@ import torch
 from .._spaces.sharding import Layout
 from .._text.labels import Line
 from .._torch.graphs import (
+    NORMS,
+    AccumulateGrad,
     Node,
+    accumulators,
     forward_class,
     is_custom,
     leaf_variable,
     let_die_in_turn,
     saved_changed,
     saved_tensors,
+    some_custom,
 )
 from .._torch.ranks import device_of, order_of, summed_over
 from .._torch.sharded import local_of, own_function
@@ -57,25 +61,26 @@ class Graph:
     """
 
     __slots__ = (
-        *("_trace", "constants", "custom", "hidden", "keys", "layouts", "leaves"),
+        *("_trace", "constants", "custom", "hidden", "keys", "kinds", "layouts", "leaves"),
         *("meshes", "order", "places", "roots"),
     )
 
     def __init__(
         self,
         roots: Sequence[Edge | None],
-        leaves: Sequence[Node],
+        leaves: Sequence[Node | torch.Tensor],
         records: ContextRecords | None = None,
         trace: Trace | None = None,
         owners: Sequence[Node] = (),
     ) -> None:
         self._trace = trace
-        self.leaves = tuple(leaves)
         records = ContextRecords() if records is None else records
         # Other ranks may wait for a collective from which nothing comes to the value here.
         shared = records.communicating()
         above = [edge[0] for edge in roots if edge is not None]
-        self.order, reaches = _walked([*above, *shared], self.leaves, shared)
+        ends = _Ends(leaves)
+        self.order, reaches = _walked([*above, *shared], ends, shared)
+        self.leaves = ends.nodes()
         #: The leaf tensors that it leads to besides the primals.
         self.constants = [
             t for n, ours in reaches.items() if not ours and (t := leaf_variable(n)) is not None
@@ -87,15 +92,24 @@ class Graph:
         self.keys: dict[Node, tuple[Any, ...]] = {}
         self.places = {node: i for i, node in enumerate(self.order)}
         self.roots = tuple(e if e is not None and e[0] in self.places else None for e in roots)
-        self.custom: dict[Node, OpaqueNode] = {
-            n: CollectiveNode(n, records.get(n))
-            if is_collective(n)
-            else CustomNode(n, records.get(n), owners)
-            for n in self.order
-            if is_custom(n) and not own_function(forward_class(n))
-        }
+        #: Their classes, each once: most questions about nodes are answered by them.
+        self.kinds = set(map(type, self.order))
+        self.custom: dict[Node, OpaqueNode] = {}
+        if some_custom(self.kinds):
+            self.custom = {
+                n: CollectiveNode(n, records.get(n))
+                if is_collective(n)
+                else CustomNode(n, records.get(n), owners)
+                for n in self.order
+                if is_custom(n) and not own_function(forward_class(n))
+            }
         #: Whether contexts were made that are no nodes here: they may be inside others.
         self.hidden = len(records) > len(self.custom)
+
+    @property
+    def traced(self) -> bool:
+        """Whether the lines of f are known that made its nodes."""
+        return self._trace is not None
 
     @property
     def communicates(self) -> bool:
@@ -125,9 +139,9 @@ class Graph:
 
     def moving(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield running statistics that nodes keep, which PyTorch moves without a version."""
-        for node in self.order:
-            name = node.name()
-            if "BatchNorm" in name and not getattr(node, "_saved_training", True):
+        norms = self.kinds & NORMS
+        for node in self.order if norms else ():
+            if type(node) in norms and not getattr(node, "_saved_training", True):
                 for saved in ("_saved_running_mean", "_saved_running_var"):
                     t = getattr(node, saved, None)
                     if t is not None:
@@ -176,11 +190,40 @@ def between(
 
     Those of `always`, and what leads to them, whether or not they lead to a leaf.
     """
-    return _walked(roots, leaves, always)[0]
+    return _walked(roots, _Ends(leaves), always)[0]
+
+
+class _Ends:
+    """The leaves in which a walk ends, each known by its node or by its tensor."""
+
+    __slots__ = ("_places", "found", "leaves")
+
+    def __init__(self, leaves: Sequence[Node | torch.Tensor]) -> None:
+        self.leaves = list(leaves)
+        #: The nodes that are known.
+        self.found = {x for x in leaves if not isinstance(x, torch.Tensor)}
+        self._places = {id(x): i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)}
+
+    def take(self, node: Any) -> bool:
+        """Whether a node that was not met before is that of a leaf."""
+        if type(node) is not AccumulateGrad:
+            return node in self.found
+        place = self._places.get(id(node.variable))
+        if place is None:
+            return node in self.found
+        self.leaves[place] = node
+        self.found.add(node)
+        return True
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Return all nodes; one of its own for a leaf that the walk has not met."""
+        return tuple(
+            [accumulators([x])[0] if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        )
 
 
 def _walked(
-    roots: Sequence[Node], leaves: Sequence[Node], always: Sequence[Node] = ()
+    roots: Sequence[Node], ends: _Ends, always: Sequence[Node] = ()
 ) -> tuple[list[Node], dict[Node, bool]]:
     """Return the nodes between, and of all nodes below the roots whether they lead to a leaf.
 
@@ -189,12 +232,13 @@ def _walked(
     post_order: list[Node] = []
     #: Whether a node leads to a leaf; the walk does not go below the leaves, which end it.
     reaches: dict[Node, bool] = {}
-    ends, wanted = set(leaves), set(always)
+    wanted = set(always)
     for root in roots:
         if root in reaches:
             continue
-        reaches[root] = root in ends or root in wanted
-        if root in ends:
+        is_end = ends.take(root)
+        reaches[root] = is_end or root in wanted
+        if is_end:
             post_order.append(root)
             continue
         stack: list[tuple[Node, Iterator[Any]]] = [(root, iter(root.next_functions))]
@@ -205,7 +249,7 @@ def _walked(
                     continue
                 known = reaches.get(child)
                 if known is None:
-                    known = reaches[child] = child in ends
+                    known = reaches[child] = ends.take(child)
                     if not known:
                         reaches[child] = child in wanted
                         stack.append((child, iter(child.next_functions)))

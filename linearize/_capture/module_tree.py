@@ -71,6 +71,7 @@ class Tree:
         self.tokens = tuple(self._tokens)
         kinds = dict.fromkeys(type(m) for m in modules)
         self.classes = [weakref.ref(kind) for kind in kinds if has_code(kind)]
+        self._kinds = [weakref.ref(kind) for kind in kinds]
         self._modules = [weakref.ref(m) for m in modules]
         self._ids = self._look()
         #: For each module, what gets its plain attributes and how many there are, and what it got.
@@ -90,6 +91,10 @@ class Tree:
             )
         except (AttributeError, KeyError):  # a module or an attribute is gone
             return False
+
+    def kinds(self) -> Iterator[type]:
+        """Yield the classes of the modules."""
+        return filter(None, map(operator.call, self._kinds))
 
     def tensors(self) -> list[weakref.ref[torch.Tensor]]:
         """Return the parameters and buffers that stand there now."""

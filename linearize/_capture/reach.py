@@ -30,7 +30,16 @@ from typing import Any, TypeAlias
 import torch
 
 from .._torch.names import CustomOpDef, holds_tensors, operator_functions
-from .classes import has_code, installed_class, is_generated, is_own, slots_of
+from .classes import (
+    TRUSTED,
+    has_code,
+    has_foreign_code,
+    installed_class,
+    is_foreign,
+    is_generated,
+    is_own,
+    slots_of,
+)
 from .code import is_installed, read_by
 from .module_tree import Tree
 from .state import PLAIN, State
@@ -49,11 +58,6 @@ _LEFT_ALONE: tuple[type, ...] = (
     *(types.WrapperDescriptorType, types.MethodDescriptorType, types.MethodWrapperType),
     *(types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
 )
-#: Packages whose C code is taken to hide nothing.
-_TRUSTED = (frozenset(("torch", "numpy", "scipy")) | sys.stdlib_module_names) - {
-    "ctypes",
-    "_ctypes",
-}
 _LEFT_ALONE_PACKAGES = frozenset(
     "asyncio concurrent contextlib contextvars multiprocessing queue threading".split()
 )
@@ -102,7 +106,7 @@ class Reach:
             except Exception as error:  # an object of the user's does as it likes
                 walk.unseen = f"what f can reach ({type(error).__name__}: {error})"
             if self._known() == before:
-                return State(walk.tokens, walk.tensors, walk.unseen)
+                return State(walk.tokens, walk.tensors, walk.unseen, whole=walk.sees_all())
 
     def _known(self) -> tuple[int, bool, bool]:
         return len(self.names), self.any_name, self.compares
@@ -117,6 +121,8 @@ class _Walk:
         self.tokens: list[Any] = []
         self.tensors: list[weakref.ref[torch.Tensor]] = []
         self.unseen = ""
+        #: Whether something was met that may hold tensors of its own, or read some elsewhere.
+        self._beside = False
         self._stack: list[tuple[Any, Where]] = []
         #: What was seen, in order: kept alive, so that no other thing gets its id.
         self._seen: dict[int, tuple[int, Any]] = {}
@@ -142,6 +148,15 @@ class _Walk:
                 return
             _look_of(kind)(self, x, where)
 
+    def sees_all(self) -> bool:
+        """Whether f can read no tensor but those that were met."""
+        if self._beside or self._reach.any_name or not _TENSORS_OF_TENSORS.isdisjoint(self._names):
+            return False
+        return all(
+            t is not None and type(t) in _PLAIN_TENSORS and not t.__dict__
+            for t in map(operator.call, self.tensors)
+        )
+
     def _hidden(self, x: Any, where: Where) -> None:
         """Take note of something that cannot be looked into."""
         self.tokens.append(type(x).__name__)
@@ -149,6 +164,7 @@ class _Walk:
 
     def _fixed(self, x: Any, _: Where) -> None:
         """Take note of something that stays what it is."""
+        self._beside = self._beside or not isinstance(x, _STATELESS)
         try:
             self.tokens.append(weakref.ref(x))
         except TypeError:
@@ -217,6 +233,7 @@ class _Walk:
                 except ValueError:  # has no value yet
                     tokens.append(cell)
         if read.installed:
+            self._beside = self._beside or is_foreign(f.__module__)
             return
         self._names |= read.attributes
         self._reach.any_name |= read.any_attribute
@@ -242,7 +259,7 @@ class _Walk:
         if of is None or isinstance(of, types.ModuleType):
             package = (f.__module__ or getattr(of, "__name__", "")).partition(".")[0]
             self.tokens.append(f)
-            if package not in _TRUSTED:
+            if package not in TRUSTED:
                 self._hidden(f, where)
             return
         self.tokens.append(f.__name__)
@@ -253,7 +270,8 @@ class _Walk:
         self._stack.append(((f.func, f.args, f.keywords), where))
 
     def _wrapper(self, f: Any, where: Where) -> None:
-        """Look through a wrapper of C code around a function."""
+        """Look through a wrapper of C code around a function, which remembers results."""
+        self._beside = True
         self.tokens.append(type(f).__name__)
         self._stack.append((f.__wrapped__, where))
 
@@ -275,6 +293,8 @@ class _Walk:
         builtin = m.__name__ in sys.builtin_module_names
         if not (builtin if file is None else is_installed(file)):
             self._named(vars(m), where)
+        else:
+            self._beside = self._beside or is_foreign(m.__name__)
 
     def _class(self, cls: type, where: Where) -> None:
         """Look at a class that code can make objects of."""
@@ -284,6 +304,7 @@ class _Walk:
         """Look at what code can read of a class, if it is not an installed one."""
         names, stack, tokens = self._names, self._stack, self.tokens
         tokens.append(weakref.ref(cls))
+        self._beside = self._beside or has_foreign_code(cls)
         if (id(cls), makes) in self._classes or not has_code(cls):
             return
         self._classes[id(cls), makes] = cls
@@ -350,6 +371,7 @@ class _Walk:
         self.tokens.append(tree.tokens)
         self.tokens += tensors
         self.tensors += tensors
+        self._beside = self._beside or any(map(has_foreign_code, tree.kinds()))
         for ref in tree.classes:
             cls = ref()
             if cls is not None:
@@ -381,6 +403,15 @@ class _Walk:
 
 
 _END = "end"
+#: What stands for nothing that could hold a tensor.
+_STATELESS = (
+    *(types.WrapperDescriptorType, types.MethodDescriptorType, types.MethodWrapperType),
+    *(types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
+    *(re.Pattern, random.Random, torch.Generator),
+)
+_PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+#: By these names one tensor gives another one that is not it.
+_TENSORS_OF_TENSORS = frozenset(("grad", "_grad", "_base", "grad_fn", "main_grad"))
 
 _Look: TypeAlias = Callable[[_Walk, Any, Where], None]
 #: By exact type, for speed.
@@ -456,7 +487,7 @@ def _stays(cls: type) -> bool:
     """Whether an object without attributes stays what it is."""
     if hasattr(cls, "__next__") or issubclass(cls, torch.UntypedStorage):
         return False
-    return is_own(cls) or cls.__module__.partition(".")[0] in _TRUSTED
+    return is_own(cls) or cls.__module__.partition(".")[0] in TRUSTED
 
 
 @functools.cache

@@ -28,16 +28,24 @@ class State:
         The tensors among it.
     unseen
         Where in it something is that cannot be looked into; empty if there is none.
+    whole
+        Whether there are no tensors that f can read besides.
     """
 
-    __slots__ = ("_tokens", "tensors", "unseen")
+    __slots__ = ("_tokens", "tensors", "unseen", "whole")
 
     def __init__(
-        self, tokens: list[Any], tensors: list[weakref.ref[torch.Tensor]], unseen: str = ""
+        self,
+        tokens: list[Any],
+        tensors: list[weakref.ref[torch.Tensor]],
+        unseen: str = "",
+        *,
+        whole: bool = False,
     ) -> None:
         self._tokens = tokens
         self.tensors = tensors
         self.unseen = unseen
+        self.whole = whole and not unseen
 
     def same(self, other: State) -> bool:
         """Whether nothing is different at another moment."""

@@ -187,7 +187,7 @@ def check_maps(
         if thorough and alone and any(node_of(eq.op) is not None for eq in program.equations):
             _check_linear(product, program, name, generator)
     if off is not None:
-        fault = _name_fault(*programs(), transposed)
+        fault = _name_fault(*programs(), transposed, total)
         raise AdjointError(f"jvp_fn and vjp_fn are not adjoint ({_by(off)}): {fault}")
 
 
@@ -385,11 +385,34 @@ def _by(off: float) -> str:
 # -- who is at fault --------------------------------------------------------------------------
 
 
-def _name_fault(pullback: BoundProgram, pushforward: BoundProgram, transposed: Transposed) -> str:
+def _name_fault(
+    pullback: BoundProgram,
+    pushforward: BoundProgram,
+    transposed: Transposed,
+    total: Total | None,
+) -> str:
     """Return which custom Function or operation makes two programs part, the first in f's order.
 
     Calls each custom Function's methods once more.
     """
+    found: Iterable[_Measured] = _custom_balances(pullback, pushforward)
+    if total is not None:
+        found = _everywhere(list(found), total)
+    for equation, other, pairs, limit in found:
+        if not all(b.holds(limit) for b in pairs):
+            return (
+                f"the first to part is {op_name(equation.op)}, which is not the adjoint of "
+                f"{op_name(other.op)}"
+            )
+    return _first_at_fault(pullback, transposed)
+
+
+#: A Function's two operations, what was balanced of them, and what rounding may be.
+_Measured: TypeAlias = tuple[Equation, Equation, Iterable[Balance], float]
+
+
+def _custom_balances(pullback: BoundProgram, pushforward: BoundProgram) -> Iterator[_Measured]:
+    """Yield what the methods of each custom Function give for random pairs."""
     backwards = {id(node_of(eq.op)): eq for eq in pullback.equations if node_of(eq.op) is not None}
     generator = torch.Generator().manual_seed(5)
 
@@ -402,18 +425,27 @@ def _name_fault(pullback: BoundProgram, pushforward: BoundProgram, transposed: T
 
     for eq in pushforward.equations:
         node = node_of(eq.op)
-        other = None if node is None else backwards.get(id(node))
+        other = None if node is None or eq.communicates else backwards.get(id(node))
         if other is None:
             continue
         v, u = numbers(eq.args, other.outputs), numbers(other.args, eq.outputs)
         limit = max(rounding_limit(_alone(eq)), rounding_limit(_alone(other)))
         maps = partial(_called, other.op), partial(_called, eq.op)
-        if not all(b.holds(limit) for b, *_ in balances(*maps, u, v, columns=True)):
-            return (
-                f"the first to part is {op_name(eq.op)}, which is not the adjoint of "
-                f"{op_name(other.op)}"
-            )
-    return _first_at_fault(pullback, transposed)
+        yield eq, other, (b for b, *_ in balances(*maps, u, v, columns=True)), limit
+
+
+def _everywhere(found: Sequence[_Measured], total: Total) -> list[_Measured]:
+    """Return balances of all ranks together, where each has as many custom Functions.
+
+    One may communicate by its own methods, and its two sides are equal in the sum only.
+    """
+    # All are called on each rank, whatever is found, as they may wait for each other.
+    own = [(eq, other, list(pairs), limit) for eq, other, pairs, limit in found]
+    ranks, count, squares = total([1.0, len(own), len(own) ** 2])
+    if ranks * squares == count**2:
+        for balance in (b for _, _, pairs, _ in own for b in pairs):
+            balance.sum_up(total)
+    return list(own)
 
 
 def _called(op: Callable[..., Tensors], arguments: Sequence[Any]) -> Tensors:

@@ -102,10 +102,10 @@ class Live:
     ) -> None:
         self.outputs = captured.outputs
         self.sight = sight
-        self.aliases = [t for t, _ in captured.leaves]
+        self.aliases = captured.leaves
         beside = [gradient_edge(t) for t in aux]
         edges = [*captured.edges, *((e.node, e.output_nr) for e in beside)]
-        outer = other_leaves(edges, [node for _, node in captured.leaves])
+        outer = other_leaves(edges, captured.nodes())
         given = [t for t in pytree.tree_leaves(primals) if differentiable(t)]
         #: What value and products depend on: primals that require grad, and closed-over tensors.
         pairs = [(a, x) for a, x in zip(self.aliases, given, strict=True) if x.requires_grad]
@@ -238,7 +238,7 @@ class Point:
     def dependence(self) -> list[list[bool]]:
         """Return for each output whether it depends on each primal, as far as the graph tells."""
         assert self._captured is not None
-        nodes = [node for _, node in self._captured.leaves]
+        nodes = self._captured.nodes()
         rows = []
         for edge in self._captured.edges:
             reached = set(between([] if edge is None else [edge[0]], nodes))
@@ -266,7 +266,7 @@ class Point:
         assert self._captured is not None
         grads = torch.autograd.grad(
             outputs,
-            [t for t, _ in self._captured.leaves],
+            self._captured.leaves,
             [torch.ones_like(y) for y in outputs],
             create_graph=True,
             allow_unused=True,

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from typing import Final
 
+# -- by PyTorch's engine ---------------------------------------------------------------------
+
+#: How many of the first pullbacks of a point the engine runs over the graph, before the programs
+#: of an earlier point are looked for and get the numbers of this one: that costs as much.
+BY_ENGINE: Final = 3
+
 # -- written out as a function ---------------------------------------------------------------
 
 #: At which run a program is written out: one that is to be simplified before that, and others.
@@ -62,5 +68,12 @@ BAND_SHARE: Final = 1 / 3
 STACK_AT: Final = 2
 #: For how many sizes programs are kept.
 MOST_STACKS: Final = 4
+#: Bytes of intermediates in one pass, for each thread of a processor: more leave its caches.
+STACK_BYTES: Final = 1 << 22
+#: The share of the bytes of matrices that intermediates may take where that is more: to read these
+#: pays for many arguments.
+STACK_SHARE: Final = 1 / 4
+#: At how many points a program for stacks is held against the one that it was made of.
+STACK_COMPARED: Final = 2
 #: From how many numbers in one value on arguments are not taken together on a CPU.
 LARGE_ENTRY: Final = 1 << 16

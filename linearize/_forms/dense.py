@@ -25,6 +25,7 @@ complex numbers.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -56,6 +57,17 @@ from ..errors import LinearizeError
 from .banded import Banded
 
 _DTYPES = frozenset({torch.float32, torch.float64})
+
+
+@functools.lru_cache(maxsize=256)
+def _spec(ins: tuple[TensorSpec, ...], outs: tuple[TensorSpec, ...]) -> TensorSpec | None:
+    """Return what the matrix of a map is like, None if it would not be of one dtype and device."""
+    specs = [*ins, *outs]
+    dtypes, devices = {s.dtype.to_real() for s in specs}, {s.device for s in specs}
+    if len(dtypes) != 1 or len(devices) != 1 or not dtypes <= _DTYPES:
+        return None
+    shape = sum(map(reals, outs)), sum(map(reals, ins))
+    return TensorSpec(shape, dtypes.pop(), devices.pop())
 
 
 class Dense:
@@ -96,14 +108,8 @@ class Dense:
         taken: Callable[[], None],
     ) -> Dense | None:
         """Return what stands ready for a map, None if its matrix is too large or of no use."""
-        specs = [*ins, *outs]
-        dtypes, devices = {s.dtype.to_real() for s in specs}, {s.device for s in specs}
-        if len(dtypes) != 1 or len(devices) != 1 or not dtypes <= _DTYPES:
-            return None
-        spec = TensorSpec(
-            (sum(map(reals, outs)), sum(map(reals, ins))), dtypes.pop(), devices.pop()
-        )
-        return Dense(spec, taken) if 0 < spec.nbytes <= limit else None
+        spec = _spec(tuple(ins), tuple(outs))
+        return None if spec is None or not 0 < spec.nbytes <= limit else Dense(spec, taken)
 
     def again(self, program: Program) -> int:
         """Return at how many products a matrix pays that won where this program was run before."""

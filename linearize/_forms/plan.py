@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
@@ -20,7 +19,7 @@ from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
 from .._execute.mapped import stack_results
 from .._execute.shortcut import Closable, short_way
-from .._execute.thresholds import MOST_STACKS, STACK_AT
+from .._execute.thresholds import MOST_STACKS, STACK_COMPARED
 from .._programs.numbers import Pool
 from .._simplify.passes import simplify
 from .._spaces.compare import all_close, close, rounding
@@ -29,7 +28,7 @@ from ..errors import CompilationWarning
 from .compiled import Compiled, Options, compiled
 from .dense import can_be_looked_at, can_be_trusted, random_arguments
 from .segments import Segments
-from .stacked import vectorized
+from .stacks import Stack, at_once, stacks_of
 from .succession import Form, Succession, pays
 
 #: What was compiled, by what runs it otherwise; None where that failed or does not pay.
@@ -94,9 +93,8 @@ class Plan:
         self._taken = taken
         self._pool = pool
         self._lock = threading.Lock()
-        #: How often stacks of each size came, and what runs them.
-        self._counts: Counter[int] = Counter()
-        self._stacked: dict[int, tuple[Executor, Binding] | None] = {}
+        #: What runs stacks of each size.
+        self._stacked: dict[int, tuple[Executor, Binding]] = {}
 
     def __call__(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run the map."""
@@ -178,63 +176,69 @@ class Plan:
     ) -> Sequence[torch.Tensor | None]:
         """Apply the map to stacks of arguments, along their first dimension; without grad mode.
 
-        From the second time on by a program of its own, if it gives what `mapped` does.
+        By a program of its own if it gives what `mapped` does, as soon as stacks of this length
+        have come twice, at any point.
         """
         count = len(arguments[0])
-        known = self._stacked.get(count)
-        if known is not None:
-            executor, binding = known
-            results = executor(arguments, binding)
-            if self._exact is None or can_be_trusted(results):
-                return results
-            return mapped()
-        _, executor, _ = self._running
+        ready = self._stacked.get(count)
+        if ready is None:
+            return self._first_stack(count, arguments, mapped)
+        executor, binding = ready
+        results = executor(arguments, binding)
+        if self._exact is None or can_be_trusted(results):
+            return results
+        return mapped()
+
+    def _first_stack(
+        self,
+        count: int,
+        arguments: Sequence[torch.Tensor],
+        mapped: Callable[[], Sequence[torch.Tensor]],
+    ) -> Sequence[torch.Tensor | None]:
+        """Apply the map to a stack for which nothing is bound yet."""
+        executor = self._running[1]
         if not executor.gains_by_stacks:
             return self._looped(arguments)
-        self._counts[count] += 1
-        if self._counts[count] < STACK_AT or count in self._stacked or count < 2:
+        if count < 2 or executor.program.is_opaque():  # user code is not called to try something
             return mapped()
-        if executor.program.is_opaque():
-            return mapped()  # user code is not called to try something
-        if not self._succession.settled and self._lock.acquire(blocking=False):
-            try:
-                self._try(Form.SIMPLIFIED, [t[0] for t in arguments])
-            finally:
-                self._lock.release()
-        expected = mapped()
+        stacks = stacks_of(executor)
+        if count not in stacks.known:
+            if not stacks.due(count):
+                return mapped()
+            if not self._succession.settled and self._lock.acquire(blocking=False):
+                try:
+                    self._try(Form.SIMPLIFIED, [t[0] for t in arguments])
+                finally:
+                    self._lock.release()
+            executor = self._running[1]
+            stacks = stacks_of(executor)
+        binding = self._running[2]
+        if count not in stacks.known:
+            stacks.keep(count, Stack.of(executor.program, binding, count))
+        stack = stacks.known.get(count)
+        if stack is None:
+            return mapped()
         if len(self._stacked) >= MOST_STACKS:
             self._stacked.clear()
-        self._stacked[count] = self._stacked_program(count, arguments, expected)
-        return expected
+        bound_stack = stack.bind(binding)
+        if stack.compared < STACK_COMPARED:
+            expected = mapped()
+            if not _gives_stack(stack, bound_stack, arguments, expected):
+                stacks.known[count] = None
+                return expected
+            stack.compared += 1
+            self._stacked[count] = stack.executor, bound_stack
+            return expected
+        self._stacked[count] = stack.executor, bound_stack
+        return self.stacked(arguments, mapped)
 
     def _looped(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         rows = [self(row) for row in zip(*(t.unbind() for t in arguments), strict=True)]
         return [stack_results(column) for column in zip(*rows, strict=True)]
 
-    def _stacked_program(
-        self, count: int, arguments: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
-    ) -> tuple[Executor, Binding] | None:
-        before = self.program()
-        numbers = before.numbers(self._pool)
-        with torch.inference_mode(False), torch.no_grad():
-            after = vectorized(before.program, numbers, count)
-        if after is None:
-            return None
-        executor, binding = Executor(after), Binding.of(after, numbers)
-        try:
-            with torch.no_grad():
-                results = executor(arguments, binding)
-        except RuntimeError as error:  # what PyTorch maps need not be possible in another way
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return None
-        if not all(
-            not b.any() if a is None else close(a, b, rounding)
-            for a, b in zip(results, expected, strict=True)
-        ):
-            return None
-        binding.follow(self.binding)
-        return executor, binding
+    def at_once(self, device: torch.device) -> int:
+        """Return how many arguments are best taken in one pass."""
+        return at_once(self._running[1].program, device)
 
     def bindings(self) -> list[Binding]:
         """Return the numbers that are used, those for stacks too."""
@@ -246,8 +250,7 @@ class Plan:
 
     def _all(self) -> list[tuple[Executor, Binding]]:
         exact = [] if self._exact is None else [self._exact]
-        stacks = [known for known in self._stacked.values() if known is not None]
-        return [self._running[1:], *exact, *stacks]
+        return [self._running[1:], *exact, *self._stacked.values()]
 
     # -- better forms -------------------------------------------------------------------
 
@@ -390,6 +393,26 @@ class Plan:
             CompilationWarning,
             stacklevel=2,
         )
+
+
+def _gives_stack(
+    stack: Stack,
+    binding: Binding,
+    arguments: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+) -> bool:
+    """Whether a program for stacks gives what mapping over them does."""
+    try:
+        with torch.no_grad():
+            results = stack.executor(arguments, binding)
+    except RuntimeError as error:  # what PyTorch maps need not be possible in another way
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+    return all(
+        not b.any() if a is None else close(a, b, rounding)
+        for a, b in zip(results, expected, strict=True)
+    )
 
 
 def _same_dtypes(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from ..errors import StructureError
 from .product import Product
@@ -128,6 +131,14 @@ class VjpFn(Product):
         flat = self._arguments.flatten(cotangent[0])
         several: tuple[Any, ...] = self._results.unflatten(self._apply(flat))
         return several
+
+    def _at_once(
+        self, tensors: Sequence[torch.Tensor | None]
+    ) -> Sequence[torch.Tensor | None] | None:
+        source = self._source
+        if source is None or self._program is not None or self._compiling is not None:
+            return None
+        return source.pulled_back(tensors)
 
     @property
     def _takes_one_tensor(self) -> bool:

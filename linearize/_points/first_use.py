@@ -6,10 +6,12 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 
 from .._check.adjoint import check_maps
+from .._check.balance import Total
 from .._execute.binding import BoundProgram
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
@@ -32,33 +34,53 @@ def check_adjoint(pushforward: Product, pullback: Product, *, thorough: bool = T
     ------
     AdjointError
         Naming the first operation or custom Function at which they part.
+    DistributedError
+        On every rank that f communicates with, if a rank cannot make the check.
     """
+    ranks = pushforward._lifetime.ranks
 
-    def resolved(program: BoundProgram) -> BoundProgram:
-        return program.made(resolve, **pushforward._policy.opaque)
-
-    with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+    def check(total: Total | None, seed: int, resolved: _Pair | None = None) -> None:
         # Both programs are made first: what is derived of one is then at hand for both.
         programs = pullback.program, pushforward.program
-        ranks = pushforward._lifetime.ranks
         check_maps(
             lambda u: pullback._apply(pullback._arguments.alike(u)),
             lambda v: pushforward._apply(pushforward._arguments.alike(v)),
             *programs,
-            lambda: (resolved(programs[0]), resolved(programs[1])),
+            lambda: resolved or _resolved(*programs, pushforward),
             transpose,
             thorough=thorough,
-            total=None if ranks is None else ranks.total,
-            seed=4 if ranks is None else ranks.seed,
+            total=total,
+            seed=seed,
         )
+
+    with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+        if ranks is None:
+            check(None, 4)
+            return
+        ranks.whole(
+            "a check",
+            lambda: _resolved(pullback.program, pushforward.program, pushforward),
+            lambda resolved: check(ranks.total, ranks.seed, resolved),
+        )
+
+
+_Pair: TypeAlias = tuple[BoundProgram, BoundProgram]
+
+
+def _resolved(pullback: BoundProgram, pushforward: BoundProgram, product: Product) -> _Pair:
+    """Return two programs with nothing missing."""
+    options = product._policy.opaque
+    return pullback.made(resolve, **options), pushforward.made(resolve, **options)
 
 
 class _FirstUse:
     """Checks two products when one of them is used first; a failure stays one."""
 
-    def __init__(self, pushforward: Product, pullback: Product) -> None:
+    def __init__(self, pushforward: Product, pullback: Product, *, held: bool) -> None:
         # Weak, and held by the products: either of them may be gone.
         self.products = weakref.ref(pushforward), weakref.ref(pullback)
+        #: Both, where other ranks make the check too, whatever is gone there.
+        self.held = (pushforward, pullback) if held else ()
         self.lock = threading.RLock()
         self.state: LinearizeError | None = None
         self.busy = self.done = False
@@ -81,7 +103,7 @@ class _FirstUse:
                     raise
                 finally:
                     self.busy = False
-            self.done = True
+            self.done, self.held = True, ()
             for p in products:
                 if p._first is self:
                     p._first = None
@@ -89,14 +111,36 @@ class _FirstUse:
     @staticmethod
     def _check(pushforward: Product, pullback: Product) -> None:
         """Make the one check; what the pushforward owes besides is covered by it."""
+        ranks = pushforward._lifetime.ranks
+        if ranks is not None and ranks.some(
+            "the check before the first product", lambda: _lacks(pushforward, pullback)
+        ):
+            return  # there is nothing to compare with on one of them
         _, proof = pushforward.program, pushforward._proof()  # which it comes with
         with contextlib.nullcontext() if proof is None else proof.aside():
             check_adjoint(pushforward, pullback, thorough=False)
 
 
-def check_before_use(pushforward: Product, pullback: Product) -> None:
-    """Have two products checked when one of them is used first, if both are alive then."""
-    pushforward._first = pullback._first = _FirstUse(pushforward, pullback)
+def _lacks(pushforward: Product, pullback: Product) -> bool:
+    """Whether a custom Function lacks a method that cannot be derived."""
+    try:
+        _resolved(pullback.program, pushforward.program, pushforward)
+    except MissingDerivativeError:
+        return True
+    return False
+
+
+def check_before_use(pushforward: Product, pullback: Product, *, held: bool) -> None:
+    """Have two products checked when one of them is used first.
+
+    Parameters
+    ----------
+    pushforward, pullback
+        The products.
+    held
+        Whether both are kept until then; else there is no check unless both are alive.
+    """
+    pushforward._first = pullback._first = _FirstUse(pushforward, pullback, held=held)
 
 
 class _HeldStill:

@@ -59,8 +59,7 @@ class Jacobian(LinearOperator):
             theirs,
             forward,
             back,
-            # Its transpose takes about as much, and may never be needed.
-            peak=lambda: vjp_fn.program.peak_bytes(),
+            at_once=lambda adjoint: (vjp_fn if adjoint else jvp_fn).at_once(),
             diagonal=self._from_program,
             name="Jacobian",
         )
@@ -119,7 +118,7 @@ class _Gram(SelfAdjoint):
         super().__init__(
             space,
             apply,
-            peak=lambda: product.program.peak_bytes(),
+            at_once=lambda _: product.at_once(),
             diagonal=self._of_columns,
             name="Jacobian.gram()",
         )

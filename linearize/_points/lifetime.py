@@ -18,19 +18,24 @@ class Lifetime:
         #: Who runs its products together; None if f does not communicate.
         self.ranks: Ranks | None = None
         self._notify = notify
-        self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._parts: list[weakref.ref[Any]] = []
+        #: When those that are dead are looked for.
+        self._most = 16
         self._lock = threading.Lock()
 
     def register(self, part: Any) -> None:
         """Have `part._release()` called at the end, if it lives that long."""
         with self._lock:
-            self._parts.add(part)
+            self._parts.append(weakref.ref(part))
+            if len(self._parts) > self._most:
+                self._parts = [ref for ref in self._parts if ref() is not None]
+                self._most = 16 + 2 * len(self._parts)
 
     def close(self) -> None:
         """Release all parts."""
         with self._lock:
             self.closed = True
-            parts = list(self._parts)
+            parts = [part for ref in self._parts if (part := ref()) is not None]
         for part in parts:
             part._release()
         self.changed()

@@ -21,8 +21,8 @@ from .._programs.residuals import Residual
 from .._reuse.shared import Structures
 from .._simplify.passes import explain, simplify
 from .._spaces.memory import total_bytes
+from .._spaces.trees import flatten
 from .._text.tables import code, framed
-from .._torch.names import pytree
 from .._torch.sharded import local_of
 from ..errors import ClosedError, CopyError, UnsupportedError
 from .closures import JvpFn, VjpFn
@@ -96,14 +96,14 @@ class _Guarded:
     """
 
     def __init__(self, tree: Any, name: str) -> None:
-        self._leaves, self._structure = pytree.tree_flatten(tree)
+        self._leaves, self._structure = flatten(tree)
         self.stamps = [Residual(t, name) for t in self._leaves if isinstance(t, torch.Tensor)]
 
     def get(self) -> Any:
         """Return it, if it is as it was."""
         for r in self.stamps:
             r.check()
-        return pytree.tree_unflatten(self._leaves, self._structure)
+        return self._structure.unflatten(self._leaves)
 
 
 class Linearization:
@@ -148,13 +148,14 @@ class Linearization:
         self.out_space = captured.out_space
         self._value = _Guarded(captured.value, "the value")
         self._aux = _Guarded(captured.aux, "aux")
-        self._external = {local_of(t).untyped_storage().data_ptr() for t, _ in captured.leaves}
+        self._external = {local_of(t).untyped_storage().data_ptr() for t in captured.leaves}
         self._source = weakref.ref(source)
         common = (self._lifetime, policy, source)
         self.jvp_fn = JvpFn(source.pushforward, self.in_space, self.out_space, *common)
         self.vjp_fn = VjpFn(source.pullback, self.out_space, self.in_space, *common)
         if policy.check == "always":
-            check_before_use(self.jvp_fn, self.vjp_fn)
+            together = captured.records.communicates()
+            check_before_use(self.jvp_fn, self.vjp_fn, held=together)
         check_statistics((self.jvp_fn, self.vjp_fn), source.moving)
 
     @property
@@ -241,8 +242,16 @@ class Linearization:
         ClosedError
             If the linearization was closed.
         """
-        self._check_open()
-        check_adjoint(self.jvp_fn, self.vjp_fn)
+
+        def check() -> None:
+            self._check_open()
+            check_adjoint(self.jvp_fn, self.vjp_fn)
+
+        ranks = self._lifetime.ranks
+        if ranks is None:
+            check()
+        else:
+            ranks.led("a check", check)
 
     @property
     def nbytes(self) -> int:

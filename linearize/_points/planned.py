@@ -17,7 +17,7 @@ from .._forms.dense import Dense
 from .._forms.plan import Plan
 from .._forms.succession import Learned, Left, Succession
 from .._programs.numbers import Pool
-from .._programs.program import Operation, Program
+from .._programs.program import Program
 from .._programs.residuals import Residual
 from .._reuse.template import Template
 from .._spaces.space import Space
@@ -134,6 +134,11 @@ class Planned:
                 self._lifetime.changed()
         return plan
 
+    def at_once(self) -> int:
+        """Return how many arguments are best mapped in one pass."""
+        plan = self._plans.get(self._whole) or self._plan(self._whole)
+        return plan.at_once(self._arguments.tensors[0].device)
+
     def _shared_plan(self, present: tuple[bool, ...]) -> Plan | None:
         """Take over what another point of the same structure left."""
         source = self._source
@@ -235,7 +240,7 @@ class Planned:
             return None
         if learned.matrix is False:
             return None
-        if any(isinstance(eq.op, Operation) and eq.op.of_point for eq in program.equations):
+        if program.is_of_point:
             return None  # custom Functions are promised one call for each product
         if source is not None and self._direction in (PUSHFORWARD, PULLBACK):
             dense = source.dense(policy.dense_limit)

@@ -149,7 +149,12 @@ class Product(Planned):
             self._check_open()
         if self._first is not None:
             self._first()
-        plan = self._plans.get(present) or self._plan(present)
+        plan = self._plans.get(present)
+        if plan is None:
+            at_once = self._at_once(tensors)
+            if at_once is not None:
+                return [s.or_zeros(t) for t, s in zip(at_once, self._results.tensors, strict=True)]
+            plan = self._plan(present)
         if grad and plan.makes_history:
             set_grad_mode(False)
             try:
@@ -166,6 +171,12 @@ class Product(Planned):
         else:
             return results  # type: ignore[return-value]
         return [spec.or_zeros(t) for t, spec in zip(results, self._results.tensors, strict=True)]
+
+    def _at_once(
+        self, tensors: Sequence[torch.Tensor | None]
+    ) -> Sequence[torch.Tensor | None] | None:
+        """Apply the map without a plan, if there is a way."""
+        return None
 
     def _shorten(self, plan: Plan) -> None:
         """Look once for the shortest way to call a product of which nothing more will come."""

@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ import torch
 from .._capture.capture import Capture
 from .._capture.collectives import OpaqueNode
 from .._capture.graph import Graph
+from .._capture.matcher import Matcher, Place
 from .._capture.signature import signature
 from .._check.proof import Proof
 from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
+from .._execute.thresholds import BY_ENGINE
 from .._forms.dense import Dense
 from .._forms.plan import CompiledForms
 from .._forms.succession import Learned, Left
@@ -35,9 +37,11 @@ from .._reuse.shared import Structures
 from .._reuse.structure import Structure
 from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
-from .._torch.graphs import outside_backward
-from .._torch.modes import undisturbed
+from .._torch.graphs import Node, outside_backward, pulled_back
+from .._torch.hooks import Unhooked
+from .._torch.modes import casts, undisturbed
 from .._transpose.copies import among_ranks
+from .._transpose.missing import lacks_methods
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
 
@@ -95,7 +99,7 @@ class PointPrograms:
         #: Running statistics that it keeps, with the names of their nodes. Those of a run that
         #: was watched are copies.
         self.moving = [] if captured.watched else list(graph.moving())
-        self._leaves: list[torch.Tensor] = [t for t, _ in captured.leaves]
+        self._leaves: list[torch.Tensor] = captured.leaves
         self._specs = (captured.out_space.tensors, captured.in_space.tensors)
         self._pullback: BoundProgram | None = None
         self._structures = structures
@@ -112,8 +116,13 @@ class PointPrograms:
         #: Where the custom Functions' nodes stand in the graph.
         self._places: dict[int, int] = {}
         self._read: dict[object, Residual] = {}
+        #: What the graph saved, if it was looked at already.
+        self._seen: dict[Place, torch.Tensor | None] = {}
         self._known: dict[Origin, Residual] = {}
         self._bound: list[Binding] = []
+        self._unhooked: Unhooked | None = captured.unhooked
+        #: How many pullbacks the engine ran.
+        self._by_engine = 0
         #: Who may still ask for a program.
         self._waiting: dict[str, weakref.ref[Any]] = {}
 
@@ -125,10 +134,16 @@ class PointPrograms:
             # Called wherever the collector runs, perhaps inside a transform of somebody else's
             # or in the midst of this point's own work: then the next call tidies up.
             if not sys.is_finalizing():
-                _DUE.append(me)
-                tidy()
+                point = me()
+                if point is not None and not point.awaited():
+                    _DUE.append(me)
+                    tidy()
 
         self._waiting[direction] = weakref.ref(user, died)
+
+    def awaited(self) -> bool:
+        """Whether somebody lives who may still ask for a program."""
+        return any([user() is not None for user in list(self._waiting.values())])
 
     def served(self, direction: str) -> None:
         """Take note that a direction is not asked for any more."""
@@ -142,16 +157,13 @@ class PointPrograms:
         if owned or not self.lock.acquire(blocking=False):
             return False
         try:
-            for direction, user in list(self._waiting.items()):
-                if user() is None:
-                    del self._waiting[direction]
             self._let_go()
         finally:
             self.lock.release()
         return True
 
     def _let_go(self) -> None:
-        if not self._waiting:
+        if not self.awaited():
             self._let_go_of_graph()
             self._pullback = None
 
@@ -162,21 +174,24 @@ class PointPrograms:
         with self.lock:
             if self._pullback is None:
                 present = (True,) * len(self._specs[0])
-                known = self.known(PULLBACK, present, simplified=False)
-                self._pullback = (
-                    self._record() if known is None else bound(known[0].program, known[1])
-                )
+                self._pullback = self._recorded(PULLBACK, present) or self._record()
                 self._let_go_of_graph()
             return self._pullback
 
     def pushforward(self) -> BoundProgram:
         """Return the transpose of the pullback."""
+        present = (True,) * len(self._specs[1])
         with self.lock:
+            known = self._recorded(PUSHFORWARD, present)
+            if known is not None:
+                return known
             pullback = self.pullback()
             pushforward = pullback.made(transpose, PUSHFORWARD, pool=self.pool)
             if self._owes_proof():
                 self.proof = Proof(pullback, pushforward, transpose, self._proved)
-            return self._among_ranks(pushforward)
+            pushforward = self._among_ranks(pushforward)
+            self._leave(PUSHFORWARD, present, pushforward.program)
+            return pushforward
 
     def _among_ranks(self, pushforward: BoundProgram) -> BoundProgram:
         """Return a pushforward that gives the same on all ranks that have a tensor."""
@@ -184,6 +199,16 @@ class PointPrograms:
             return pushforward
         outs, ins = self._layouts
         return pushforward.made(among_ranks, ins, outs, pool=self.pool)
+
+    def _recorded(self, direction: str, present: tuple[bool, ...]) -> BoundProgram | None:
+        """Return the program as another point recorded it, with the numbers of this one."""
+        known = self.known(direction, present, simplified=False)
+        return None if known is None else bound(known[0].program, known[1])
+
+    def _leave(self, direction: str, present: tuple[bool, ...], program: Program) -> None:
+        """Let other points take over a program, also where this one only looks at it."""
+        if not lacks_methods(program):
+            self.offer(direction, present, program, simplified=False)
 
     def _owes_proof(self) -> bool:
         structure = self._structure
@@ -205,7 +230,46 @@ class PointPrograms:
         if self._signature is not None and self._structure is None and not program.fixed:
             self._structure = Structure(self._signature)
             self._structures.add(self._structure, shared=graph.is_anybodys)
+            self._learn_to_match()
+        self._leave(PULLBACK, (True,) * len(self._specs[0]), program)
         return BoundProgram.of(program, numbers)
+
+    # -- by PyTorch's engine ----------------------------------------------------------------
+
+    def pulled_back(
+        self, cotangents: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None] | None:
+        """Return Jᵀ·u as PyTorch's engine computes it from the graph; None if a program has to.
+
+        It may for the first pullbacks of a point that is not the first of its `Linearizer`, as
+        long as nothing was looked up, where it does what a program would do: there are no custom
+        Functions, whose methods are called under guards, and no hooks, which it would run.
+        """
+        graph, unhooked = self._graph, self._unhooked
+        if (
+            graph is None
+            or unhooked is None
+            or self._searched
+            or self._by_engine >= BY_ENGINE
+            or not self._structures.met
+            or self._check == "always"
+            or graph.custom
+            or graph.layouts
+            or graph.hidden
+            or not (unhooked.still and undisturbed())
+            or casts()
+            or not all([t is None or type(t) is torch.Tensor for t in cotangents])
+        ):
+            return None
+        pairs = zip(graph.roots, cotangents, strict=True)
+        given = [(e, u) for e, u in pairs if e is not None and u is not None]
+        if not given:
+            return None
+        self._by_engine += 1
+        try:
+            return pulled_back([e for e, _ in given], [u for _, u in given], self._leaves)
+        except RuntimeError:  # recording has the words for what is wrong
+            return None
 
     # -- taken over -------------------------------------------------------------------------
 
@@ -331,9 +395,9 @@ class PointPrograms:
         if self._structure is None:
             return None
         template = Template.of(program, self._places, simplified=simplified)
-        if template is not None:
-            self._structure.offer((direction, present), template)
-        return template
+        if template is None:
+            return None
+        return self._structure.offer((direction, present), template)
 
     def dense(self, limit: int) -> Dense | None:
         """Return what stands ready to become the matrix of both products."""
@@ -379,12 +443,27 @@ class PointPrograms:
             return
         self._searched = True
         graph = self._graph
+        unhooked = self._unhooked is not None and self._unhooked.still and not graph.layouts
+        known = self._structures.recognised(graph, self._specs) if unhooked else None
+        if known is not None:
+            self._structure, self._seen = known
+            self._signature = self._structure.signature
+            return
         self._signature = outside_backward(lambda: signature(graph, self._specs))
         if self._signature is not None:
             self._structure = self._structures.find(self._signature, shared=graph.is_anybodys)
+            self._learn_to_match()
             self._places = {
                 id(custom): graph.places[node] for node, custom in graph.custom.items()
             }
+
+    def _learn_to_match(self) -> None:
+        """Have graphs of the structure recognised sooner."""
+        known, graph, unhooked = self._structure, self._graph, self._unhooked
+        if known is None or known.matcher is not None or graph is None or graph.layouts:
+            return
+        if unhooked is not None and unhooked.still:
+            known.matcher = Matcher.of(graph, self._specs)
 
     def _count(self, *, reused: bool) -> None:
         if not self._counted:
@@ -397,18 +476,24 @@ class PointPrograms:
         if known is None:
             assert self._graph is not None
             node = self._graph.order[origin.node]
-            try:
-                value = getattr(node, origin.name)
-            except RuntimeError as error:
-                raise StalenessError(
-                    f"{self._graph.label(node)}: a tensor that it needs was changed in place "
-                    f"after the linearization: {error}"
-                ) from error
-            t = value if origin.position is None else value[origin.position]
-            with torch.inference_mode(False):
-                known = Residual(t, self._graph.label(node)).settle()
+            t = self._seen.get(origin.place)
+            if t is None:
+                t = self._unpacked(node, origin)
+            known = Residual(t, self._graph.label(node)).settle()
             self._read[origin.place] = known
         return known
+
+    def _unpacked(self, node: Node, origin: Saved) -> torch.Tensor:
+        assert self._graph is not None
+        try:
+            value = getattr(node, origin.name)
+        except RuntimeError as error:
+            raise StalenessError(
+                f"{self._graph.label(node)}: a tensor that it needs was changed in place "
+                f"after the linearization: {error}"
+            ) from error
+        t: torch.Tensor = value if origin.position is None else value[origin.position]
+        return t
 
     def _custom(self, place: int) -> OpaqueNode:
         assert self._graph is not None
@@ -416,9 +501,9 @@ class PointPrograms:
 
     def _let_go_of_graph(self) -> None:
         """Let go of the graph, once everything is made of it."""
-        self._graph = None
+        self._graph = self._unhooked = None
         self._leaves = []
-        self._read, self._known = {}, {}
+        self._read, self._known, self._seen = {}, {}, {}
         self._comparison = None
         bindings, self._bound = self._bound, []
         ours = {id(r): r for b in bindings for r in (*b.residuals, *b.guards)}

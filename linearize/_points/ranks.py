@@ -9,13 +9,12 @@ for it, and says so afterwards.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,13 +27,14 @@ from .._torch.modes import outside_transforms
 from .._torch.ranks import (
     collective_kind,
     device_of,
-    distributed,
+    fail_if_told,
     group_of,
     members,
     store,
     timeout_of,
 )
 from ..errors import DistributedError, LinearizeError
+from .word import post, posted, went_well
 
 T = TypeVar("T")
 
@@ -66,6 +66,10 @@ class Ranks:
         self._count = 0
         #: A failure that the others have not been told of.
         self._owed: Exception | None = None
+        #: What was raised on all of them last.
+        self._told: BaseException | None = None
+        #: What products are a part of.
+        self._within = ""
 
     @property
     def inside(self) -> bool:
@@ -101,6 +105,7 @@ class Ranks:
             This rank's failure, if all ranks have failed.
         """
         self._count += 1
+        what = self._within + what
         failed, differs = int(failure is not None), 0
         numbers = [failed, -failed, int(closing)]
         for group, point in zip(self._groups, self._points, strict=True):
@@ -125,9 +130,12 @@ class Ranks:
                 raise lost(what, error) from error
             for other in found:
                 known |= other
-        if everywhere and failure is not None:
-            raise failure
-        raise parted(what, known) from failure
+        alike = everywhere and failure is not None
+        self._told = failure if alike else parted(what, known)
+        assert self._told is not None
+        if alike:
+            raise self._told
+        raise self._told from failure
 
     @property
     def seed(self) -> int:
@@ -187,6 +195,43 @@ class Ranks:
 
     # -- products -----------------------------------------------------------------------------
 
+    def some(self, what: str, test: Callable[[], bool]) -> bool:
+        """Return whether something holds on a rank; if the test fails on one, so on all."""
+        failure: Exception | None = None
+        holds = False
+        try:
+            holds = test()
+        except Exception as error:
+            failure = error
+        return self.agree(what, failure, closing=holds)
+
+    def whole(self, what: str, prepare: Callable[[], T], work: Callable[[T], None]) -> None:
+        """Do what takes several products, when all ranks are about to do the same.
+
+        Parameters
+        ----------
+        what
+            Its name. Products in it are told apart from others.
+        prepare
+            Does what may fail without any communication.
+        work
+            Does the rest, with what was prepared.
+        """
+        with self._lock:
+            ready: list[T] = []
+            self.some(what, lambda: bool(ready.append(prepare())))  # type: ignore[func-returns-value]
+            outside, self._within = self._within, f"{what}: "
+            failure: Exception | None = None
+            try:
+                work(ready[0])
+            except Exception as error:
+                if error is self._told:
+                    raise
+                failure = error
+            finally:
+                self._within = outside
+            self.agree(f"the end of {what}", failure)
+
     def led(self, what: str, work: Callable[[], T]) -> T:
         """Do what leads to a product; if it fails before that, the others are told."""
         with self._lock:
@@ -226,6 +271,7 @@ class Ranks:
             plan: Plan | None = None
             if failure is None:
                 try:
+                    fail_if_told()
                     plan = prepare()
                 except Exception as error:
                     failure = error
@@ -334,7 +380,7 @@ def lost(what: str, error: BaseException) -> DistributedError:
     """Return what to raise where a rank does not answer."""
     return DistributedError(
         f"{what}: a rank cannot be reached; it may have died, or raised an error elsewhere "
-        f"({error}){_posted()}"
+        f"({error}){posted()}"
     )
 
 
@@ -410,57 +456,16 @@ def run_of_f(
     seen = [ctx for ctx in records.collectives if not is_identity(ctx)]
     if not (seen or records.meshes) or not held:
         if failure is not None:
-            _post(failure)
+            post(failure)
             raise failure
         return result, None  # type: ignore[return-value]
     if isinstance(failure, RuntimeError) and not isinstance(failure, LinearizeError):
-        others = _posted()  # of those who failed before they came to a collective
+        others = posted()  # of those who failed before they came to a collective
         if others:
             raise DistributedError(f"f failed ({failure}){others}") from failure
     ranks = Ranks([*map(group_of_context, seen), *records.meshes])
     shared = records.communicating()
     names = ", ".join(collective_kind(forward_class(ctx)).strip("_") for ctx in shared)
     ranks.gather(f"{len(shared)} collectives that depend on the primals: {names}", failure)
-    _Word.runs += 1
+    went_well()
     return result, ranks if records.communicates() else None  # type: ignore[return-value]
-
-
-class _Word:
-    """What ranks leave in the store when they fail in f and do not know who waits for them."""
-
-    #: How many runs of f went well: word of a failure before the latest says nothing.
-    runs = 0
-    failures = 0
-    #: What was read, so that it is told once.
-    told: ClassVar[dict[int, bytes]] = {}
-
-
-def _key(rank: int) -> str:
-    return f"linearize/failed/{rank}"
-
-
-def _post(failure: BaseException) -> None:
-    """Leave word of a failure where others look when they wait in vain."""
-    if not distributed():
-        return
-    _Word.failures += 1
-    text = f"{_Word.runs} {_Word.failures} {type(failure).__name__}: {failure}"
-    with contextlib.suppress(RuntimeError):  # whoever keeps the store is gone
-        store().set(_key(dist.get_rank()), text)
-
-
-def _posted() -> str:
-    """Return what other ranks have left word of since somebody last looked."""
-    found: dict[int, bytes] = {}
-    with contextlib.suppress(RuntimeError):
-        kept, me = store(), dist.get_rank()
-        for rank in range(dist.get_world_size()):
-            if rank != me and kept.check([_key(rank)]):
-                found[rank] = kept.get(_key(rank))
-    told = []
-    for rank, word in found.items():
-        runs, _, text = word.decode().split(" ", 2)
-        if _Word.told.get(rank) != word and int(runs) >= _Word.runs:
-            told.append(f"rank {rank}: {text}")
-    _Word.told |= found
-    return f"; f failed on {'; '.join(told)}" if told else ""

@@ -73,6 +73,12 @@ def matrix_price(matrix: TensorSpec) -> float:
     return m.launch + 2 * m.view + m.moved(matrix.dtype.itemsize * entries)
 
 
+def matrices_read(program: Program) -> int:
+    """Return the bytes of the constants that take part in matrix products and convolutions."""
+    multiplying = [eq for eq in program.equations if _arithmetic(eq)]
+    return sum(c.spec.nbytes for c in {c for eq in multiplying for c in eq.constants()})
+
+
 def _price(eq: Equation) -> float:
     m = machine(_device(eq))
     if not isinstance(eq.op, OpOverload) or may_alias(eq.op):

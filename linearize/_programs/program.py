@@ -200,6 +200,7 @@ class Program:
     __slots__ = (
         "__weakref__",
         "_constants",
+        "_of_point",
         "equations",
         "fixed",
         "inputs",
@@ -224,6 +225,7 @@ class Program:
         self.name = name
         self.fixed = fixed
         self._constants: tuple[Constant, ...] | None = None
+        self._of_point: bool | None = None
 
     def live(self) -> Program:
         """Return the program without the equations that no output depends on."""
@@ -307,6 +309,14 @@ class Program:
     def communicates(self) -> bool:
         """Whether other ranks wait for something in it."""
         return any(eq.communicates for eq in self.equations)
+
+    @property
+    def is_of_point(self) -> bool:
+        """Whether it calls user code that belongs to one point; at each new point it is asked."""
+        if self._of_point is None:
+            ops = [eq.op for eq in self.equations if isinstance(eq.op, Operation)]
+            self._of_point = any([op.of_point for op in ops])
+        return self._of_point
 
     @property
     def constants(self) -> tuple[Constant, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from .._spaces.space import TensorSpec
-from .._torch.modes import without_subclass
+from .._torch.modes import unobserved, without_subclass
 from .._torch.sharded import is_sharded, local_of
 from ..errors import StalenessError
 
@@ -73,9 +74,8 @@ class Residual:
         if self._hollow is not None:
             return self._hollow
         t = self.tensor.detach()
-        hollow = torch.empty((), dtype=t.dtype, device=t.device).expand(t.shape)
-        hollow.untyped_storage().resize_(0)
-        t.data = hollow  # leaves the tensor its version, which is that of the memory before
+        # Leaves the tensor its version, which is that of the memory before.
+        t.data = _hollow(t.shape, t.dtype, t.device)
         self._hollow = Residual(t, self.source)
         self._hollow.version = self.version
         return self._hollow
@@ -115,6 +115,15 @@ def first_freed(residuals: Iterable[Residual]) -> Residual | None:
     return None
 
 
+@functools.lru_cache(maxsize=256)
+def _hollow(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a tensor without memory; all that are alike share the same nothing."""
+    with torch.inference_mode(False), unobserved():  # it outlives whoever is around
+        hollow = torch.empty((), dtype=dtype, device=device).expand(shape)
+    hollow.untyped_storage().resize_(0)
+    return hollow
+
+
 def _is_plain(t: torch.Tensor) -> bool:
     return type(t) is torch.Tensor and t.layout == torch.strided and not t.is_inference()
 
@@ -129,10 +138,15 @@ def _storage_bytes(t: torch.Tensor) -> int:
 def finite(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether no tensor holds an infinite number or NaN; denied too if a sum overflows.
 
-    One pass over each tensor, and the host waits for the device once.
+    One pass over each tensor, and the host waits for the device once. Small ones are put together
+    first: most of the time of a sum is its launch.
     """
-    sums = [t.sum() for t in tensors]
     groups: dict[Any, list[torch.Tensor]] = {}
-    for t in sums:
-        groups.setdefault((t.dtype, t.device), []).append(t)
-    return all(bool(torch.isfinite(torch.stack(group)).all()) for group in groups.values())
+    for t in tensors:
+        part = t.reshape(-1) if t.numel() <= _SMALL else t.sum().reshape(1)
+        groups.setdefault((t.dtype, t.device), []).append(part)
+    return all(bool(torch.isfinite(torch.cat(group).sum())) for group in groups.values())
+
+
+#: So many numbers are sooner copied than summed.
+_SMALL = 1 << 12

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, MutableMapping
+from collections.abc import Hashable, MutableMapping, Sequence
 from typing import Any
 
 import cachetools
+import torch
 from cachetools.keys import hashkey
 
+from .._capture.graph import Graph
+from .._capture.matcher import Place
 from .._execute.executor import Executor
 from .._forms.segments import Segments
+from .._spaces.space import TensorSpec
 from .structure import Structure
 
 
@@ -76,6 +80,8 @@ class Shared:
 
 
 SHARED = Shared()
+#: How many of a `Linearizer`'s structures a graph is held against at once.
+_LATEST = 3
 
 
 class Structures:
@@ -111,6 +117,16 @@ class Structures:
         self.compiled = 0
         self.forms: MutableMapping[Executor, Segments | None] = weakref.WeakKeyDictionary()
 
+    def recognised(
+        self, graph: Graph, specs: Sequence[Sequence[TensorSpec]]
+    ) -> tuple[Structure, dict[Place, torch.Tensor | None]] | None:
+        """Return the structure of a graph if it is one of the latest, and what the graph saved."""
+        for structure in self._known[:_LATEST]:
+            saved = None if structure.matcher is None else structure.matcher(graph, specs)
+            if saved is not None:
+                return structure, saved
+        return None
+
     def find(self, of: tuple[Any, ...], *, shared: bool = False) -> Structure | None:
         """Return the structure with a signature; if `shared`, also what others left."""
         with self._lock:
@@ -139,6 +155,11 @@ class Structures:
         with self._lock:
             self._known.insert(0, structure)
             del self._known[self.limit :]
+
+    @property
+    def met(self) -> bool:
+        """Whether there was a point already whose programs were asked for."""
+        return self.recorded + self.reused > 0
 
     def count(self, *, reused: bool) -> None:
         """Count a point."""

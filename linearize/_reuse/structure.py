@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import Any, TypeAlias
 
+from .._capture.matcher import Matcher
 from .._forms.succession import Learned
 from .template import Template
 
@@ -29,6 +30,8 @@ class Structure:
 
     def __init__(self, of: tuple[Any, ...]) -> None:
         self.signature = of
+        #: Recognises its graphs; None if there is none, or not yet.
+        self.matcher: Matcher | None = None
         self._lock = threading.Lock()
         self._templates: dict[Key, list[Template]] = {}
         self._learned: dict[Key, Learned] = {}
@@ -57,13 +60,16 @@ class Structure:
                 if len(PROVED) > _MOST_PROVED:
                     del PROVED[next(iter(PROVED))]
 
-    def offer(self, key: Key, template: Template) -> None:
-        """Take a template in; simplified ones are preferred."""
+    def offer(self, key: Key, template: Template) -> Template:
+        """Take a template in, unless there is one; return the one that runs this program."""
         with self._lock:
             known = self._templates.setdefault(key, [])
-            if all(t.simplified != template.simplified for t in known):
-                known.append(template)
-                known.sort(key=lambda t: not t.simplified)
+            for t in known:
+                if t.simplified == template.simplified:
+                    return t if t.program is template.program else template
+            known.append(template)
+            known.sort(key=lambda t: not t.simplified)  # simplified ones are preferred
+            return template
 
     def templates(self, key: Key) -> list[Template]:
         """Return the templates of a map, the best first."""

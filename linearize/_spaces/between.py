@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .flat import Parts, zeros
-from .maps import Apply
+from .maps import Apply, AtOnce, LinearMap
 from .space import Space
 
 
@@ -19,6 +19,21 @@ def composed(first: Apply, second: Apply) -> Apply:
         return second(first(parts, stacked=stacked), stacked=stacked)
 
     return around
+
+
+def turned(at_once: AtOnce) -> AtOnce:
+    """Return how many vectors an adjoint takes at once."""
+    return lambda adjoint: at_once(not adjoint)
+
+
+def there_and_back(at_once: AtOnce) -> AtOnce:
+    """Return how many vectors a map followed by its adjoint takes at once."""
+    return lambda _: min(at_once(False), at_once(True))
+
+
+def fewest(*operators: LinearMap) -> AtOnce:
+    """Return how many vectors several maps take at once."""
+    return lambda adjoint: min(A._at_once(adjoint) for A in operators)
 
 
 def added(one: Apply, other: Apply) -> Apply:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ..errors import SpaceError, StructureError
+from .between import fewest
 from .flat import Parts
 from .maps import Apply, ChunkSize
 from .operators import LinearOperator, SelfAdjoint
@@ -34,7 +35,7 @@ def vertical(*operators: LinearOperator) -> LinearOperator:
     ours = _common(operators, "vertical", "in_space")
     theirs = Space.joined([A.out_space for A in operators])
     forward, back = _spread(operators, adjoint=False), _gathered(operators, adjoint=True)
-    return LinearOperator(ours, theirs, forward, back, peak=_peak(operators), name="vertical")
+    return LinearOperator(ours, theirs, forward, back, at_once=fewest(*operators), name="vertical")
 
 
 def horizontal(*operators: LinearOperator) -> LinearOperator:
@@ -58,7 +59,9 @@ def horizontal(*operators: LinearOperator) -> LinearOperator:
     theirs = _common(operators, "horizontal", "out_space")
     ours = Space.joined([A.in_space for A in operators])
     forward, back = _gathered(operators, adjoint=False), _spread(operators, adjoint=True)
-    return LinearOperator(ours, theirs, forward, back, peak=_peak(operators), name="horizontal")
+    return LinearOperator(
+        ours, theirs, forward, back, at_once=fewest(*operators), name="horizontal"
+    )
 
 
 def block_diagonal(*operators: LinearOperator) -> LinearOperator:
@@ -99,11 +102,11 @@ def block_diagonal(*operators: LinearOperator) -> LinearOperator:
         return torch.cat([A.diagonal(chunk_size=chunk_size) for A in operators])
 
     known = diagonal if all(A.shape[0] == A.shape[1] for A in operators) else None
-    peak, name = _peak(operators), "block_diagonal"
+    at_once, name = fewest(*operators), "block_diagonal"
     forward, back = each(adjoint=False), each(adjoint=True)
     if all(isinstance(A, SelfAdjoint) for A in operators):
-        return SelfAdjoint(ours, forward, peak=peak, diagonal=known, name=name)
-    return LinearOperator(ours, theirs, forward, back, peak=peak, diagonal=known, name=name)
+        return SelfAdjoint(ours, forward, at_once=at_once, diagonal=known, name=name)
+    return LinearOperator(ours, theirs, forward, back, at_once=at_once, diagonal=known, name=name)
 
 
 def _spread(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:
@@ -135,10 +138,6 @@ def _gathered(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:
         return total
 
     return apply
-
-
-def _peak(operators: Sequence[LinearOperator]) -> Callable[[], int]:
-    return lambda: sum(A._peak() for A in operators)
 
 
 def _check(operators: Sequence[LinearOperator], what: str) -> None:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol, TypeAlias, overload
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, overload
 
 import torch
 
 from .._text.progress import progress
-from ..errors import MissingDerivativeError, OptionError, SpaceError, UnsupportedError
+from .._torch.ranks import failing
+from ..errors import (
+    LinearizeError,
+    MissingDerivativeError,
+    OptionError,
+    SpaceError,
+    UnsupportedError,
+)
 from .budget import memory_budget
 from .compare import close
 from .estimates import Estimate, Mean, signs
-from .flat import Parts, flat_spec, join, random, units
+from .flat import Parts, flat_spec, join, random, units, zeros
 from .space import Space, TensorSpec, check_whole
 
+T = TypeVar("T")
 Direction: TypeAlias = Literal["auto", "forward", "reverse"]
 ChunkSize: TypeAlias = int | Literal["auto"] | None
 #: Returns the diagonal of a matrix, None if it takes products with all unit vectors.
 KnownDiagonal: TypeAlias = Callable[[ChunkSize], torch.Tensor | None]
+#: Takes whether the adjoint is meant, and returns how many vectors are best mapped in one pass.
+AtOnce: TypeAlias = Callable[[bool], int]
 
 
 class Apply(Protocol):
@@ -33,7 +43,7 @@ class LinearMap:
 
     Parameters
     ----------
-    in_space, out_space, apply, apply_adjoint, peak, diagonal, name
+    in_space, out_space, apply, apply_adjoint, at_once, diagonal, name
         As for `LinearOperator`.
     """
 
@@ -44,7 +54,7 @@ class LinearMap:
         apply: Apply,
         apply_adjoint: Apply,
         *,
-        peak: Callable[[], int] | None = None,
+        at_once: AtOnce | None = None,
         diagonal: KnownDiagonal | None = None,
         name: str = "LinearOperator",
     ) -> None:
@@ -52,7 +62,7 @@ class LinearMap:
         self.out_space = out_space
         self._apply = apply
         self._apply_adjoint = apply_adjoint
-        self._peak = peak or self._own_bytes
+        self._at_once = at_once or self._by_own_bytes
         self._known_diagonal = diagonal
         self._name = name
 
@@ -91,8 +101,8 @@ class LinearMap:
         Parameters
         ----------
         chunk_size
-            How many unit vectors are mapped in one pass: "auto" for as many as take a quarter
-            of the free memory, None for all.
+            How many unit vectors are mapped in one pass: "auto" for as many as take little
+            time, None for all.
         direction
             "forward" takes the n columns, "reverse" the m rows (by the adjoint), "auto" the
             fewer of them, or those that there is a derivative for.
@@ -263,7 +273,7 @@ class LinearMap:
             raise OptionError(f"samples must be an integer of at least 2, got {samples!r}")
         check_chunk_size(chunk_size)
         self.check_complex_linear("an estimate")
-        mean, chunk = Mean(), self._chunk(chunk_size, samples)
+        mean, chunk = Mean(), self._chunk(chunk_size, samples, adjoint=False)
         for start in progress(range(0, samples, chunk), -(-samples // chunk), "samples"):
             parts = signs(self.in_space, min(chunk, samples - start), generator)
             images = join(self.out_space, self._several(parts, adjoint=False), stacked=True)
@@ -324,7 +334,7 @@ class LinearMap:
             first dimension counting the columns of this chunk.
         """
         check_whole(self.in_space, "columns of the matrix")
-        chunk = self._chunk(chunk_size, self.in_space.size)
+        chunk = self._chunk(chunk_size, self.in_space.size, adjoint=False)
         for start, parts in units(self.in_space, chunk, "columns"):
             yield start, self._several(parts, adjoint=False)
 
@@ -344,7 +354,7 @@ class LinearMap:
             conjugates of the rows.
         """
         check_whole(self.out_space, "rows of the matrix")
-        chunk = self._chunk(chunk_size, self.out_space.size)
+        chunk = self._chunk(chunk_size, self.out_space.size, adjoint=True)
         for start, parts in units(self.out_space, chunk, "rows"):
             yield start, self._several(parts, adjoint=True)
 
@@ -381,6 +391,18 @@ class LinearMap:
 
     # -- helpers ------------------------------------------------------------------------
 
+    def _told(self, given: Callable[[], T]) -> T:
+        """Look at an argument; ranks that wait in the product are told if it does not fit."""
+        try:
+            return given()
+        except LinearizeError as error:
+            if self.in_space.group is not None:
+                with failing(error):
+                    # Not zeros: where custom Functions communicate nobody is told otherwise.
+                    nothing = [t.fill_(torch.nan) for t in zeros(self.in_space)]
+                    self._apply(nothing, stacked=False)
+            raise
+
     def _several(self, parts: Parts, *, adjoint: bool) -> Parts:
         """Map a stack; a stack of one without `torch.vmap`."""
         apply = self._apply_adjoint if adjoint else self._apply
@@ -388,19 +410,19 @@ class LinearMap:
             return apply(parts, stacked=True)
         return [t.unsqueeze(0) for t in apply([t[0] for t in parts], stacked=False)]
 
-    def _chunk(self, chunk_size: ChunkSize, count: int) -> int:
+    def _chunk(self, chunk_size: ChunkSize, count: int, *, adjoint: bool) -> int:
         if chunk_size is None:
             return max(count, 1)
         if chunk_size == "auto":
-            chunk_size = memory_budget(self.device) // max(self._peak(), 1)
+            chunk_size = self._at_once(adjoint)
         return max(1, min(chunk_size, count))
 
     def _leaves(self) -> tuple[TensorSpec, ...]:
         return (*self.in_space.tensors, *self.out_space.tensors)
 
-    def _own_bytes(self) -> int:
-        """Return the bytes of an argument and its result."""
-        return sum(leaf.nbytes for leaf in self._leaves())
+    def _by_own_bytes(self, adjoint: bool) -> int:
+        """Return how many arguments and results fit into the memory."""
+        return memory_budget(self.device) // max(sum(leaf.nbytes for leaf in self._leaves()), 1)
 
 
 def check_chunk_size(chunk_size: Any) -> None:

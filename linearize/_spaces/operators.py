@@ -11,7 +11,7 @@ import torch
 from ..errors import SpaceError, StructureError
 from . import between
 from .flat import Parts, check_flat, join, split, zeros
-from .maps import Apply, ChunkSize, Direction, KnownDiagonal, LinearMap, check_chunk_size
+from .maps import Apply, AtOnce, ChunkSize, Direction, KnownDiagonal, LinearMap, check_chunk_size
 from .space import Space
 
 __all__ = [
@@ -39,8 +39,9 @@ class LinearOperator(LinearMap):
         The map and its adjoint: functions of a list of tensors, one per differentiable leaf of
         the space, and of the keyword `stacked`: whether each tensor has one more dimension in
         front, for several elements at once. They return such a list, of new tensors.
-    peak
-        Estimates the bytes that one vector takes on its way, for `chunk_size="auto"`.
+    at_once
+        Takes whether the adjoint is meant, and returns how many vectors are best mapped in one
+        pass, for `chunk_size="auto"`. None for as many as fit into the memory.
     diagonal
         Takes a chunk size, and returns the diagonal where there is a shorter way to it than n
         products, else None.
@@ -63,7 +64,7 @@ class LinearOperator(LinearMap):
             self.in_space,
             self._apply_adjoint,
             self._apply,
-            peak=self._peak,
+            at_once=between.turned(self._at_once),
             diagonal=self._diagonal_by(lambda d: d.conj().resolve_conj()),
             name=f"{self._name}.H",
         )
@@ -78,7 +79,7 @@ class LinearOperator(LinearMap):
             self.in_space,
             between.conjugated(self._apply_adjoint),
             between.conjugated(self._apply),
-            peak=self._peak,
+            at_once=between.turned(self._at_once),
             diagonal=self._diagonal_by(lambda d: d),
             name=f"{self._name}.T",
         )
@@ -92,7 +93,7 @@ class LinearOperator(LinearMap):
         return SelfAdjoint(
             self.in_space,
             between.composed(self._apply, self._apply_adjoint),
-            peak=self._peak,
+            at_once=between.there_and_back(self._at_once),
             diagonal=self.squared_norms,
             name=f"{self._name}.gram()",
         )
@@ -143,7 +144,7 @@ class LinearOperator(LinearMap):
             self.out_space.as_real(),
             between.real(self._apply, self.in_space, self.out_space),
             between.real(self._apply_adjoint, self.out_space, self.in_space),
-            self._peak,
+            self._at_once,
             f"{self._name}.as_real()",
         )
 
@@ -191,8 +192,8 @@ class LinearOperator(LinearMap):
         forward = between.block(self._apply, self.in_space, columns, rows)
         back = between.block(self._apply_adjoint, self.out_space, rows, columns)
         if isinstance(self, SelfAdjoint) and rows == columns:
-            return SelfAdjoint(in_space, forward, peak=self._peak, name=name)
-        return LinearOperator(in_space, out_space, forward, back, peak=self._peak, name=name)
+            return SelfAdjoint(in_space, forward, at_once=self._at_once, name=name)
+        return LinearOperator(in_space, out_space, forward, back, at_once=self._at_once, name=name)
 
     #: NumPy leaves `array @ A` to the operator, which says what to do.
     __array_ufunc__ = None
@@ -218,7 +219,7 @@ class LinearOperator(LinearMap):
         StructureError, SpaceError
             If it does not fit; the message names the leaf.
         """
-        given = self.in_space.flatten(element)
+        given = self._told(lambda: self.in_space.flatten(element))
         parts = [spec.or_zeros(t) for t, spec in zip(given, self.in_space.tensors, strict=True)]
         return self.out_space.unflatten(self._apply(parts, stacked=False))
 
@@ -245,10 +246,8 @@ class LinearOperator(LinearMap):
         """
         if isinstance(other, LinearOperator):
             return self._after(other)
-        _no_array(other)
-        if not isinstance(other, torch.Tensor) or not self._is_flat(other):
+        if not self._told(lambda: self._is_flat(other)):
             return self(other)
-        check_flat(self.in_space, other, f"{self!r} @ tensor")
         columns = other.dim() == 2
         parts = split(self.in_space, other.mT if columns else other)
         if columns and other.shape[1] == 0:
@@ -272,15 +271,20 @@ class LinearOperator(LinearMap):
         apply = between.added(self._apply, other._apply)
         apply_adjoint = between.added(self._apply_adjoint, other._apply_adjoint)
 
-        def peak() -> int:
-            return self._own_bytes() + max(self._peak(), other._peak())
-
         def diagonal(chunk_size: ChunkSize) -> torch.Tensor:
             return self.diagonal(chunk_size=chunk_size) + other.diagonal(chunk_size=chunk_size)
 
         name = f"({self._name} + {other._name})"
         spaces = self.in_space, self.out_space
-        return self._like(*spaces, apply, apply_adjoint, peak, name, other, diagonal=diagonal)
+        return self._like(
+            *spaces,
+            apply,
+            apply_adjoint,
+            between.fewest(self, other),
+            name,
+            other,
+            diagonal=diagonal,
+        )
 
     def __sub__(self, other: Any) -> LinearOperator:
         return self + -other if isinstance(other, LinearOperator) else NotImplemented
@@ -299,17 +303,14 @@ class LinearOperator(LinearMap):
         apply = between.scaled(self._apply, scale)
         apply_adjoint = between.scaled(self._apply_adjoint, scale.conjugate())
 
-        def peak() -> int:
-            return self._own_bytes() + self._peak()
-
         name = f"{scale:.3g} * {self._name}"
         spaces = self.in_space, self.out_space
         diagonal = self._diagonal_by(lambda d: scale * d)
         if isinstance(factor, complex):  # no longer its own adjoint
             return LinearOperator(
-                *spaces, apply, apply_adjoint, peak=peak, diagonal=diagonal, name=name
+                *spaces, apply, apply_adjoint, at_once=self._at_once, diagonal=diagonal, name=name
             )
-        return self._like(*spaces, apply, apply_adjoint, peak, name, diagonal=diagonal)
+        return self._like(*spaces, apply, apply_adjoint, self._at_once, name, diagonal=diagonal)
 
     __rmul__ = __mul__
 
@@ -328,7 +329,7 @@ class LinearOperator(LinearMap):
             self.out_space,
             between.composed(first._apply, self._apply),
             between.composed(self._apply_adjoint, first._apply_adjoint),
-            peak=lambda: max(self._peak(), first._peak()),
+            at_once=between.fewest(self, first),
             name=f"{self._name} @ {first._name}",
         )
 
@@ -338,16 +339,22 @@ class LinearOperator(LinearMap):
         out_space: Space,
         apply: Apply,
         apply_adjoint: Apply,
-        peak: Callable[[], int],
+        at_once: AtOnce,
         name: str,
         *others: LinearOperator,
         diagonal: KnownDiagonal | None = None,
     ) -> LinearOperator:
         """Return an operator that is self-adjoint if all that it is made of are."""
         if all(isinstance(x, SelfAdjoint) for x in (self, *others)):
-            return SelfAdjoint(in_space, apply, peak=peak, diagonal=diagonal, name=name)
+            return SelfAdjoint(in_space, apply, at_once=at_once, diagonal=diagonal, name=name)
         return LinearOperator(
-            in_space, out_space, apply, apply_adjoint, peak=peak, diagonal=diagonal, name=name
+            in_space,
+            out_space,
+            apply,
+            apply_adjoint,
+            at_once=at_once,
+            diagonal=diagonal,
+            name=name,
         )
 
     def _diagonal_by(
@@ -356,12 +363,13 @@ class LinearOperator(LinearMap):
         """Return what finds the diagonal of an operator whose diagonal follows from this one's."""
         return lambda chunk_size: change(self.diagonal(chunk_size=chunk_size))
 
-    def _is_flat(self, x: torch.Tensor) -> bool:
-        """Whether a tensor is read as a vector or a matrix of vectors."""
-        if self.in_space.layouts:
+    def _is_flat(self, x: Any) -> bool:
+        """Whether a factor is a vector or a matrix of vectors, and no element."""
+        _no_array(x)
+        if not isinstance(x, torch.Tensor) or self.in_space.layouts:
             return False
-        size = self.in_space.size
-        if x.dim() in (1, 2) and x.shape[0] == size:
+        if x.dim() in (1, 2) and x.shape[0] == self.in_space.size:
+            check_flat(self.in_space, x, f"{self!r} @ tensor")
             return True
         single = self.in_space.spec.is_leaf()
         if single and tuple(x.shape) == self.in_space.tensors[0].shape:
@@ -401,7 +409,7 @@ class SelfAdjoint(LinearOperator):
     ----------
     space
         What it maps from and to.
-    apply, peak, diagonal, name
+    apply, at_once, diagonal, name
         As for any operator.
     """
 
@@ -410,11 +418,11 @@ class SelfAdjoint(LinearOperator):
         space: Space,
         apply: Apply,
         *,
-        peak: Callable[[], int] | None = None,
+        at_once: AtOnce | None = None,
         diagonal: KnownDiagonal | None = None,
         name: str = "SelfAdjoint",
     ) -> None:
-        super().__init__(space, space, apply, apply, peak=peak, diagonal=diagonal, name=name)
+        super().__init__(space, space, apply, apply, at_once=at_once, diagonal=diagonal, name=name)
 
     @property
     def H(self) -> LinearOperator:  # noqa: N802

@@ -260,5 +260,5 @@ def checked_inverse(A: LinearOperator, solving: Solving, tol: float | None) -> L
 
     name = f"inverse({A._name})"
     if isinstance(A, SelfAdjoint):
-        return SelfAdjoint(A.in_space, apply, peak=A._peak, name=name)
-    return LinearOperator(A.out_space, A.in_space, apply, back, peak=A._peak, name=name)
+        return SelfAdjoint(A.in_space, apply, at_once=A._at_once, name=name)
+    return LinearOperator(A.out_space, A.in_space, apply, back, at_once=A._at_once, name=name)

@@ -21,7 +21,10 @@ class TensorSpec:
     @classmethod
     def of(cls, t: torch.Tensor) -> TensorSpec:
         """Return the specification that `t` meets."""
-        return cls(tuple(t.shape), t.dtype, t.device)
+        try:
+            return tensor_spec(t.shape, t.dtype, t.device)
+        except TypeError:  # a size that is a symbol has no hash
+            return cls(tuple(t.shape), t.dtype, t.device)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -73,7 +76,7 @@ class TensorSpec:
 @functools.lru_cache(maxsize=4096)
 def tensor_spec(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> TensorSpec:
     """Return a specification; mostly the same object for the same one."""
-    return TensorSpec(shape, dtype, device)
+    return TensorSpec(tuple(shape), dtype, device)
 
 
 def differentiable(leaf: Any) -> bool:

@@ -15,6 +15,8 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
+from .modes import NOTHING
+
 
 class _Eager:
     """Counts who wants compiled functions to run eagerly; the stance is one for all threads."""
@@ -40,15 +42,16 @@ class _Eager:
                 cls.stance = None
 
 
-@contextlib.contextmanager
-def eager_compiled_functions() -> Iterator[None]:
+def eager_compiled_functions() -> contextlib.AbstractContextManager[None]:
     """Run `torch.compile`d functions eagerly, so that they leave an ordinary graph.
 
     `torch._dynamo` is costly to import; where it is not loaded nothing can be compiled.
     """
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
+    return _eager_compiled_functions() if "torch._dynamo" in sys.modules else NOTHING
+
+
+@contextlib.contextmanager
+def _eager_compiled_functions() -> Iterator[None]:
     _Eager.begin()
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -19,9 +20,31 @@ from .names import OpOverload
 T = TypeVar("T")
 
 
+#: The nodes in which the gradients of leaf tensors end.
+AccumulateGrad: Any = torch._C._functions.AccumulateGrad
+
+
 def is_custom(node: Node) -> bool:
     """Whether a graph node is the context of a custom `torch.autograd.Function`."""
     return isinstance(node, BackwardCFunction)
+
+
+#: The classes of PyTorch's own nodes that were met, and those that keep running statistics.
+_BUILT_IN: set[type] = set()
+NORMS: set[type] = set()
+
+
+def some_custom(kinds: set[type]) -> bool:
+    """Whether among classes of nodes there are those of such contexts."""
+    custom = False
+    for kind in kinds - _BUILT_IN:
+        if issubclass(kind, BackwardCFunction):
+            custom = True
+        elif is_generated(kind):
+            _BUILT_IN.add(kind)
+            if "BatchNorm" in kind.__name__:
+                NORMS.add(kind)
+    return custom
 
 
 class _Children:
@@ -73,6 +96,38 @@ def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
             if below:
                 metadata: Any = node.metadata
                 metadata["linearize"] = _Children(below)
+
+
+def pulled_back(
+    roots: Sequence[tuple[Node, int]],
+    cotangents: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+) -> list[torch.Tensor | None]:
+    """Return what PyTorch's engine makes of cotangents; the graph stays as it is.
+
+    No result shares memory with another one or with a cotangent.
+    """
+    found = torch.autograd.grad(
+        [GradientEdge(node, nr) for node, nr in roots],
+        leaves,
+        cotangents,
+        retain_graph=True,
+        allow_unused=True,
+    )
+    taken = {t.untyped_storage().data_ptr() for t in cotangents}
+    return [None if t is None else _own(t, taken) for t in found]
+
+
+def _own(t: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """Return a dense tensor on memory that is not among what is taken, and add it to that."""
+    if t.layout is not torch.strided:
+        t = t.to_dense()
+    begin = t.untyped_storage().data_ptr()
+    if begin in taken or t.is_conj() or t.is_neg():
+        t = t.resolve_conj().resolve_neg().clone()
+        begin = t.untyped_storage().data_ptr()
+    taken.add(begin)
+    return t
 
 
 def has_outputs(node: Any) -> bool:
@@ -133,6 +188,10 @@ def node_of(t: torch.Tensor) -> Node | None:
 def leaf_variable(node: Node) -> torch.Tensor | None:
     """Return the leaf tensor behind an `AccumulateGrad` node, None for other nodes."""
     return getattr(node, "variable", None)
+
+
+#: The same, for many nodes at once.
+METADATA: Callable[[Node], Sequence[Any]] = operator.attrgetter("_input_metadata")
 
 
 def input_metadata(node: Any) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""Gradient hooks that are registered while f runs."""
+"""Gradient hooks and hooks on saved tensors, registered while f runs or afterwards."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import threading
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from .graphs import Node, node_of
 
 _INIT: Any = RemovableHandle.__init__
+_ENTER: Any = saved_tensors_hooks.__enter__
+_AROUND: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 #: Who makes a handle for a hook of a tensor, and who for one of a node.
 _OF_TENSOR = torch.Tensor.register_hook.__code__
 _OF_NODE = getattr(getattr(torch.autograd.Function, "_register_hook", None), "__code__", None)
@@ -30,30 +33,26 @@ class HookWatcher:
         Whether hooks were registered on nodes themselves.
     """
 
-    _lock = threading.Lock()
-    _users = 0
     _local = threading.local()
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.some_on_nodes = False
+        self._since: Unhooked | None = None
 
     def __enter__(self) -> HookWatcher:
-        cls = HookWatcher
-        with cls._lock:
-            if cls._users == 0:
-                RemovableHandle.__init__ = _made  # type: ignore[method-assign]
-            cls._users += 1
-        cls._local.__dict__.setdefault("stack", []).append(self)
+        self._since = Unhooked()
+        HookWatcher._local.__dict__.setdefault("stack", []).append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        cls = HookWatcher
-        cls._local.stack.pop()
-        with cls._lock:
-            cls._users -= 1
-            if cls._users == 0:
-                RemovableHandle.__init__ = _INIT  # type: ignore[method-assign]
+        HookWatcher._local.stack.pop()
+        self._since = None
+
+    def since(self) -> Unhooked:
+        """Return what goes on looking out for hooks, when f has returned."""
+        assert self._since is not None
+        return self._since
 
     @classmethod
     def active(cls) -> list[HookWatcher]:
@@ -71,13 +70,58 @@ class HookWatcher:
         return node in self.nodes or (self.some_on_nodes and _has_hooks(node))
 
 
+class Unhooked:
+    """Knows whether a hook was registered since it was made, by whichever thread.
+
+    PyTorch's engine runs gradient hooks, and has saved tensors unpacked by theirs, which a
+    checkpoint does by running a part of f again.
+    """
+
+    __slots__ = ("_before",)
+    _lock = threading.RLock()
+    _users = 0
+    _hooks = 0
+
+    def __init__(self) -> None:
+        cls = Unhooked
+        with cls._lock:
+            if cls._users == 0:
+                RemovableHandle.__init__ = _made  # type: ignore[method-assign]
+                saved_tensors_hooks.__enter__ = _entered  # type: ignore[method-assign]
+            cls._users += 1
+        self._before = cls._hooks - (_AROUND(False) is not None)
+
+    @property
+    def still(self) -> bool:
+        """Whether there is none so far."""
+        return Unhooked._hooks == self._before
+
+    def __del__(self) -> None:
+        if sys.is_finalizing():
+            return
+        cls = Unhooked
+        with cls._lock:
+            cls._users -= 1
+            if cls._users == 0:
+                RemovableHandle.__init__ = _INIT  # type: ignore[method-assign]
+                saved_tensors_hooks.__enter__ = _ENTER  # type: ignore[method-assign]
+
+
+def _entered(self: saved_tensors_hooks) -> None:
+    """Stand for `saved_tensors_hooks.__enter__`."""
+    Unhooked._hooks += 1
+    _ENTER(self)
+
+
 def _made(self: RemovableHandle, hooks_dict: Any, *, extra_dict: Any = None) -> None:
     """Stand for `RemovableHandle.__init__`."""
     _INIT(self, hooks_dict, extra_dict=extra_dict)
+    caller = sys._getframe(1)
+    if caller.f_code in (_OF_TENSOR, _OF_NODE):
+        Unhooked._hooks += 1
     watchers = HookWatcher.active()
     if not watchers:
         return
-    caller = sys._getframe(1)
     if caller.f_code is _OF_TENSOR:
         node = node_of(caller.f_locals["self"])
         if node is not None:

@@ -67,6 +67,11 @@ def undisturbed() -> bool:
     )
 
 
+def casts() -> bool:
+    """Whether operations are run in other dtypes than those of their arguments (autocast)."""
+    return bool(torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"))
+
+
 def being_traced() -> bool:
     """Whether somebody writes down operations here: `torch.compile`, `export` or `make_fx`."""
     if torch.compiler.is_compiling():
@@ -125,6 +130,8 @@ def subclasses_ignored() -> contextlib.AbstractContextManager[Any]:
 
 def without_subclass(t: torch.Tensor) -> torch.Tensor:
     """Return `t` without history as a plain tensor on the same memory."""
+    if type(t) is torch.Tensor:
+        return t.detach()
     with subclasses_ignored():
         plain = t.detach()
         return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
@@ -137,6 +144,19 @@ def without_inference_mode() -> Iterator[None]:
         yield
         return
     with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def grad_enabled() -> contextlib.AbstractContextManager[Any]:
+    """Run with a graph, whatever the modes around; where there is nothing to do, at no cost."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return NOTHING
+    return _grad_enabled()
+
+
+@contextlib.contextmanager
+def _grad_enabled() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
         yield
 
 

@@ -48,6 +48,10 @@ def native_method(name: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], getattr(torch._C.TensorBase, name))
 
 
+#: What tells lazy tensors from others: conjugated, negated, without memory.
+BITS = tuple(map(native_method, ("is_conj", "is_neg", "_is_zerotensor")))
+
+
 def key_string(path: KeyPath) -> str:
     """Return `['a'][0].b` for a pytree key path."""
     return str(pytree.keystr(path))
@@ -64,11 +68,11 @@ def reachable_elsewhere(t: torch.Tensor, aliases: int) -> bool:
         How many tensors on the same storage the caller holds, `t` included.
     """
     count = _references(t)
-    if (count > _LEAST and count > _lone_references()) or t._use_count() > 1:  # type: ignore[attr-defined]
-        return True
     storage = t.untyped_storage()
     # Python's handle on the storage is one of its owners.
-    return int(torch._C._storage_Use_Count(storage._cdata)) - 1 > aliases
+    if t._use_count() > 1 or int(torch._C._storage_Use_Count(storage._cdata)) - 1 > aliases:  # type: ignore[attr-defined]
+        return True
+    return count > _LEAST and count > _lone_references()  # last, for it takes longest
 
 
 def _references(t: torch.Tensor) -> int:

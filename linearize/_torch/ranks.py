@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from ..errors import DistributedError, UnsupportedError
+from ..errors import DistributedError, MissingDerivativeError, UnsupportedError
+from .modes import NOTHING, DispatchMode
 from .sharded import own_function
 
 _FUNCTIONAL = "torch.distributed._functional_collectives"
@@ -91,6 +92,45 @@ def agreed_number(number: int, group: Any) -> int:
     t = torch.tensor(number, device=device_of(group))
     dist.broadcast(t, members(group)[0], group=group)
     return int(t)
+
+
+class _Alone(DispatchMode):
+    """Refuses to communicate."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self._message = message
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace.lstrip("_").startswith("c10d"):
+            raise MissingDerivativeError(self._message)
+        return func(*args, **(kwargs or {}))
+
+
+def alone(message: str) -> contextlib.AbstractContextManager[Any]:
+    """Have what communicates inside raise a `MissingDerivativeError` in its place."""
+    return _Alone(message) if distributed() else contextlib.nullcontext()
+
+
+_failed = threading.local()
+
+
+@contextlib.contextmanager
+def failing(error: Exception) -> Iterator[None]:
+    """Have the first product inside fail on all ranks, since something has failed here."""
+    _failed.error = error
+    try:
+        yield
+    finally:
+        _failed.error = None
+
+
+def fail_if_told() -> None:
+    """Raise what has failed before a product, where other ranks learn of it."""
+    error: Exception | None = getattr(_failed, "error", None)
+    if error is not None:
+        _failed.error = None
+        raise error
 
 
 def store() -> Any:
@@ -227,12 +267,13 @@ def _requires_grad(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad
 
 
-@contextlib.contextmanager
-def collectives_seen() -> Iterator[None]:
+def collectives_seen() -> contextlib.AbstractContextManager[None]:
     """Run f such that its graph tells of the collectives in it."""
-    if not distributed():
-        yield
-        return
+    return _collectives_seen() if distributed() else NOTHING
+
+
+@contextlib.contextmanager
+def _collectives_seen() -> Iterator[None]:
     _Watch.begin()
     try:
         yield

@@ -22,6 +22,7 @@ from .._spaces.compare import close_at, magnitudes
 from .._spaces.space import TensorSpec
 from .._text.labels import beside
 from .._torch.names import aten
+from .._torch.ranks import alone
 from ..errors import MissingDerivativeError
 from .opaque_matrix import dense_transpose
 from .second import twice_differentiated
@@ -47,7 +48,7 @@ def resolve(program: Program, numbers: Numbers, *, materialize: bool, limit: int
     MissingDerivativeError
         If a custom Function lacks the method and its other one cannot be transposed.
     """
-    if not any(_missing(eq.op) for eq in program.equations):
+    if not lacks_methods(program):
         return program
     e = Emitter(numbers=numbers, fixed="a method of a custom Function was recorded")
     names: dict[Var, Var] = {}
@@ -68,6 +69,11 @@ def resolve(program: Program, numbers: Numbers, *, materialize: bool, limit: int
     whole = program.with_equations(e.equations, outputs)
     whole.fixed = e.fixed
     return whole.live()
+
+
+def lacks_methods(program: Program) -> bool:
+    """Whether a program calls methods that an author did not give."""
+    return any(_missing(eq.op) for eq in program.equations)
 
 
 def _zero(e: Emitter, spec: TensorSpec, args: Sequence[Any]) -> Var:
@@ -92,8 +98,6 @@ def _missing(op: Any) -> bool:
 def _replacement(eq: Equation, numbers: Numbers, limit: int | None) -> Program:
     """Return a program from the equation's variables to its outputs."""
     op: Any = eq.op
-    present = [isinstance(a, Var) for a in eq.args]
-    wanted = [v is not None for v in eq.outputs]
     if isinstance(op, CustomJvp):
         fn, ins, outs = _backward_of(op.node, op.wanted)
         has, lacks = "backward", "jvp"
@@ -101,7 +105,7 @@ def _replacement(eq: Equation, numbers: Numbers, limit: int | None) -> Program:
             raise MissingDerivativeError(_neither(beside(op.node.name, eq.source)))
         name = op.node.name
     elif isinstance(op, CustomBackward):
-        fn, ins, outs = _jvp_of(op.node, present)
+        fn, ins, outs = _jvp_of(op.node, [isinstance(a, Var) for a in eq.args])
         has, lacks, name = "jvp", "backward", op.node.name
         if not op.node.has_jvp:
             raise MissingDerivativeError(_neither(beside(name, eq.source)))
@@ -110,13 +114,32 @@ def _replacement(eq: Equation, numbers: Numbers, limit: int | None) -> Program:
         outs = [s if s is not None else _nothing() for s in op.inputs]
         has, lacks, name = "backward", "jvp", op.label
     # `fn` maps the equation's outputs to its arguments: it is the given direction.
+    with alone(
+        f"{beside(name, eq.source)} has no {lacks}, and its {has} communicates with other ranks: "
+        f"give it a {lacks}, as it cannot be derived from what one rank sees"
+    ):
+        return _derived(eq, (fn, ins, outs), (name, has, lacks), numbers, limit)
+
+
+def _derived(
+    eq: Equation,
+    direction: Direction,
+    words: tuple[str, str, str],
+    numbers: Numbers,
+    limit: int | None,
+) -> Program:
+    """Return the transpose of what is given."""
+    op: Any = eq.op
+    (fn, ins, outs), (name, has, lacks) = direction, words
+    present = [isinstance(a, Var) for a in eq.args]
+    wanted = [v is not None for v in eq.outputs]
     try:
         if isinstance(op, TransposedNode):
             raise OpaqueError(op.reason)
         given = _recorded(fn, ins, outs, numbers, op.node, has)
     except OpaqueError as reason:
-        direction = op.node if isinstance(op, TransposedNode) else fn
-        by_pytorch, fault = twice_differentiated(direction, ins, outs, present, wanted, name, has)
+        called = op.node if isinstance(op, TransposedNode) else fn
+        by_pytorch, fault = twice_differentiated(called, ins, outs, present, wanted, name, has)
         if by_pytorch is not None:
             return by_pytorch
         if limit is None:

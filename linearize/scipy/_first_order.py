@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,8 @@ class FirstOrder:
             x.dtype.str,
             x.tobytes(),
             torch.get_default_dtype(),
-            *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"),
         )
         found = self._known.get(key)
         state = self._reach.now()
@@ -85,16 +87,18 @@ class FirstOrder:
 
     def _run(self, x: Any, state: State) -> Slope:
         leaves = [t for t in pytree.tree_leaves(x) if differentiable(t)]
-        with torch.inference_mode(False), torch.enable_grad():
+        inference = torch.is_inference_mode_enabled()
+        with torch.inference_mode(False) if inference else nullcontext(), torch.enable_grad():
             for t in leaves:
                 t.requires_grad_()
-            with Reads(ContextRecords()) as reads:
+            # What f can read is known, or it is watched: that takes as long as a small f.
+            watching = nullcontext() if state.whole else Reads(ContextRecords())
+            with watching as reads:
                 value = self._f(x)
             check_scalar(value)
-            edge = gradient_edge(value) if value.requires_grad else None
-            hidden = in_graph([edge and (edge.node, edge.output_nr)])
+            hidden = () if reads is None else _kept_in_graph(value)
             gradient = (
-                torch.autograd.grad(value, leaves, _ones_like(value), allow_unused=True)
+                torch.autograd.grad(value, leaves, allow_unused=True)
                 if value.requires_grad
                 else [None] * len(leaves)
             )
@@ -102,9 +106,13 @@ class FirstOrder:
             torch.zeros_like(t, requires_grad=False) if g is None else g
             for t, g in zip(leaves, gradient, strict=True)
         ]
-        read = [*reads.stamps(), *stamps(map(weakref.ref, hidden))]
+        if reads is None:
+            read = state.stamps()
+        else:
+            read = [*reads.stamps(), *stamps(map(weakref.ref, hidden))]
         return Slope(value.item(), self._ravel(parts), state, read)
 
 
-def _ones_like(value: torch.Tensor) -> torch.Tensor:
-    return torch.ones((), dtype=value.dtype, device=value.device).expand(value.shape)
+def _kept_in_graph(value: torch.Tensor) -> list[torch.Tensor]:
+    edge = gradient_edge(value) if value.requires_grad else None
+    return in_graph([edge and (edge.node, edge.output_nr)])

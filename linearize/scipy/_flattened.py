@@ -41,6 +41,11 @@ class Flattened:
         self._real = self._space.as_real()
         self._arrays = not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(x0))
         self._vector = self._real.vector
+        leaf = self._space.tensors[0]
+        #: The start's shape if it is one real tensor.
+        self._shape = (
+            leaf.shape if self._space.spec.is_leaf() and self._vector.dtype == leaf.dtype else None
+        )
         leaves = pytree.tree_leaves(start)
         # What is no variable stays as it is given.
         self._others = [None if differentiable(x) else x for x in leaves]
@@ -72,11 +77,16 @@ class Flattened:
         given, spec = torch.tensor(np.ascontiguousarray(x)), self._vector
         if tuple(given.shape) != spec.shape:
             raise SpaceError(f"x: expected shape {spec.shape}, got {tuple(given.shape)}")
-        parts = self._real.split(given.to(dtype=spec.dtype, device=spec.device))
+        given = given.to(dtype=spec.dtype, device=spec.device)
+        if self._shape is not None:  # optimizers wait for this
+            return given.reshape(self._shape)
+        parts = self._real.split(given)
         return self._space.unflatten(as_complex(parts, self._space), self._others)
 
     def _of_parts(self, parts: list[torch.Tensor]) -> Array:
         """Return the flat vector of the start's differentiable tensors, or others like them."""
+        if self._shape is not None:
+            return array(parts[0].reshape(-1))
         return array(self._real.join(as_real(parts, self._space)))
 
     def at(self, x: Array) -> Linearization:

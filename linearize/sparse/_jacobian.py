@@ -184,7 +184,7 @@ def _compressed(
     """Return, for each colour, the product with the sum of the unit vectors of that colour."""
     ours, theirs = (A.in_space, A.out_space) if forward else (A.out_space, A.in_space)
     count = int(colours.max()) + 1 if len(colours) else 0
-    chunk = A._chunk(chunk_size, max(count, 1))
+    chunk = A._chunk(chunk_size, max(count, 1), adjoint=not forward)
     rows = []
     for start in progress(range(0, count, chunk), -(-count // chunk), "sparse Jacobian"):
         some = torch.arange(start, min(start + chunk, count))

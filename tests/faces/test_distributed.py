@@ -1,28 +1,21 @@
 """Operators spread over processes (gloo), against the same on one process."""
 
 import os
-import sys
 import time
-import traceback
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from scipy.sparse.linalg import cg
 
 import linearize as lz
 import linearize.distributed as lzd
 import linearize.scipy
 from linearize.curvature import gauss_newton
+from tests.support.ranks import F64, expect, rand, together
 
-F64 = torch.float64
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
 
 ROWS, N = 13, 5
@@ -119,56 +112,7 @@ def die(rank, world):
     assert time.monotonic() - start < 30
 
 
-def expect(words, call):
-    with pytest.raises(lz.errors.DistributedError) as raised:
-        call()
-    assert words in str(raised.value)
-
-
-def worker(rank, world, store, scenes):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=20),
-        )
-        for scene in scenes:
-            globals()[scene](rank, world)
-        if "die" not in scenes:
-            dist.destroy_process_group()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)
-
-
-def together(world, path, *scenes):
-    context = mp.get_context("spawn")
-    ranks = [
-        context.Process(target=worker, args=(rank, world, str(path / "store"), scenes))
-        for rank in range(world)
-    ]
-    for p in ranks:
-        p.start()
-    for p in ranks:
-        p.join(90)
-    late = [p for p in ranks if p.exitcode is None]
-    for p in late:
-        p.kill()
-    assert not late, "ranks hang"
-    assert [p.exitcode for p in ranks] == [0] * world
-
-
-@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
-def test_two_ranks(tmp_path):
-    together(2, tmp_path, "agree", "fail", "die")
-
-
-@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
-def test_four_ranks(tmp_path):
-    together(4, tmp_path, "agree", "fail")
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("scene", [agree, fail, die], ids=lambda s: s.__name__)
+def test_ranks(scene, world, tmp_path):
+    together(world, tmp_path, scene, timeout=20)

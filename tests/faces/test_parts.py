@@ -142,9 +142,7 @@ def refused(rank, world):
     lz.testing.check_linearization(f, x)
 
 
-def test_two_ranks(tmp_path):
-    together(2, tmp_path, __name__, "solvers", "rows", "refused")
-
-
-def test_four_ranks(tmp_path):
-    together(4, tmp_path, __name__, "solvers", "rows")
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("scene", [solvers, rows, refused], ids=lambda s: s.__name__)
+def test_ranks(scene, world, tmp_path):
+    together(world, tmp_path, scene)

@@ -535,22 +535,23 @@ def two_dimensions(rank, world):
     close(J.in_space.dot(tuple(v), tuple(v)), sum(full(t).square().sum() for t in v))
 
 
-TWO = (
-    "placements_of_every_kind",
-    "collectives_of_products",
-    "parallel_modules",
-    "sequence_parallel",
-    "solvers",
-    "trees_batches_and_gradients",
-    "every_option",
-    "refused",
-    "fully_sharded",
+SCENES = (
+    placements_of_every_kind,
+    collectives_of_products,
+    parallel_modules,
+    sequence_parallel,
+    solvers,
+    trees_batches_and_gradients,
+    every_option,
+    refused,
+    fully_sharded,
 )
 
 
-def test_two_ranks(tmp_path):
-    together(2, tmp_path, __name__, *TWO)
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+def test_two_ranks(tmp_path, scene):
+    together(2, tmp_path, scene)
 
 
 def test_four_ranks(tmp_path):
-    together(4, tmp_path, __name__, "two_dimensions")
+    together(4, tmp_path, two_dimensions)

@@ -14,6 +14,7 @@ import torch
 import linearize as lz
 from linearize._capture import signature as _signature
 from linearize._capture.capture import capture
+from linearize._points import programs as _programs
 from linearize._reuse import takeover
 from linearize._reuse.shared import SHARED
 from linearize.errors import ReuseError
@@ -59,6 +60,7 @@ def with_function(a: torch.Tensor, b: torch.Tensor) -> Callable[[torch.Tensor], 
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     SHARED.clear()
     monkeypatch.setattr(_signature, "_shared", lambda *_: ())
+    monkeypatch.setattr(_programs, "BY_ENGINE", 0)  # or nothing is taken over at once
 
 
 def jacobian(f: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
