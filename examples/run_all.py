@@ -18,6 +18,7 @@ NAMES = (
     "bundle_adjustment",
     "bratu",
     "bratu_ranks",
+    "tensor_parallel",
     "physics_informed",
     "laplace",
     "spectrum",

@@ -28,7 +28,7 @@ from ._points.linearizer import Linearizer
 from ._spaces.between import alike
 from ._spaces.flat import Parts, check_flat, flat_spec, join, split, zeros
 from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
-from ._spaces.space import Space
+from ._spaces.space import Space, check_no_layouts
 from ._torch.ranks import fail_if_told
 from .errors import DistributedError, LinearizeError, UnsupportedError
 
@@ -128,6 +128,7 @@ class RowJacobian(LinearOperator):
     """
 
     def __init__(self, here: Linearization, group: Group = None) -> None:
+        check_no_layouts(here.in_space, "jacobian")
         self.here = here
         self._own = here.jacobian
         _check_same(self._own, group)
@@ -226,7 +227,7 @@ def norm(space: Space, a: Any) -> torch.Tensor:
 
 
 def _flat(space: Space, a: Any) -> torch.Tensor:
-    if isinstance(a, torch.Tensor) and tuple(a.shape) == (space.size,):
+    if isinstance(a, torch.Tensor) and tuple(a.shape) == (space.size,) and not space.layouts:
         check_flat(space, a, "dot")
         return a.detach()
     given = zip(space.flatten(a), space.tensors, strict=True)
@@ -291,6 +292,8 @@ def gathered(operator: LinearOperator) -> LinearOperator:
     sides = operator.in_space, operator.out_space
     if all(space.group is None for space in sides):
         return operator
+    for space in sides:
+        check_no_layouts(space, "gathered")
     first, second = (_Whole(space) for space in sides)
     adjoint = operator.H
     forth = functools.partial(_whole_product, operator, first, second)

@@ -14,7 +14,7 @@ from ._capture.contexts import ContextRecords
 from ._capture.custom import CustomNode
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
-from ._spaces.space import TensorSpec, differentiable
+from ._spaces.space import TensorSpec, check_no_layouts, differentiable
 from ._torch.names import pytree
 from .errors import CheckFailure, LinearizeError
 
@@ -116,6 +116,7 @@ def check_linearization(
         return f(*args)
 
     here = Linearizer(counted, maxsize=0, opaque=opaque).at(*primals)
+    check_no_layouts(here.in_space, "check_linearization")
     generator = torch.Generator().manual_seed(seed)
     ranks = here._lifetime.ranks
     most: Most = _as_it_is if ranks is None else ranks.most

@@ -24,8 +24,10 @@ from .._torch.modes import NOTHING, being_traced, functorch_active, grad_enabled
 from .._torch.names import batched_or_wrapped, pytree
 from .._torch.pieces import CompiledCalls, Piece
 from .._torch.ranks import collectives_seen
+from .._torch.sharded import is_sharded, lies, local_of, may_be_sharded, reduced
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
+from .conversions import laid_out_leaves, laid_out_roots
 from .dependence import check_not_behind, is_derivative, warn_independent
 from .graph import Edge, Graph
 from .reads import Reads, scripted_state, stamps, warn_of_hooks
@@ -100,6 +102,8 @@ class Capture:
     def graph(self) -> Graph:
         """Return the graph between value and primals."""
         graph = Graph(self.edges, self.leaves, self.records, self.trace, self.owners)
+        if self.records.meshes:
+            self._lay_out(graph)
         if self.watched:
             # What f read out of sight, in a thread of its own for instance, may be here.
             known = {id(ref) for ref, _ in self.reads}
@@ -110,6 +114,14 @@ class Capture:
         if not graph.order and self.edges and not self.derivative:
             warn_independent(f"the value of {self.name}")
         return graph
+
+    def _lay_out(self, graph: Graph) -> None:
+        """Find out how values and primals lie on the ranks, for the graph and for both spaces."""
+        ours, theirs = self.in_space, self.out_space
+        ins = laid_out_leaves(graph, ours.layouts or [None] * len(ours.tensors))
+        outs = laid_out_roots(graph, theirs.layouts or [None] * len(theirs.tensors))
+        graph.layouts = outs, ins
+        ours.layouts, theirs.layouts = (x if any(x) else () for x in (ins, outs))
 
 
 def capture(
@@ -163,6 +175,7 @@ def capture(
     in_space = Space.of_leaves(given, tree, "tangent", "primals")
     _check_some(given, in_space)
     records = ContextRecords() if records is None else records
+    _note_meshes(records, in_space)
     frozen = torch.is_inference_mode_enabled()
     reads = Reads(records, thaw=frozen) if watch or frozen else None
     traced = Trace(_called.__code__, records) if trace else None
@@ -178,6 +191,8 @@ def capture(
             unhooked = hooks.since()
         result, aux = _apart(result) if has_aux else (result, None)
         outputs, out_space = _outputs(result)
+        _note_meshes(records, out_space)
+        records.note_conversions()
         edges = [
             _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
         ]
@@ -295,7 +310,20 @@ def _called(
         NOTHING if reads is None else reads,
         NOTHING if traced is None else traced,
     ):
-        return applied_late(f)(*arguments, **keywords)
+        return _in_full(applied_late(f)(*arguments, **keywords))
+
+
+def _in_full(result: Any) -> Any:
+    """Return f's result with DTensors that are still to be added up over the ranks added up."""
+    if not may_be_sharded():
+        return result
+    return pytree.tree_map_only(torch.Tensor, lambda t: reduced(t) if is_sharded(t) else t, result)
+
+
+def _note_meshes(records: ContextRecords, space: Space) -> None:
+    for layout in space.layouts:
+        if layout is not None:
+            records.note_mesh(layout.whole.mesh)
 
 
 def _apart(result: Any) -> tuple[Any, Any]:
@@ -359,6 +387,13 @@ def _is_usual(t: torch.Tensor) -> bool:
 
 
 def _check_tensor(t: torch.Tensor, what: str) -> None:
+    if is_sharded(t):
+        if any(p.is_partial() for p in lies(t).placements):
+            raise UnsupportedError(
+                f"{what}: a DTensor whose ranks hold what is still to be added up (Partial) is "
+                "not supported; call redistribute() first"
+            )
+        t = local_of(t)
     if t.is_nested:
         raise UnsupportedError(f"{what}: nested tensors are not supported; pad to a dense one")
     if t.is_quantized:

@@ -429,7 +429,7 @@ class Collective(Operation):
 
     def turned(self) -> Collective:
         """Return the transpose."""
-        return Collective(self.node, back=not self.back)
+        return type(self)(self.node, back=not self.back)
 
     def moved(self, counterpart: Callable[[Any], Any]) -> Collective:
         """Return the same with another node."""

@@ -20,7 +20,9 @@ from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
 from .._torch.graphs import forward_class, has_outputs
 from .._torch.names import batched_or_wrapped
-from .._torch.ranks import collective_kind
+from .._torch.ranks import collective_kind, group_of, members
+from .._torch.sharded import groups_of, is_sharded, mesh_of, own_function
+from ..errors import UnsupportedError
 
 
 @dataclasses.dataclass(slots=True)
@@ -50,6 +52,8 @@ class ContextRecords:
         Tells the line of f that is being executed; None if nobody wants to know.
     collectives
         The contexts of collectives, in order; these are kept, as other ranks wait for them.
+    meshes
+        The process groups of the meshes on which there are DTensors.
     pending
         Contexts whose `apply` had not returned when they were looked at last.
     """
@@ -60,6 +64,8 @@ class ContextRecords:
         self._records: weakref.WeakKeyDictionary[Any, ContextRecord]
         self._records = weakref.WeakKeyDictionary()
         self.collectives: list[Any] = []
+        self.meshes: dict[Any, None] = {}
+        self._conversions: list[weakref.ref[Any]] = []
 
     def watching(self) -> ContextWatcher:
         """Return the context manager inside which contexts are recorded."""
@@ -77,7 +83,30 @@ class ContextRecords:
 
     def communicates(self) -> bool:
         """Whether products have to communicate."""
-        return bool(self.communicating())
+        return bool(self.meshes or self.communicating())
+
+    def note_conversions(self) -> None:
+        """Take note of the meshes of DTensors that f made of local tensors, or the reverse."""
+        found = [ctx for ctx in (ref() for ref in self._conversions) if ctx is not None]
+        for ctx in found:
+            if any(ctx.needs_input_grad):
+                self.note_mesh(mesh_of(ctx))
+        self._conversions = []
+
+    def note_mesh(self, mesh: Any) -> None:
+        """Take note of a mesh.
+
+        Raises
+        ------
+        UnsupportedError
+            If no group has its ranks: inner products are sums over them.
+        """
+        if mesh.ndim > 1 and mesh.size() != len(members(group_of(None))):
+            raise UnsupportedError(
+                f"a DTensor on {mesh}: a mesh of several dimensions must have all ranks; put it "
+                "on one of its dimensions, mesh[name]"
+            )
+        self.meshes |= dict.fromkeys(groups_of(mesh))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -98,6 +127,16 @@ class ContextRecords:
                 )
 
     def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
+        cls = forward_class(ctx)
+        if own_function(cls):
+            self._conversions.append(weakref.ref(ctx))
+            return
+        if any(map(is_sharded, arguments or ())):
+            raise UnsupportedError(
+                f"{function_name(cls)}: a custom Function was called inside f with a DTensor, and "
+                "its methods would have to be told how gradients lie on the mesh; call it with "
+                "to_local(), and make a DTensor of what it returns (DTensor.from_local)"
+            )
         if self.pending:
             self.settle()
         self.pending.append(weakref.ref(ctx))
@@ -135,7 +174,8 @@ class ContextRecords:
         _expect_steps(record, record.dirty)
 
     def _materialize(self, ctx: Any, value: bool) -> None:
-        self._records.setdefault(ctx, ContextRecord()).materialize = value
+        if not own_function(forward_class(ctx)):
+            self._records.setdefault(ctx, ContextRecord()).materialize = value
 
 
 #: Functions that only wait for what another one has begun.

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .._spaces.sharding import Layout
 from .._text.labels import Line
 from .._torch.aot import reading_of
 from .._torch.graphs import (
@@ -14,6 +15,7 @@ from .._torch.graphs import (
     AccumulateGrad,
     Node,
     accumulators,
+    forward_class,
     is_custom,
     leaf_variable,
     let_die_in_turn,
@@ -21,7 +23,8 @@ from .._torch.graphs import (
     saved_tensors,
     some_custom,
 )
-from .._torch.ranks import order_of
+from .._torch.ranks import device_of, order_of, summed_over
+from .._torch.sharded import local_of, own_function
 from ..errors import UnsupportedError
 from .collectives import CollectiveNode, OpaqueNode
 from .contexts import ContextRecords, is_collective
@@ -29,6 +32,7 @@ from .custom import CustomNode
 from .trace import Trace
 
 Edge: TypeAlias = tuple[Node, int]
+Layouts: TypeAlias = Sequence[Layout | None]
 
 
 class Graph:
@@ -50,11 +54,16 @@ class Graph:
         Where each node stands in the order.
     keys
         What is known of each node's kind.
+    layouts
+        How the tensors at the roots and at the leaves lie on the ranks of a mesh; None where
+        there are no DTensors.
+    meshes
+        The process groups of their meshes.
     """
 
     __slots__ = (
-        *("_trace", "constants", "custom", "hidden", "keys", "kinds", "leaves", "order"),
-        *("places", "roots"),
+        *("_trace", "constants", "custom", "hidden", "keys", "kinds", "layouts", "leaves"),
+        *("meshes", "order", "places", "roots"),
     )
 
     def __init__(
@@ -77,7 +86,9 @@ class Graph:
         self.constants = [
             t for n, ours in reaches.items() if not ours and (t := leaf_variable(n)) is not None
         ]
-        if shared:
+        self.layouts: tuple[Layouts, Layouts] | None = None
+        self.meshes = tuple(records.meshes)
+        if shared or records.meshes:
             self.order = _latest_first(self.order, self.leaves)
         self.keys: dict[Node, tuple[Any, ...]] = {}
         self.places = {node: i for i, node in enumerate(self.order)}
@@ -91,7 +102,7 @@ class Graph:
                 if is_collective(n)
                 else CustomNode(n, records.get(n), owners)
                 for n in self.order
-                if is_custom(n) and reading_of(n) is None
+                if is_custom(n) and reading_of(n) is None and not own_function(forward_class(n))
             }
         #: Whether contexts were made that are no nodes here: they may be inside others.
         self.hidden = len(records) > len(self.custom)
@@ -103,8 +114,21 @@ class Graph:
 
     @property
     def communicates(self) -> bool:
-        """Whether there are collectives among the nodes."""
-        return any(isinstance(node, CollectiveNode) for node in self.custom.values())
+        """Whether there are collectives among the nodes, or DTensors, whose nodes may run some."""
+        collectives = (isinstance(node, CollectiveNode) for node in self.custom.values())
+        return self.layouts is not None or any(collectives)
+
+    @property
+    def is_anybodys(self) -> bool:
+        """Whether its programs hold nothing of a user's: no custom Function, no process group."""
+        return not (self.custom or self.layouts)
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Return sums of numbers over all ranks that have parts of DTensors."""
+        t = torch.tensor(list(numbers), dtype=torch.float64)
+        for group in self.meshes:
+            t = summed_over(group, t.to(device_of(group)))
+        return [float(x) for x in t]
 
     def label(self, node: Node) -> str:
         """Return a node's name; it knows the line of f that made it, if f was traced."""
@@ -129,7 +153,7 @@ class Graph:
 
     def changed(self) -> bool:
         """Whether a tensor that a built-in node keeps was changed in place after it was saved."""
-        return any(saved_changed(node) for node in self.order if node not in self.custom)
+        return any(saved_changed(node) for node in self.order if not is_custom(node))
 
     def saved_tensors(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the graph keeps for its backward."""
@@ -139,7 +163,10 @@ class Graph:
     def saved_by(self, node: Node) -> Iterator[torch.Tensor]:
         """Yield the tensors that a node of the graph keeps for its backward."""
         custom = self.custom.get(node)
-        yield from saved_tensors(node) if custom is None else custom.kept()
+        if custom is not None:
+            yield from custom.kept()
+        elif not is_custom(node):
+            yield from map(local_of, saved_tensors(node))
 
 
 def _latest_first(order: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:

@@ -21,13 +21,16 @@ from .._spaces.space import TensorSpec
 from .._torch.aot import Reading, named_by_piece, reading_of, saved_by_piece
 from .._torch.graphs import (
     Node,
+    forward_class,
     input_metadata,
+    is_custom,
     is_generated,
     packed_by_hooks,
     saved_names,
     unpacked,
 )
 from .._torch.names import has_memory, is_wrapped_number
+from .._torch.sharded import is_sharded, lies, local_of, settings_of
 from ..errors import LinearizeError
 from .graph import Graph
 from .repeated import may_repeat, repeats
@@ -64,6 +67,10 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
         edges = tuple([(places.get(n, -2) if n else -1, nr) for n, nr in node.next_functions])
         if node in custom:
             key = (custom[node].signature(), expected(node))
+        elif is_custom(node):  # what makes a DTensor of another, and keeps no tensors
+            settings = forward_class(node), settings_of(node)
+            hash(settings)
+            key = (settings, expected(node))
         else:
             key = keys[node] = _node_key(node, saved)
         line = graph.line(node)  # programs name the lines that they come from
@@ -75,11 +82,11 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
     try:
         nodes = tuple([places[n] if n in ends else described(n) for n in graph.order])
         shared = saved.shared()
-    except (HiddenError, RuntimeError):  # recording has the words for what is wrong
+    except (HiddenError, RuntimeError, TypeError):  # recording has the words for what is wrong
         return None
     leaves = tuple(places.get(leaf) for leaf in graph.leaves)
     roots = tuple([None if e is None else (places.get(e[0], -2), e[1]) for e in graph.roots])
-    return nodes, roots, leaves, tuple(map(tuple, specs)), shared
+    return nodes, roots, leaves, tuple(map(tuple, specs)), shared, graph.layouts, graph.meshes
 
 
 def expected(node: Node) -> tuple[Any, ...]:
@@ -139,10 +146,14 @@ def _node_key(node: Node, seen: _Seen) -> tuple[Any, ...]:
             saved.extend(value)
         else:
             saved.append(value)
+    lying: tuple[Any, ...] = ()
+    if not _PLAIN.issuperset(map(type, saved)):
+        lying = tuple([lies(t) if is_sharded(t) else None for t in saved])
+        saved = [t if t is None else local_of(t) for t in saved]
     if writes:  # not before it is known that no hook has to unpack anything
         others += (repeats(node),)
     layouts = tuple([_layout(t) for t in saved])
-    return type(node), wanted, expected(node), others, layouts, seen.add(saved)
+    return type(node), wanted, expected(node), others, layouts, seen.add(saved), lying
 
 
 def _piece_key(reading: Reading, node: Any, seen: _Seen) -> tuple[Any, ...]:
@@ -156,6 +167,8 @@ def _piece_key(reading: Reading, node: Any, seen: _Seen) -> tuple[Any, ...]:
     return reading.key, wanted, expected(node), given, layouts, seen.add(saved)
 
 
+#: What is no DTensor.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 #: Where `expected` stands in a node's key.
 _EXPECTED = 2
 

@@ -63,7 +63,7 @@ class Binding:
     def check(self) -> None:
         """Raise `StalenessError` if a residual was changed in place."""
         for r in self._all:
-            if r.version is not None and r.tensor._version != r.version:
+            if r.version is not None and r.counter._version != r.version:
                 r.check()
         if self.ops:  # user code was seen to free memory that it does not own
             self.check_memory()

@@ -32,7 +32,7 @@ class ByEngine:
 
     def __init__(self, graph: Graph, leaves: Sequence[torch.Tensor], unhooked: Unhooked) -> None:
         self._graph, self._leaves, self._unhooked = graph, leaves, unhooked
-        self._plain = not (graph.hidden or some_custom(graph.kinds))
+        self._plain = not (graph.hidden or graph.layouts or some_custom(graph.kinds))
         self._count = 0
 
     @property

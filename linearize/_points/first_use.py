@@ -43,8 +43,8 @@ def check_adjoint(pushforward: Product, pullback: Product, *, thorough: bool = T
         # Both programs are made first: what is derived of one is then at hand for both.
         programs = pullback.program, pushforward.program
         check_maps(
-            pullback._apply,
-            pushforward._apply,
+            lambda u: pullback._apply(pullback._arguments.alike(u)),
+            lambda v: pushforward._apply(pushforward._arguments.alike(v)),
             *programs,
             lambda: resolved or _resolved(*programs, pushforward),
             transpose,

@@ -24,6 +24,7 @@ from .._spaces.memory import total_bytes
 from .._spaces.trees import flatten
 from .._text.tables import code, framed
 from .._torch.pieces import Piece
+from .._torch.sharded import local_of
 from ..errors import ClosedError, CopyError, UnsupportedError
 from .closures import JvpFn, VjpFn
 from .first_use import check_adjoint, check_before_use, check_statistics
@@ -157,7 +158,7 @@ class Linearization:
         self.out_space = captured.out_space
         self._value = _Guarded(captured.value, "the value")
         self._aux = _Guarded(captured.aux, "aux")
-        self._external = {t.untyped_storage().data_ptr() for t in captured.leaves}
+        self._external = {local_of(t).untyped_storage().data_ptr() for t in captured.leaves}
         self._source = weakref.ref(source)
         common = (self._lifetime, policy, source)
         self.jvp_fn = JvpFn(source.pushforward, self.in_space, self.out_space, *common)

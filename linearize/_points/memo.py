@@ -20,6 +20,7 @@ import cachetools
 import torch
 
 from .._capture.state import State
+from .._torch.sharded import local_of
 
 P = TypeVar("P")
 #: How many points are looked at when one is added.
@@ -322,7 +323,7 @@ def _changed(stamps: Iterable[Stamp]) -> bool:
 
 def content_key(t: torch.Tensor) -> tuple[Any, ...]:
     """Return a key that is equal for tensors of equal dtype, shape, device and bytes."""
-    plain = t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    plain = local_of(t).detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     data = plain.view(torch.uint8).numpy()
     digest = hashlib.blake2b(data.tobytes(), digest_size=32).digest()
     return (tuple(t.shape), t.dtype, t.device, digest)

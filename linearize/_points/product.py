@@ -13,6 +13,7 @@ from .._forms.plan import Plan
 from .._programs.numbers import Pool
 from .._spaces.space import Space
 from .._torch.modes import functorch_active, set_grad_mode
+from .._transpose.copies import among_ranks
 from .._transpose.transpose import transpose
 from ..errors import StructureError, UnsupportedError
 from .differentiable import DifferentiableProduct, DifferentiableStack, wants_history
@@ -235,6 +236,9 @@ class Product(Planned):
         turned = program.made(transpose, name, pool=self._pool)
         if self._policy.check != "never":
             check_built_in(program, turned, transpose)
+        ours, theirs = self._arguments.layouts, self._results.layouts
+        if ours or theirs:
+            turned = turned.made(among_ranks, theirs, ours, pool=self._pool)
         return turned
 
 

@@ -38,6 +38,7 @@ from .._reuse.takeover import Comparison, first_parting
 from .._reuse.template import Template
 from .._torch.graphs import Node, outside_backward
 from .._torch.modes import undisturbed, without_inference_mode
+from .._transpose.copies import among_ranks
 from .._transpose.missing import lacks_methods
 from .._transpose.transpose import transpose
 from ..errors import ReuseError, StalenessError
@@ -93,6 +94,7 @@ class PointPrograms:
         # The graph is made now: it stamps what contexts keep, before anybody changes it.
         graph = captured.graph()
         self._graph: Graph | None = graph
+        self._layouts = graph.layouts
         #: Running statistics that it keeps, with the names of their nodes. Those of a run that
         #: was watched are copies.
         self.moving = [] if captured.watched else list(graph.moving())
@@ -184,8 +186,16 @@ class PointPrograms:
             pushforward = pullback.made(transpose, PUSHFORWARD, pool=self.pool)
             if self._owes_proof():
                 self.proof = Proof(pullback, pushforward, transpose, self._proved)
+            pushforward = self._among_ranks(pushforward)
             self._leave(PUSHFORWARD, present, pushforward.program)
             return pushforward
+
+    def _among_ranks(self, pushforward: BoundProgram) -> BoundProgram:
+        """Return a pushforward that gives the same on all ranks that have a tensor."""
+        if self._layouts is None:
+            return pushforward
+        outs, ins = self._layouts
+        return pushforward.made(among_ranks, ins, outs, pool=self.pool)
 
     def _recorded(self, direction: str, present: tuple[bool, ...]) -> BoundProgram | None:
         """Return the program as another point recorded it, with the numbers of this one."""
@@ -216,7 +226,7 @@ class PointPrograms:
         self._count(reused=False)
         if self._signature is not None and self._structure is None and not program.fixed:
             self._structure = Structure(self._signature)
-            self._structures.add(self._structure, shared=not graph.custom)
+            self._structures.add(self._structure, shared=graph.is_anybodys)
         self._leave(PULLBACK, (True,) * len(self._specs[0]), program)
         return BoundProgram.of(program, numbers)
 
@@ -308,7 +318,7 @@ class PointPrograms:
         numbers = Numbers()
         program = record_pullback(self._graph, *self._specs, numbers, remembered=True)
         fresh = BoundProgram.of(program, numbers)
-        right = fresh if direction == PULLBACK else fresh.made(transpose)
+        right = fresh if direction == PULLBACK else self._among_ranks(fresh.made(transpose))
         compare = getattr(self._comparison, direction)
         for nearer, given in ((fresh, self._comparison.pullback), (right, compare)):
             whole = (True,) * len(nearer.inputs)
@@ -405,7 +415,7 @@ class PointPrograms:
             return
         self._searched = True
         graph = self._graph
-        unhooked = self._engine is not None and self._engine.unhooked
+        unhooked = self._engine is not None and self._engine.unhooked and not graph.layouts
         known = self._structures.recognised(graph, self._specs) if unhooked else None
         if known is not None:
             self._structure, self._seen = known
@@ -413,7 +423,7 @@ class PointPrograms:
             return
         self._signature = outside_backward(lambda: signature(graph, self._specs))
         if self._signature is not None:
-            self._structure = self._structures.find(self._signature, shared=not graph.custom)
+            self._structure = self._structures.find(self._signature, shared=graph.is_anybodys)
             self._learn_to_match()
             self._places = {
                 id(custom): graph.places[node] for node, custom in graph.custom.items()
@@ -422,7 +432,9 @@ class PointPrograms:
     def _learn_to_match(self) -> None:
         """Have graphs of the structure recognised sooner: there are several."""
         known, graph, engine = self._structure, self._graph, self._engine
-        if known is not None and graph is not None and engine is not None and engine.unhooked:
+        if known is None or graph is None or graph.layouts:
+            return
+        if engine is not None and engine.unhooked:
             known.matcher = known.matcher or Matcher.of(graph, self._specs)
 
     def _count(self, *, reused: bool) -> None:

@@ -329,7 +329,7 @@ def _largest(groups: Iterable[Any]) -> list[Any]:
 
 def group_of_records(records: ContextRecords) -> Any:
     """Return the group whose ranks have parts of one vector, None if f does not communicate."""
-    groups = _largest([group_of_context(ctx) for ctx in records.communicating()])
+    groups = _largest([*map(group_of_context, records.communicating()), *records.meshes])
     if len(groups) > 1:
         return group_of(None)
     return groups[0] if groups else None
@@ -454,7 +454,7 @@ def run_of_f(
         failure = error
     # Those through which no gradient goes here may be waited for elsewhere.
     seen = [ctx for ctx in records.collectives if not is_identity(ctx)]
-    if not seen or not held:
+    if not (seen or records.meshes) or not held:
         if failure is not None:
             post(failure)
             raise failure
@@ -463,9 +463,9 @@ def run_of_f(
         others = posted()  # of those who failed before they came to a collective
         if others:
             raise DistributedError(f"f failed ({failure}){others}") from failure
-    ranks = Ranks([group_of_context(ctx) for ctx in seen])
+    ranks = Ranks([*map(group_of_context, seen), *records.meshes])
     shared = records.communicating()
     names = ", ".join(collective_kind(forward_class(ctx)).strip("_") for ctx in shared)
     ranks.gather(f"{len(shared)} collectives that depend on the primals: {names}", failure)
     went_well()
-    return result, ranks if shared else None  # type: ignore[return-value]
+    return result, ranks if records.communicates() else None  # type: ignore[return-value]

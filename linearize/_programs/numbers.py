@@ -134,7 +134,7 @@ class Numbers:
     def viewed(self, view: Callable[..., Any], c: Constant, *args: Any) -> Constant:
         """Return a constant that is a view of another, with the version that the other has."""
         made = self.evaluated(view, c, *args, source=c.source, folded=c.folded)
-        self._held[made].version = self.residual(c).version
+        self._held[made].part_of(self.residual(c))
         return made
 
 

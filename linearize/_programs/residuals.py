@@ -10,6 +10,7 @@ import torch
 
 from .._spaces.space import TensorSpec
 from .._torch.modes import unobserved, without_subclass
+from .._torch.sharded import is_sharded, local_of
 from ..errors import StalenessError
 
 
@@ -17,15 +18,24 @@ class Residual:
     """A tensor kept from the forward run, or computed of such ones, with its version then.
 
     Both directions share one `Residual` for one constant of theirs.
+
+    Attributes
+    ----------
+    tensor
+        The tensor; of a DTensor this rank's part.
+    counter
+        What counts the changes: the tensor, or the DTensor that it is a part of.
     """
 
-    __slots__ = ("__weakref__", "_hollow", "size", "source", "tensor", "version")
+    __slots__ = ("__weakref__", "_hollow", "counter", "size", "source", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor, source: str = "") -> None:
-        self.tensor = tensor
+        self.tensor = self.counter = tensor
+        if is_sharded(tensor):  # what is done to it in place does not count its part's changes
+            self.tensor, self.counter = local_of(tensor), tensor.detach()
         self.source = source
         self.version = None if tensor.is_inference() else tensor._version
-        self.size = _storage_bytes(tensor)
+        self.size = _storage_bytes(self.tensor)
         self._hollow: Residual | None = None
 
     def settle(self) -> Residual:
@@ -35,22 +45,31 @@ class Residual:
         alias does not share its version counter.
         """
         if self.tensor.requires_grad or type(self.tensor) is not torch.Tensor:
+            alone = self.counter is self.tensor
             self.tensor = without_subclass(self.tensor)
+            self.counter = self.tensor if alone else self.counter
         return self
 
     def replace(self, tensor: torch.Tensor) -> None:
         """Keep another tensor with the same numbers, as it is now."""
-        self.tensor = tensor
+        self.tensor = self.counter = tensor
         self.version = tensor._version
         self.size = _storage_bytes(tensor)
 
     def take(self, other: Residual) -> None:
         """Keep the tensor of another one, with the version that it had then."""
         self.tensor, self.version, self.size = other.tensor, other.version, other.size
+        self.counter = other.counter
+
+    def part_of(self, other: Residual) -> None:
+        """Count changes as another one does, whose memory the tensor lies on."""
+        self.version = other.version
+        if other.counter is not other.tensor:
+            self.counter = other.counter
 
     def without_memory(self) -> Residual:
         """Return one that notices changes in place as this one does, but keeps no numbers."""
-        if not _is_plain(self.tensor):
+        if not _is_plain(self.tensor) or self.counter is not self.tensor:
             return self
         if self._hollow is not None:
             return self._hollow
@@ -63,7 +82,7 @@ class Residual:
 
     def changed(self) -> bool:
         """Whether the tensor was changed in place."""
-        return self.version is not None and self.tensor._version != self.version
+        return self.version is not None and self.counter._version != self.version
 
     def check(self) -> None:
         """Raise `StalenessError` if the tensor was changed in place."""
@@ -71,7 +90,7 @@ class Residual:
             raise StalenessError(
                 f"a residual {TensorSpec.of(self.tensor)} kept for {self.source or 'a product'} "
                 f"was changed in place after the linearization (version {self.version}, now "
-                f"{self.tensor._version}); linearize anew with at(...), or change a copy"
+                f"{self.counter._version}); linearize anew with at(...), or change a copy"
             )
 
     def check_memory(self) -> None:

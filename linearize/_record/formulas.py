@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._torch.graphs import signed
+from .._torch.graphs import is_custom, signed
 from .._torch.names import aten
 
 Gradients: TypeAlias = Sequence[torch.Tensor | None]
@@ -24,7 +24,7 @@ def call_node(node: Any, grads: Sequence[torch.Tensor | None]) -> Sequence[torch
         dense = _DENSE.get(node.name())  # the same gradient as of `sparse=False`
         if dense is not None:
             return dense(node, grads[0])
-    result = node(*grads)
+    result = node.apply(*grads) if is_custom(node) else node(*grads)
     return result if isinstance(result, (tuple, list)) else (result,)
 
 

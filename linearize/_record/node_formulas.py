@@ -21,6 +21,7 @@ from .._programs.values import Var
 from .._torch.aot import reading_of
 from .._torch.graphs import Node, leaf_variable, recomputed_apart, signed
 from .._torch.names import OpOverload, aten
+from .._torch.sharded import is_sharded
 from ..errors import UnsupportedError
 from .formulas import FORMULAS, Gradients, call_node
 
@@ -150,7 +151,7 @@ def mended(node: Node) -> Callable[[Gradients], Gradients]:
     formula = _MENDED.get(node.name())
     if formula is None:
         return lambda grads: call_node(node, grads)
-    return lambda grads: formula(node, grads)
+    return lambda grads: (call_node if any(map(is_sharded, grads)) else formula)(node, grads)
 
 
 def differentiable(node: Node) -> Callable[[Gradients], Gradients]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._capture.mesh_collectives import MeshCollective, OnMesh
 from .._programs.aten import (
     CONSTANT,
     READS_NUMBERS,
@@ -27,6 +28,7 @@ from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.modes import DispatchMode, lazy_bits_respected
 from .._torch.names import OpOverload, aten
+from .._torch.sharded import COMMUNICATING, WAITING, has_sharded, is_fake, waited
 from ..errors import LinearizeError
 from .linearity import known_linear, tested_linear
 from .recording import OpaqueError, Recording, SparseError
@@ -72,8 +74,33 @@ class Recorder(DispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if has_sharded(types):
+            return NotImplemented  # it comes again, with the parts that are on this rank
+        if is_fake(types):
+            return func(*args, **(kwargs or {}))
         with lazy_bits_respected():
+            if func.namespace in COMMUNICATING:
+                return self._exchange(func, args)
             return self._see(func, args, kwargs or {})
+
+    def _exchange(self, func: OpOverload, args: tuple[Any, ...]) -> torch.Tensor:
+        """Write down that ranks communicate, and wait until they have."""
+        name = schema_of(func).name
+        given = args[0]
+        if name in WAITING:
+            with torch.no_grad():
+                waited(given)
+            return given  # type: ignore[no-any-return]
+        out = waited(func(*args))
+        var = self.recording.variable(given)
+        if var is None:
+            self.recording.define(out, None)
+            self.recording.constants.decided(f"{name} in {self.recording.emitter.source}")
+            return out
+        spec = TensorSpec.of(out)
+        done = OnMesh(MeshCollective(name, args, TensorSpec.of(given), spec), back=False)
+        self.recording.define(out, self.recording.emitter.emit(done, (var,), spec))
+        return out
 
     def _see(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         schema = schema_of(func)

@@ -15,6 +15,7 @@ import torch
 from .._programs.aten import schema_of
 from .._programs.origins import Origin
 from .._programs.program import Emitter
+from .._programs.residuals import Residual
 from .._programs.values import Constant, Var
 from .._spaces.nested import leaves
 from .._torch.names import OpOverload
@@ -59,6 +60,8 @@ class Recording:
         self.constants = Constants(emitter)
         #: A comparison of something derived from a cotangent, if one was met.
         self.frozen = ""
+        #: The DTensors that nodes saved, by where the memory of their parts begins.
+        self.sharded: dict[int, Residual] = {}
 
     def define(self, t: torch.Tensor, var: Var | None, uninitialized: bool = False) -> None:
         """Let `t` stand for `var` from now on."""
@@ -97,6 +100,9 @@ class Recording:
         if known is None:
             origin = origin or self.constants.origin(t)
             known = t, self.emitter.numbers.constant(t, self.emitter.source, origin)
+            whole = self.sharded.get(t.untyped_storage().data_ptr()) if self.sharded else None
+            if whole is not None:
+                self.emitter.numbers.residual(known[1]).part_of(whole)
             self._read[id(t)] = known
         return known[1]
 

@@ -35,9 +35,13 @@ from .._torch.graphs import (
     walking,
 )
 from .._torch.names import aten
+from .._torch.ranks import collectives_seen
+from .._torch.sharded import is_sharded, local_of
+from ..errors import UnsupportedError
 from .calls import called, unpacked
 from .node_formulas import formula_of, mended, refuse_repeated
 from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
+from .parts import closed, opened, parts, takes_sharded
 from .recorder import Recorder
 from .recording import OpaqueError, Recording, SparseError
 from .stretch import (
@@ -91,7 +95,7 @@ class Walk:
         self.emitter = emitter
         self.generator = generator
         self.remembered = remembered
-        self.lazy = lazy
+        self.lazy = lazy and graph.layouts is None
         #: Whether random numbers stood for a gradient that in truth depends on others.
         self.invented = False
         self.recording = Recording(emitter)
@@ -121,26 +125,37 @@ class Walk:
 
     def computed(self, t: torch.Tensor) -> Gradient | None:
         """Return a gradient that was computed; None if it does not descend from a cotangent."""
-        var = self.recording.variable(t)
-        return None if var is None else Gradient(var, layout_of(t), t)
+        part = local_of(t)
+        var = self.recording.variable(part)
+        return None if var is None else Gradient(var, layout_of(part), t)
 
     def run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
         """Walk from the roots, one seed each; return what arrives at the leaves."""
-        result = walking(lambda: self._run(seeds))
+        with collectives_seen():
+            result = walking(lambda: self._run(seeds))
         self.recording.finish()
         return result
 
     def _run(self, seeds: Sequence[Gradient]) -> list[Gradient | None]:
-        for edge, seed in zip(self.graph.roots, seeds, strict=True):
-            if edge is not None:
+        outs, ins = self.graph.layouts or ([None] * len(seeds), [None] * len(self.graph.leaves))
+        for i, (edge, seed, layout) in enumerate(zip(self.graph.roots, seeds, outs, strict=True)):
+            if edge is not None and layout is not None:
+                t = opened(self.recorder, seed.var, layout, i, self.factor)
+                self.deliver(edge, self.computed(t) or seed)
+            elif edge is not None:
                 self.deliver(edge, seed)
         cut = self.cut
         self.visit_all(self.graph.order if cut is None else cut.before)
         if cut is not None:
             self.part(cut.stretch, cut.reason)
             self.visit_all(cut.after)
-        arrived = (self.pending.get(leaf, {}) for leaf in self.graph.leaves)
-        return [got.get(0) for got in arrived]
+        arrived = [self.pending.get(leaf, {}).get(0) for leaf in self.graph.leaves]
+        return [
+            g
+            if g is None or layout is None
+            else self.computed(closed(self.recorder, self.number(g), layout))
+            for g, layout in zip(arrived, ins, strict=True)
+        ]
 
     def visit_all(self, nodes: Sequence[Node]) -> None:
         """Write down nodes, in their order."""
@@ -157,6 +172,8 @@ class Walk:
         node, nr = edge
         spec = metadata_spec(input_metadata(node)[nr])
         fits = grad.var.spec is spec or grad.var.spec == spec
+        if grad.tensor is not None and is_sharded(grad.tensor):
+            fits = spec.matches(grad.tensor)
         if not fits and self.lazy and _sums_to(grad.var.spec, spec):
             grad = self.summed(grad, spec)
         elif not fits:
@@ -190,7 +207,7 @@ class Walk:
         if a.tensor is not None and b.tensor is not None:
             with self.recorder:
                 t = a.tensor + b.tensor
-            return self.computed(t) or Gradient(a.var, layout_of(t), t)
+            return self.computed(t) or Gradient(a.var, layout_of(local_of(t)), t)
         spec = a.var.spec
         var = self.emitter.emit(aten.add.Tensor, (a.var, b.var), spec)
         return Gradient(var, a.layout if a.layout == b.layout else dense(spec.shape))
@@ -209,7 +226,8 @@ class Walk:
             return
         grads = [received.get(i) for i in range(len(input_metadata(node)))]
         self.recording.constants.at_node(self.saved(node))
-        formula = formula_of(node)
+        sharded = self.graph.layouts is not None and takes_sharded(node, received.values())
+        formula = None if sharded else formula_of(node)
         if formula is not None:
             op, point = unpacked(self.graph.label(node), lambda: formula(node))
             edges, specs = _edges(node)
@@ -235,6 +253,11 @@ class Walk:
             reason = str(error)
         except NotRecordedError as error:
             reason = self.as_it_is(node, numbers, error)
+        if reason and sharded:
+            raise UnsupportedError(
+                f"{self.graph.label(node)}: an operation on DTensors cannot be recorded: "
+                f"{reason}; compute it with to_local(), or with local_map"
+            )
         if reason:
             del self.emitter.equations[mark:]
             self.opaque(alone(self.graph, node), received, reason)
@@ -259,9 +282,12 @@ class Walk:
 
     def saved(self, node: Node) -> Iterable[tuple[torch.Tensor, Origin | None]]:
         """Return what a node saved, with what tells it from the rest."""
+        found: Iterable[tuple[torch.Tensor, Origin | None]]
         if self.remembered:
-            return saved_by(node, self.graph.places[node])
-        return [(t, None) for t in saved_tensors(node)]
+            found = saved_by(node, self.graph.places[node])
+        else:
+            found = [(t, None) for t in saved_tensors(node)]
+        return found if self.graph.layouts is None else parts(found, self.recording.sharded)
 
     def forward(self, node: Node, result: Sequence[Gradient | None]) -> None:
         """Hand on what a node returned."""
@@ -367,7 +393,8 @@ class Walk:
     def is_opaque(self, result: Sequence[torch.Tensor | None]) -> bool:
         """Whether a gradient does not descend from the cotangents although it is not zero."""
         return any(
-            g is not None and self.recording.variable(g) is None and bool(g.any()) for g in result
+            g is not None and self.recording.variable(g) is None and bool(g.any())
+            for g in (None if g is None else local_of(g) for g in result)
         )
 
     def as_it_is(

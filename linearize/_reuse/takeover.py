@@ -18,6 +18,7 @@ import torch
 from .._capture.collectives import Collective, OpaqueNode
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
+from .._capture.mesh_collectives import OnMesh
 from .._check.adjoint import RankOne
 from .._check.balance import Balance
 from .._execute.binding import Binding, BoundProgram
@@ -26,9 +27,11 @@ from .._programs.program import Operation
 from .._record.node_formulas import mended
 from .._record.stretch import fitted, metadata_spec
 from .._spaces.compare import close, tolerance
+from .._spaces.sharding import Layout
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, input_metadata, walking
 from .._torch.modes import unobserved
+from .._torch.ranks import collectives_seen
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
 
@@ -72,6 +75,8 @@ def engine_pullback(graph: Graph, cotangents: Tensors, stand_ins: StandIns) -> T
     """
     pending: dict[Node, dict[int, torch.Tensor]] = {}
 
+    outs, ins = graph.layouts or ((None,) * len(graph.roots), (None,) * len(graph.leaves))
+
     def deliver(edge: Edge, g: torch.Tensor) -> None:
         node, nr = edge
         g = fitted(g, metadata_spec(input_metadata(node)[nr]))
@@ -87,9 +92,9 @@ def engine_pullback(graph: Graph, cotangents: Tensors, stand_ins: StandIns) -> T
         return [None if target is None else next(results) for target, _ in node.next_functions]
 
     def walk() -> None:
-        for edge, g in zip(graph.roots, cotangents, strict=True):
+        for edge, g, layout in zip(graph.roots, cotangents, outs, strict=True):
             if edge is not None and g is not None:
-                deliver(edge, g)
+                deliver(edge, g if layout is None else layout.given(g))
         ends = set(graph.leaves)
         for node in graph.order:
             received = None if node in ends else pending.pop(node, None)
@@ -100,8 +105,13 @@ def engine_pullback(graph: Graph, cotangents: Tensors, stand_ins: StandIns) -> T
                     if target is not None and g is not None and target in graph.places:
                         deliver((target, nr), g)
 
-    walking(walk)
-    return [pending.get(leaf, {}).get(0) for leaf in graph.leaves]
+    with collectives_seen():
+        walking(walk)
+        arrived = [pending.get(leaf, {}).get(0) for leaf in graph.leaves]
+        return [
+            g if g is None or layout is None else layout.scaled(layout.lying(g))
+            for g, layout in zip(arrived, ins, strict=True)
+        ]
 
 
 class Comparison:
@@ -122,8 +132,9 @@ class Comparison:
         self._outs, self._ins = tuple(out_specs), tuple(in_specs)
         self._stand_ins = StandIns()
         generator = torch.Generator().manual_seed(6)
-        self._u = [s.random(generator) for s in self._outs]
-        self._v = [s.random(generator) for s in self._ins]
+        outs, ins = graph.layouts or ((), ())
+        self._u = _drawn(self._outs, outs, generator)
+        self._v = _drawn(self._ins, ins, generator)
         self._known: dict[tuple[bool, ...], Tensors | None] = {}
 
     def pullback(
@@ -151,6 +162,8 @@ class Comparison:
         balance.add(1, self._u, got)
         chosen = [v if here else None for v, here in zip(self._v, present, strict=True)]
         balance.add(-1, expected, chosen)
+        if self._graph.layouts is not None:
+            balance.sum_up(self._graph.total)
         return balance.holds(max(tolerance(s.dtype) for s in (*self._outs, *self._ins)))
 
     def _expected(self, present: tuple[bool, ...]) -> Tensors | None:
@@ -183,11 +196,22 @@ class Comparison:
 
     def _replaced(self, op: Any) -> Operation:
         node: OpaqueNode | None = getattr(op, "node", None)
-        if node is None:
+        if node is None or isinstance(op, OnMesh):
             kept: Operation = op
             return kept
         backward = op.back if isinstance(op, Collective) else isinstance(op, CustomBackward)
         return self._stand_ins(node, backward=backward)
+
+
+def _drawn(
+    specs: Sequence[TensorSpec], layouts: Sequence[Layout | None], generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Return random numbers; where several ranks have a tensor, the same on them."""
+    known = layouts or [None] * len(specs)
+    return [
+        s.random(generator if layout is None else torch.Generator().manual_seed(i))
+        for i, (s, layout) in enumerate(zip(specs, known, strict=True))
+    ]
 
 
 def _finite(tensors: Tensors) -> bool:

@@ -67,12 +67,16 @@ def simplify(program: Program, numbers: Numbers) -> Program:
 def explain(program: BoundProgram) -> str:
     """Tell what each pass makes of a program: equations and bytes kept.
 
-    And what of it is left to PyTorch.
+    And what of it is left to PyTorch, and what is left out as ranks communicate.
     """
     numbers, now = program.numbers(), program.program
     lines = [f"{program.name}: {_size(program)}"]
     ops = [eq.op for eq in program.equations if isinstance(eq.op, Operation)]
     lines += [f"  {op.name}: {op.note}" for op in ops if op.note]
+    if any(op.communicates for op in ops):
+        lines.append("  communicates: no matrix and no band takes over, no point is remembered")
+        if now.fixed:
+            lines.append(f"  recorded anew at each point: {now.fixed}")
     for one in PASSES:
         now = one(now, numbers)
         lines.append(f"  after {one.__name__}: {_size(BoundProgram.of(now, numbers))}")

@@ -52,7 +52,7 @@ def refuse_array(x: Any) -> None:
 def is_flat(space: Space, x: Any, what: str) -> bool:
     """Whether a factor is a vector of a space or a matrix of vectors, and no element."""
     refuse_array(x)
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, torch.Tensor) or space.layouts:
         return False
     columns = space.size
     if x.dim() in (1, 2) and x.shape[0] == columns:

@@ -377,7 +377,7 @@ class LinearOperator(LinearMap):
 
 
 def _same(a: Space, b: Space, what: str) -> None:
-    if a.tensors != b.tensors:
+    if a.tensors != b.tensors or a.layouts != b.layouts:
         raise SpaceError(f"{what}: the spaces differ: {a!r} and {b!r}")
     if a.group is not b.group:
         raise SpaceError(

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from .._torch.names import pytree, spec_children
-from .._torch.ranks import summed_over
+from .._torch.ranks import agreed_number, summed_over
+from .._torch.sharded import is_sharded, local_of
 from ..errors import SpaceError, StructureError, UnsupportedError
+from .sharding import Layout
 from .specs import TensorSpec, describe, differentiable, differing, tensor_spec
 from .trees import Tree, flatten
 from .vectors import VectorSpace
@@ -42,6 +44,9 @@ class Space(VectorSpace):
     group
         Of whose ranks each has a part of an element, None for elements that are whole: what a
         part is of, a process group knows.
+    layouts
+        How each tensor of an element lies on the ranks, where that is known: DTensors, and plain
+        tensors that several ranks have alike. Lists of tensors have this rank's parts then.
     """
 
     __slots__ = (
@@ -49,6 +54,7 @@ class Space(VectorSpace):
         "_row",
         "_single",
         "group",
+        "layouts",
         "leaves",
         "of",
         "tensors",
@@ -64,6 +70,7 @@ class Space(VectorSpace):
         self.word = word
         self.of = of
         self.group: Any = None
+        self.layouts: tuple[Layout | None, ...] = ()
         self.tensors = tuple([leaf for leaf in self.leaves if leaf is not None])
         self._all_differentiable = len(self.tensors) == len(self.leaves)
         #: The plain cases, one tensor or a tuple of tensors, need no pytree work.
@@ -78,8 +85,12 @@ class Space(VectorSpace):
     @classmethod
     def of_leaves(cls, leaves: Sequence[Any], tree: Tree, word: str, of: str) -> Space:
         """Return the space of the tangents of a pytree that was flattened."""
-        specs = [TensorSpec.of(x) if differentiable(x) else None for x in leaves]
-        return cls(tree, specs, word, of)
+        specs = [TensorSpec.of(local_of(x)) if differentiable(x) else None for x in leaves]
+        space = cls(tree, specs, word, of)
+        layouts = [Layout.of(x) for x in leaves if differentiable(x)]
+        if any(layouts):
+            space.layouts = tuple(layouts)
+        return space
 
     @property
     def is_single(self) -> bool:
@@ -102,9 +113,11 @@ class Space(VectorSpace):
         return self.tree.paths
 
     def __repr__(self) -> str:
+        known = iter(self.layouts or [None] * len(self.tensors))
+        shown = [None if leaf is None else next(known) or leaf for leaf in self.leaves]
         inside = ", ".join(
             f"{path or 'value'}: {leaf if leaf is not None else 'no tangent'}"
-            for path, leaf in zip(self.paths, self.leaves, strict=True)
+            for path, leaf in zip(self.paths, shown, strict=True)
         )
         return f"Space({inside})"
 
@@ -119,13 +132,13 @@ class Space(VectorSpace):
         if tree is self.tree:
             return self
         space = Space(tree, self.leaves, self.word, self.of)
-        space.group = self.group
+        space.group, space.layouts = self.group, self.layouts
         return space
 
     def parts_of(self, group: Any) -> Space:
         """Return the same space, an element of which is one rank's part of a larger one."""
         space = Space(self.tree, self.leaves, self.word, self.of)
-        space.group = group
+        space.group, space.layouts = group, self.layouts
         return space
 
     def flatten(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
@@ -146,6 +159,8 @@ class Space(VectorSpace):
         if found is not self.tree:
             leaves = []
             self._flatten_up_to(tree, self.spec, "", leaves)
+        if self.layouts:
+            return self._laid_out(leaves, stacked)
         if self._all_differentiable:
             for given, expected, path in zip(leaves, self.leaves, self.paths, strict=True):
                 if given is not None:
@@ -164,6 +179,11 @@ class Space(VectorSpace):
 
         The other leaves are taken from the list `others`, or are None.
         """
+        if self.layouts:
+            pairs = zip(tensors, self.layouts, strict=True)
+            tensors = [
+                t if t is None or layout is None else layout.given(t) for t, layout in pairs
+            ]
         if self._single:
             return tensors[0]
         if self._row:
@@ -179,6 +199,8 @@ class Space(VectorSpace):
 
     def _plain(self, tree: Any, stacked: bool) -> bool:
         """Whether `tree` is one tensor, or a tuple of tensors, that fits."""
+        if self.layouts:
+            return False
         if self._single:
             given: Sequence[Any] = (tree,)
         elif self._row and type(tree) is tuple and len(tree) == len(self.tensors):
@@ -187,6 +209,8 @@ class Space(VectorSpace):
             return False
         for t, expected in zip(given, self.tensors, strict=True):
             if not isinstance(t, torch.Tensor) or t.is_nested or t.layout is not torch.strided:
+                return False
+            if type(t) is not torch.Tensor and is_sharded(t):
                 return False
             shape = t.shape
             if stacked:
@@ -201,6 +225,21 @@ class Space(VectorSpace):
                 return False
         return True
 
+    def _laid_out(self, leaves: Sequence[Any], stacked: bool) -> list[torch.Tensor | None]:
+        """Return this rank's parts of the leaves of an element."""
+        flat: list[torch.Tensor | None] = []
+        layouts = iter(self.layouts)
+        for given, expected, path in zip(leaves, self.leaves, self.paths, strict=True):
+            layout = None if expected is None else next(layouts)
+            sharded = layout is not None and layout.whole is not None
+            if given is not None and not (sharded and isinstance(given, torch.Tensor)):
+                self._check(given, expected, path, stacked=stacked)
+            if given is not None and layout is not None:
+                given = layout.taken(given, f"{self.word}{path}", stacked)
+            if expected is not None:
+                flat.append(given)
+        return flat
+
     def _check(
         self, given: Any, expected: TensorSpec | None, path: str, *, stacked: bool = False
     ) -> None:
@@ -213,6 +252,11 @@ class Space(VectorSpace):
             raise StructureError(
                 f"{self.word}{path}: expected a tensor {expected} or None (zero), "
                 f"got {describe(given)}"
+            )
+        if is_sharded(given):
+            raise SpaceError(
+                f"{self.word}{path}: expected {expected}, a plain tensor as in the {self.of}, got "
+                "a DTensor; pass its to_local() or full_tensor()"
             )
         if given.is_nested:  # has no shape to speak of
             raise SpaceError(f"{self.word}{path}: expected {expected}, got a nested tensor")
@@ -359,11 +403,57 @@ class Space(VectorSpace):
         """Return the Euclidean norm of an element; of a whole vector, where it is a part."""
         return super().norm(a) if self.group is None else self.dot(a, a).abs().sqrt()
 
+    def random(self, generator: torch.Generator | None = None) -> Any:
+        """Return a pytree of normally distributed numbers; of DTensors as of whole tensors."""
+        if not self.layouts:
+            return super().random(generator)
+        source = torch.default_generator if generator is None else generator
+        drawn = int(torch.randint(1 << 62, (), generator=source))
+        alike = torch.Generator().manual_seed(agreed_number(drawn, self.group))
+        parts = []
+        for leaf, layout in zip(self.tensors, self.layouts, strict=True):
+            if layout is None:
+                parts.append(leaf.random(source))
+            elif layout.whole is None:
+                parts.append(leaf.random(alike) * layout.count**-0.5)
+            else:
+                shape = tuple(layout.whole.tensor_meta.shape)
+                whole = TensorSpec(shape, leaf.dtype, leaf.device).random(alike)
+                parts.append(layout.whole_numbers(whole))
+        return self.unflatten(parts)
+
+    def ravel(self, element: Any) -> torch.Tensor:
+        """Return the flat vector of an element, see `VectorSpace`; not of DTensors."""
+        check_no_layouts(self, "ravel")
+        return super().ravel(element)
+
+    def unravel(self, vector: torch.Tensor) -> Any:
+        """Return the element that a flat vector stands for, see `VectorSpace`."""
+        check_no_layouts(self, "unravel")
+        return super().unravel(vector)
+
+    def alike(self, parts: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Return parts that are the same where several ranks have a tensor: their means."""
+        return [
+            t if t is None or layout is None else layout.mean(t)
+            for t, layout in zip(parts, self.layouts or [None] * len(parts), strict=True)
+        ]
+
     def _element(self, given: Any) -> Any:
         """Return an element; of a tuple of one, its only entry may be given alone."""
         children = spec_children(self.spec) if self.spec.type is tuple else ()
         alone = len(children) == 1 and given is not None and type(given) is not tuple
         return (given,) if alone else given
+
+
+def check_no_layouts(space: Space, what: str) -> None:
+    """Raise if the vectors of a space are DTensors, or belong to them."""
+    if space.layouts:
+        raise UnsupportedError(
+            f"{what}: not for {space!r}, whose vectors are DTensors, or plain tensors that "
+            "several ranks have alike; these are whole as they are: inner products of DTensors "
+            "are those of whole vectors, and solvers written in PyTorch take them"
+        )
 
 
 def check_whole(space: Space, what: str) -> None:

@@ -16,8 +16,10 @@ import torch.distributed as dist
 
 from ..errors import DistributedError, MissingDerivativeError, UnsupportedError
 from .modes import NOTHING, DispatchMode
+from .sharded import own_function
 
 _FUNCTIONAL = "torch.distributed._functional_collectives"
+_FSDP = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
 _GENERATED = "GeneratedBackwardFor_"
 
 
@@ -32,8 +34,8 @@ def collective_kind(cls: Any) -> str:
     Of the Functions of `torch.distributed` it is the name of the class, of the functional
     collectives that of the operator.
     """
-    if str(cls.__module__).startswith("torch.distributed."):  # DTensor and FSDP have their own
-        return str(cls.__name__)
+    if str(cls.__module__).startswith("torch.distributed."):
+        return "" if own_function(cls) else str(cls.__name__)
     name = str(cls.__name__)
     for library in ("_c10d_functional_autograd", "_c10d_functional"):
         prefix = f"{_GENERATED}{library}_"
@@ -83,6 +85,13 @@ def summed_over(group: Any, t: torch.Tensor) -> torch.Tensor:
             f"elsewhere ({error})"
         ) from error
     return t
+
+
+def agreed_number(number: int, group: Any) -> int:
+    """Return the number that the first rank of a group has."""
+    t = torch.tensor(number, device=device_of(group))
+    dist.broadcast(t, members(group)[0], group=group)
+    return int(t)
 
 
 class _Alone(DispatchMode):
@@ -171,6 +180,8 @@ class _Watch:
     _local = threading.local()
     _given: ClassVar[dict[str, Any]] = {}
     _wrap: Any = None
+    _fsdp: Any = None
+    _gathering: Any = None
 
     @classmethod
     def active(cls) -> bool:
@@ -186,6 +197,10 @@ class _Watch:
                 cls._given = {name: own[name] for name in _UNSEEN if name in own}
                 for name in cls._given:
                     setattr(dist.ProcessGroup, name, _refusing(name))
+                cls._fsdp = getattr(sys.modules.get(_FSDP), "FSDPParamGroup", None)
+                if cls._fsdp is not None:
+                    cls._gathering = cls._fsdp.pre_forward
+                    cls._fsdp.pre_forward = _not_gathering
             cls._users += 1
         cls._local.depth = getattr(cls._local, "depth", 0) + 1
 
@@ -199,6 +214,8 @@ class _Watch:
                 module._maybe_wrap_tensor = cls._wrap
                 for name, method in cls._given.items():
                     setattr(dist.ProcessGroup, name, method)
+                if cls._fsdp is not None:
+                    cls._fsdp.pre_forward = cls._gathering
 
 
 def _waited(t: torch.Tensor) -> Any:
@@ -229,6 +246,19 @@ def _refusing(name: str) -> Any:
         return method(self, *args, **kwargs)
 
     return called
+
+
+def _not_gathering(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Take the place of what gathers the parameters of a module before its forward."""
+    if _Watch.active():
+        raise UnsupportedError(
+            "f calls a module that fully_shard was applied to: it computes with parameters that "
+            "are gathered out of sight of autograd and freed afterwards, so that there is no "
+            "derivative by what is sharded, and nothing to run products with; instead, make its "
+            "parameters DTensors (torch.distributed.tensor.distribute_tensor, Shard(0)), call the "
+            "module with them by torch.func.functional_call, and let operations on DTensors gather"
+        )
+    return _Watch._gathering(self, *args, **kwargs)
 
 
 def _requires_grad(x: Any) -> bool:

@@ -140,6 +140,13 @@ def test_bratu_on_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert int(two[5].replace(",", "")) < 0.6 * int(one[5].replace(",", ""))
 
 
+def test_tensor_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (two,) = rows(run("tensor_parallel", tmp_path, capsys)).values()
+    assert two[0] == "1"  # run of f
+    assert float(two[2]) < 1e-10
+    assert two[3] == "2"  # a product sends what f sends
+
+
 @pytest.mark.parametrize("dim", [1, 2])
 def test_bratu_equation_is_of_fourth_order(dim: int) -> None:
     from bratu import Bratu
