@@ -118,6 +118,7 @@ class PointPrograms:
         #: What the graph saved, if it was looked at already.
         self._seen: Mapping[Any, torch.Tensor | None] = {}
         self._known: dict[Origin, Residual] = {}
+        self._sequences: dict[tuple[int, str], Any] = {}
         self._bound: list[Binding] = []
         self._engine: ByEngine | None = ByEngine(graph, captured.leaves, captured.unhooked)
         #: Who may still ask for a program.
