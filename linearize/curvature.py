@@ -36,6 +36,7 @@ from ._spaces.space import Space
 from ._text.progress import progress
 from ._torch.modes import eagerly
 from ._torch.names import pytree
+from ._torch.randomness import drawing_from, random_state
 from .errors import LinearizeError, OptionError, StalenessError, StructureError
 
 __all__ = ["Curvature", "fisher", "gauss_newton", "hessian"]
@@ -76,8 +77,7 @@ class _Batch:
                 "operator was made, so that the batch cannot be linearized again; make the "
                 "operator anew, or give it copies"
             )
-        with torch.random.fork_rng(devices=_random_devices()):
-            _set_random_state(self.random_state)
+        with drawing_from(self.random_state):
             point = self.make()
         if not close(point.value, self.value):
             raise LinearizeError(
@@ -459,7 +459,7 @@ def _over_batches(
     for batch in progress(given, size, "batches") if size > 1 else given:
         data = batch if isinstance(batch, (tuple, list)) else (batch,)
         make = functools.partial(linearized, tuple(data))
-        state = _random_state()
+        state = random_state()
         point = make()
         space = point.space
         keep: _Point | None = point
@@ -495,17 +495,3 @@ def _length(batch: Sequence[Any]) -> int:
         if isinstance(t, torch.Tensor) and t.dim():
             return t.shape[0]
     return 1
-
-
-def _random_devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-
-
-def _random_state() -> list[torch.Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in _random_devices())]
-
-
-def _set_random_state(state: Sequence[torch.Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    for i, s in zip(_random_devices(), state[1:], strict=True):
-        torch.cuda.set_rng_state(s, i)

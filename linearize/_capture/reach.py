@@ -42,21 +42,24 @@ from .classes import (
 )
 from .code import is_installed, read_by
 from .module_tree import Tree
-from .state import PLAIN, State
+from .state import PLAIN, PLAIN_TENSORS, TENSORS_OF_TENSORS, State
 
 #: A name, and in what it stands: `(("f", "net"), "scale")`.
 Where: TypeAlias = tuple[Any, str]
 
 #: How many things are looked at.
 _MOST = 50_000
+_DESCRIPTORS: tuple[type, ...] = (
+    *(types.WrapperDescriptorType, types.MethodDescriptorType, types.MethodWrapperType),
+    *(types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
+)
 #: What f writes to, waits for or draws from, and objects that stay what they are.
 _LEFT_ALONE: tuple[type, ...] = (
     *(logging.Logger, logging.Handler, logging.LoggerAdapter, io.IOBase),
     *(threading.Thread, threading.Event, threading.Barrier, threading.local),
     *(threading.Condition, threading.Semaphore, type(threading.Lock()), type(threading.RLock())),
     *(enum.Enum, re.Pattern, random.Random, torch.Generator),
-    *(types.WrapperDescriptorType, types.MethodDescriptorType, types.MethodWrapperType),
-    *(types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
+    *_DESCRIPTORS,
 )
 _LEFT_ALONE_PACKAGES = frozenset(
     "asyncio concurrent contextlib contextvars multiprocessing queue threading".split()
@@ -150,10 +153,10 @@ class _Walk:
 
     def sees_all(self) -> bool:
         """Whether f can read no tensor but those that were met."""
-        if self._beside or self._reach.any_name or not _TENSORS_OF_TENSORS.isdisjoint(self._names):
+        if self._beside or self._reach.any_name or not TENSORS_OF_TENSORS.isdisjoint(self._names):
             return False
         return all(
-            t is not None and type(t) in _PLAIN_TENSORS and not t.__dict__
+            t is not None and type(t) in PLAIN_TENSORS and not t.__dict__
             for t in map(operator.call, self.tensors)
         )
 
@@ -405,13 +408,9 @@ class _Walk:
 _END = "end"
 #: What stands for nothing that could hold a tensor.
 _STATELESS = (
-    *(types.WrapperDescriptorType, types.MethodDescriptorType, types.MethodWrapperType),
-    *(types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
+    *_DESCRIPTORS,
     *(re.Pattern, random.Random, torch.Generator),
 )
-_PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-#: By these names one tensor gives another one that is not it.
-_TENSORS_OF_TENSORS = frozenset(("grad", "_grad", "_base", "grad_fn", "main_grad"))
 
 _Look: TypeAlias = Callable[[_Walk, Any, Where], None]
 #: By exact type, for speed.

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+#: What carries no tensors beside its numbers.
+PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+#: By these names one tensor gives another one that is not it.
+TENSORS_OF_TENSORS = frozenset(("grad", "_grad", "_base", "grad_fn", "main_grad"))
 #: Compared by value.
 PLAIN: frozenset[type] = frozenset(
     (

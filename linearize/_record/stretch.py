@@ -218,6 +218,23 @@ def alone(graph: Graph, node: Node) -> Stretch:
     return Stretch(graph, [node], [(node, i) for i in range(len(input_metadata(node)))])
 
 
+def edges_of(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSpec | None]]:
+    """Return where a node's results go, and what is expected there."""
+    edges = node.next_functions
+    return edges, [None if n is None else metadata_spec(input_metadata(n)[i]) for n, i in edges]
+
+
+def check_dense(node: Node, result: Sequence[torch.Tensor | None]) -> None:
+    """Raise if a node and those that it hands something on to must not be taken apart."""
+    sparse = [
+        target
+        for (target, _), g in zip(node.next_functions, result, strict=False)
+        if g is not None and g.layout != torch.strided and target is not None
+    ]
+    if sparse:
+        raise SpreadError([node, *sparse])
+
+
 def _distinct(edges: Iterable[Any]) -> list[Edge]:
     return list(dict.fromkeys((node, nr) for node, nr in edges))
 

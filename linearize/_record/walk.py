@@ -51,6 +51,8 @@ from .stretch import (
     SpreadError,
     Stretch,
     alone,
+    check_dense,
+    edges_of,
     fitted,
     metadata_spec,
 )
@@ -230,7 +232,7 @@ class Walk:
         formula = None if sharded else formula_of(node)
         if formula is not None:
             op, point = unpacked(self.graph.label(node), lambda: formula(node))
-            edges, specs = _edges(node)
+            edges, specs = edges_of(node)
             self.place(op, edges, specs, grads, [self.recording.constant(t) for t in point])
             return
         mark = len(self.emitter.equations)
@@ -240,7 +242,7 @@ class Walk:
         self.lay_out(node, grads, numbers)
         try:
             result = self.call(node, numbers)
-            _check_dense(node, result)
+            check_dense(node, result)
             if node.name().endswith("CopySlices"):
                 refuse_repeated(node, self.emitter.equations[mark:], self.emitter.numbers)
             opaque = self.is_opaque(result)
@@ -415,7 +417,7 @@ class Walk:
             result = mended(node)([_clone(t) for t in numbers])
         except RuntimeError:
             raise error from error.__cause__
-        _check_dense(node, result)
+        check_dense(node, result)
         return str(error)
 
     def opaque(self, stretch: Stretch, received: dict[int, Gradient], reason: str) -> None:
@@ -478,23 +480,6 @@ class Walk:
         self.emitter.equations.append(Equation(op, args, {}, tuple(outputs), self.emitter.source))
         for target, var in after:
             self.deliver(target, self.seed(var, numbers=not self.lazy))
-
-
-def _edges(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSpec | None]]:
-    """Return where a node's results go, and what is expected there."""
-    edges = node.next_functions
-    return edges, [None if n is None else metadata_spec(input_metadata(n)[i]) for n, i in edges]
-
-
-def _check_dense(node: Node, result: Sequence[torch.Tensor | None]) -> None:
-    """Raise if a node and those that it hands something on to must not be taken apart."""
-    sparse = [
-        target
-        for (target, _), g in zip(node.next_functions, result, strict=False)
-        if g is not None and g.layout != torch.strided and target is not None
-    ]
-    if sparse:
-        raise SpreadError([node, *sparse])
 
 
 def _clone(t: torch.Tensor | None) -> torch.Tensor | None:
