@@ -169,7 +169,7 @@ def work(rank: int, world: int, folder: str, width: int, rows: int, steps: int) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Find the eigenvalues on one, two and four ranks, print a table, draw them."""
     wanted = options(__doc__, "tensor_parallel", arguments)
-    width, rows, steps = (8, 4, 12) if wanted.quick else (128, 8, 24)
+    width, rows, steps = (8, 4, 14) if wanted.quick else (128, 8, 24)
     worlds = (2,) if wanted.quick else (1, 2, 4)
     exact = whole(width, rows)
     lines, found = [], {}

@@ -141,7 +141,7 @@ def test_bratu_on_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_tensor_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (two,) = rows(run("tensor_parallel", tmp_path, capsys)).values()
+    two = rows(run("tensor_parallel", tmp_path, capsys))["ranks: 2"]
     assert two[0] == "1"  # run of f
     assert float(two[2]) < 1e-10
     assert two[3] == "2"  # a product sends what f sends
