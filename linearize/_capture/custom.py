@@ -323,7 +323,7 @@ class CustomNode:
         with self._lock:
             self._check()
             owned = self._attributes
-            versions = [None if r.version is None else r.tensor._version for r in owned]
+            versions = [None if r.version is None else r.counter._version for r in owned]
             if self._packed:
                 self._pin()
             try:
@@ -342,7 +342,7 @@ class CustomNode:
             if freed is not None:
                 freed.check_memory()
             for r in kept:
-                changed = r.version is not None and r.tensor._version != r.version
+                changed = r.version is not None and r.counter._version != r.version
                 if changed and not _written_by_methods(r.tensor):
                     r.check()
 
@@ -357,7 +357,7 @@ class CustomNode:
                     self._unusable = str(error)
         if owned:
             for r, version in zip(owned, versions, strict=True):
-                if version is not None and r.tensor._version != version:
+                if version is not None and r.counter._version != version:
                     _note_written(r.tensor)
         self._stamp()
         if self._pinned is not None:

@@ -57,7 +57,7 @@ def short_way(
         return None
     spec = program.inputs[0].spec
     shape, dtype, device = spec.shape, spec.dtype, spec.device
-    watched = [(r.tensor, r.version) for r in binding.watched() if r.version is not None]
+    watched = [(r.counter, r.version) for r in binding.watched() if r.version is not None]
     plain, strided = torch.Tensor, torch.strided
 
     def short(t: Any) -> Any:
