@@ -67,7 +67,9 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
         edges = tuple([(places.get(n, -2) if n else -1, nr) for n, nr in node.next_functions])
         if node in custom:
             key = (custom[node].signature(), expected(node))
-        elif is_custom(node):  # what makes a DTensor of another, and keeps no tensors
+        elif (
+            is_custom(node) and reading_of(node) is None
+        ):  # what makes a DTensor of another, and keeps no tensors
             settings = forward_class(node), settings_of(node)
             hash(settings)
             key = (settings, expected(node))

@@ -166,7 +166,8 @@ class Planned:
         if self._lifetime.ranks is not None:
             return ON_RANKS
         plan = self._plans.get(self._whole) or self._plan(self._whole)
-        return plan.at_once(self._arguments.tensors[0].device)
+        given = self._arguments.tensors
+        return plan.at_once(given[0].device) if given else 1
 
     def _shared_plan(self, present: tuple[bool, ...]) -> Plan | None:
         """Take over what another point of the same structure left."""

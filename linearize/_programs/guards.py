@@ -40,7 +40,8 @@ def watched(residuals: Iterable[Residual], ours: Iterable[Residual]) -> list[Res
     def can_change(r: Residual) -> bool:
         if _is_sparse(r):  # there is no telling who holds a part of it
             return True
-        return reachable_elsewhere(r.tensor, count[r.tensor.untyped_storage().data_ptr()])
+        holders = 1 + (r.counter is r.tensor)
+        return reachable_elsewhere(r.tensor, count[r.tensor.untyped_storage().data_ptr()], holders)
 
     return [r.without_memory() for r in residuals if (r.size or _is_sparse(r)) and can_change(r)]
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
+from ..errors import LinearizeError
 from .names import OpOverload, aten
 
 
-class UnreadableError(Exception):
+class UnreadableError(LinearizeError):
     """Raised where a pullback cannot be read; says why."""
 
 

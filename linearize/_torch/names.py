@@ -57,17 +57,19 @@ def key_string(path: KeyPath) -> str:
     return str(pytree.keystr(path))
 
 
-def reachable_elsewhere(t: torch.Tensor, aliases: int) -> bool:
+def reachable_elsewhere(t: torch.Tensor, aliases: int, holders: int = 1) -> bool:
     """Whether somebody else holds `t` or its memory; never wrongly denied.
 
     Parameters
     ----------
     t
-        A tensor that the caller holds by one reference.
+        A tensor.
     aliases
         How many tensors on the same storage the caller holds, `t` included.
+    holders
+        By how many references the caller holds `t`.
     """
-    count = _references(t)
+    count = _references(t) - holders + 1
     storage = t.untyped_storage()
     # Python's handle on the storage is one of its owners.
     if t._use_count() > 1 or int(torch._C._storage_Use_Count(storage._cdata)) - 1 > aliases:  # type: ignore[attr-defined]

@@ -49,7 +49,9 @@ LONG = {
     "func.jacfwd": lambda: lz.func.jacfwd(f)(rand(30)),
     "func.hessian": lambda: lz.func.hessian(lambda x: f(x).square().sum())(rand(30)),
     "functional.jacobian": lambda: lz.functional.jacobian(f, rand(30)),
-    "sparse.jacobian": lambda: lz.sparse.jacobian(lz.Linearizer(torch.sin).at(rand(30))),
+    "sparse.jacobian": lambda: lz.sparse.jacobian(
+        lz.Linearizer(lambda x: x * x.roll(1)).at(rand(30)), chunk_size=1
+    ),
     "batches": curvature,
     "a product with batches beyond the budget": lambda: curvature(max_bytes=0) @ rand(12),
     "the gradient of such": lambda: curvature(max_bytes=0).gradient,
