@@ -348,25 +348,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    known = {}
+    found = {}
     if given.resume and given.out.exists():
-        known = {(r["case"], r["k"]): r for r in json.loads(given.out.read_text())}
-    results = []
+        found = {(r["case"], r["k"]): r for r in json.loads(given.out.read_text())}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for loop in LOOPS:
         for k in given.k or PRODUCTS:
             if given.only not in loop.name:
                 continue
             print(f"{loop.name}, K = {k}", flush=True)
-            result = known.get((loop.name, k))
-            if result is None:
-                try:
-                    result = measure(loop, k, given.rounds, given.engine or tuple(ENGINES))
-                except NotInstalledError as error:
-                    print(f"  left out: {error} is not installed")
-                    continue
-            results.append(result)
-            given.out.write_text(json.dumps(results, indent=1))
+            if (loop.name, k) in found:
+                continue
+            try:
+                result = measure(loop, k, given.rounds, given.engine or tuple(ENGINES))
+            except NotInstalledError as error:
+                print(f"  left out: {error} is not installed")
+                continue
+            found[loop.name, k] = result
+            given.out.write_text(json.dumps(list(found.values()), indent=1))
+    results = list(found.values())
     for table in (rows(results, "later"), rows(results, "first"), targets(results)):
         print(f"\n{markdown(table)}")
     if given.docs is not None:
