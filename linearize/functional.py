@@ -285,14 +285,7 @@ def _options(strategy: str, chunk_size: ChunkSize) -> Direction:
 def _check_strict(point: Point, what: str, *, varying: bool) -> None:
     """Raise as PyTorch does in strict mode: each output must depend on each input.
 
-    Parameters
-    ----------
-    point
-        The function, or its gradient.
-    what
-        Who asks.
-    varying
-        Whether the derivatives must depend on something too.
+    With `varying` the derivatives must depend on something too.
     """
     for i, row in enumerate(point.dependence()):
         if not all(row):

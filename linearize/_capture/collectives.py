@@ -364,16 +364,9 @@ class CollectiveNode:
     def call(
         self, given: Sequence[torch.Tensor | None], *, back: bool, more: tuple[int, ...] = ()
     ) -> list[torch.Tensor]:
-        """Communicate.
+        """Communicate tensors, None being zero: cotangents if this is the way back.
 
-        Parameters
-        ----------
-        given
-            One tensor for each output, or for each input; None for zero.
-        back
-            Whether they are cotangents.
-        more
-            How many elements there are at once; they stand in the last dimension.
+        With `more` there are as many elements at once, which stand in the last dimension.
         """
         _calls.count = _calls_so_far() + 1
         specs = self.outputs if back else self.inputs

@@ -31,17 +31,7 @@ def is_conversion(node: Node) -> bool:
 
 
 def check_alike(t: torch.Tensor, groups: Groups, what: str) -> None:
-    """Raise, on all ranks, if a tensor is not the same on all ranks of some groups.
-
-    Parameters
-    ----------
-    t
-        The tensor.
-    groups
-        The groups.
-    what
-        What it is called in the error.
-    """
+    """Raise, on all ranks, if a tensor (`what`) differs between the ranks of some groups."""
     for group in groups:
         with torch.no_grad():
             mean = summed(t, group) / len(members(group))

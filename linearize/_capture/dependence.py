@@ -38,19 +38,8 @@ def check_not_behind(
 ) -> None:
     """Raise if f reads a primal itself, from a closure or a global, and not its argument.
 
-    Parameters
-    ----------
-    edges
-        The gradient edges of f's outputs.
-    given, paths
-        The leaves of the primals as they were given, and what they are called.
-    aliases
-        What f was called with in the place of those that are differentiable.
-
-    Raises
-    ------
-    UnsupportedError
-        If so: the derivative by that primal would be zero.
+    The derivative by that primal would be zero. `aliases` are what f was called with in the place
+    of the differentiable ones among `given`, the leaves of the primals.
     """
     if not any(isinstance(x, torch.Tensor) and x.requires_grad for x in given):
         return

@@ -39,15 +39,7 @@ Place: TypeAlias = tuple[int, str, int | None]
 
 
 class Matcher:
-    """Tells whether a graph has the structure of another one.
-
-    Parameters
-    ----------
-    graph
-        One that has a signature.
-    specs
-        What its roots and its leaves take.
-    """
+    """Tells whether a graph has the structure of another one, which has a signature."""
 
     __slots__ = (
         *("_facts", "_inner", "_kinds", "_numbers", "_places", "_saved", "_sizes", "_specs"),

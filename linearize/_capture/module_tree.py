@@ -103,15 +103,7 @@ class Tree:
         return [_REF(t) for t in values if isinstance(t, _TENSOR)]
 
     def others(self, names: set[str], *, any_name: bool) -> Iterator[tuple[str, Any]]:
-        """Yield what else is read, by name.
-
-        Parameters
-        ----------
-        names
-            What code that can be seen reads.
-        any_name
-            Whether it reads more than that.
-        """
+        """Yield what else is read by these names; with `any_name` by others too."""
         for ref, where, key in self._others:
             module = ref()
             if module is not None:

@@ -87,17 +87,7 @@ def repeats(node: Node) -> bool:
 
 
 def read_repeatedly(name: str, args: Sequence[Any], shape: Sequence[int]) -> bool:
-    """Whether an operation that reads entries by indices reads one several times.
-
-    Parameters
-    ----------
-    name
-        "index", "gather", "index_select" or "take".
-    args
-        Its arguments after the first.
-    shape
-        The shape of that.
-    """
+    """Whether an operation that reads entries by indices reads one of them several times."""
     with unobserved():
         if name == "index":
             found = _positions(args[0], shape)

@@ -75,18 +75,10 @@ class Trace(TorchFunctionMode):
     def _note(
         self, line: Line, result: Any, given: Any, numbers: range, old: set[Node] | None
     ) -> None:
-        """Write a line into the nodes that a call made.
+        """Write a line into the nodes that a call made, those with `numbers` of this thread.
 
-        Parameters
-        ----------
-        line
-            Of the call.
-        result, given
-            What it returned, and what it was given, part of which it may have changed.
-        numbers
-            Those that this thread gave to nodes during the call.
-        old
-            For a backward pass, which other threads may do: the nodes that were there before.
+        What the call was given it may have changed. In a backward pass, which other threads may
+        do, all nodes are new that are not among `old`.
         """
         found = [result] if isinstance(result, torch.Tensor) else list(_tensors(result))
         nodes = history(found or _tensors(given))

@@ -113,19 +113,8 @@ def check_built_in(
     """Check that two programs are adjoint, except for the opaque operations in them.
 
     Each opaque operation is replaced by a map b ⟨a, ·⟩ in one program and by its adjoint a ⟨b, ·⟩
-    in the other.
-
-    Parameters
-    ----------
-    pullback, pushforward
-        The second is the transpose of the first.
-    transposed
-        What made it so, asked again about single equations to find the one at fault.
-
-    Raises
-    ------
-    AdjointError
-        Naming the first operation at which they part.
+    in the other. `transposed` made the second program of the first: asked again about single
+    equations it tells the one at fault, which the error names.
     """
     generator = torch.Generator().manual_seed(3)
     stand_ins = _StandIns(generator)
@@ -152,14 +141,12 @@ def check_maps(
     total: Total | None = None,
     seed: int = 4,
 ) -> None:
-    """Check that two products are adjoint, with the user code in them.
+    """Check that two products are linear and adjoint, with the user code in them.
 
     Parameters
     ----------
-    pullback, pushforward
-        The products.
     cotangents, tangents
-        Their programs, which say what they take.
+        The programs of pullback and pushforward, which say what they take.
     programs
         Gives the two programs with nothing missing, to find what is at fault.
     transposed
@@ -169,15 +156,6 @@ def check_maps(
         as large ones, and on arguments of other magnitudes.
     total
         Sums over the ranks, where the products communicate; other magnitudes are not tried then.
-    seed
-        Of the random numbers.
-
-    Raises
-    ------
-    AdjointError
-        If they are not.
-    NotLinearError
-        If one of them is not linear.
     """
     generator = torch.Generator().manual_seed(seed)
     maps = pullback, pushforward
@@ -251,10 +229,6 @@ def parting(
 
     Parameters
     ----------
-    pullback, pushforward
-        The maps.
-    generator
-        Of the random pair.
     programs
         Gives the programs of both with nothing missing, to see how much rounding amounts to.
     of_pullback, of_pushforward
@@ -299,19 +273,8 @@ def balances(
 ) -> Iterator[tuple[Balance, _Pair, _Pair]]:
     """Yield Re⟨u, J·v⟩ - Re⟨Jᴴ·u, v⟩ for u and v scaled so that entries of all sizes count alike.
 
-    Parameters
-    ----------
-    pullback, pushforward
-        The maps.
-    u, v
-        Random vectors; None for zero.
-    columns
-        Whether there is a second pair in which v is scaled too, not u alone.
-
-    Yields
-    ------
-    balance, arguments, results
-        What was balanced.
+    With it come the arguments and the results of the two maps. With `columns` there is a second
+    pair, in which v is scaled too, not u alone.
     """
     tangent, sizes = v, [None if t is None else torch.ones_like(t) for t in v]
     for again in (True, False) if columns else (False,):

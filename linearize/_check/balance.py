@@ -38,19 +38,11 @@ class Balance:
         lasting: bool = True,
         drawn: Tensors | None = None,
     ) -> None:
-        """Add Re⟨first, second⟩, None for zero.
+        """Add or take away Re⟨first, second⟩, None for zero.
 
-        Parameters
-        ----------
-        sign
-            1 or -1.
-        first, second
-            The vectors.
-        lasting
-            Whether nobody writes to them before the balance is drawn.
-        drawn
-            What the first are, before they were divided by sizes: the second are, to tell how
-            large the product could be.
+        `lasting` says that nobody writes to them before the balance is drawn. `drawn` is what the
+        first were before they were divided by sizes: the second then tell how large the product
+        could be.
         """
         for a, b, d in zip(first, second, drawn or [None] * len(first), strict=True):
             if a is not None and b is not None and a.numel():
@@ -115,14 +107,8 @@ def weights_of(
 ) -> list[torch.Tensor | None]:
     """Return the sizes of numbers relative to the largest, but not below what rounding may be.
 
-    Parameters
-    ----------
-    tensors
-        The numbers; None for zeros.
-    others
-        Tensors of the same shapes; None where no sizes are wanted.
-    most
-        The largest number, if it is known.
+    None stands for zeros; where one of `others`, of the same shapes, is None, no sizes are wanted.
+    `most` is the largest number, if it is known.
     """
     most = _largest(tensors) if most is None else most
     found: list[torch.Tensor | None] = []

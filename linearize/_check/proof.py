@@ -26,14 +26,7 @@ from .balance import Balance, Tensors, over_sizes
 class Proof:
     """The check that a pushforward is the adjoint of its pullback, made at the first product.
 
-    Parameters
-    ----------
-    pullback, pushforward
-        The second is the transpose of the first.
-    transposed
-        What made the transpose, asked again about single equations to find one at fault.
-    passed
-        Called when the check has passed.
+    `transposed` made the pushforward; `passed` is called when the check has passed.
     """
 
     def __init__(
@@ -70,21 +63,9 @@ class Proof:
     def run(
         self, executor: Executor, binding: Binding, arguments: Sequence[torch.Tensor], whole: bool
     ) -> list[torch.Tensor | None]:
-        """Run the pushforward for the first time.
+        """Run the pushforward for the first time; `whole` says that no tangent is missing.
 
-        Parameters
-        ----------
-        executor, binding
-            What is run.
-        arguments
-            The tangents.
-        whole
-            Whether there is one for each primal.
-
-        Raises
-        ------
-        AdjointError
-            If the two are not adjoint, now and at each later call.
+        Raises `AdjointError` if the two are not adjoint, now and at each later call.
         """
         with self._lock:
             if self._aside:

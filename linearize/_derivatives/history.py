@@ -171,12 +171,6 @@ class Point:
 
     Parameters
     ----------
-    f
-        The function.
-    primals
-        The tuple of its arguments.
-    has_aux
-        Whether it returns `(value, aux)`.
     forward
         The name of a function whose counterpart in PyTorch differentiates through `no_grad`.
     keep

@@ -24,18 +24,8 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 def as_function(net: torch.nn.Module, params: Any = None) -> tuple[Callable[..., Any], Any]:
     """Return a function of parameters and inputs, and the parameters.
 
-    Parameters
-    ----------
-    net
-        The module; its buffers stay as they are.
-    params
-        A dictionary by the names of `net.named_parameters()`, or a sequence of parameters that
-        are the module's. None for all that require grad, as a dictionary.
-
-    Raises
-    ------
-    StructureError
-        If something in `params` is no parameter of the module.
+    These may be a dictionary by the names of `net.named_parameters()`, or a sequence of parameters
+    that are the module's; None is for all that require grad. Buffers stay as they are.
     """
     names = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if params is None:

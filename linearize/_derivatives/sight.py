@@ -38,14 +38,10 @@ _TENSOR = torch.Tensor
 
 
 class Sight:
-    """What is seen of one run of f: where numbers went that derivatives do not follow.
+    """What is seen of one run of f: where numbers went that derivatives by `inputs` do not follow.
 
-    Parameters
-    ----------
-    inputs
-        The tensors that f is differentiated by.
-    through
-        Whether operations under `no_grad` have a history all the same, as forward mode sees them.
+    With `through` operations under `no_grad` have a history all the same, as forward mode sees
+    them.
     """
 
     def __init__(self, inputs: Sequence[torch.Tensor], *, through: bool = False) -> None:
@@ -70,14 +66,9 @@ class Sight:
             yield
 
     def check_regions(self, outputs: Any, what: str) -> None:
-        """Raise if an output depends on the inputs through a region under `no_grad`.
+        """Raise if an output of f depends on the inputs through a region under `no_grad`.
 
-        Parameters
-        ----------
-        outputs
-            What f returned.
-        what
-            Whose counterpart in PyTorch differentiates through such a region.
+        `what` is whose counterpart in PyTorch differentiates through such a region.
         """
         if not self.lost and self.unseen is None:
             return
@@ -249,17 +240,10 @@ class _Lost:
 
 
 class _Watch(TorchFunctionMode):
-    """Follows numbers through what runs without grad mode; inside a backward, everywhere.
+    """Follows numbers through what runs without grad mode.
 
-    Parameters
-    ----------
-    sight
-        What to tell.
-    strict
-        Whether this is around a backward.
-    wary
-        Whether tensors from elsewhere count as lost: those that a checkpoint computed again, or
-        that `torch.vmap` wrapped.
+    With `strict`, around a backward, it follows them everywhere. With `wary` tensors from
+    elsewhere count as lost: those that a checkpoint computed again, or that `torch.vmap` wrapped.
     """
 
     def __init__(self, sight: Sight, *, strict: bool = False, wary: bool = False) -> None:

@@ -99,15 +99,7 @@ class Binding:
 
 
 class BoundProgram:
-    """A linear program with the numbers of a point.
-
-    Attributes
-    ----------
-    program
-        The program.
-    binding
-        Its numbers.
-    """
+    """A linear program with the numbers of a point."""
 
     __slots__ = ("__weakref__", "binding", "program")
 

@@ -124,14 +124,9 @@ def _contains(a: Any) -> bool:
 class Executor:
     """Runs a program on tensors.
 
-    The numbers come from a `Binding`, so that one executor serves many points.
-
-    Parameters
-    ----------
-    program
-        With no method missing (see `resolve`).
-    final
-        Whether no simpler program will take its place soon.
+    The numbers come from a `Binding`, so that one executor serves many points. No method of the
+    program may be missing (see `resolve`); `final` says that no simpler one will take its place
+    soon.
     """
 
     __slots__ = (
@@ -187,23 +182,10 @@ class Executor:
         *,
         replay: bool = False,
     ) -> list[torch.Tensor | None]:
-        """Run the program.
+        """Run the program on one tensor per input; return one per output, None for zero.
 
-        Parameters
-        ----------
-        arguments
-            One tensor per input.
-        binding
-            The numbers of a point; can be left out if the program has no constants.
-        tape
-            Receives the results of user code, in order.
-        replay
-            Whether to take these results from the tape instead.
-
-        Returns
-        -------
-        list
-            One tensor per output; None for one that is zero.
+        The binding can be left out if the program has no constants. The results of user code come
+        into the tape in order; with `replay` they are taken from there instead.
         """
         if binding is None:
             binding = Binding((), self.program.opaque())
@@ -231,17 +213,8 @@ class Executor:
     ) -> tuple[list[torch.Tensor | None], Bound | None]:
         """Run the program to compare it with another one, written out at once where that can be.
 
-        Parameters
-        ----------
-        arguments, binding
-            As of a call.
-        tape
-            The results of user code, which is not called.
-
-        Returns
-        -------
-        results, function
-            The second, if there is one, is for `adopt` if the first are right.
+        User code is not called: its results are on the tape. The function that is returned beside
+        the results, if there is one, is for `adopt` if these are right.
         """
         function = None if binding.ops or functions_overridden() else self._written()
         if function is not None:

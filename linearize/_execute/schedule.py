@@ -98,14 +98,9 @@ def _replaced(tree: Any, values: Mapping[Origin, Any]) -> Any:
 class Portable:
     """A program with constants that are computed of what a graph saved.
 
-    What it depends on besides these is told by the key under which it is kept: `node_key` for
-    a program of a single node, `signature` for one of a whole graph. It holds no tensors but
-    those that are part of the structure.
-
-    Attributes
-    ----------
-    program
-        The program.
+    What it depends on besides these is told by the key under which it is kept: `node_key` for a
+    program of a single node, `signature` for one of a whole graph. It holds no tensors but those
+    that are part of the structure.
     """
 
     __slots__ = ("_computed", "_schedules", "program")
@@ -119,15 +114,7 @@ class Portable:
     def computed(
         self, read: Callable[[Saved], torch.Tensor], known: Container[Origin] = ()
     ) -> dict[Origin, torch.Tensor]:
-        """Compute the constants that are not just read.
-
-        Parameters
-        ----------
-        read
-            Gives what the graph saved.
-        known
-            What need not be computed.
-        """
+        """Compute the constants that are not `known`, nor read from what the graph saved."""
         missing = [o for o in self._computed if o not in known]
         if not missing:
             return {}

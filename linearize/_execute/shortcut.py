@@ -30,9 +30,9 @@ def short_way(
     in_tuple: bool,
     fine: Callable[[Sequence[Any]], bool] | None = None,
 ) -> Callable[[Any], Any] | None:
-    """Return what runs a program of one argument and one result, and little else.
+    """Return what runs a program of one argument and one result, and little else, or None.
 
-    It gives None where the call must be looked at more closely.
+    The function that is returned gives None where the call must be looked at more closely.
 
     Parameters
     ----------
@@ -44,11 +44,6 @@ def short_way(
         Whether the result comes as a tuple of one.
     fine
         Tells of results whether they can be handed out; by default all can.
-
-    Returns
-    -------
-    callable or None
-        None if there is no such way.
     """
     run, program = executor.function, executor.program
     if run is None or binding.ops or binding.makes_history:

@@ -7,18 +7,7 @@ from typing import Any
 
 
 class Writer:
-    """Writes arguments of calls as Python text.
-
-    Parameters
-    ----------
-    named
-        The types of what has a name in the function: its values.
-
-    Attributes
-    ----------
-    names
-        Of these.
-    """
+    """Writes arguments of calls as Python text; what is of a `named` type has a name there."""
 
     def __init__(self, named: tuple[type, ...]) -> None:
         self.names: dict[Any, str] = {}

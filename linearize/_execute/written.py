@@ -47,17 +47,8 @@ _IN_PLACE: dict[Any, tuple[Any, bool]] = {
 def generate(program: Program, copies: Sequence[bool]) -> Function | None:
     """Write a program out as a function of residuals and arguments, which writes nowhere.
 
-    Parameters
-    ----------
-    program
-        The program.
-    copies
-        Which results must be copied, because they may share memory with something else.
-
-    Returns
-    -------
-    callable or None
-        None if the program calls user code or is very long.
+    `copies` says which results must be copied, because they may share memory with something else.
+    None if the program calls user code or is very long.
     """
     if len(program.equations) > LONGEST or program.is_opaque():
         return None
@@ -71,18 +62,9 @@ def generate(program: Program, copies: Sequence[bool]) -> Function | None:
 def generate_bound(program: Program, copies: Sequence[bool]) -> Bound | None:
     """Write a program out as a function of a binding, arguments and its executor.
 
-    After each call of user code it has the binding check the memory of the residuals. If user
-    code returns None, the executor's `resume` goes on with the values that are needed.
-
-    Parameters
-    ----------
-    program, copies
-        As for `generate`.
-
-    Returns
-    -------
-    callable or None
-        None if the program is very long.
+    After each call of user code it has the binding check the memory of the residuals. If user code
+    returns None, the executor's `resume` goes on with the values that are needed. None if the
+    program is very long.
     """
     if len(program.equations) > LONGEST:
         return None

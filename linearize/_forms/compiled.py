@@ -78,25 +78,10 @@ def compiled(
     options: Options,
     failed: Callable[[str], None],
 ) -> Segments | None:
-    """Return a program with its stretches compiled, as far as that makes them quicker.
+    """Return a program with its stretches compiled, None if that does not make them quicker.
 
-    Each is compared with what it replaces, on random inputs.
-
-    Parameters
-    ----------
-    program, copies
-        As of `Segments`.
-    binding
-        The numbers of a point, to try it with.
-    options
-        How to compile.
-    failed
-        Told why, if the compiler fails or its result is wrong.
-
-    Returns
-    -------
-    Segments or None
-        None if there is nothing to gain.
+    Each is compared with what it replaces, on random inputs and the numbers of one point; `failed`
+    is told why, if the compiler fails or its result is wrong.
     """
     try:
         segments = Segments(program, copies)
@@ -182,16 +167,9 @@ def _compile(
 
 
 class Compiled:
-    """Runs a compiled program at one point, and as it was inside of transforms.
+    """Runs a compiled program at one point, and as it was (`executor`) inside of transforms.
 
-    Parameters
-    ----------
-    segments
-        The program, compiled.
-    executor
-        What runs it as it was.
-    replays
-        Runs its stretches from CUDA graphs, None for not.
+    With `replays` its stretches run from CUDA graphs.
     """
 
     __slots__ = ("_executor", "_replays", "segments")

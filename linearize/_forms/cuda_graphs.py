@@ -112,13 +112,6 @@ class Replays:
     """Runs the stretches of a program at one point from graphs, each captured at its first run.
 
     A stretch that is short, is not wholly on the device or cannot be captured runs as it is.
-
-    Parameters
-    ----------
-    capture
-        How to capture.
-    device
-        Where.
     """
 
     def __init__(self, capture: Capture, device: torch.device) -> None:

@@ -126,15 +126,7 @@ class Dense:
                 self.due = 0
 
     def program(self, program: BoundProgram, *, forward: bool) -> BoundProgram | None:
-        """Return the product with the matrix as a program, None if it is not worth it.
-
-        Parameters
-        ----------
-        program
-            The program.
-        forward
-            Whether it is the pushforward.
-        """
+        """Return the product with the matrix as a program, None if it is not worth it."""
         with self._lock:
             if self.matrix is None and not self._refused:
                 self._refused = True

@@ -21,15 +21,7 @@ from ..errors import LinearizeError
 
 
 class Stretch:
-    """Built-in operations, one after the other.
-
-    Attributes
-    ----------
-    program
-        As a program of its own.
-    function
-        What runs it.
-    """
+    """Built-in operations, one after the other: as a program of their own, and what runs it."""
 
     __slots__ = ("function", "inputs", "outputs", "program", "residuals")
 
@@ -65,20 +57,7 @@ class _Call:
 
 
 class Segments:
-    """A program in segments.
-
-    Parameters
-    ----------
-    program
-        The program.
-    copies
-        Which results must be copied, because they may share memory with something else.
-
-    Attributes
-    ----------
-    parts
-        What is run, in order.
-    """
+    """A program in segments, which are run in order; `copies` as of `generate`."""
 
     def __init__(self, program: Program, copies: Sequence[bool]) -> None:
         self.program = program

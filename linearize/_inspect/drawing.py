@@ -99,13 +99,8 @@ class _Box:
 def draw(programs: Sequence[BoundProgram], limit: int = 30) -> Drawing:
     """Draw programs beside each other.
 
-    Parameters
-    ----------
-    programs
-        What is drawn.
-    limit
-        The most equations of each that are drawn. Of longer programs the beginning and the
-        end are drawn, with one box for what lies between.
+    Of programs with more equations than `limit` the beginning and the end are drawn, with one box
+    for what lies between.
     """
     parts = []
     left, height = float(_MARGIN), 0.0

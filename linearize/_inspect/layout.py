@@ -42,14 +42,9 @@ class Layout:
 
 
 def layered(sizes: Sequence[tuple[float, float]], edges: Sequence[tuple[int, int]]) -> Layout:
-    """Place boxes.
+    """Place boxes of some widths and heights.
 
-    Parameters
-    ----------
-    sizes
-        Width and height of each box, which stand in topological order.
-    edges
-        Pairs of positions, the first smaller than the second.
+    They stand in topological order: the first position of an edge is smaller than the second.
     """
     layer = [0] * len(sizes)
     below: list[list[int]] = [[] for _ in sizes]

@@ -35,16 +35,7 @@ def page(
 ) -> str:
     """Return a page in HTML that refers to nothing outside.
 
-    Parameters
-    ----------
-    summary
-        Of the linearization.
-    programs
-        Its programs, by direction.
-    limit
-        The most equations of each that are drawn.
-    simplifies
-        Whether programs that run often are simplified.
+    Of each program `limit` equations are drawn at most.
     """
     smaller = {}
     if simplifies:

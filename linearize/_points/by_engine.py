@@ -19,13 +19,6 @@ class ByEngine:
     It does so where it does what a program would do: there are no custom Functions, whose methods
     are called under guards, no compiled pieces, no hooks, which it would run, and no modes that
     change operations.
-
-    Parameters
-    ----------
-    graph, leaves
-        The graph, and the tensors at its leaves.
-    unhooked
-        Knows of hooks.
     """
 
     __slots__ = ("_count", "_graph", "_leaves", "_plain", "_unhooked")

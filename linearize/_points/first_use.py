@@ -23,19 +23,8 @@ from .product import Product
 def check_adjoint(pushforward: Product, pullback: Product, *, thorough: bool = True) -> None:
     """Check that two products are adjoint, and name what is at fault if they are not.
 
-    Parameters
-    ----------
-    pushforward, pullback
-        The products.
-    thorough
-        As of `check_maps`.
-
-    Raises
-    ------
-    AdjointError
-        Naming the first operation or custom Function at which they part.
-    DistributedError
-        On every rank that f communicates with, if a rank cannot make the check.
+    `thorough` as of `check_maps`. If a rank cannot make the check, that is an error on every rank
+    that f communicates with.
     """
     ranks = pushforward._lifetime.ranks
 
@@ -133,12 +122,7 @@ def _lacks(pushforward: Product, pullback: Product) -> bool:
 def check_before_use(pushforward: Product, pullback: Product, *, held: bool) -> None:
     """Have two products checked when one of them is used first.
 
-    Parameters
-    ----------
-    pushforward, pullback
-        The products.
-    held
-        Whether both are kept until then; else there is no check unless both are alive.
+    Both are kept until then if they are `held`; else there is no check unless both are alive.
     """
     pushforward._first = pullback._first = _FirstUse(pushforward, pullback, held=held)
 

@@ -208,14 +208,8 @@ class Ranks:
     def whole(self, what: str, prepare: Callable[[], T], work: Callable[[T], None]) -> None:
         """Do what takes several products, when all ranks are about to do the same.
 
-        Parameters
-        ----------
-        what
-            Its name. Products in it are told apart from others.
-        prepare
-            Does what may fail without any communication.
-        work
-            Does the rest, with what was prepared.
+        `prepare` does what may fail without any communication, `work` the rest with what it
+        returns. Products in it are told apart from others by its name, `what`.
         """
         with self._lock:
             ready: list[T] = []
@@ -254,16 +248,8 @@ class Ranks:
     ) -> T:
         """Run a product when all ranks are about to run the same.
 
-        Parameters
-        ----------
-        what
-            Its name.
-        prepare
-            Does what may fail without any communication, and returns what is run.
-        work
-            Runs it.
-        sizes
-            How many vectors are taken at once in each pass; None for a single one.
+        `prepare` does what may fail without any communication, and returns what `work` runs.
+        `sizes` tell how many vectors are taken at once in each pass, if it is not a single one.
         """
         with self._lock:
             failure: BaseException | None
@@ -390,12 +376,8 @@ Told: TypeAlias = dict[int, tuple[str, str | None]]
 def _met(place: str, group: Any, known: Told) -> tuple[Told, bool]:
     """Meet the other ranks of a group at a place in the store.
 
-    Returns
-    -------
-    dict
-        What is known, and, if that is not the same for all, what the others know.
-    bool
-        Whether all have failed.
+    Returns what is known and, if that is not the same for all, what the others know; and whether
+    all have failed.
     """
     kept, ranks, me = store(), members(group), dist.get_rank()
     what, why = known[me]

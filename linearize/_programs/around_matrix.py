@@ -43,12 +43,10 @@ def matrix_program(
     name: str,
     numbers: Numbers,
 ) -> Program:
-    """Return the product with a matrix as a program.
+    """Return the product with a matrix of real numbers, of which `numbers` receive the entries.
 
     Parameters
     ----------
-    matrix
-        The specification of the matrix, of real numbers.
     multiply
         Writes down its product with a vector.
     columns
@@ -57,8 +55,6 @@ def matrix_program(
         Those of the results, and which of them the matrix has rows for.
     name
         Whose matrix it is.
-    numbers
-        Receive the matrix.
     """
     e = Emitter(f"matrix of {name}", numbers)
     device, dtype = matrix.device, matrix.dtype

@@ -14,14 +14,8 @@ from .residuals import Residual
 def guards(before: Iterable[Residual], after: Iterable[Residual]) -> list[Residual]:
     """Return the residuals that are not read any more and that somebody else can change.
 
-    They are kept to see that nobody does: without their numbers.
-
-    Parameters
-    ----------
-    before
-        What the program before read.
-    after
-        What the program does that was made of it.
+    They are kept to see that nobody does, without their numbers: the program `after` was made of
+    the one `before`, which did read them.
     """
     ours, kept = list(before), {id(r) for r in after}
     return watched([r for r in ours if id(r) not in kept], ours)

@@ -129,12 +129,7 @@ class Equation:
     ) -> Equation:
         """Return the equation with other variables and constants, and what else is given.
 
-        Parameters
-        ----------
-        rename
-            Is given each variable and constant that is read.
-        op, outputs, source
-            Take the place of the equation's own.
+        `op`, `outputs` and `source` take the place of the equation's own.
         """
 
         def leaf(x: Any) -> Any:
@@ -425,16 +420,8 @@ class Emitter:
     ) -> list[Var | None]:
         """Append a program's equations with its inputs replaced, and return its outputs.
 
-        The program's own variables are renamed, so that it can be inlined any number of times.
-
-        Parameters
-        ----------
-        program
-            The program.
-        arguments
-            What takes the place of its inputs.
-        constants
-            What takes the place of its constants, for those that do not stay.
+        The program's own variables are renamed, so that it can be inlined any number of times;
+        constants stay, except for those that `constants` replaces.
         """
         names: dict[Any, Any] = dict(zip(program.inputs, arguments, strict=True))
         names.update(constants or {})

@@ -84,15 +84,7 @@ def _frozen(x: Any) -> Any:
 def last_uses(
     steps: Sequence[Iterable[Var | None]], results: Iterable[Var | None]
 ) -> list[list[Var]]:
-    """Return for each step the variables that can go after it.
-
-    Parameters
-    ----------
-    steps
-        What each step reads and makes.
-    results
-        What does not go.
-    """
+    """Return for each step the variables that can go after it: none that the results need."""
     met = set(results)
     found: list[list[Var]] = []
     for step in reversed(steps):

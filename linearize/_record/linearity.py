@@ -29,12 +29,7 @@ from .._torch.names import OpOverload
 def known_linear(op: OpOverload, variable: Sequence[bool]) -> bool:
     """Whether an operation is known to be linear in its variable arguments.
 
-    Parameters
-    ----------
-    op
-        The operation.
-    variable
-        For each positional argument, whether it is or contains a variable.
+    `variable` says for each positional argument whether it is or contains a variable.
     """
     if op.namespace != "aten":
         return False
@@ -56,14 +51,7 @@ def linear_by_meaning(
 ) -> bool:
     """Whether an operation that tested linear is so for all numbers in its other arguments.
 
-    Parameters
-    ----------
-    op
-        The operation.
-    variable
-        For each positional argument, whether it is or contains a variable.
-    others_static
-        Tells whether the other floating point arguments are the same at every point.
+    `others_static` tells whether the other floating point arguments are the same at every point.
     """
     if op.namespace != "aten":
         return False

@@ -20,16 +20,7 @@ from .recorder import Recorder
 def opened(recorder: Recorder, var: Var, layout: Layout, seed: int, factor: float) -> torch.Tensor:
     """Return what a root receives, recorded, where a program is given `var`.
 
-    Parameters
-    ----------
-    recorder
-        Writes down.
-    var
-        What the program is given.
-    layout
-        How it lies on the ranks.
-    seed, factor
-        Of the random numbers that stand for it: all copies alike.
+    `layout` is how that lies on the ranks; all copies get random numbers of one seed and factor.
     """
     numbers = var.spec.random(torch.Generator().manual_seed(seed)) * factor
     recorder.recording.define(numbers, var)

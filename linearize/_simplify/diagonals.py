@@ -231,14 +231,7 @@ class _Folding:
     def shown(self, diagonal: Equation | None, move: Equation, x: Var) -> Equation | None:
         """Return a diagonal in another shape, None if that takes memory that it did not take.
 
-        Parameters
-        ----------
-        diagonal
-            One operation.
-        move
-            Shows its result in another shape.
-        x
-            Its argument in that shape.
+        `move` shows its result in another shape; `x` is its argument in that shape.
         """
         if diagonal is None or diagonal.op not in _LIGHT or move.op not in SHOWN:
             return None

@@ -49,12 +49,7 @@ PASSES: tuple[Callable[[Program, Numbers], Program], ...] = (
 def simplify(program: Program, numbers: Numbers) -> Program:
     """Return a smaller program that is the same map.
 
-    Parameters
-    ----------
-    program
-        The program.
-    numbers
-        Those that it reads; afterwards those that the result reads.
+    `numbers` are those that the program reads, afterwards those that the result reads.
     """
     for one in PASSES:
         known = len(numbers)

@@ -248,16 +248,8 @@ def _kept(
 ) -> tuple[Constant, tuple[list[int], list[int]]] | None:
     """Return the other direction's matrices if they are the same but for the variables' order.
 
-    Parameters
-    ----------
-    numbers
-        Those of the point.
-    made_of
-        What the matrices come from.
-    t
-        The matrices as they were computed.
-    first, second
-        The numbers of each variable along the first two dimensions.
+    `made_of` is what the matrices come from, `t` are those computed now, `first` and `second` the
+    numbers of each variable along the first two dimensions.
 
     Returns
     -------

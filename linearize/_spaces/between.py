@@ -114,16 +114,9 @@ def as_real(parts: Sequence[torch.Tensor], space: Space) -> Parts:
 
 
 def block(apply: Apply, ours: Space, at: Sequence[int], taken: Sequence[int]) -> Apply:
-    """Return a map of some of the tensors to some.
+    """Return a map of the tensors of `ours` numbered `at`, the others being zero.
 
-    Parameters
-    ----------
-    apply, ours
-        The map, and the space it maps from.
-    at
-        The numbers of the tensors of `ours` that are given; the others are zero.
-    taken
-        The numbers of the results that are wanted.
+    It gives the results numbered `taken`.
     """
 
     def around(parts: Parts, *, stacked: bool) -> Parts:

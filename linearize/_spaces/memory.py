@@ -8,14 +8,9 @@ import torch
 
 
 def total_bytes(tensors: Iterable[torch.Tensor], excluding: Iterable[int] = ()) -> int:
-    """Return the bytes of the distinct storages of `tensors`.
+    """Return the bytes of the distinct storages of tensors, except those with some data pointers.
 
-    Parameters
-    ----------
-    tensors
-        Views of one storage count once.
-    excluding
-        Data pointers of storages that do not count.
+    Views of one storage count once.
     """
     seen: set[int] = set(excluding)
     count = 0

@@ -66,16 +66,9 @@ class Layout:
         return f"{spec} {_names(self.whole)} on {self.whole.mesh.size()} ranks"
 
     def taken(self, given: torch.Tensor, what: str, several: bool) -> torch.Tensor:
-        """Return what a program takes for an element's leaf.
+        """Return what a program takes for an element's leaf, which errors call `what`.
 
-        Parameters
-        ----------
-        given
-            The leaf.
-        what
-            What it is called in errors.
-        several
-            Whether it is a stack, along a new first dimension.
+        With `several` it is a stack, along a new first dimension.
         """
         if self.whole is not None:
             given = part_of(self._fitting(given, what, several))

@@ -106,17 +106,7 @@ def fewer(sizes: Sequence[tuple[str, int]], limit: int = 25) -> list[tuple[str, 
 def as_text(
     head: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()
 ) -> str:
-    """Return a table with aligned columns.
-
-    Parameters
-    ----------
-    head
-        The names of the columns.
-    rows
-        One sequence of cells per row.
-    right
-        The columns that are aligned at the right.
-    """
+    """Return a table with aligned columns, some of them at the right."""
     cells = [list(head), *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
 

@@ -74,12 +74,7 @@ def compiled_functions(calls: CompiledCalls) -> Iterator[None]:
 def compiled(f: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
     """Return a function under `torch.compile`, or as it is if it cannot be or is already.
 
-    Parameters
-    ----------
-    f
-        The function.
-    settings
-        For `torch.compile`. That all of it be one graph is not asked for.
+    That all of it be one graph is not asked for, whatever the settings say.
     """
     owner = getattr(f, "__self__", None)
     applies = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)

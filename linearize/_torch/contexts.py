@@ -309,12 +309,7 @@ def owner_of(t: torch.Tensor) -> Node | None:
 def calls_watched(ctx: Any, watch: Callable[..., Any]) -> Iterator[None]:
     """Have PyTorch's engine call `watch(backward, cotangents)` in place of a context's backward.
 
-    Parameters
-    ----------
-    ctx
-        The context of a custom Function.
-    watch
-        Is given what calls the backward, and the tuple of cotangents; returns its results.
+    It is given what calls the backward, and the tuple of cotangents, and returns the results.
     """
     backward = ctx.apply
     ctx.apply = lambda *cotangents: watch(backward, cotangents)

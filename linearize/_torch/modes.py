@@ -197,18 +197,7 @@ _LESS_EXCLUDED: dict[int, Any] = {}
 
 
 class Hidden:
-    """Function modes that are taken off this thread's stack for a while.
-
-    Parameters
-    ----------
-    modes
-        Which; others stay.
-
-    Attributes
-    ----------
-    entered
-        Whether they are off.
-    """
+    """Function modes that are taken off this thread's stack for a while; others stay."""
 
     def __init__(self, modes: Sequence[Any]) -> None:
         self._modes = modes

@@ -87,15 +87,7 @@ def watching() -> CompiledCalls | None:
 
 
 class Looking:
-    """A compiler that looks at what another one makes.
-
-    Parameters
-    ----------
-    backend
-        The other one.
-    reason
-        Why nothing is to be compiled, if nothing is.
-    """
+    """A compiler that looks at what another one makes; given a reason, nothing is compiled."""
 
     def __init__(self, backend: Any, reason: str) -> None:
         self._backend, self._reason = backend, reason

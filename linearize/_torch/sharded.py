@@ -58,17 +58,7 @@ def lies(t: Any) -> Any:
 
 
 def lying(mesh: Any, placements: Sequence[Any], like: torch.Tensor, shape: Sequence[int]) -> Any:
-    """Return how a DTensor of another shape lies, row by row.
-
-    Parameters
-    ----------
-    mesh, placements
-        Where its parts are.
-    like
-        A DTensor of that dtype.
-    shape
-        Of the whole.
-    """
+    """Return how a DTensor of another shape, but of the dtype of `like`, lies row by row."""
     spec: Any = lies(like)
     strides, size = [], 1
     for n in reversed(shape):

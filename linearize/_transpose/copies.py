@@ -45,16 +45,9 @@ def among_ranks(
     takes: Sequence[Layout | None],
     gives: Sequence[Layout | None],
 ) -> Program:
-    """Return a program that takes and gives the same numbers where several ranks have a tensor.
+    """Return a transpose that takes and gives the same numbers where several ranks have a tensor.
 
-    Parameters
-    ----------
-    program
-        A transpose.
-    numbers
-        Those that it reads.
-    takes, gives
-        How its arguments and its results lie on the ranks.
+    `takes` and `gives` are how its arguments and its results lie on the ranks.
     """
     e = Emitter(numbers=numbers, fixed=program.fixed)
     alike: dict[Any, frozenset[Any]] = {

@@ -28,16 +28,14 @@ def dense_transpose(
 ) -> Program:
     """Return the transpose of the linear function `fn` as a program around its matrix.
 
-    Complex numbers count as pairs of real ones, so that maps that are only real-linear come
-    out right.
+    Complex numbers count as pairs of real ones, so that maps that are only real-linear come out
+    right.
 
     Parameters
     ----------
     fn
         Maps one tensor per `ins` to one per `outs`; called once per scalar of `ins`, and
         once more.
-    ins, outs
-        The specifications of its arguments and results.
     present
         Which of `outs` are variables of the transpose.
     wanted
@@ -48,13 +46,6 @@ def dense_transpose(
         The most bytes that the matrix may take.
     numbers
         Receive the matrix.
-
-    Raises
-    ------
-    MissingDerivativeError
-        If the matrix would be larger than `limit`.
-    NotLinearError
-        If the function is far from linear.
     """
     rows = [spec for spec, want in zip(ins, wanted, strict=True) if want]
     columns = [spec for spec, here in zip(outs, present, strict=True) if here]

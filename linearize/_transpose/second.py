@@ -30,16 +30,7 @@ Direction: TypeAlias = Callable[..., Tensors]
 class TwiceDifferentiated(Operation):
     """The transpose of a linear map, by PyTorch's derivative of it.
 
-    Parameters
-    ----------
-    fn
-        The map.
-    ins
-        What it takes.
-    name
-        Whose it is.
-    note
-        What a user is told.
+    `name` is whose it is, and `note` what a user is told.
     """
 
     __slots__ = ("_arguments", "_lock", "_results", "name", "note")
@@ -104,18 +95,7 @@ def twice_differentiated(
 ) -> tuple[Program | None, str]:
     """Return the transpose of the linear map `fn` by PyTorch; None, and why, if it has none.
 
-    Parameters
-    ----------
-    fn
-        Maps one tensor per `ins` to one per `outs`.
-    ins, outs
-        The specifications of its arguments and results.
-    present
-        Which of `outs` are variables of the transpose.
-    wanted
-        Which of `ins` are results of the transpose.
-    name, method
-        Whose map it is.
+    All but `method`, which is whose map it is, as of `dense_transpose`.
     """
     try:
         note = f"PyTorch's second derivative (the derivative of its {method})"

@@ -38,21 +38,9 @@ from .rules import fit, rule_for
 
 
 def transpose(program: Program, numbers: Numbers, name: str = "pushforward") -> Program:
-    """Return the transpose of a linear program.
+    """Return the transpose of a linear program; raise if an operation has none.
 
-    Parameters
-    ----------
-    program
-        The program.
-    numbers
-        Those that it reads; receive those that the transpose reads.
-    name
-        Of the transpose.
-
-    Raises
-    ------
-    UnsupportedError
-        If an operation cannot be transposed; the message names it.
+    `numbers` are those that the program reads, and receive those that the transpose reads.
     """
     e = Emitter(numbers=numbers, fixed=program.fixed)
     inputs = [Var(spec) for spec in program.specs]
