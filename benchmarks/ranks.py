@@ -14,14 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,6 +31,7 @@ from benchmarks.report import markdown, rewrite
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from bratu_ranks import Neighbours, gathered_rows, residual
+from on_ranks import counting, on_ranks
 
 #: A message: who sends, and how many bytes.
 Message: TypeAlias = tuple[str, int]
@@ -101,31 +97,6 @@ CASES = (
 # -- measuring --------------------------------------------------------------------------------
 
 
-@contextmanager
-def counting() -> Iterator[list[Message]]:
-    """Take note of messages meanwhile."""
-    given = {name: getattr(dist, name) for name in COUNTED}
-    found: list[Message] = []
-
-    def counted(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            sent = args[0] if name in ("all_reduce", "isend") else args[1]
-            parts = sent if isinstance(sent, (list, tuple)) else [sent]
-            agreeing = parts[0].dtype == torch.int64
-            found.append(("agree" if agreeing else name, sum(t.nbytes for t in parts)))
-            return given[name](*args, **kwargs)
-
-        return call
-
-    for name in COUNTED:
-        setattr(dist, name, counted(name))
-    try:
-        yield found
-    finally:
-        for name in COUNTED:
-            setattr(dist, name, given[name])
-
-
 def seconds(*calls: Callable[[], Any]) -> list[tuple[float, float]]:
     """Return the time of each of some calls, which take turns, and that of the processor."""
     found: list[list[tuple[float, float]]] = [[] for _ in calls]
@@ -155,11 +126,11 @@ def measured(case: Case) -> dict[str, Any]:
     )
     products = {"J·v": lambda p: p.jvp_fn(*v), "Jᵀ·u": lambda p: p.vjp_fn(u)}
     found: dict[str, Any] = {"kept": here.nbytes}
-    with counting() as found["f"], torch.no_grad():
+    with counting(*COUNTED) as found["f"], torch.no_grad():
         f(x)
     for name, product in products.items():
         local, whole = seconds(partial(product, alone), partial(product, here))
-        with counting() as messages:
+        with counting(*COUNTED) as messages:
             product(here)
         found[name] = {
             "messages": messages,
@@ -177,35 +148,9 @@ def ping() -> dict[int, float]:
     return {size: t for size, (t, _) in zip(tensors, times, strict=True)}
 
 
-def work(rank: int, world: int, folder: str) -> None:
-    """Be one rank."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store{world}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=120),
-    )
-    found = {"ping": ping()} | {case.name: measured(case) for case in CASES}
-    everywhere: list[Any] = [None] * world
-    dist.all_gather_object(everywhere, found)
-    if rank == 0:
-        torch.save(everywhere, f"{folder}/found{world}.pt")
-    dist.barrier()
-    os._exit(0)  # threads of gloo were seen to abort the interpreter's own end
-
-
-def run() -> dict[int, list[dict[str, Any]]]:
-    """Return what each rank has found, by the number of ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        for world in WORLDS:
-            torch.multiprocessing.spawn(work, (world, folder), world)
-        return {
-            world: torch.load(f"{folder}/found{world}.pt", weights_only=False) for world in WORLDS
-        }
+def found_here() -> dict[str, Any]:
+    """Return all that is measured on this rank."""
+    return {"ping": ping()} | {case.name: measured(case) for case in CASES}
 
 
 # -- what is written --------------------------------------------------------------------------
@@ -253,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--docs", type=Path, help="the folder of pages to be written")
     options = parser.parse_args(arguments)
-    found = run()
+    found = on_ranks(WORLDS, found_here)
     rows = markdown(list(table(found)))
     page = scaling.page(found)
     print(rows, page, sep="\n\n")

@@ -8,20 +8,16 @@ block of the Laplacian that belongs to the rank. One, two and four ranks find th
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dnn
 from gallery import figure, options, save, table
+from on_ranks import counting, on_ranks
 
 import linearize as lz
 import linearize.distributed as lzd
@@ -157,12 +153,12 @@ def solve(kind: str, n: int) -> dict[str, Any]:
         u = u + change.reshape(u.shape)
         steps, products = steps + 1, products + k
     seconds = time.perf_counter() - began
-    with counting() as per_run:
+    with counting(*COLLECTIVES) as per_run:
         f(u)
     v = torch.randn(rows * n, dtype=torch.float64)
     for _ in range(8):
         J @ v
-    with counting() as per_product:
+    with counting(*COLLECTIVES) as per_product:
         for _ in range(10):
             J @ v
     parts: list[Any] = [None] * world
@@ -173,54 +169,16 @@ def solve(kind: str, n: int) -> dict[str, Any]:
         "products": products,
         "runs": runs,
         "kept": here.nbytes,
-        "f": per_run,
-        "product": {name: count / 10 for name, count in per_product.items()},
+        "f": len(per_run),
+        "product": len(per_product) / 10,
+        "agreeing": sum(name == "agree" for name, _ in per_product) / 10,
         "seconds": seconds,
     }
 
 
-class counting:  # noqa: N801 - reads like a function
-    """Count calls of torch.distributed meanwhile."""
-
-    def __enter__(self) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        self.given = {name: getattr(dist, name) for name in COLLECTIVES}
-
-        def counted(name: str, given: Any) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                counts[name] += 1
-                return given(*args, **kwargs)
-
-            return call
-
-        for name, given in self.given.items():
-            setattr(dist, name, counted(name, given))
-        return counts
-
-    def __exit__(self, *exc: object) -> None:
-        for name, given in self.given.items():
-            setattr(dist, name, given)
-
-
-def work(rank: int, world: int, folder: str, kinds: Sequence[str], n: int) -> None:
-    """Be one rank."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store{world}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    found = {kind: solve(kind, n) for kind in kinds}
-    if rank == 0:
-        torch.save(found, f"{folder}/found{world}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    # Without the interpreter's own end: gloo's threads were seen to abort the process there.
-    os._exit(0)
+def solve_all(kinds: Sequence[str], n: int) -> dict[str, Any]:
+    """Solve with each kind of exchange."""
+    return {kind: solve(kind, n) for kind in kinds}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -228,21 +186,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options(__doc__, "bratu_ranks", arguments)
     n, worlds = (12, (1, 2)) if wanted.quick else (32, (1, 2, 4))
     kinds = ("collective", "isend, irecv")
-    lines, found = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        for world in worlds:
-            torch.multiprocessing.spawn(work, (world, folder, kinds, n), world)
-            found[world] = torch.load(f"{folder}/found{world}.pt", weights_only=False)
+    lines = []
+    found = {k: ranks[0] for k, ranks in on_ranks(worlds, solve_all, kinds, n).items()}
     for kind in kinds:
         for world in worlds:
             one, this = found[1][kind], found[world][kind]
             off = float((this["u"] - found[1][kinds[0]]["u"]).abs().max())
             if off > 1e-10 or this["steps"] != one["steps"] or this["runs"] != this["steps"] + 1:
                 raise RuntimeError(f"{world} ranks, {kind}: not what one rank finds")
-            own = sum(this["f"].values())
-            told = this["product"].get("all_reduce", 0)
             row = [f"{kind}, ranks: {world}", this["steps"], this["runs"], this["products"]]
-            row += [own, f"{sum(this['product'].values()) - told:g} + {told:g}"]
+            told = this["agreeing"]
+            row += [this["f"], f"{this['product'] - told:g} + {told:g}"]
             row += [f"{this['kept']:,}", f"{off:.0e}", f"{this['seconds']:.2f}"]
             lines.append(row)
     header = ["halo exchange", "Newton steps", "runs of f", "J·v", "messages of f", "of J·v"]

@@ -9,19 +9,16 @@ matrix that one process writes out.
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from gallery import figure, options, save, table
+from on_ranks import on_ranks
 from torch import nn
 from torch.distributed.tensor import init_device_mesh
 from torch.distributed.tensor.parallel import (
@@ -146,37 +143,14 @@ def whole(width: int, rows: int) -> torch.Tensor:
     return torch.linalg.eigvalsh(J @ J.T).flip(0)[:WANTED]
 
 
-def work(rank: int, world: int, folder: str, width: int, rows: int, steps: int) -> None:
-    """Be one rank."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store{world}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    found = solve(width, rows, steps)
-    if rank == 0:
-        torch.save(found, f"{folder}/found{world}.pt")
-    dist.barrier()
-    # Without the interpreter's own end: gloo's threads were seen to abort the process there.
-    os._exit(0)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Find the eigenvalues on one, two and four ranks, print a table, draw them."""
     wanted = options(__doc__, "tensor_parallel", arguments)
     width, rows, steps = (8, 4, 14) if wanted.quick else (128, 8, 24)
     worlds = (2,) if wanted.quick else (1, 2, 4)
     exact = whole(width, rows)
-    lines, found = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        for world in worlds:
-            torch.multiprocessing.spawn(work, (world, folder, width, rows, steps), world)
-            found[world] = torch.load(f"{folder}/found{world}.pt", weights_only=False)
+    lines = []
+    found = {n: ranks[0] for n, ranks in on_ranks(worlds, solve, width, rows, steps).items()}
     for world, this in found.items():
         off = float(((this["eigenvalues"] - exact) / exact[0]).abs().max())
         if off > 1e-10 or this["runs"] != 1:
