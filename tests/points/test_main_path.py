@@ -642,7 +642,7 @@ def test_sparse_gradients_are_gradients() -> None:
 
 def test_a_deep_graph() -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
-        for _ in range(2000):
+        for _ in range(700):  # twice as many nodes as Python may nest calls
             x = x.sin() * 1.1 - 0.028
         return x
 
