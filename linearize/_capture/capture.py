@@ -241,17 +241,10 @@ def _refuse_transforms() -> None:
 
 
 class _Aliases:
-    """Detached aliases of f's arguments.
+    """Detached aliases of f's arguments: of `leaves`, which are differentiated, and of the others.
 
-    Arguments that are not differentiated are aliased too: the graph may keep them, and must not
-    keep the caller's own objects alive.
-
-    Attributes
-    ----------
-    leaves
-        Those that are differentiated.
-    others
-        What is no tensor, as it is.
+    The graph may keep these too, and must not keep the caller's own objects alive. What is no
+    tensor is among `others` as it is.
     """
 
     def __init__(self, copy: bool) -> None:

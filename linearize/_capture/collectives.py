@@ -33,15 +33,7 @@ Exchange: TypeAlias = Callable[[Tensors], Tensors]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
-    """A collective and its transpose.
-
-    Attributes
-    ----------
-    names
-        Of both.
-    forth, back
-        What a rank does in both, given contiguous tensors.
-    """
+    """A collective and its transpose: names, and what a rank does with contiguous tensors."""
 
     names: tuple[str, str]
     forth: Exchange

@@ -31,15 +31,6 @@ class MeshCollective(CollectiveNode):
     It is no node of a graph, and the same at all points. What f itself does on DTensors is its
     transpose.
 
-    Parameters
-    ----------
-    kind
-        The name of the functional collective.
-    args
-        What it was called with.
-    takes, gives
-        Shapes and dtypes.
-
     Attributes
     ----------
     factor

@@ -40,14 +40,8 @@ _TENSOR, _REF = torch.Tensor, weakref.ref
 class Tree:
     """A module with those inside it.
 
-    Parameters
-    ----------
-    root
-        The module.
-    is_own
-        Whether all code that reads attributes of a class's objects can be seen.
-    has_code
-        Whether some of it can.
+    `is_own` tells whether all code that reads attributes of a class's objects can be seen,
+    `has_code` whether some of it can.
 
     Attributes
     ----------

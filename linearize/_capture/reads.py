@@ -25,14 +25,9 @@ class Reads(TorchFunctionMode):
     """Notes every tensor that PyTorch's Python interface is given while f runs.
 
     Running statistics that are only read are handed on as copies: PyTorch moves them without
-    raising their version, and the graph would keep them.
-
-    Parameters
-    ----------
-    records
-        Of contexts, which are looked at as soon as their `apply` has returned.
-    thaw
-        Whether to hand on copies of inference tensors, which autograd does not accept.
+    raising their version, and the graph would keep them. The records of contexts are looked at as
+    soon as their `apply` has returned. To `thaw` is to hand on copies of inference tensors, which
+    autograd does not accept.
     """
 
     def __init__(self, records: ContextRecords, *, thaw: bool = False) -> None:

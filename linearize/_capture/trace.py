@@ -34,14 +34,9 @@ _KEY = "linearize.line"
 
 
 class Trace(TorchFunctionMode):
-    """Notes the line of f at each operation while f runs.
+    """Notes the line of f at each operation while f runs, called by the code `stop`.
 
-    Parameters
-    ----------
-    stop
-        The code of the function that calls f.
-    records
-        Where the lines of custom Functions are noted, whose calls this mode does not see.
+    Lines of custom Functions, whose calls this mode does not see, stand in the records.
     """
 
     def __init__(self, stop: CodeType, records: ContextRecords) -> None:

@@ -21,11 +21,6 @@ def gradient_and_value(f: Callable[..., Any]) -> Callable[..., tuple[Any, torch.
 
     It runs f once, under autograd, and its backward with a graph of its own: linearized, its
     Jacobian is the Hessian. Leaves without tangents have the gradient None.
-
-    Parameters
-    ----------
-    f
-        A function of one pytree that returns one real number as a tensor.
     """
 
     @derivative

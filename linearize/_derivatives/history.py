@@ -27,16 +27,8 @@ from .sight import Sight, seen
 class History:
     """Some results with the private graph that they have on some leaves.
 
-    Parameters
-    ----------
-    make
-        Returns the results; called when somebody differentiates them.
-    leaves
-        What they depend on in the private graph.
-    originals
-        The tensors outside that the leaves stand for.
-    sight
-        What was seen of the run of f.
+    They are made when somebody differentiates them. The originals are the tensors outside that the
+    leaves stand for.
     """
 
     def __init__(

@@ -106,18 +106,10 @@ class Sight:
         cotangents: Sequence[torch.Tensor],
         **options: Any,
     ) -> tuple[Any, ...]:
-        """Return gradients that can be differentiated again.
+        """Return gradients that can be differentiated again, as of `torch.autograd.grad`.
 
-        Parameters
-        ----------
-        outputs, inputs, cotangents, **options
-            As for `torch.autograd.grad`; the outputs require grad.
-
-        Raises
-        ------
-        UnsupportedError
-            If the backward of a custom Function depends on something in a way that its
-            derivative would not know.
+        Raises `UnsupportedError` if the backward of a custom Function depends on something in a
+        way that its derivative would not know.
         """
         roots = [gradient_edge(y).node for y in outputs]
         ends = [gradient_edge(x).node for x in inputs if x.requires_grad]

@@ -35,12 +35,8 @@ _LOCK = threading.Lock()
 class Options:
     """How programs are compiled.
 
-    Attributes
-    ----------
-    torch
-        Passed to `torch.compile`.
-    cudagraph
-        Whether stretches on CUDA are replayed from CUDA graphs.
+    `torch` is for `torch.compile`; `cudagraph` says whether stretches on CUDA are replayed from
+    CUDA graphs.
     """
 
     torch: Mapping[str, Any]
@@ -48,13 +44,7 @@ class Options:
 
     @staticmethod
     def of(given: Any) -> Options | None:
-        """Return what an option `compile=` means, None for no compilation.
-
-        Raises
-        ------
-        OptionError
-            If it is neither a bool nor a dict.
-        """
+        """Return what an option `compile=` means, None for no compilation."""
         if given is None or given is False:
             return None
         if given is True:

@@ -41,12 +41,7 @@ def at_once(program: Program, device: torch.device) -> int:
 class Stack(Portable):
     """A program for stacks of one length, for all points that run the program it is made of.
 
-    Attributes
-    ----------
-    executor
-        Runs it with a `Binding`.
-    compared
-        At how many points it was found to be right.
+    `compared` counts the points at which it was found to be right.
     """
 
     __slots__ = ("compared", "executor")
@@ -98,10 +93,7 @@ class Stack(Portable):
 class Stacks:
     """What is known of the stacks that one program was asked for, at any point.
 
-    Attributes
-    ----------
-    known
-        Programs by the lengths of stacks; None where there is none, or a wrong one.
+    Programs by the lengths of stacks; None where there is none, or a wrong one.
     """
 
     def __init__(self) -> None:

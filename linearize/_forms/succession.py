@@ -48,15 +48,7 @@ class Learned:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Left:
-    """What another point left, whose numbers cost much to compute.
-
-    Attributes
-    ----------
-    program
-        The simplified program.
-    cost
-        The price of its numbers.
-    """
+    """What another point left, whose numbers cost much to compute, and the price of these."""
 
     program: Program
     cost: float

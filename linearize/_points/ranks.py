@@ -81,28 +81,11 @@ class Ranks:
     def agree(
         self, what: str, failure: BaseException | None = None, *, closing: bool = False
     ) -> bool:
-        """Tell each other what is done next, and what failed.
+        """Tell each other what is done next, the same on all ranks, and what failed on this one.
 
-        Parameters
-        ----------
-        what
-            The same on all ranks.
-        failure
-            What happened on this one.
-        closing
-            Whether this rank wants another exchange at the end.
-
-        Returns
-        -------
-        bool
-            Whether a rank wants one.
-
-        Raises
-        ------
-        DistributedError
-            On every rank, if a rank has failed, or does something else.
-        BaseException
-            This rank's failure, if all ranks have failed.
+        Return whether a rank wants another exchange at the end (`closing`). If a rank has failed,
+        or does something else, that is a `DistributedError` on all; if all have failed, each
+        raises its own.
         """
         self._count += 1
         what = self._within + what
@@ -155,21 +138,9 @@ class Ranks:
     def gather(self, what: str, failure: BaseException | None) -> None:
         """Wait until f has run on all ranks, and see that it went alike.
 
-        By the store, as a rank may still be in one of f's collectives.
-
-        Parameters
-        ----------
-        what
-            The same on all ranks.
-        failure
-            What happened in f on this one.
-
-        Raises
-        ------
-        DistributedError
-            On every rank, if f has failed on a rank, or did something else there.
-        BaseException
-            This rank's failure, if f has failed on all ranks.
+        By the store, as a rank may still be in one of f's collectives. If f has failed on a rank,
+        or did something else there, that is a `DistributedError` on all; if it has failed on all,
+        each raises its own.
         """
         text = None if failure is None else f"{type(failure).__name__}: {failure}"
         known: dict[int, tuple[str, str | None]] = {dist.get_rank(): (what, text)}
@@ -409,24 +380,8 @@ def run_of_f(
 ) -> tuple[T, Ranks | None]:
     """Run f, and see that it ran on all ranks that it communicates with.
 
-    Parameters
-    ----------
-    records
-        What is seen of its collectives.
-    work
-        Runs it.
-    held
-        Whether the ranks are to be held against each other.
-
-    Returns
-    -------
-    result, ranks
-        Ranks is None if it does not communicate, or they are not.
-
-    Raises
-    ------
-    DistributedError
-        On every rank, if it fails on one, or runs other collectives on another.
+    Return its result, and the ranks if there are such and they are to be `held` against each
+    other. If it fails on one, or runs other collectives on another, that is an error on all.
     """
     failure: Exception | None = None
     result: T | None = None

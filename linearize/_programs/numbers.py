@@ -101,18 +101,10 @@ class Numbers:
         folded: bool = False,
         **kwargs: Any,
     ) -> Constant:
-        """Apply an operation to constants, now; the result knows how it came about.
+        """Apply an operation with one result, a tensor, to constants now.
 
-        What was computed in the same way before is taken as long as somebody keeps it.
-
-        Parameters
-        ----------
-        op
-            An operation with one result that is a tensor.
-        *args, **kwargs
-            May contain `Constant` leaves.
-        source, folded
-            As of the result.
+        The arguments may contain `Constant` leaves. The result knows how it came about; what was
+        computed in the same way before is taken as long as somebody keeps it.
         """
         used = [x for x in leaves((args, kwargs)) if isinstance(x, Constant)]
         label = joined(source, [x.source for x in used])

@@ -21,14 +21,8 @@ from .program import Equation, Operation, Program
 class Machine:
     """What things cost.
 
-    Attributes
-    ----------
-    launch, view
-        Nanoseconds for an operation on next to nothing, and for one that makes a view.
-    bandwidth
-        Bytes in a nanosecond.
-    arithmetic
-        Floating point operations in a nanosecond, in matrix products.
+    Nanoseconds for an operation on next to nothing (`launch`) and for one that makes a view; bytes
+    in a nanosecond; floating point operations in a nanosecond, in matrix products.
     """
 
     launch: float

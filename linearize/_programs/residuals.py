@@ -17,14 +17,8 @@ from ..errors import StalenessError
 class Residual:
     """A tensor kept from the forward run, or computed of such ones, with its version then.
 
-    Both directions share one `Residual` for one constant of theirs.
-
-    Attributes
-    ----------
-    tensor
-        The tensor; of a DTensor this rank's part.
-    counter
-        What counts the changes: the tensor, or the DTensor that it is a part of.
+    Both directions share one `Residual` for one constant of theirs. Of a DTensor it has this
+    rank's part; `counter` is what counts the changes, the tensor or that DTensor.
     """
 
     __slots__ = ("__weakref__", "_hollow", "counter", "size", "source", "tensor", "version")

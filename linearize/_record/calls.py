@@ -37,12 +37,7 @@ def called(
 def unpacked(label: str, do: Callable[[], T]) -> T:
     """Do something that unpacks what a built-in node has saved.
 
-    Raises
-    ------
-    StalenessError
-        If that was changed in place.
-    NotRecordedError
-        If PyTorch cannot do it.
+    A `StalenessError` if that was changed in place, a `NotRecordedError` if PyTorch cannot do it.
     """
     try:
         return do()

@@ -72,13 +72,9 @@ def tested_linear(
 ) -> list[bool] | None:
     """Test on random numbers whether an operation is linear in its variable arguments.
 
-    At several magnitudes: what clips, rounds or saturates is linear at one.
-
-    Returns
-    -------
-    list of bool, or None
-        For each output that is a tensor: True if it is linear, False if it does not depend on
-        the variables at all. None if one is neither.
+    At several magnitudes: what clips, rounds or saturates is linear at one. For each output that
+    is a tensor the result has True, or False if it does not depend on the variables at all; it is
+    None if one is neither.
     """
 
     def at(alpha: float, beta: float) -> list[torch.Tensor]:

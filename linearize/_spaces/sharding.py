@@ -33,12 +33,8 @@ from .specs import TensorSpec, describe, differing
 class Layout:
     """How one leaf lies on the ranks.
 
-    Attributes
-    ----------
-    whole
-        Mesh, placements and shape of a DTensor; None for a plain tensor.
-    groups
-        The groups all of whose ranks have the same numbers.
+    `whole` has mesh, placements and shape of a DTensor; all ranks of one of the `groups` have the
+    same numbers.
     """
 
     whole: Any

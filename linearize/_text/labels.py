@@ -18,17 +18,7 @@ import torch
 
 
 class Line(NamedTuple):
-    """A line of the user's code.
-
-    Attributes
-    ----------
-    file
-        The path of the file, as Python knows it.
-    number
-        Of the line, from 1.
-    function
-        The qualified name of the function that the line is in.
-    """
+    """A line of the user's code, in a file and in a function of some qualified name."""
 
     file: str
     number: int
@@ -44,14 +34,9 @@ class Line(NamedTuple):
 
 
 class Site(str):
-    """What something is kept or computed for, with the lines of f that it comes from.
+    """What something is kept or computed for: a text without lines, and the lines of f.
 
-    Attributes
-    ----------
-    name
-        The text without lines.
-    lines
-        Each once, in the order met.
+    Each stands there once, in the order met.
     """
 
     name: str

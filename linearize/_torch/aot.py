@@ -29,16 +29,8 @@ class UnreadableError(LinearizeError):
 class Reading:
     """The pullback of a compiled piece.
 
-    Attributes
-    ----------
-    name
-        Of the piece.
-    key
-        What the pullback depends on besides what the node saved.
-    constants
-        The tensors that are part of it.
-    operations
-        How many there are.
+    `key` is what it depends on besides what the node saved; `constants` are tensors that are part
+    of it, `operations` how many there are.
     """
 
     name: str

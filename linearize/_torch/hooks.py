@@ -25,14 +25,8 @@ _OF_NODE = getattr(getattr(torch.autograd.Function, "_register_hook", None), "__
 class HookWatcher:
     """Learns of the gradient hooks that this thread registers while it is active.
 
-    PyTorch does not tell which hooks a node has; but for each it makes a handle.
-
-    Attributes
-    ----------
-    nodes
-        The nodes whose gradients hooks of tensors are given.
-    some_on_nodes
-        Whether hooks were registered on nodes themselves.
+    PyTorch does not tell which hooks a node has; but for each it makes a handle. `nodes` are those
+    whose gradients hooks of tensors are given.
     """
 
     _lock = threading.Lock()

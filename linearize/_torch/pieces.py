@@ -47,19 +47,10 @@ class Piece:
 
 
 class CompiledCalls:
-    """What is to know of calls of compiled functions in one run of f.
+    """What is to know of calls of compiled functions in one run of f, and the pieces that ran.
 
-    Parameters
-    ----------
-    hidden
-        Modes that compiled functions must not see: they would be compiled into them.
-    noted
-        Is given what compiled code reads, and those running statistics among it that move.
-
-    Attributes
-    ----------
-    pieces
-        What ran, each once.
+    Modes that are `hidden` compiled functions must not see: they would be compiled into them.
+    `noted` is given what compiled code reads, and those running statistics among it that move.
     """
 
     def __init__(
