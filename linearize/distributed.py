@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
+from ._points.ranks import lost
 from ._spaces.between import alike
 from ._spaces.flat import Parts, check_flat, flat_spec, join, split, zeros
 from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
@@ -337,7 +338,7 @@ class _Whole:
         try:
             dist.all_gather(pieces, padded, group=self.group)
         except RuntimeError as error:
-            raise _lost(what, error) from error
+            raise lost(what, error) from error
         if any(bool(p[..., -1].any()) for p in pieces):
             _raise(failure, self.group, what)
         kept = [p[..., :n] for p, n in zip(pieces, self.sizes, strict=True)]
@@ -442,7 +443,7 @@ def _gathered(item: Any, group: Group, what: str) -> list[Any]:
     try:
         dist.all_gather_object(items, item, group=group)
     except RuntimeError as error:
-        raise _lost(what, error) from error
+        raise lost(what, error) from error
     return items
 
 
@@ -450,11 +451,4 @@ def _reduce(t: torch.Tensor, operation: Any, group: Group, what: str) -> None:
     try:
         dist.all_reduce(t, operation, group=group)
     except RuntimeError as error:
-        raise _lost(what, error) from error
-
-
-def _lost(what: str, error: BaseException) -> DistributedError:
-    return DistributedError(
-        f"{what}: a rank cannot be reached; it may have died, or raised an error elsewhere "
-        f"({error})"
-    )
+        raise lost(what, error) from error

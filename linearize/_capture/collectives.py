@@ -39,6 +39,10 @@ class Pair:
     forth: Exchange
     back: Exchange
 
+    def turned(self, factor: float = 1.0) -> Pair:
+        """Return the transpose, times a number."""
+        return Pair(self.names[::-1], _scaled(self.back, factor), _scaled(self.forth, factor))
+
 
 # -- what is done -----------------------------------------------------------------------------
 
@@ -131,30 +135,23 @@ def _pair_broadcast(ctx: Any, group: Any) -> Pair:
 
 
 def _pair_reduce(ctx: Any, group: Any, factor: float) -> Pair:
-    target = ctx.src  # PyTorch calls it so
+    return _pair_broadcast(ctx, group).turned(factor)  # PyTorch calls its target `src` too
+
+
+def _between_one_and_all(root: int, group: Any) -> Pair:
     return Pair(
-        ("reduce", "broadcast"),
-        _scaled(lambda ts: [_reduce(ts[0], target, group)], factor),
-        _scaled(lambda ts: [_broadcast(ts[0], target, group)], factor),
+        ("scatter", "gather"),
+        lambda ts: [_scatter(ts, root, group)],
+        lambda ts: _gather(ts[0], root, group),
     )
 
 
 def _pair_gather(ctx: Any, group: Any) -> Pair:
-    target = ctx.dst
-    return Pair(
-        ("gather", "scatter"),
-        lambda ts: _gather(ts[0], target, group),
-        lambda ts: [_scatter(ts, target, group)],
-    )
+    return _between_one_and_all(ctx.dst, group).turned()
 
 
 def _pair_scatter(ctx: Any, group: Any) -> Pair:
-    source = ctx.src
-    return Pair(
-        ("scatter", "gather"),
-        lambda ts: [_scatter(ts, source, group)],
-        lambda ts: _gather(ts[0], source, group),
-    )
+    return _between_one_and_all(ctx.src, group)
 
 
 def _pair_all_gather(ctx: Any, group: Any) -> Pair:
@@ -166,11 +163,7 @@ def _pair_all_gather(ctx: Any, group: Any) -> Pair:
 
 
 def _pair_reduce_scatter(ctx: Any, group: Any, factor: float) -> Pair:
-    return Pair(
-        ("reduce_scatter", "all_gather"),
-        _scaled(lambda ts: [_reduce_scatter(ts, group)], factor),
-        _scaled(lambda ts: _all_gather(ts[0], group), factor),
-    )
+    return _pair_all_gather(ctx, group).turned(factor)
 
 
 def _pair_gathered_tensor(ctx: Any, group: Any) -> Pair:
@@ -182,10 +175,8 @@ def _pair_gathered_tensor(ctx: Any, group: Any) -> Pair:
 
 
 def _pair_scattered_tensor(ctx: Any, group: Any) -> Pair:
-    turned = _pair_gathered_tensor(ctx, group)
     factor = _summed(ctx.reduce_op, "reduce_scatter", group)
-    names = turned.names[::-1]
-    return Pair(names, _scaled(turned.back, factor), _scaled(turned.forth, factor))
+    return _pair_gathered_tensor(ctx, group).turned(factor)
 
 
 def _pair_wait(ctx: Any, group: Any) -> Pair:
@@ -360,7 +351,7 @@ class CollectiveNode:
 
         With `more` there are as many elements at once, which stand in the last dimension.
         """
-        _calls.count = _calls_so_far() + 1
+        _calls.count = calls_so_far() + 1
         specs = self.outputs if back else self.inputs
         tensors = [
             _zeros(s, more) if t is None else t.contiguous()
@@ -382,13 +373,9 @@ OpaqueNode: TypeAlias = CustomNode | CollectiveNode
 _calls = threading.local()
 
 
-def _calls_so_far() -> int:
-    return int(getattr(_calls, "count", 0))
-
-
 def calls_so_far() -> int:
     """Return how many collectives this thread has begun in products."""
-    return _calls_so_far()
+    return int(getattr(_calls, "count", 0))
 
 
 def _spec(meta: Any) -> TensorSpec:

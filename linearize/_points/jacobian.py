@@ -12,8 +12,9 @@ from .._programs.program import Operation
 from .._programs.reach import is_diagonal
 from .._simplify.rowwise import rows_apart
 from .._spaces.flat import Parts, join, split, zeros
-from .._spaces.maps import ChunkSize, Direction, check_chunk_size
+from .._spaces.maps import Apply, ChunkSize, Direction, check_chunk_size
 from .._spaces.operators import LinearOperator, SelfAdjoint
+from .._spaces.space import Space
 from .._text.progress import progress
 from .closures import JvpFn, VjpFn
 from .product import Product
@@ -44,24 +45,11 @@ class Jacobian(LinearOperator):
         self._products = jvp_fn, vjp_fn
         self._written = _Written(jvp_fn, vjp_fn, "jacobian")
         ours, theirs = jvp_fn._arguments.unpacked(), jvp_fn._results
-
-        def forward(parts: Parts, *, stacked: bool) -> Parts:
-            matrix = self._written.short()
-            if matrix is None:
-                return run(jvp_fn, parts, stacked=stacked)
-            return split(theirs, join(ours, parts, stacked=stacked) @ matrix.mT)
-
-        def back(parts: Parts, *, stacked: bool) -> Parts:
-            matrix = self._written.short()
-            if matrix is None:
-                return run(vjp_fn, parts, stacked=stacked)
-            return split(ours, join(theirs, parts, stacked=stacked) @ matrix.conj())
-
         super().__init__(
             ours,
             theirs,
-            forward,
-            back,
+            self._written.times(jvp_fn, ours, theirs, lambda matrix: matrix.mT),
+            self._written.times(vjp_fn, theirs, ours, torch.conj),
             at_once=lambda adjoint: (vjp_fn if adjoint else jvp_fn).at_once(),
             diagonal=self._from_program,
             name="Jacobian",
@@ -172,16 +160,9 @@ class Gram(SelfAdjoint):
         self._of, self._product = of, product
         self._written = _Written(jvp_fn, vjp_fn, "gram")
         space = of.in_space
-
-        def apply(parts: Parts, *, stacked: bool) -> Parts:
-            matrix = self._written.short()
-            if matrix is None:
-                return run(product, parts, stacked=stacked)
-            return split(space, join(space, parts, stacked=stacked) @ matrix.mT)
-
         super().__init__(
             space,
-            apply,
+            self._written.times(product, space, space, lambda matrix: matrix.mT),
             at_once=lambda _: product.at_once(),
             diagonal=self._of_columns,
             name="Jacobian.gram()",
@@ -247,6 +228,23 @@ class _Written:
         if self._is_short is None:
             self._is_short = self._reads_no_more(matrix)
         return matrix if self._is_short else None
+
+    def times(
+        self,
+        product: Product,
+        ours: Space,
+        theirs: Space,
+        turned: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Apply:
+        """Return what applies a product, by the matrix where that reads no more."""
+
+        def apply(parts: Parts, *, stacked: bool) -> Parts:
+            matrix = self.short()
+            if matrix is None:
+                return run(product, parts, stacked=stacked)
+            return split(theirs, join(ours, parts, stacked=stacked) @ turned(matrix))
+
+        return apply
 
     def _reads_no_more(self, matrix: torch.Tensor) -> bool:
         _, vjp_fn = self._products

@@ -17,7 +17,7 @@ FACES = [m.name for m in pkgutil.iter_modules(linearize.__path__) if m.name[0] !
 def run(code: str) -> str:
     """Return what a fresh interpreter prints."""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )
     return done.stdout.strip()
 

@@ -84,7 +84,7 @@ def work(answers, module, scene, rank, world, *settings):
     os._exit(0)
 
 
-def together(world, path, scene, *, backend="gloo", seconds=120, timeout=30):
+def together(world, path, scene, *, backend="gloo", seconds=300, timeout=30):
     """Run a scene in as many processes; fail if one of them does, or does not end in time.
 
     One that ends its process itself, by `os._exit(0)`, does so on purpose.

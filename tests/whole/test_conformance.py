@@ -29,8 +29,9 @@ TASKS = [
 
 @pytest.fixture(scope="module")
 def results() -> dict[Task, dict[str, Any]]:
-    # In processes of their own: importing the database changes global settings of torch.
-    return dict(run(TASKS, jobs=2, seconds=60))
+    # In a process of its own: importing the database, which takes seconds, changes global
+    # settings of torch.
+    return dict(run(TASKS, jobs=1, seconds=300))
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.operator}-{task.dtype}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 #: Seconds that a process may take to import PyTorch's database.
-START = 120.0
+START = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
