@@ -13,7 +13,7 @@ import torch
 import linearize as lz
 from linearize.errors import ClosedError
 
-PATIENCE = 4.0  # seconds; nothing here takes more than a moment unless it hangs
+PATIENCE = 60.0  # seconds; nothing here takes more than a moment unless it hangs
 
 
 def together(n: int, call: Callable[[int], Any]) -> list[Any]:
