@@ -121,7 +121,7 @@ def measured(case: Case) -> dict[str, Any]:
     )
     draw = torch.Generator().manual_seed(dist.get_rank())
     v, u = (
-        space.unflatten([spec.random(draw) for spec in space.tensors])
+        space.element_of([spec.random(draw) for spec in space.tensors])
         for space in (here.in_space, here.out_space)
     )
     products = {"J·v": lambda p: p.jvp_fn(*v), "Jᵀ·u": lambda p: p.vjp_fn(u)}

@@ -130,7 +130,7 @@ class Curvature(SelfAdjoint):
             for batch in self._shown():
                 for t, g in zip(total, batch.point().gradient(), strict=True):
                     t.add_(g, alpha=batch.weight)
-            self._gradient = self.in_space.unflatten(total)
+            self._gradient = self.in_space.element_of(total)
         return self._gradient
 
     @property
@@ -432,7 +432,7 @@ def fisher(
 
 
 def _tensors(here: Linearization) -> Parts:
-    return [t for t in here.out_space.flatten(here.value) if t is not None]
+    return [t for t in here.out_space.tensors_of(here.value) if t is not None]
 
 
 def _over_batches(

@@ -231,7 +231,7 @@ def _flat(space: Space, a: Any) -> torch.Tensor:
     if isinstance(a, torch.Tensor) and tuple(a.shape) == (space.size,) and not space.layouts:
         check_flat(space, a, "dot")
         return a.detach()
-    given = zip(space.flatten(a), space.tensors, strict=True)
+    given = zip(space.tensors_of(a), space.tensors, strict=True)
     return join(space, [spec.zeros() if t is None else t.detach() for t, spec in given])
 
 

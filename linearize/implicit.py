@@ -128,7 +128,7 @@ def _attached(
     if torch.is_grad_enabled():
         _check_closure(captured, name)
     here = Linearization(captured)
-    value = [t for t in here.out_space.flatten(_differentiable(here.value)) if t is not None]
+    value = [t for t in here.out_space.tensors_of(_differentiable(here.value)) if t is not None]
     if here.out_space.size != space.size:
         raise SpaceError(
             f"{name}: f returns {here.out_space.size} numbers for the {space.size} of x"
@@ -140,7 +140,7 @@ def _attached(
             f"{name}: x is no solution, the largest component of f(x) is {largest:.3g} (tol "
             f"{limit:.3g}); solve more accurately, or give tol"
         )
-    parts = [t for t in space.flatten(start) if t is not None]
+    parts = [t for t in space.tensors_of(start) if t is not None]
     symmetric = name != "root"
     solving = Automatic() if solve is None else Solving(solve)
     if batch:
@@ -149,7 +149,7 @@ def _attached(
     system = _System(here, space, len(given), solving, symmetric=symmetric)
     results = _Solution.apply(system, *parts, *given)  # type: ignore[no-untyped-call]
     others = pytree.tree_leaves(start)
-    return space.unflatten(list(results), others)
+    return space.element_of(list(results), others)
 
 
 @eagerly

@@ -201,8 +201,8 @@ def matrix(
     here = point.here
     arguments = here.in_space.unpacked() if unpack else here.in_space
     count = len(arguments.tensors)
-    rows = [arguments.unflatten(blocks[i : i + count]) for i in range(0, len(blocks), count)]
-    return here.out_space.unflatten(rows)
+    rows = [arguments.element_of(blocks[i : i + count]) for i in range(0, len(blocks), count)]
+    return here.out_space.element_of(rows)
 
 
 def _complex(space: Space) -> bool:

@@ -264,14 +264,14 @@ class Point:
         here = self.here
         flat = [
             spec.or_zeros(t)
-            for t, spec in zip(here.in_space.flatten(tangents), here.in_space.tensors, strict=True)
+            for t, spec in zip(here.in_space.tensors_of(tangents), here.in_space.tensors, strict=True)
         ]
         results = self._product(here.jvp_fn, "pushforward", flat)
         others = [
             torch.zeros_like(t) if isinstance(t, torch.Tensor) else None
             for t in pytree.tree_leaves(here.value)
         ]
-        return here.out_space.unflatten(results, others)
+        return here.out_space.element_of(results, others)
 
     def vjp(self, cotangents: Any) -> Any:
         """Return Jᵀ·u, a tuple with one entry per primal."""
@@ -279,10 +279,10 @@ class Point:
         flat = [
             spec.or_zeros(t)
             for t, spec in zip(
-                here.out_space.flatten(cotangents), here.out_space.tensors, strict=True
+                here.out_space.tensors_of(cotangents), here.out_space.tensors, strict=True
             )
         ]
-        return here.in_space.unflatten(self._product(here.vjp_fn, "pullback", flat))
+        return here.in_space.element_of(self._product(here.vjp_fn, "pullback", flat))
 
     def _product(
         self, product: Product, name: str, flat: list[torch.Tensor]

@@ -49,8 +49,8 @@ class JvpFn(Product):
     def _called_with(self, tangents: tuple[Any, ...]) -> Any:
         if self._lifetime.closed:
             self._check_open()
-        flat = self._arguments.flatten(tangents)
-        return self._results.unflatten(self._apply(flat))
+        flat = self._arguments.tensors_of(tangents)
+        return self._results.element_of(self._apply(flat))
 
     @property
     def _takes_one_tensor(self) -> bool:
@@ -128,8 +128,8 @@ class VjpFn(Product):
                 "vjp_fn: expected 1 cotangent, structured like the value (for a tuple of outputs, "
                 f"one tuple), got {len(cotangent)}"
             )
-        flat = self._arguments.flatten(cotangent[0])
-        several: tuple[Any, ...] = self._results.unflatten(self._apply(flat))
+        flat = self._arguments.tensors_of(cotangent[0])
+        several: tuple[Any, ...] = self._results.element_of(self._apply(flat))
         return several
 
     def _at_once(

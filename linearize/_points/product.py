@@ -90,9 +90,9 @@ class Product(Planned):
     def _stacked(self, tree: Any, chunk_size: int | None) -> Any:
         """Apply the map to a tree of stacks."""
         self._check_open()
-        flat = self._arguments.flatten(tree, stacked=True)
+        flat = self._arguments.tensors_of(tree, stacked=True)
         stack_sizes(self._arguments, flat)
-        return self._results.unflatten(self._batched(flat, chunk_size))
+        return self._results.element_of(self._batched(flat, chunk_size))
 
     def _one(self, present: tuple[bool, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:
         """Return the map as a function of the tensors that are there."""

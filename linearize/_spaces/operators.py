@@ -222,9 +222,9 @@ class LinearOperator(LinearMap):
         StructureError, SpaceError
             If it does not fit; the message names the leaf.
         """
-        given = self._told(lambda: self.in_space.flatten(element))
+        given = self._told(lambda: self.in_space.tensors_of(element))
         parts = [spec.or_zeros(t) for t, spec in zip(given, self.in_space.tensors, strict=True)]
-        return self.out_space.unflatten(self._apply(parts, stacked=False))
+        return self.out_space.element_of(self._apply(parts, stacked=False))
 
     @overload
     def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
@@ -469,7 +469,7 @@ def from_diagonal(space: Space, entries: Any) -> LinearOperator:
         check_flat(space, entries, "from_diagonal")
         own = [t.clone() for t in split(space, entries)]
     else:
-        given = zip(space.flatten(entries), space.tensors, strict=True)
+        given = zip(space.tensors_of(entries), space.tensors, strict=True)
         own = [s.zeros() if t is None else t.clone() for t, s in given]
 
     def entries_in_a_row(chunk_size: ChunkSize) -> torch.Tensor:

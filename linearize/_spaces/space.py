@@ -141,7 +141,7 @@ class Space(VectorSpace):
         space.group, space.layouts = group, self.layouts
         return space
 
-    def flatten(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
+    def tensors_of(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
         """Return the tensors of `tree`, one per differentiable leaf, None for zero.
 
         With `stacked`, each tensor has one more dimension in front, of any length.
@@ -174,7 +174,7 @@ class Space(VectorSpace):
                 flat.append(given)
         return flat
 
-    def unflatten(self, tensors: Sequence[torch.Tensor | None], others: Any = None) -> Any:
+    def element_of(self, tensors: Sequence[torch.Tensor | None], others: Any = None) -> Any:
         """Return a pytree with `tensors` at the differentiable leaves.
 
         The other leaves are taken from the list `others`, or are None.
@@ -420,7 +420,7 @@ class Space(VectorSpace):
                 shape = tuple(layout.whole.tensor_meta.shape)
                 whole = TensorSpec(shape, leaf.dtype, leaf.device).random(alike)
                 parts.append(layout.whole_numbers(whole))
-        return self.unflatten(parts)
+        return self.element_of(parts)
 
     def ravel(self, element: Any) -> torch.Tensor:
         """Return the flat vector of an element, see `VectorSpace`; not of DTensors."""

@@ -27,15 +27,15 @@ class VectorSpace(abc.ABC):
         """Number of scalars in an element."""
 
     @abc.abstractmethod
-    def flatten(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
+    def tensors_of(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
         """Return the tensors of an element, one per differentiable leaf, None for zero."""
 
     @abc.abstractmethod
-    def unflatten(self, tensors: Sequence[torch.Tensor | None]) -> Any:
+    def element_of(self, tensors: Sequence[torch.Tensor | None]) -> Any:
         """Return a pytree with `tensors` at the differentiable leaves."""
 
     def _element(self, given: Any) -> Any:
-        """Return what stands for an element in the form that `flatten` takes."""
+        """Return what stands for an element in the form that `tensors_of` takes."""
         return given
 
     @property
@@ -119,7 +119,7 @@ class VectorSpace(abc.ABC):
                 f"unravel: expected {spec}, or one such row for each of several elements, got "
                 f"{TensorSpec.of(vector)} ({differing(vector, expected)})"
             )
-        return self.unflatten(self.split(vector))
+        return self.element_of(self.split(vector))
 
     def dot(self, a: Any, b: Any) -> torch.Tensor:
         """Return the inner product of two elements, aᴴ·b.
@@ -142,7 +142,7 @@ class VectorSpace(abc.ABC):
         parts = [
             torch.vdot(x.reshape(-1), y.reshape(-1)).to(self.tensors[0].device)
             for x, y in zip(
-                self.flatten(self._element(a)), self.flatten(self._element(b)), strict=True
+                self.tensors_of(self._element(a)), self.tensors_of(self._element(b)), strict=True
             )
             if x is not None and y is not None
         ]
@@ -171,7 +171,7 @@ class VectorSpace(abc.ABC):
         """
         norms = [
             torch.linalg.vector_norm(t).to(self.tensors[0].device)
-            for t in self.flatten(self._element(a))
+            for t in self.tensors_of(self._element(a))
             if t is not None
         ]
         if not norms:
@@ -182,7 +182,7 @@ class VectorSpace(abc.ABC):
 
     def zeros(self) -> Any:
         """Return the zero of the space, as a pytree of new tensors."""
-        return self.unflatten([leaf.zeros() for leaf in self.tensors])
+        return self.element_of([leaf.zeros() for leaf in self.tensors])
 
     def random(self, generator: torch.Generator | None = None) -> Any:
         """Return a pytree of normally distributed numbers.
@@ -199,7 +199,7 @@ class VectorSpace(abc.ABC):
             Structured like the space.
         """
         source = torch.default_generator if generator is None else generator
-        return self.unflatten([leaf.random(source) for leaf in self.tensors])
+        return self.element_of([leaf.random(source) for leaf in self.tensors])
 
     def join(self, parts: Sequence[torch.Tensor], *, stacked: bool = False) -> torch.Tensor:
         """Return the flat vector of one tensor per differentiable leaf; of K stacked ones, K rows.
@@ -238,10 +238,10 @@ class VectorSpace(abc.ABC):
         """Return the tensors of an element or of stacked ones, and whether they are stacked."""
         element = self._element(element)
         try:
-            return self.flatten(element), False
+            return self.tensors_of(element), False
         except SpaceError:
             try:
-                given = self.flatten(element, stacked=True)
+                given = self.tensors_of(element, stacked=True)
             except SpaceError:
                 pass
             else:

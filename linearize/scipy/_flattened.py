@@ -81,7 +81,7 @@ class Flattened:
         if self._shape is not None:  # optimizers wait for this
             return given.reshape(self._shape)
         parts = self._real.split(given)
-        return self._space.unflatten(as_complex(parts, self._space), self._others)
+        return self._space.element_of(as_complex(parts, self._space), self._others)
 
     def _of_parts(self, parts: list[torch.Tensor]) -> Array:
         """Return the flat vector of the start's differentiable tensors, or others like them."""

@@ -146,7 +146,7 @@ class VectorFunction(Flattened):
             Of shape (n,).
         """
         here = self.at(x)
-        value = here.out_space.flatten(_differentiable_part(here))
+        value = here.out_space.tensors_of(_differentiable_part(here))
         J = here.jacobian.as_real()
         parts = as_real([t for t in value if t is not None], here.out_space)
         return array(J.in_space.join(J._apply_adjoint(parts, stacked=False)))

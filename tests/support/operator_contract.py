@@ -23,7 +23,7 @@ def element(space, vector):
     for leaf in space.tensors:
         parts.append(vector[: leaf.numel].reshape(leaf.shape))
         vector = vector[leaf.numel :]
-    return space.unflatten(parts)
+    return space.element_of(parts)
 
 
 def real_matrix(matrix):
