@@ -264,7 +264,9 @@ class Point:
         here = self.here
         flat = [
             spec.or_zeros(t)
-            for t, spec in zip(here.in_space.tensors_of(tangents), here.in_space.tensors, strict=True)
+            for t, spec in zip(
+                here.in_space.tensors_of(tangents), here.in_space.tensors, strict=True
+            )
         ]
         results = self._product(here.jvp_fn, "pushforward", flat)
         others = [
