@@ -1,5 +1,6 @@
 """Set-up shared by all tests, those made of code blocks in pages and docstrings included."""
 
+import gc
 import os
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 from importlib.util import find_spec
@@ -40,6 +41,12 @@ def _apart() -> None:
     from linearize._reuse.shared import SHARED
 
     SHARED.clear()
+
+
+def pytest_collection_finish() -> None:
+    """Let collections of garbage look at what tests make, not at all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> list[str]:

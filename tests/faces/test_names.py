@@ -49,20 +49,16 @@ def test_every_module_says_first_what_it_is_for(face: str) -> None:
 
 def test_a_module_is_loaded_when_it_is_first_asked_for() -> None:
     asked = ", ".join(f"lz.{face}.__name__" for face in FACES)
-    code = f"import linearize as lz, sys; print(*({asked}), 'cupy' in sys.modules)"
-    assert run(code).split() == [*(f"linearize.{face}" for face in FACES), "False"]
-
-
-def test_the_package_loads_nothing_that_it_may_not_need() -> None:
     code = (
-        "import torch, sys; before = set(sys.modules); import linearize;"
-        "print(*(set(sys.modules) - before))"
+        "import torch, sys; before = set(sys.modules); import linearize as lz;"
+        f"print(*(set(sys.modules) - before)); print(*({asked}), 'cupy' in sys.modules)"
     )
-    loaded = run(code).split()
-    assert "linearize.operators" in loaded
-    for later in ("scipy", "functional", "func", "distributed", "curvature", "testing"):
-        assert f"linearize.{later}" not in loaded
-    assert not {"scipy", "networkx", "torch._dynamo"} & set(loaded)
+    at_once, later = (line.split() for line in run(code).splitlines())
+    assert "linearize.operators" in at_once
+    for name in ("scipy", "functional", "func", "distributed", "curvature", "testing"):
+        assert f"linearize.{name}" not in at_once
+    assert not {"scipy", "networkx", "torch._dynamo"} & set(at_once)
+    assert later == [*(f"linearize.{face}" for face in FACES), "False"]
 
 
 def test_a_name_that_is_none_is_an_attribute_error() -> None:
