@@ -17,7 +17,8 @@ with them has the lower price. Prices are those of `_programs.price`: nothing is
 
 A matrix multiplies zeros too: an infinity or a NaN in the argument, or one that comes about
 where the program chooses what else to take, would spread to all results. Where a result is not
-finite, the program runs that the matrix took the place of.
+finite, the program runs that the matrix took the place of. To look makes the host wait for an
+accelerator: there only a matrix without zeros takes over.
 
 Complex numbers count as pairs of real ones, because a derivative need not be linear over the
 complex numbers.
@@ -142,11 +143,11 @@ class Dense:
     def spreads(self) -> bool:
         """Whether a number that is not finite may reach a result that it should not reach.
 
-        To look at results makes the host wait for an accelerator. There a matrix without zeros
+        Then all results are looked at. Where that is out of the question, a matrix without zeros
         is trusted: each number of the argument does reach each result.
         """
         matrix = self.matrix
-        if not isinstance(matrix, torch.Tensor) or matrix.device.type == "cpu":
+        if not isinstance(matrix, torch.Tensor) or numbers_at_hand(matrix.device):
             return True
         return bool((matrix == 0).any())
 
@@ -271,7 +272,7 @@ def can_be_trusted(results: Sequence[torch.Tensor | None]) -> bool:
 
     Denied too if a sum overflows.
     """
-    if not can_be_looked_at([t for t in results if t is not None]):
+    if not can_be_looked_at():
         return False
     for t in results:
         if t is not None:
@@ -281,8 +282,11 @@ def can_be_trusted(results: Sequence[torch.Tensor | None]) -> bool:
     return True
 
 
-def can_be_looked_at(tensors: Sequence[torch.Tensor]) -> bool:
+def can_be_looked_at() -> bool:
     """Whether numbers can be told here and now."""
-    if functorch_active() or being_traced():
-        return False
-    return not (any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing())
+    return not (functorch_active() or being_traced())
+
+
+def numbers_at_hand(device: torch.device) -> bool:
+    """Whether the host need not wait for a device to tell a number."""
+    return device.type == "cpu"

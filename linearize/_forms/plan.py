@@ -26,7 +26,7 @@ from .._spaces.compare import all_close, close, rounding
 from .._torch.modes import functorch_active
 from ..errors import CompilationWarning
 from .compiled import Compiled, Options, compiled
-from .dense import can_be_looked_at, can_be_trusted, random_arguments
+from .dense import can_be_looked_at, can_be_trusted, numbers_at_hand, random_arguments
 from .segments import Segments
 from .stacks import Stack, at_once, stacks_of
 from .succession import Form, Succession, pays
@@ -107,7 +107,7 @@ class Plan:
         self, arguments: Sequence[torch.Tensor], executor: Executor, binding: Binding
     ) -> list[torch.Tensor | None]:
         """Run the map by its matrix, and without it where something is not finite."""
-        if can_be_looked_at(arguments):
+        if can_be_looked_at():
             results = self._proceed(arguments)
             if can_be_trusted(results):
                 return results
@@ -324,9 +324,11 @@ class Plan:
                 not can_be_trusted(results)
                 or all_close(smaller(arguments, binding), results, rounding)
             ):
-                self._succession.learned.matrix = True
                 if dense.spreads:
+                    if not numbers_at_hand(dense.spec.device):
+                        return results
                     self._exact = executor, old
+                self._succession.learned.matrix = True
                 self._take(smaller, after)
                 dense.taken()
         return results
