@@ -29,10 +29,11 @@ PUBLIC = linearize/*.py linearize/scipy/*.py linearize/sparse/*.py linearize/_ca
   linearize/_points/linearizer.py linearize/_points/memo.py linearize/_spaces/gmres.py \
   linearize/_spaces/joins.py linearize/_spaces/operators.py
 
-# Tests of one file share a process: code blocks of a page build on each other. Without
-# pytest-xdist (an environment of the user's own) they run one after the other.
+# Tests of one file share a process: code blocks of a page build on each other. Files come in the
+# order of conftest.py. Without pytest-xdist (an environment of the user's own) they run one after
+# the other.
 JOBS ?= auto
-WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n $(JOBS) --maxprocesses 4 --dist loadfile')
+WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder')
 
 IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 say = @printf '\n==> %s\n' '$(1)'

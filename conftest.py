@@ -56,8 +56,16 @@ def pytest_report_header() -> list[str]:
     return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}", *blocks]
 
 
+#: Where single files take long: on ranks, with compilers, in interpreters of their own.
+_LONG = ("tests/pages/", "tests/whole/", "tests/faces/", "tests/capture/")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu`` where there is no CUDA device."""
+    """Begin with what takes long; skip the tests marked ``gpu`` where there is no CUDA device.
+
+    At the end a long file would keep one process busy, with nothing left for the others.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

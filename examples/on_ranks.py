@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import warnings
@@ -17,11 +18,17 @@ __all__ = ["counting", "on_ranks"]
 
 
 def on_ranks(worlds: Iterable[int], job: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
-    """Return what a job finds on each rank, by the number of ranks that do it together."""
+    """Return what a job finds on each rank, by the number of ranks that do it together.
+
+    What the job needs is imported once: ranks are forked from a process that did nothing else.
+    """
+    multiprocessing.set_forkserver_preload([job.__module__])
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for world in worlds:
-            torch.multiprocessing.spawn(_work, (world, folder, job, arguments), world)
+            torch.multiprocessing.start_processes(
+                _work, (world, folder, job, arguments), world, start_method="forkserver"
+            )
             found[world] = torch.load(f"{folder}/found{world}.pt", weights_only=False)
     return found
 
