@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from .._programs.program import Operation
+from .._spaces.space import TensorSpec
 from .custom import CustomNode
 
 
@@ -71,3 +72,37 @@ class CustomJvp(_OfNode):
     def __call__(self, *tangents: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Call the user's `jvp`."""
         return self.node.jvp(tangents, self.wanted)
+
+
+#: A method as a function, and what it takes and returns.
+Direction: TypeAlias = tuple[
+    Callable[..., Sequence[torch.Tensor | None]], list[TensorSpec], list[TensorSpec]
+]
+
+
+def direction_of(node: CustomNode, method: str, chosen: Sequence[bool]) -> Direction:
+    """Return one of the two methods as a function that takes all of its arguments.
+
+    Parameters
+    ----------
+    node
+        Of the Function.
+    method
+        "backward" or "jvp".
+    chosen
+        Which results of `forward` have a gradient, or a tangent that is used.
+    """
+    inputs = list(node.inputs)
+    outputs = [s if s is not None else _NOTHING for s in node.outputs]
+
+    def backward(*grads: torch.Tensor) -> list[torch.Tensor | None]:
+        return node.backward([g if w else None for g, w in zip(grads, chosen, strict=True)])
+
+    def jvp(*tangents: torch.Tensor) -> list[torch.Tensor | None]:
+        return node.jvp(tangents, chosen)
+
+    return (backward, outputs, inputs) if method == "backward" else (jvp, inputs, outputs)
+
+
+#: Stands for an output that is not a tensor.
+_NOTHING = TensorSpec((), torch.float32, torch.device("cpu"))

@@ -59,11 +59,13 @@ class Graph:
         there are no DTensors.
     meshes
         The process groups of their meshes.
+    unseen
+        Nodes that do not show all that they do, with the reasons.
     """
 
     __slots__ = (
         *("_trace", "constants", "custom", "hidden", "keys", "kinds", "layouts", "leaves"),
-        *("meshes", "order", "places", "roots"),
+        *("meshes", "order", "places", "roots", "unseen"),
     )
 
     def __init__(
@@ -91,6 +93,7 @@ class Graph:
         if shared or records.meshes:
             self.order = _latest_first(self.order, self.leaves)
         self.keys: dict[Node, tuple[Any, ...]] = {}
+        self.unseen: dict[Node, str] = {}
         self.places = {node: i for i, node in enumerate(self.order)}
         self.roots = tuple(e if e is not None and e[0] in self.places else None for e in roots)
         #: Their classes, each once: most questions about nodes are answered by them.

@@ -5,22 +5,26 @@ static arguments, the classes of custom Functions, and which of the tensors that
 memory: a recording takes one tensor that two nodes saved for one. Where two graphs have equal
 signatures, their linear programs differ in nothing but the residuals' numbers. `node_key` is
 the part that belongs to one built-in node.
+
+Python numbers of f's are part of it. Those that do nothing but scale stand at the end, by
+themselves: graphs that differ only there have the same program but for these numbers.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.origins import Literal, Origin, Saved
+from .._programs.origins import Literal, Number, Origin, Saved
 from .._spaces.compare import exact
 from .._spaces.space import TensorSpec
 from .._torch.aot import Reading, named_by_piece, reading_of, saved_by_piece
 from .._torch.graphs import (
     Node,
+    PackedError,
     forward_class,
     input_metadata,
     is_custom,
@@ -34,6 +38,7 @@ from .._torch.sharded import is_sharded, lies, local_of, settings_of
 from ..errors import LinearizeError
 from .graph import Graph
 from .repeated import may_repeat, repeats
+from .scales import WITH_REST, Scaling, scales, scaling
 
 #: Nodes with state that cannot be read from Python and is not told by shapes and dtypes.
 _HIDDEN_STATE = frozenset(
@@ -58,12 +63,15 @@ class HiddenError(LinearizeError):
 def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any, ...] | None:
     """Return what the derivative of a graph depends on besides numbers.
 
-    None if that cannot be seen.
+    None if that cannot be seen. Nodes that do not show all that they do are in `graph.unseen`
+    afterwards: what these depend on is not part of it.
     """
     places, custom, keys = graph.places, graph.custom, graph.keys
     saved = _Seen()
+    numbers: list[Scale] = []
 
     def described(node: Node) -> Any:
+        key: tuple[Any, ...]
         edges = tuple([(places.get(n, -2) if n else -1, nr) for n, nr in node.next_functions])
         if node in custom:
             key = (custom[node].signature(), expected(node))
@@ -74,7 +82,17 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
             hash(settings)
             key = (settings, expected(node))
         else:
-            key = keys[node] = _node_key(node, saved)
+            try:
+                key = keys[node] = _node_key(node, saved)
+            except (HiddenError, PackedError) as error:  # whoever takes a program over calls it
+                if graph.layouts is not None or reading_of(node) is not None:
+                    raise
+                graph.unseen[node] = str(error)
+                wanted = tuple([target is not None for target, _ in node.next_functions])
+                key = type(node), wanted, expected(node), ()
+            if key[-1] and graph.layouts is None:
+                numbers.extend([(places[node], name, value) for name, value in key[-1]])
+                key = key[:-1]
         line = graph.line(node)  # programs name the lines that they come from
         return (key, edges) if line is None else (key, edges, line)
 
@@ -88,7 +106,8 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
         return None
     leaves = tuple(places.get(leaf) for leaf in graph.leaves)
     roots = tuple([None if e is None else (places.get(e[0], -2), e[1]) for e in graph.roots])
-    return nodes, roots, leaves, tuple(map(tuple, specs)), shared, graph.layouts, graph.meshes
+    around = nodes, roots, leaves, tuple(map(tuple, specs)), shared, graph.layouts, graph.meshes
+    return *around, tuple(numbers)
 
 
 def expected(node: Node) -> tuple[Any, ...]:
@@ -132,15 +151,17 @@ def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
 
 
 def _node_key(node: Node, seen: _Seen) -> tuple[Any, ...]:
-    """Return a node's key; add the tensors that it saved to those `seen`."""
+    """Return a node's key; add the tensors that it saved to those `seen`.
+
+    The numbers of the node that only scale come last, and stand nowhere else.
+    """
     reading = reading_of(node)
     if reading is not None:
-        return _piece_key(reading, node, seen)
-    tensors, static, partial, writes = _shown(type(node))
+        return *_piece_key(reading, node, seen), ()
+    tensors, static, partial, writes, may_scale = _shown(type(node))
     wanted = tuple([target is not None for target, _ in node.next_functions])
     if partial and not all(wanted):
-        raise HiddenError(node.name())
-    others = tuple([exact(getattr(node, name)) for name in static]) if static else ()
+        raise HiddenError("it does not show the sizes of constants")
     saved: list[torch.Tensor | None] = []
     for name, raw in tensors:
         value = unpacked(node, name, raw)
@@ -148,14 +169,24 @@ def _node_key(node: Node, seen: _Seen) -> tuple[Any, ...]:
             saved.extend(value)
         else:
             saved.append(value)
+    # Not before it is known that no hook has to unpack anything.
+    found = scales(may_scale, wanted, functools.partial(getattr, node)) if may_scale else ()
+    numbers = tuple([(name, exact(value)) for name, value in found])
+    apart = dict(numbers)
+    others = tuple(
+        [type(x) if n in apart else exact(x) for n in static for x in [getattr(node, n)]]
+    )
     lying: tuple[Any, ...] = ()
     if not _PLAIN.issuperset(map(type, saved)):
         lying = tuple([lies(t) if is_sharded(t) else None for t in saved])
         saved = [t if t is None else local_of(t) for t in saved]
-    if writes:  # not before it is known that no hook has to unpack anything
+    if writes:
         others += (repeats(node),)
     layouts = tuple([_layout(t) for t in saved])
-    return type(node), wanted, expected(node), others, layouts, seen.add(saved), lying
+    if apart and tensors:  # of those kinds that save one tensor under a name
+        names = zip(tensors, layouts, strict=True)
+        layouts = tuple([x[:-1] if name in apart else x for (name, _), x in names])
+    return type(node), wanted, expected(node), others, layouts, seen.add(saved), lying, numbers
 
 
 def _piece_key(reading: Reading, node: Any, seen: _Seen) -> tuple[Any, ...]:
@@ -171,6 +202,8 @@ def _piece_key(reading: Reading, node: Any, seen: _Seen) -> tuple[Any, ...]:
 
 #: What is no DTensor.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+#: A number that only scales: the place of the node, its attribute, and what is exact of it.
+Scale: TypeAlias = tuple[int, str, Any]
 #: Where `expected` stands in a node's key.
 _EXPECTED = 2
 
@@ -263,20 +296,23 @@ def _extent(t: torch.Tensor | None) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _shown(kind: type) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...], bool, bool]:
+def _shown(
+    kind: type,
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...], bool, bool, Scaling]:
     """Return what nodes of a class show: tensors, with their packed form, and other arguments.
 
-    Then, whether they hide the sizes of arguments through which no gradient goes, and whether they
-    may put several entries at one place.
+    Then, whether they hide the sizes of arguments through which no gradient goes, whether they
+    may put several entries at one place, and which numbers may only scale.
     """
     if not is_generated(kind) or kind.__name__ in _HIDDEN_STATE:
-        raise HiddenError(kind.__name__)
+        raise HiddenError("it does not show what it depends on")
     tensors, static = saved_names(kind)
     return (
         tuple([(name, f"_raw{name}") for name in tensors]),
         static,
         kind.__name__ in _KNOW_ALL_SIZES,
         may_repeat(kind),
+        scaling(kind),
     )
 
 
@@ -291,6 +327,7 @@ def _saved(node: Node, names: Sequence[str]) -> Iterator[tuple[str, int | None, 
 
 
 def _layout(t: torch.Tensor | None) -> Any:
+    """Return how a tensor lies in memory, and what number it stands for, if it does for one."""
     if t is None:
         return None
     shape = t.shape
@@ -318,6 +355,25 @@ def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
         ]
     except (HiddenError, RuntimeError):
         return []
+
+
+def scales_at(node: Node, place: int) -> list[tuple[Number, Any]]:
+    """Return the numbers of a built-in node that only scale, with the names of their places."""
+    known = scaling(type(node))
+    wanted = [target is not None for target, _ in node.next_functions]
+
+    def read(name: str) -> Any:
+        raw = f"_raw{name}"  # what a hook has packed may be unpacked once only
+        return unpacked(node, name, raw) if hasattr(type(node), raw) else getattr(node, name)
+
+    try:
+        found = scales(known, wanted, read) if known else ()
+    except RuntimeError:
+        return []
+    numbers = [(Number(place, name), value) for name, value in found]
+    if node.name() in WITH_REST:
+        numbers += [(Number(place, name, rest=True), 1 - value) for name, value in found]
+    return numbers
 
 
 def _saved_by_piece(reading: Reading, node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:

@@ -252,6 +252,11 @@ class Plan:
         exact = [] if self._exact is None else [self._exact]
         return [self._running[1:], *exact, *self._stacked.values()]
 
+    @property
+    def may_ask(self) -> bool:
+        """Whether it asks for a program that another point left, later on."""
+        return self._better is not None
+
     # -- better forms -------------------------------------------------------------------
 
     def _try(self, form: Form, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

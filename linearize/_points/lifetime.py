@@ -1,13 +1,32 @@
-"""Whether a point is open, and who runs it."""
+"""Whether a point is open, who runs it, and what is let go of."""
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from .._torch.modes import undisturbed
 from .ranks import Ranks
+
+#: Points one of whose products has died since somebody tidied up.
+DUE: deque[weakref.ref[Any]] = deque()
+
+
+def tidy() -> None:
+    """Let go of what points keep for products that have died, unless somebody would notice."""
+    for _ in range(len(DUE)):
+        if not undisturbed():
+            return
+        try:
+            due = DUE.popleft()
+        except IndexError:  # another thread was quicker
+            return
+        point = due()
+        if point is not None and not point.tidy():
+            DUE.append(due)
 
 
 class Lifetime:

@@ -23,10 +23,10 @@ from .._spaces.trees import flatten
 from .._torch.compiled import compiled
 from .._torch.modes import eagerly
 from ..errors import CopyError, MemoWarning, OptionError, StructureError
+from .lifetime import tidy
 from .linearization import Linearization
 from .memo import Memo, Repeats, Stats, content_key
 from .policy import Policy
-from .programs import tidy
 from .ranks import group_of_records, run_of_f
 
 __all__ = ["Linearizer"]
@@ -251,6 +251,7 @@ class Linearizer:
             reused=known.reused,
             dense=known.dense,
             compiled=known.compiled,
+            why=dict(known.why),
         )
 
     def clear(self) -> None:

@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import cachetools
@@ -54,6 +54,9 @@ class Stats:
         Matrices that took the place of programs.
     compiled
         Programs that were compiled; one serves all points of a structure.
+    why
+        Why points were recorded although others had been, and how many: the first operation that
+        differs, with the line of f if it is traced, or that does not show what it does.
     """
 
     hits: int = 0
@@ -65,9 +68,10 @@ class Stats:
     reused: int = 0
     dense: int = 0
     compiled: int = 0
+    why: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, name: str) -> int:
-        if name not in self.__dataclass_fields__:
+        if name not in self.__dataclass_fields__ or name == "why":
             raise KeyError(name)
         return int(getattr(self, name))
 

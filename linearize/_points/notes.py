@@ -25,7 +25,8 @@ def value(source: PointPrograms | None, origin: Origin) -> torch.Tensor | None:
     if source is None or not origin.portable:
         return None
     with source.lock, torch.inference_mode(False), torch.no_grad():
-        if source._graph is None:
+        if source._reader is None:
             return None
         schedule = Schedule([origin])
-        return schedule([source._saved(o).tensor for o in schedule.saved])[0]
+        read = [source._reader.value(o) for o in schedule.saved]
+        return None if any(x is None for x in read) else schedule(read)[0]

@@ -20,16 +20,17 @@ from .._programs.numbers import Pool
 from .._programs.origins import Origin
 from .._programs.program import Program
 from .._programs.residuals import Residual
+from .._record.witness import Unseen
 from .._reuse.template import Template
 from .._spaces.budget import ON_RANKS
 from .._spaces.space import Space
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
 from ..errors import ClosedError, CopyError
-from .lifetime import Lifetime
+from .lifetime import Lifetime, tidy
 from .notes import shared, value
 from .policy import Policy
-from .programs import PULLBACK, PUSHFORWARD, PointPrograms, tidy
+from .programs import PULLBACK, PUSHFORWARD, PointPrograms
 
 
 def _nothing() -> None:
@@ -159,7 +160,13 @@ class Planned:
                 self._check_open()
                 self._plans[present] = plan
                 self._lifetime.changed()
+                self._served(present, plan)  # last: whoever is interrupted asks once more
         return plan
+
+    def _served(self, present: tuple[bool, ...], plan: Plan) -> None:
+        """Let the point know that a plan needs no program of its own."""
+        if self._source is not None and all(present) and not plan.may_ask:
+            self._source.served(self._direction)
 
     def at_once(self) -> int:
         """Return how many arguments are best mapped in one pass."""
@@ -184,9 +191,6 @@ class Planned:
         left = source.better(self._direction, present) if simplify else None
         if template.simplified:
             left = None
-        if all(present) and left is None:
-            source.served(self._direction)
-
         direction = self._direction  # a reference to the product itself would make a cycle
 
         def better() -> tuple[Executor, Binding] | None:
@@ -211,7 +215,11 @@ class Planned:
         numbers, program = made.numbers(self._pool), made.program
         if not all(present):
             program = program.restricted(present)
-        program = resolve(program, numbers, **self._policy.opaque)
+        source, calls = self._source, list[Unseen]()
+        places = {} if source is None else source.places
+        program = resolve(program, numbers, **self._policy.opaque, places=places, unseen=calls)
+        if source is not None:
+            source.inlined(calls)
         template = self._offer(present, program, simplified=False)
         return self._made_plan(
             present,

@@ -6,17 +6,16 @@ before: then its numbers are bound into the known programs.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from .._capture.capture import Capture
-from .._capture.collectives import OpaqueNode
 from .._capture.graph import Graph
 from .._capture.matcher import Matcher
 from .._capture.signature import signature
@@ -28,42 +27,30 @@ from .._forms.plan import CompiledForms
 from .._forms.succession import Learned, Left
 from .._programs.guards import watched
 from .._programs.numbers import Numbers, Pool
-from .._programs.origins import Origin, Saved
 from .._programs.program import Program
-from .._programs.residuals import Residual
+from .._programs.scales import unmarked
 from .._record.pullback import record_pullback
+from .._record.witness import Unseen
+from .._reuse import reasons
+from .._reuse.families import Family
 from .._reuse.shared import Structures
-from .._reuse.structure import Structure
+from .._reuse.structure import RECORDED, Structure
 from .._reuse.takeover import Comparison, first_parting
-from .._reuse.template import Template
-from .._torch.graphs import Node, outside_backward
-from .._torch.modes import undisturbed, without_inference_mode
+from .._reuse.template import Template, portable
+from .._torch.graphs import outside_backward
 from .._transpose.copies import among_ranks
 from .._transpose.missing import lacks_methods
 from .._transpose.transpose import transpose
-from ..errors import ReuseError, StalenessError
+from ..errors import ReuseError
 from .by_engine import ByEngine
+from .lifetime import DUE, tidy
+from .reader import Reader
+from .watched import Watched
 
 #: The names of the two directions.
 PULLBACK, PUSHFORWARD = "pullback", "pushforward"
-
-
-#: Points one of whose products has died since somebody tidied up.
-_DUE: deque[weakref.ref[Any]] = deque()
-
-
-def tidy() -> None:
-    """Let go of what points keep for products that have died, unless somebody would notice."""
-    for _ in range(len(_DUE)):
-        if not undisturbed():
-            return
-        try:
-            due = _DUE.popleft()
-        except IndexError:  # another thread was quicker
-            return
-        point = due()
-        if point is not None and not point.tidy():
-            _DUE.append(due)
+#: What is held against the graph, and as what.
+_COMPARED = {d: d for d in (PULLBACK, PUSHFORWARD)} | {RECORDED: PULLBACK}
 
 
 class PointPrograms:
@@ -83,6 +70,8 @@ class PointPrograms:
     ----------
     proof
         That check, as long as it has not been made.
+    places
+        Where the custom Functions' nodes stand in the graph, by their ids.
     pool
         What is known of the point's numbers, for as long as programs are made of each other.
     """
@@ -109,17 +98,14 @@ class PointPrograms:
         self._dense: Dense | None = None
         self._comparison: Comparison | None = None
         self._structure: Structure | None = None
-        self._signature: tuple[object, ...] | None = None
+        self._signature: tuple[Any, ...] | None = None
         self._searched = False
-        self._counted = False
-        #: Where the custom Functions' nodes stand in the graph.
-        self._places: dict[int, int] = {}
-        self._read: dict[object, Residual] = {}
-        #: What the graph saved, if it was looked at already.
-        self._seen: Mapping[Any, torch.Tensor | None] = {}
-        self._known: dict[Origin, Residual] = {}
-        self._sequences: dict[tuple[int, str], Any] = {}
+        #: Whether it was counted as one that took programs over, or as recorded.
+        self._counted: bool | None = None
+        self.places: dict[int, int] = {}
+        self._reader: Reader | None = Reader(graph)
         self._bound: list[Binding] = []
+        self._watched = Watched()
         self._engine: ByEngine | None = ByEngine(graph, captured.leaves, captured.unhooked)
         #: Who may still ask for a program.
         self._waiting: dict[str, weakref.ref[Any]] = {}
@@ -134,7 +120,7 @@ class PointPrograms:
             if not sys.is_finalizing():
                 point = me()
                 if point is not None and not point.awaited():
-                    _DUE.append(me)
+                    DUE.append(me)
                     tidy()
 
         self._waiting[direction] = weakref.ref(user, died)
@@ -172,7 +158,8 @@ class PointPrograms:
         with self.lock:
             if self._pullback is None:
                 present = (True,) * len(self._specs[0])
-                self._pullback = self._recorded(PULLBACK, present) or self._record()
+                known = self._recorded(PULLBACK, present) or self._recorded(RECORDED, present)
+                self._pullback = known or self._record()
                 self._let_go_of_graph()
             return self._pullback
 
@@ -222,12 +209,22 @@ class PointPrograms:
         assert graph is not None
         self._search()
         numbers = Numbers(self.pool)
-        program = record_pullback(graph, *self._specs, numbers, remembered=True)
-        self._places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
+        unseen: list[Unseen] = []
+        program = record_pullback(graph, *self._specs, numbers, remembered=True, unseen=unseen)
+        self.places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
+        if self._structures.recorded and self._counted is None:
+            why = reasons.of_program(program) or self._watched.differs
+            latest = self._structures.latest()
+            before = None if latest is None else latest.signature
+            self._structures.note(why or reasons.of_signature(graph, self._signature, before))
         self._count(reused=False)
         if self._signature is not None and self._structure is None and not program.fixed:
-            self._structure = Structure(self._signature)
-            self._structures.add(self._structure, shared=graph.is_anybodys)
+            recorded = portable(program, self.places)
+            made = self._structure = Structure(self._signature, recorded, unseen)
+            if recorded is not None and self._signature[-1]:
+                made.common = Family(made, recorded).common
+            self._structures.add(made, shared=graph.is_anybodys)
+        program = unmarked(program)
         self._leave(PULLBACK, (True,) * len(self._specs[0]), program)
         return BoundProgram.of(program, numbers)
 
@@ -277,12 +274,35 @@ class PointPrograms:
             for template in templates if costly else sorted(templates, key=lambda t: t.cost):
                 if template.simplified and not simplified:
                     continue
-                binding = template.bind(self._saved, self._custom, self._known)
+                if not self._same((*self._structure.unseen, *template.unseen)):
+                    continue
+                assert self._reader is not None
+                binding = self._reader.bind(template)
                 if binding is not None and self._agrees(template, binding, direction, present):
                     self._count(reused=True)
                     self._bound.append(binding)
+                    self._watched.inlined(template.unseen)
                     return template, binding
             return None
+
+    def inlined(self, calls: Sequence[Unseen]) -> None:
+        """Take note of methods of custom Functions that were written down in a program."""
+        self._watched.inlined(calls)
+        if calls:
+            self._anew(self._watched.differs)
+        self._count(reused=True)
+
+    def _anew(self, why: str) -> None:
+        """Take note of why a point has to make a program that others had made."""
+        if why and self._counted:
+            self._structures.count_again(why)
+            self._counted = False
+
+    def _same(self, calls: Sequence[Unseen]) -> bool:
+        """Whether what does not show what it does, does here what was recorded elsewhere."""
+        assert self._graph is not None
+        assert self._reader is not None
+        return self._watched.agree(self._graph, calls, self._reader.read)
 
     def _agrees(
         self, template: Template, binding: Binding, direction: str, present: tuple[bool, ...]
@@ -297,14 +317,17 @@ class PointPrograms:
             If it does something else.
         """
         known = template.verified.is_set() and self._check != "always"
-        if known or self._check == "never" or direction not in (PULLBACK, PUSHFORWARD):
+        if known or self._check == "never" or direction not in _COMPARED:
             return True
         assert self._graph is not None
         if self._comparison is None:
             self._comparison = Comparison(self._graph, *self._specs)
-        compare = getattr(self._comparison, direction)
+        compare = getattr(self._comparison, _COMPARED[direction])
+        called = frozenset(c.place for c in template.unseen)
+        if any(c.method == "jvp" for c in template.unseen):
+            return True  # the graph has no backward to compare with
         with torch.no_grad():  # also where a backward pass with a graph asks for a product
-            same = compare(template.executor, binding, present)
+            same = compare(template.executor, binding, present, called)
         if same:
             template.verified.set()
         if same is False:
@@ -313,30 +336,31 @@ class PointPrograms:
 
     def _explain(self, template: Template, direction: str, present: tuple[bool, ...]) -> None:
         """Raise unless a program that does not do what the graph does only loses digits."""
+        known, reader = self._structure, self._reader
+        assert known is not None
+        assert reader is not None
         assert self._graph is not None
         assert self._comparison is not None
-        assert self._structure is not None
         numbers = Numbers()
         program = record_pullback(self._graph, *self._specs, numbers, remembered=True)
         fresh = BoundProgram.of(program, numbers)
-        right = fresh if direction == PULLBACK else self._among_ranks(fresh.made(transpose))
-        compare = getattr(self._comparison, direction)
+        turned = direction == PUSHFORWARD
+        right = self._among_ranks(fresh.made(transpose)) if turned else fresh
+        called = frozenset(c.place for c in template.unseen)
+        compare = functools.partial(getattr(self._comparison, _COMPARED[direction]), called=called)
         for nearer, given in ((fresh, self._comparison.pullback), (right, compare)):
-            whole = (True,) * len(nearer.inputs)
-            if not given(Executor(nearer.program), nearer.binding, whole):
+            if not given(Executor(nearer.program), nearer.binding, (True,) * len(nearer.inputs)):
                 return  # what is recorded here is no nearer to the graph: both are rounding
         where = ""
-        for other in self._structure.templates((direction, present)):
-            binding = None
-            if not other.simplified:
-                binding = other.bind(self._saved, self._custom, self._known)
+        for other in known.templates((direction, present)):
+            binding = None if other.simplified else reader.bind(other)
             if binding is None:
                 continue
             if other is not template and compare(other.executor, binding, present):
                 return  # the simplified program is less precise
             if all(present):
                 where = first_parting(right, bound(other.program, binding))
-        self._structures.drop(self._structure)
+        self._structures.drop(known)
         self._structure = None
         raise ReuseError(
             f"the {direction} recorded at another point of the same structure is not the one of "
@@ -367,8 +391,12 @@ class PointPrograms:
         """Let other points take over a program; return what they run if they can."""
         if self._structure is None:
             return None
-        template = Template.of(program, self._places, simplified=simplified)
+        turned = {PULLBACK: "jvp", PUSHFORWARD: "backward"}.get(direction)
+        unseen = self._watched.methods(turned)
+        template = Template.of(program, self.places, simplified=simplified, unseen=unseen)
         if template is None:
+            if all(present) and not simplified:
+                self._anew(reasons.of_program(program))
             return None
         return self._structure.offer((direction, present), template)
 
@@ -419,76 +447,36 @@ class PointPrograms:
         unhooked = self._engine is not None and self._engine.unhooked and not graph.layouts
         known = self._structures.recognised(graph, self._specs) if unhooked else None
         if known is not None:
-            self._structure, self._seen = known
+            assert self._reader is not None
+            self._structure, self._reader.seen = known
             self._signature = self._structure.signature
             return
         self._signature = outside_backward(lambda: signature(graph, self._specs))
         if self._signature is not None:
-            self._structure = self._structures.find(self._signature, shared=graph.is_anybodys)
+            self._structure = self._structures.find(
+                self._signature, lambda s: self._same(s.unseen), shared=graph.is_anybodys
+            )
             self._learn_to_match()
-            self._places = {
-                id(custom): graph.places[node] for node, custom in graph.custom.items()
-            }
+            self.places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
 
     def _learn_to_match(self) -> None:
         """Have graphs of the structure recognised sooner: there are several."""
         known, graph, engine = self._structure, self._graph, self._engine
-        if known is None or graph is None or graph.layouts:
-            return
+        if known is None or known.unseen or graph is None or graph.layouts:
+            return  # what does not show what it does has to be called
         if engine is not None and engine.unhooked:
             known.matcher = known.matcher or Matcher.of(graph, self._specs)
 
     def _count(self, *, reused: bool) -> None:
-        if not self._counted:
-            self._counted = True
+        if self._counted is None:
+            self._counted = reused
             self._structures.count(reused=reused)
-
-    def _saved(self, origin: Saved) -> Residual:
-        """Return what the graph saved, one residual for each."""
-        known = self._read.get(origin.place)
-        if known is None:
-            assert self._graph is not None
-            node = self._graph.order[origin.node]
-            t = self._seen.get(origin.place)
-            if t is None:
-                t = self._unpacked(node, origin)
-            with without_inference_mode():
-                known = Residual(t, self._graph.label(node)).settle()
-            self._read[origin.place] = known
-        return known
-
-    def _unpacked(self, node: Node, origin: Saved) -> torch.Tensor:
-        assert self._graph is not None
-        try:
-            value = self._attribute(node, origin)
-        except RuntimeError as error:
-            raise StalenessError(
-                f"{self._graph.label(node)}: a tensor that it needs was changed in place "
-                f"after the linearization: {error}"
-            ) from error
-        t: torch.Tensor = value if origin.position is None else value[origin.position]
-        return t
-
-    def _attribute(self, node: Any, origin: Saved) -> Any:
-        """Return an attribute of a node, a sequence once: to ask for it unpacks all of it."""
-        if origin.position is None:
-            return getattr(node, origin.name)
-        key = origin.node, origin.name
-        known = self._sequences.get(key)
-        if known is None:
-            known = self._sequences[key] = getattr(node, origin.name)
-        return known
-
-    def _custom(self, place: int) -> OpaqueNode:
-        assert self._graph is not None
-        return self._graph.custom[self._graph.order[place]]
 
     def _let_go_of_graph(self) -> None:
         """Let go of the graph, once everything is made of it."""
         self._graph = self._engine = None
-        self._leaves = []
-        self._read, self._known, self._seen, self._sequences = {}, {}, {}, {}
-        self._comparison = None
+        self._watched.let_go()
+        self._leaves, self._reader, self._comparison = [], None, None
         bindings, self._bound = self._bound, []
         ours = {id(r): r for b in bindings for r in (*b.residuals, *b.guards)}
         for b in bindings:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._spaces.nested import leaves
 from .._torch.names import OpOverload, aten
 from .values import Var
 
@@ -33,6 +34,8 @@ UNINITIALIZED = frozenset(
         aten.new_empty_strided.default,
     }
 )
+#: What sets entries to a constant where a mask says so.
+MASKS = frozenset({aten.where.self, aten.masked_fill.Tensor, aten.masked_fill_.Tensor})
 #: Operations that hand the numbers of a tensor to the host.
 READS_NUMBERS = frozenset(
     {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
@@ -168,7 +171,8 @@ class Schema:
 
     def targets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return what a call writes to."""
-        return [args[i] if 0 <= i < len(args) else kwargs[name] for i, name in self.writes]
+        named = [args[i] if 0 <= i < len(args) else kwargs[name] for i, name in self.writes]
+        return [t for t in leaves(named) if isinstance(t, torch.Tensor)]
 
     def without_out(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments of a call that are not written to."""
@@ -188,6 +192,11 @@ def schema_of(op: OpOverload) -> Schema:
     pointwise = torch.Tag.pointwise in op.tags
     by_entry = pointwise or name in _UNTAGGED_POINTWISE
     return Schema(name, writes, bool(op.is_view), pointwise, by_entry)
+
+
+def at_random(op: OpOverload) -> bool:
+    """Whether an operation draws at random."""
+    return torch.Tag.nondeterministic_seeded in op.tags
 
 
 def unrepeatable(op: OpOverload, args: Sequence[Any]) -> bool:

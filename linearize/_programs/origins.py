@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .._spaces.nested import leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 
@@ -44,7 +45,9 @@ class Origin:
         self.args = args
         self.kwargs = dict(kwargs or {})
         inputs = self.inputs()
-        self.static: bool = all(map(operator.attrgetter("static"), inputs))
+        self.static: bool = all(map(operator.attrgetter("static"), inputs)) and not has_marks(
+            (self.args, self.kwargs)
+        )
         self.portable: bool = all(map(operator.attrgetter("portable"), inputs))
 
     def inputs(self) -> list[Origin]:
@@ -105,6 +108,50 @@ class Saved(Origin):
     def place(self) -> Hashable:
         """What tells it from others of the same graph."""
         return self.node, self.name, self.position
+
+    def moved(self, node: int) -> Saved:
+        """Return what another node saved in its stead."""
+        return Saved(node, self.name, self.position, ready=self.ready)
+
+
+class Number(Saved):
+    """A Python number that a graph node saved.
+
+    Attributes
+    ----------
+    rest
+        Whether it is what is missing to one.
+    clean
+        Whether all that its node computed of it is known; set to False where it is not.
+    """
+
+    __slots__ = ("clean", "rest")
+
+    def __init__(self, node: int, name: str, *, rest: bool = False, clean: bool = True) -> None:
+        super().__init__(node, name)
+        self.rest, self.clean = rest, clean
+
+    def moved(self, node: int) -> Number:
+        """Return the same number of another node."""
+        return Number(node, self.name, rest=self.rest, clean=self.clean)
+
+    def read(self, node: Any) -> Any:
+        """Return the number, given the node."""
+        value = getattr(node, self.name)
+        value = value.item() if isinstance(value, torch.Tensor) else value
+        return 1 - value if self.rest else value
+
+
+class Marked:
+    """A number that knows where it comes from, and is used as any other."""
+
+    __slots__ = ()
+    origin: Number
+
+
+def has_marks(tree: Any) -> bool:
+    """Whether there are marked numbers among nested arguments."""
+    return any(isinstance(x, Marked) for x in leaves(tree))
 
 
 class Literal(Origin):

@@ -27,6 +27,15 @@ class ByTensor(Generic[T]):
     def __getitem__(self, t: torch.Tensor) -> T:
         return self._known[id(t)][1]
 
+    def get(self, t: torch.Tensor) -> T | None:
+        """Return what is known of a tensor; None if nothing is."""
+        ref, value = self._known.get(id(t), (None, None))
+        return value if ref is not None and ref() is t else None
+
+    def pop(self, t: torch.Tensor) -> T:
+        """Forget a tensor; return what was known of it."""
+        return self._known.pop(id(t))[1]
+
     def sharing(self, targets: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Return the tensors that lie on the storages of some."""
         storages = {t.untyped_storage().data_ptr() for t in targets}

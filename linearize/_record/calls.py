@@ -11,7 +11,7 @@ import torch
 from .._torch.graphs import Node
 from ..errors import LinearizeError, StalenessError, UnsupportedError
 from .node_formulas import mended
-from .stretch import NotRecordedError
+from .stretch import NotRecordedError, check_dense
 
 T = TypeVar("T")
 
@@ -63,6 +63,28 @@ def unpacked(label: str, do: Callable[[], T]) -> T:
         raise NotRecordedError(
             f"{label}: PyTorch cannot apply its derivative: {text.partition(chr(10))[0]}"
         ) from error
+
+
+def as_it_is(
+    node: Node, numbers: Sequence[torch.Tensor | None], error: NotRecordedError, *, helped: bool
+) -> str:
+    """Call a node that cannot be recorded; return why it cannot, if it can be called.
+
+    Raises
+    ------
+    SpreadError
+        If it returns something that is not dense.
+    NotRecordedError
+        If it cannot be called, or not be `helped`.
+    """
+    if not helped:
+        raise error
+    try:
+        result = mended(node)([None if t is None else t.clone() for t in numbers])
+    except RuntimeError:
+        raise error from error.__cause__
+    check_dense(node, result)
+    return str(error)
 
 
 def _what_changed(text: str) -> str:

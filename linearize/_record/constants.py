@@ -17,15 +17,19 @@ from .._programs.aten import (
     CONSTANT,
     READS_NUMBERS,
     UNINITIALIZED,
+    at_random,
     functional_variant,
     schema_of,
     unrepeatable,
 )
-from .._programs.origins import Literal, Origin, filled, results
+from .._programs.origins import Literal, Number, Origin, Zeros, filled, results
 from .._programs.program import Emitter
 from .._spaces.nested import leaves, map_leaves
+from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten, has_memory
 from .by_tensor import ByTensor
+from .scales import Scales
+from .witness import Witness
 
 
 class Constants:
@@ -41,15 +45,25 @@ class Constants:
         self._emitter = emitter
         self._saved: dict[Hashable, Origin | None] = {}
         self._lasting: dict[Hashable, Origin] = {}
+        #: The numbers of the node that only scale, with their marks.
+        self.scales = Scales()
+        #: What watches a call that does not show all that it does.
+        self.witness: Witness | None = None
         self._known: ByTensor[Origin | None] = ByTensor()
 
-    def at_node(self, saved: Iterable[tuple[torch.Tensor, Origin | None]]) -> None:
-        """Begin a graph node, with the tensors that it saved.
+    def at_node(
+        self,
+        saved: Iterable[tuple[torch.Tensor, Origin | None]],
+        numbers: Iterable[tuple[Number, Any]] = (),
+    ) -> None:
+        """Begin a graph node, with the tensors that it saved and the numbers that only scale.
 
         Nothing constant passes from node to node: what was known of others is forgotten, so
         that a tensor that two nodes saved is told apart.
         """
         self._known = ByTensor()
+        self.scales = Scales(numbers)
+        self.witness = None
         self._saved = dict(self._lasting)
         for t, origin in saved:
             self._saved.setdefault(_place(t), origin)
@@ -64,36 +78,75 @@ class Constants:
         """Note that numbers decided something about the recording."""
         self._emitter.fixed = self._emitter.fixed or what
 
-    def decided_by(self, t: torch.Tensor) -> None:
-        """Note that the numbers of `t` decided something about the recording."""
-        if not self.static(t):
-            self.decided(f"the numbers in a tensor of {self._emitter.source}")
+    def decided_by(
+        self, t: torch.Tensor, before: torch.Tensor | None = None, *, some: bool = False
+    ) -> None:
+        """Note that the numbers of `t` decided something about the recording.
+
+        Parameters
+        ----------
+        t
+            A constant.
+        before
+            What it held before it was overwritten, if that is what decided.
+        some
+            Whether nothing mattered but that there are some which are not zero.
+        """
+        if self.static(t) or (
+            self.witness is not None and self.witness.relies(t, before, some=some)
+        ):
+            return
+        self.decided(f"the numbers in a tensor of {self._emitter.source}")
 
     def static(self, t: torch.Tensor) -> bool:
         """Whether a constant is the same at every point."""
         origin = self.origin(t)
         return origin is not None and origin.static
 
+    def masking(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note which constants are zeros that stand where a mask leaves out a variable.
+
+        The transpose relies on that. Other zeros are numbers like any other.
+        """
+        if self.witness is not None:
+            for t in tensors:
+                if (
+                    t.dtype != torch.bool
+                    and not bool(t.any())
+                    and self.witness.relies(t, some=True)
+                ):
+                    self._known[t] = Zeros(TensorSpec.of(t))
+
     def origin(self, t: torch.Tensor) -> Origin | None:
         """Return how a constant came about, None if that is not known."""
+        known = self._known.get(t)
+        if self.witness is not None and not (known is not None and known.static):
+            return self.witness.origin(t)
         if t in self._known:
-            return self._known[t]
+            return known
         place = _place(t)
         if place not in self._saved and t.dim() == 0 and t.device.type == "cpu":
             # A number of the node's, which PyTorch wraps without telling.
+            self.scales.spoil()
             return Literal(t.detach().clone())
         return self._saved.get(place)
 
     def seen(self, func: OpOverload, args: Any, kwargs: Any) -> Callable[[Any], None]:
         """Look at an operation before it runs; call the result with what it returns."""
         schema = schema_of(func)
-        if func in READS_NUMBERS or unrepeatable(func, args):
+        if self.witness is None:
+            decided = func in READS_NUMBERS or unrepeatable(func, args)
+        else:  # what was read is seen; chance has no part in a method that does the same each time
+            decided = self.witness.of_method and at_random(func)
+        if decided:
             self.decided(f"{schema.name} in {self._emitter.source}")
         if schema.writes:
             origin = self._written(func, args, kwargs)
         elif func in CONSTANT:
             return lambda out: self._define(out, _filled_like(schema.name, args, out))
         elif func in UNINITIALIZED:
+            if self.witness is not None:  # it may be filled out of sight
+                return lambda out: self._define(out, None)
             return lambda out: self._define(out, filled(out.shape, 0, out))
         else:
             origin = self._computed(func, args, kwargs)
@@ -116,6 +169,8 @@ class Constants:
         schema, target = schema_of(func), args[0] if args else None
         if schema.name == "zero_" and isinstance(target, torch.Tensor):
             return filled(target.shape, 0, target)
+        if schema.name == "copy_":  # whatever was there before
+            return self.origin(args[1])
         variant = functional_variant(func)
         if variant is None or len(schema.writes) != 1:
             return None

@@ -10,9 +10,10 @@ from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Program
 from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
-from .._torch.modes import subclasses_ignored
+from .._torch.modes import NOTHING, subclasses_ignored
 from .recorder import Recorder
 from .recording import OpaqueError, Recording
+from .witness import Witness
 
 
 def record_function(
@@ -25,10 +26,11 @@ def record_function(
     name: str = "map",
     source: str = "",
     given: Iterable[Constant] = (),
+    witness: Witness | None = None,
 ) -> tuple[Program, list[torch.Tensor], list[torch.Tensor | None]]:
     """Record a linear function written in PyTorch operations by calling it once.
 
-    The tensors that the program reads come into `numbers`.
+    The tensors that the program reads come into `numbers`. A `witness` watches the call.
 
     Returns
     -------
@@ -49,7 +51,12 @@ def record_function(
     arguments = [spec.random(generator) for spec in in_specs]
     for t, v in zip(arguments, inputs, strict=True):
         recording.define(t, v)
-    with torch.inference_mode(False), torch.no_grad(), subclasses_ignored(), Recorder(recording):
+    if witness is not None:
+        witness.begin(arguments)
+        recording.constants.witness = witness
+    watching = NOTHING if witness is None else witness
+    modes = torch.inference_mode(False), torch.no_grad(), subclasses_ignored()
+    with modes[0], modes[1], modes[2], Recorder(recording), watching:
         results = list(fn(*arguments))
     recording.finish()
     outputs: list[Var | None] = []
@@ -59,7 +66,7 @@ def record_function(
             continue
         specs.append(spec)
         var = None if got is None else recording.variable(got)
-        if got is not None and var is None and bool(got.any()):
+        if got is not None and var is None and not recording.vanishes(got):
             raise OpaqueError("returns something that does not descend from its argument")
         outputs.append(var)
     program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)

@@ -18,6 +18,7 @@ from .._programs.aten import schema_of
 from .._programs.numbers import Numbers
 from .._programs.program import Equation, Operation
 from .._programs.values import Var
+from .._spaces.nested import leaves
 from .._torch.aot import reading_of
 from .._torch.graphs import Node, leaf_variable, recomputed_apart, signed
 from .._torch.names import OpOverload, aten
@@ -275,20 +276,29 @@ def _written(node: Any, grads: Gradients) -> Gradients:
     return [gradients[0], given * (_LAST[node.name()](node, blank, order) == order)]
 
 
-def refuse_repeated(node: Node, equations: Sequence[Equation], numbers: Numbers) -> None:
+def refuse_repeated(
+    node: Node,
+    equations: Sequence[Equation],
+    numbers: Numbers,
+    relies: Callable[[torch.Tensor], None],
+) -> None:
     """Raise if a node of which no more is seen puts several entries at one place.
 
     What it does tells: it sets the gradient of what was there before to zero, and reads that of
-    the entries.
+    the entries. `relies` is told of the indices that do not: at another point they may.
     """
     called = [(schema_of(eq.op).name, eq) for eq in equations if isinstance(eq.op, OpOverload)]
     names = {name for name, _ in called}
-    if any(
-        _READS.get(name) in names
-        and isinstance(eq.args[0], Var)
-        and read_repeatedly(name, numbers.filled(eq.args[1:]), eq.args[0].spec.shape)
+    reads = [
+        (name, numbers.filled(eq.args[1:]), eq.args[0].spec.shape)
         for name, eq in called
-    ):
+        if _READS.get(name) in names and isinstance(eq.args[0], Var)
+    ]
+    for _, indices, _ in reads:
+        for t in leaves(indices):
+            if isinstance(t, torch.Tensor) and t.dtype != torch.bool:
+                relies(t)
+    if any(read_repeatedly(*read) for read in reads):
         raise UnsupportedError(
             f"{node.name()}: entries are written into a part of a tensor with repeated indices, "
             "and the gradient would count those that others overwrite; write into the whole "

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import cachetools
 import torch
 
 from .._execute.schedule import Portable
-from .._programs.origins import Origin, Saved
+from .._programs.origins import Marked, Number, Origin, Saved, has_marks
 from .._programs.program import Emitter, Equation, Operation, Program
+from .._programs.scales import marked
 from .._programs.values import Constant, Var
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
@@ -72,11 +73,12 @@ class NodeProgram(Portable):
         How these lie in memory.
     """
 
-    __slots__ = ("_layouts",)
+    __slots__ = ("_layouts", "_marked")
 
     def __init__(self, program: Program, layouts: Sequence[Layout | None]) -> None:
         super().__init__(program)
         self._layouts = tuple(layouts)
+        self._marked = any(has_marks((eq.args, eq.kwargs)) for eq in program.equations)
 
     @staticmethod
     def of(
@@ -123,6 +125,7 @@ class NodeProgram(Portable):
         read: Callable[[Saved], torch.Tensor],
         move: Callable[[Saved], Origin],
         adopt: Callable[[torch.Tensor, Origin], Constant],
+        place: int = -1,
     ) -> list[Gradient | None]:
         """Write down the equations for another node of the kind; return its gradients.
 
@@ -136,6 +139,8 @@ class NodeProgram(Portable):
             Give what it saved, and what tells it from the rest.
         adopt
             Makes a constant.
+        place
+            Where the node stands, for numbers that only scale.
         """
         computed = self.computed(read)
         moved: dict[Origin, Origin] = {}
@@ -144,7 +149,10 @@ class NodeProgram(Portable):
             o = c.origin
             t = read(o) if isinstance(o, Saved) else computed[o]
             constants[c] = adopt(t, _moved(o, move, moved))
+        mark = len(emitter.equations)
         results = emitter.inline(self.program, inputs, constants)
+        if self._marked:
+            emitter.equations[mark:] = [_placed(eq, place) for eq in emitter.equations[mark:]]
         return [
             None if v is None or layout is None else Gradient(v, layout)
             for v, layout in zip(results, self._layouts, strict=True)
@@ -172,11 +180,23 @@ def _moved(origin: Origin, move: Callable[[Saved], Origin], known: dict[Origin, 
         else:
 
             def leaf(x: Any) -> Any:
+                if isinstance(x, Marked):
+                    return marked(x, cast("Number", move(x.origin)))
                 return _moved(x, move, known) if isinstance(x, Origin) else x
 
             args, kwargs = map_leaves(leaf, origin.args), map_leaves(leaf, origin.kwargs)
             known[origin] = Origin(origin.op, args, kwargs)
     return known[origin]
+
+
+def _placed(eq: Equation, place: int) -> Equation:
+    """Return an equation with the numbers of another node of the kind."""
+
+    def leaf(x: Any) -> Any:
+        return marked(x, x.origin.moved(place)) if isinstance(x, Marked) else x
+
+    args, kwargs = map_leaves(leaf, eq.args), map_leaves(leaf, eq.kwargs)
+    return Equation(eq.op, args, kwargs, eq.outputs, eq.source)
 
 
 class NodePrograms:
@@ -224,3 +244,11 @@ def placeholder_like(layout: Layout, spec: TensorSpec, numbers: torch.Tensor) ->
     if conjugate:
         numbers = aten._conj.default(numbers)
     return aten._neg_view.default(numbers) if negative else numbers
+
+
+def copied(layout: Layout, spec: TensorSpec, t: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a gradient that lies in memory like it."""
+    _, conjugate, negative = layout
+    numbers = t.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+    numbers = numbers.conj().resolve_conj() if conjugate else numbers
+    return placeholder_like(layout, spec, -numbers if negative else numbers)

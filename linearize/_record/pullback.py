@@ -24,6 +24,7 @@ from ..errors import LinearizeError, NotLinearError, UnsupportedError
 from .node_programs import Gradient
 from .stretch import Cut, NotRecordedError, SpreadError
 from .walk import Walk
+from .witness import Unseen
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ def record_pullback(
     name: str = "pullback",
     remembered: bool = False,
     given: Iterable[Constant] = (),
+    unseen: list[Unseen] | None = None,
 ) -> Program:
     """Record the linear program from cotangents of a graph's roots to those of its leaves.
 
@@ -60,6 +62,8 @@ def record_pullback(
         taken over by other graphs, and to use what is known of single nodes.
     given
         Constants that the graph was made from, with numbers.
+    unseen
+        Receives the calls of what does not show all that it does.
 
     Raises
     ------
@@ -82,7 +86,7 @@ def record_pullback(
             try:
                 return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
             except UnsupportedError:
-                if not walk.invented:
+                if not (lazy and walk.invented):
                     raise
             # A formula may refuse gradients that cannot come about: singular vectors have
             # phases that nothing may depend on.
@@ -92,6 +96,8 @@ def record_pullback(
     helped = remembered and not graph.communicates
     walk, arrived = _with_help(graph, lambda cut: attempt(remembered, cut), helped)
     emitter = walk.emitter
+    if unseen is not None:
+        unseen += walk.unseen
     outputs = [None if g is None else g.var for g in arrived]
     program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
     if walk.recording.frozen and not program.is_opaque():

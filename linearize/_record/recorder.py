@@ -15,6 +15,7 @@ import torch
 from .._capture.mesh_collectives import MeshCollective, OnMesh
 from .._programs.aten import (
     CONSTANT,
+    MASKS,
     READS_NUMBERS,
     STRIDED,
     UNINITIALIZED,
@@ -104,6 +105,8 @@ class Recorder(DispatchMode):
 
     def _see(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         schema = schema_of(func)
+        if self.recording.constants.scales:
+            args, kwargs = self.recording.constants.scales.marked(func, (args, kwargs))
         if self.recording.mixed:
             if schema.is_view and id(args[0]) in self.recording.mixed:
                 return self.writes.view_of_mixed(func, args, kwargs)
@@ -126,6 +129,11 @@ class Recorder(DispatchMode):
             return out
         if func in READS_NUMBERS:
             raise OpaqueError(f"reads the numbers in its argument ({schema.name})")
+        if func in MASKS:
+            others = [
+                x for x in args if isinstance(x, torch.Tensor) and not self.recording.derived(x)
+            ]
+            self.recording.constants.masking(others)
         out = None
         try:
             if schema.writes:

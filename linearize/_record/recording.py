@@ -53,7 +53,7 @@ class Recording:
         self.emitter = emitter
         self._known: ByTensor[_Known] = ByTensor()
         #: The constants that are read, by their tensors, which they keep alive.
-        self._read: dict[int, tuple[torch.Tensor, Constant]] = {}
+        self._read: dict[Any, tuple[torch.Tensor, Constant]] = {}
         #: Tensors that are linear in the cotangents in some places and constant in others.
         self.mixed: dict[int, weakref.ref[torch.Tensor]] = {}
         #: How the constants that are met come about.
@@ -96,20 +96,27 @@ class Recording:
         origin
             How it comes about, if that is told.
         """
-        known = self._read.get(id(t))
+        key = id(t), self.constants.witness  # what was met in a call belongs to it
+        known = self._read.get(key)
         if known is None:
             origin = origin or self.constants.origin(t)
             known = t, self.emitter.numbers.constant(t, self.emitter.source, origin)
             whole = self.sharded.get(t.untyped_storage().data_ptr()) if self.sharded else None
             if whole is not None:
                 self.emitter.numbers.residual(known[1]).part_of(whole)
-            self._read[id(t)] = known
+            self._read[key] = known
         return known[1]
 
-    def some(self, t: torch.Tensor) -> bool:
-        """Whether a constant has an entry that is not zero."""
-        self.constants.decided_by(t)
+    def some(self, t: torch.Tensor, *, still: bool = False) -> bool:
+        """Whether a constant has an entry that is not zero; `still`, if it is to be written to."""
+        self.constants.decided_by(t, t if still else None, some=True)
         return bool(t.any())
+
+    def vanishes(self, t: torch.Tensor) -> bool:
+        """Whether a result is zero that does not descend from a variable."""
+        if self.constants.witness is not None:  # it runs code of users'
+            self.constants.decided_by(t, some=True)
+        return not bool(t.any())
 
     def finish(self) -> None:
         """Detach the constants from the graph: call this outside, when nothing more follows."""
@@ -119,19 +126,20 @@ class Recording:
 
     def judge(self, func: OpOverload, holds: list[bool], keyword: bool, given: Any) -> None:
         """Note whether a test of linearity says something about other points too."""
+        constants = [
+            x for x in leaves(given) if isinstance(x, torch.Tensor) and self.variable(x) is None
+        ]
 
         def static() -> bool:
-            others = (
-                x
-                for x in leaves(given)
-                if isinstance(x, torch.Tensor)
-                and self.variable(x) is None
-                and (x.is_floating_point() or x.is_complex())
-            )
+            others = (x for x in constants if x.is_floating_point() or x.is_complex())
             return all(self.constants.static(x) for x in others)
 
-        if keyword or not linear_by_meaning(func, holds, static):
+        if not keyword and linear_by_meaning(func, holds, static):
+            return
+        if self.constants.witness is None:
             self.constants.decided(f"linearity of {schema_of(func).name}")
+        for x in constants:  # the same test says the same of the same numbers
+            self.constants.decided_by(x)
 
     def spare_constants(self, targets: Sequence[torch.Tensor]) -> None:
         """Give constants copies of their own before their memory is overwritten."""

@@ -18,29 +18,35 @@ from cachetools.keys import hashkey
 from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
-from .._capture.signature import HiddenError, arguments, node_key, saved_by
-from .._execute.binding import BoundProgram
-from .._execute.executor import runner
-from .._programs.origins import Origin, Saved
-from .._programs.program import Emitter, Equation, Operation, Program
+from .._capture.signature import HiddenError, arguments, node_key, saved_by, scales_at
+from .._programs.origins import Number, Origin, Saved
+from .._programs.program import Emitter, Equation, Operation
 from .._programs.values import Constant, Var
-from .._spaces.compare import close
 from .._spaces.space import TensorSpec
 from .._torch.aot import reading_of
 from .._torch.graphs import (
     Node,
     input_metadata,
-    recomputed_apart,
     saved_tensors,
     walking,
 )
+from .._torch.modes import NOTHING
 from .._torch.names import aten
 from .._torch.ranks import collectives_seen
 from .._torch.sharded import is_sharded, local_of
 from ..errors import UnsupportedError
-from .calls import called, unpacked
-from .node_formulas import formula_of, mended, refuse_repeated
-from .node_programs import NODE_PROGRAMS, Gradient, NodeProgram, dense, layout_of, placeholder_like
+from .calls import as_it_is, called, unpacked
+from .node_formulas import formula_of, refuse_repeated
+from .node_programs import (
+    NODE_PROGRAMS,
+    Gradient,
+    NodeProgram,
+    copied,
+    dense,
+    layout_of,
+    placeholder_like,
+)
+from .opinion import second_opinion
 from .parts import closed, opened, parts, takes_sharded
 from .recorder import Recorder
 from .recording import OpaqueError, Recording, SparseError
@@ -55,7 +61,9 @@ from .stretch import (
     edges_of,
     fitted,
     metadata_spec,
+    sums_to,
 )
+from .witness import Unseen, Witness
 
 
 class Walk:
@@ -98,6 +106,7 @@ class Walk:
         self.generator = generator
         self.remembered = remembered
         self.lazy = lazy and graph.layouts is None
+        self.unseen: list[Unseen] = []  # what was called that does not show all that it does
         #: Whether random numbers stood for a gradient that in truth depends on others.
         self.invented = False
         self.recording = Recording(emitter)
@@ -124,6 +133,14 @@ class Walk:
             g.tensor = placeholder_like(g.layout, g.var.spec, numbers)
             self.recording.define(g.tensor, g.var)
         return g.tensor
+
+    def apart(self, g: Gradient) -> Gradient:
+        """Return the same gradient with numbers that lie apart from all others."""
+        own = Gradient(g.var, g.layout)
+        if not self.lazy:  # those that it has can come about
+            own.tensor = copied(g.layout, g.var.spec, self.number(g))
+            self.recording.define(own.tensor, g.var)
+        return own
 
     def computed(self, t: torch.Tensor) -> Gradient | None:
         """Return a gradient that was computed; None if it does not descend from a cotangent."""
@@ -176,7 +193,7 @@ class Walk:
         fits = grad.var.spec is spec or grad.var.spec == spec
         if grad.tensor is not None and is_sharded(grad.tensor):
             fits = spec.matches(grad.tensor)
-        if not fits and self.lazy and _sums_to(grad.var.spec, spec):
+        if not fits and self.lazy and sums_to(grad.var.spec, spec):
             grad = self.summed(grad, spec)
         elif not fits:
             number = self.number(grad)
@@ -227,7 +244,7 @@ class Walk:
             self.forward(node, self.from_memory(node, known, received))
             return
         grads = [received.get(i) for i in range(len(input_metadata(node)))]
-        self.recording.constants.at_node(self.saved(node))
+        self.recording.constants.at_node(self.saved(node), self.numbers(node))
         sharded = self.graph.layouts is not None and takes_sharded(node, received.values())
         formula = None if sharded else formula_of(node)
         if formula is not None:
@@ -238,23 +255,17 @@ class Walk:
         mark = len(self.emitter.equations)
         before = self.emitter.fixed, self.recording.frozen
         self.emitter.fixed = self.recording.frozen = ""
-        numbers = [None if g is None else self.number(g) for g in grads]
-        self.lay_out(node, grads, numbers)
-        try:
-            result = self.call(node, numbers)
-            check_dense(node, result)
-            if node.name().endswith("CopySlices"):
-                refuse_repeated(node, self.emitter.equations[mark:], self.emitter.numbers)
-            opaque = self.is_opaque(result)
-            reason = "its result does not descend from the cotangent" if opaque else ""
-            if not reason and self.graph.hidden and node.name().endswith("CopySlices"):
-                reason = self.second_opinion(node, numbers, result, mark)
-        except SparseError as error:
-            reason = self.as_it_is(node, numbers, NotRecordedError(f"{node.name()}: {error}"))
-        except OpaqueError as error:
-            reason = str(error)
-        except NotRecordedError as error:
-            reason = self.as_it_is(node, numbers, error)
+        witness = self.witness(node, received)
+        if witness is not None:
+            grads = [None if g is None else self.apart(g) for g in grads]
+        result, reason = self.listened(node, grads, witness, mark)
+        if witness is None and not reason and self.may_be_watched(node):
+            # Numbers decided something: another graph's may decide the same.
+            self.graph.unseen[node] = self.emitter.fixed
+            del self.emitter.equations[mark:]
+            self.emitter.fixed, self.recording.frozen = before
+            self.visit(node, received)
+            return
         if reason and sharded:
             raise UnsupportedError(
                 f"{self.graph.label(node)}: an operation on DTensors cannot be recorded: "
@@ -265,7 +276,9 @@ class Walk:
             self.opaque(alone(self.graph, node), received, reason)
         else:
             found = [None if g is None else self.computed(g) for g in result]
-            if key is not None and not (self.emitter.fixed or self.recording.frozen):
+            if witness is not None:
+                self.watched(witness, result)
+            elif key is not None and not (self.emitter.fixed or self.recording.frozen):
                 self.remember(key, node, received, found, mark)
             self.forward(node, found)
         self.emitter.fixed = before[0] or self.emitter.fixed
@@ -290,6 +303,10 @@ class Walk:
         else:
             found = [(t, None) for t in saved_tensors(node)]
         return found if self.graph.layouts is None else parts(found, self.recording.sharded)
+
+    def numbers(self, node: Node) -> list[tuple[Number, Any]]:
+        """Return the numbers of a node that only scale, with what tells them from the rest."""
+        return scales_at(node, self.graph.places[node]) if self.remembered else []
 
     def forward(self, node: Node, result: Sequence[Gradient | None]) -> None:
         """Hand on what a node returned."""
@@ -329,9 +346,9 @@ class Walk:
         place = self.graph.places[node]
 
         def move(origin: Saved) -> Origin:
-            return Saved(place, origin.name, origin.position, ready=origin.ready)
+            return origin.moved(place)
 
-        return known.write(self.emitter, inputs, read, move, self.recording.constant)
+        return known.write(self.emitter, inputs, read, move, self.recording.constant, place)
 
     def remember(
         self,
@@ -356,69 +373,73 @@ class Walk:
 
     # -- nodes that are called --------------------------------------------------------------
 
-    def call(self, node: Node, grads: list[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+    def may_be_watched(self, node: Node) -> bool:
+        """Whether numbers decided what was recorded of a node, as those of others may too."""
+        decided = self.emitter.fixed and self.remembered and not self.recording.frozen
+        return bool(decided) and self.graph.layouts is None and reading_of(node) is None
+
+    def witness(self, node: Node, received: dict[int, Gradient]) -> Witness | None:
+        """Return what watches a node that does not show all that it does."""
+        witness = None
+        if self.remembered and node in self.graph.unseen:
+            how = tuple([(i, g.layout) for i, g in sorted(received.items())])
+            witness = Witness(self.graph.places[node], "", how)
+        self.recording.constants.witness = witness
+        return witness
+
+    def watched(self, witness: Witness, result: Sequence[torch.Tensor | None]) -> None:
+        """Take note of what a node did that does not show it."""
+        call = witness.ended(result)
+        if call is None:
+            self.recording.constants.decided(f"{self.emitter.source}: {witness.blind}")
+        else:
+            self.unseen.append(call)
+
+    def listened(
+        self, node: Node, grads: Sequence[Gradient | None], witness: Witness | None, mark: int
+    ) -> tuple[Sequence[torch.Tensor | None], str]:
+        """Call a built-in node; return what it gives, and why that cannot be written down."""
+        numbers = [None if g is None else self.number(g) for g in grads]
+        self.lay_out(node, grads, numbers)
+        result: Sequence[torch.Tensor | None] = ()
+        try:
+            result = self.call(node, numbers, witness)
+            check_dense(node, result)
+            if node.name().endswith("CopySlices"):
+                equations, relies = (
+                    self.emitter.equations[mark:],
+                    self.recording.constants.decided_by,
+                )
+                refuse_repeated(node, equations, self.emitter.numbers, relies)
+            if self.is_opaque(result):
+                return result, "its result does not descend from the cotangent"
+            if self.graph.hidden and node.name().endswith("CopySlices"):
+                recorded = numbers, self.emitter.equations[mark:], result
+                return result, second_opinion(self.recording, self.generator, node, recorded)
+        except SparseError as error:
+            sparse = NotRecordedError(f"{node.name()}: {error}")
+            return result, as_it_is(node, numbers, sparse, helped=self.remembered)
+        except OpaqueError as error:
+            return result, str(error)
+        except NotRecordedError as error:
+            return result, as_it_is(node, numbers, error, helped=self.remembered)
+        return result, ""
+
+    def call(
+        self, node: Node, grads: list[torch.Tensor | None], witness: Witness | None = None
+    ) -> Sequence[torch.Tensor | None]:
         """Call a built-in node."""
-        with self.recorder:
+        if witness is not None:
+            witness.begin(grads)
+        with self.recorder, NOTHING if witness is None else witness:
             return called(node, grads, self.graph.label(node))
-
-    def second_opinion(
-        self,
-        node: Node,
-        grads: Sequence[torch.Tensor | None],
-        result: Sequence[torch.Tensor | None],
-        mark: int,
-    ) -> str:
-        """Compare what was recorded of a node that runs user code with another call of it.
-
-        The in-place operation that `CopySlices` carries may be a custom Function.
-        """
-        inputs = [self.recording.variable(g) for g in grads if g is not None]
-        outputs = [None if g is None else self.recording.variable(g) for g in result]
-        specs = [TensorSpec.of(g) for g in result if g is not None]
-        program = Program(
-            [v for v in inputs if v is not None],
-            self.emitter.equations[mark:],
-            [v for v, g in zip(outputs, result, strict=True) if g is not None],
-            specs,
-        )
-        numbers = [None if g is None else TensorSpec.of(g).random(self.generator) for g in grads]
-        with recomputed_apart():
-            results = called(node, [_clone(t) for t in numbers], self.graph.label(node))
-        again = [g for g in results if g is not None]
-        bound = BoundProgram.of(program, self.emitter.numbers)
-        expected = runner(bound)([t for t in numbers if t is not None])
-        same = all(
-            close(spec.or_zeros(t), g) for t, g, spec in zip(expected, again, specs, strict=True)
-        )
-        return "" if same else "it runs a custom Function whose backward leaves PyTorch"
 
     def is_opaque(self, result: Sequence[torch.Tensor | None]) -> bool:
         """Whether a gradient does not descend from the cotangents although it is not zero."""
         return any(
-            g is not None and self.recording.variable(g) is None and bool(g.any())
+            g is not None and self.recording.variable(g) is None and not self.recording.vanishes(g)
             for g in (None if g is None else local_of(g) for g in result)
         )
-
-    def as_it_is(
-        self, node: Node, numbers: Sequence[torch.Tensor | None], error: NotRecordedError
-    ) -> str:
-        """Call a node that cannot be recorded; return why it cannot, if it can be called.
-
-        Raises
-        ------
-        SpreadError
-            If it returns something that is not dense.
-        NotRecordedError
-            If it cannot be called.
-        """
-        if not self.remembered:
-            raise error
-        try:
-            result = mended(node)([_clone(t) for t in numbers])
-        except RuntimeError:
-            raise error from error.__cause__
-        check_dense(node, result)
-        return str(error)
 
     def opaque(self, stretch: Stretch, received: dict[int, Gradient], reason: str) -> None:
         """Write down a node as one operation, because of `reason`."""
@@ -480,17 +501,3 @@ class Walk:
         self.emitter.equations.append(Equation(op, args, {}, tuple(outputs), self.emitter.source))
         for target, var in after:
             self.deliver(target, self.seed(var, numbers=not self.lazy))
-
-
-def _clone(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.clone()
-
-
-def _sums_to(spec: TensorSpec, target: TensorSpec) -> bool:
-    """Whether a gradient only has to be summed over dimensions of a broadcast."""
-    pairs = zip(reversed(target.shape), reversed(spec.shape), strict=False)
-    return (
-        (spec.dtype, spec.device) == (target.dtype, target.device)
-        and len(target.shape) <= len(spec.shape)
-        and all(a in (1, b) for a, b in pairs)
-    )

@@ -68,7 +68,7 @@ class Writes:
         """Run and write down an operation that writes to its arguments."""
         written = schema_of(func).targets(args, kwargs)
         aliases = [self.recording.aliases(t) for t in written]
-        before = [[(a, self._old(a)) for a in group] for group in aliases]
+        before = [[(a, *self._old(a)) for a in group] for group in aliases]
         contents = [self._content(t) for t in written]
         values = self._functional(func, args, kwargs, written, contents)
         self.recording.spare_constants(written)
@@ -80,7 +80,7 @@ class Writes:
             note(out)
         for t, var, group in zip(written, values, before, strict=True):
             changed = self._overlapping(t, group)
-            flat = self._flat_content(t, [*(a for a, _ in group), t]) if changed else None
+            flat = self._flat_content(t, [*(a for a, *_ in group), t]) if changed else None
             if var is not None:
                 var.spec = TensorSpec.of(t)  # `unsqueeze_` and the like change the shape
             self.recording.define(t, var)
@@ -134,19 +134,25 @@ class Writes:
             if self.recording.mixed.pop(id(t), None) is not None:
                 self.recording.define(t, None, uninitialized=True)
 
-    def _old(self, a: torch.Tensor) -> torch.Tensor | None:
-        """Return a copy of a constant's content, None for what has none that matters."""
-        return None if self.recording.derived(a) or self.recording.uninitialized(a) else a.clone()
+    def _old(self, a: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
+        """Return a copy of a constant's content, and whether that is so at every point.
+
+        None for what has none that matters.
+        """
+        if self.recording.derived(a) or self.recording.uninitialized(a):
+            return None, True
+        return a.clone(), self.recording.constants.static(a)
 
     def _overlapping(
-        self, t: torch.Tensor, group: list[tuple[torch.Tensor, torch.Tensor | None]]
+        self, t: torch.Tensor, group: list[tuple[torch.Tensor, torch.Tensor | None, bool]]
     ) -> list[torch.Tensor]:
         """Return the tensors that share memory with `t`, which was written to."""
         if not group:
             return []
         found = []
-        places = covered(t, [a for a, _ in group])
-        for (a, old), here in zip(group, places, strict=True):
+        places = covered(t, [a for a, *_ in group])
+        for (a, before, static), here in zip(group, places, strict=True):
+            old = before
             if bool(here.any()):
                 found.append(a)
                 if old is not None and here.dim() > old.dim():
@@ -155,8 +161,8 @@ class Writes:
                         if old.is_complex()
                         else old[..., None]
                     )
-                if old is not None:
-                    self.recording.constants.decided_by(a)
+                if not static:
+                    self.recording.constants.decided_by(a, before)
                 if old is not None and bool((old != 0).logical_and(~here).any()):
                     raise OpaqueError("writes into a buffer that holds something else")
         return found
@@ -168,7 +174,7 @@ class Writes:
         var = self.recording.variable(t)
         if var is not None:
             return var
-        if self.recording.uninitialized(t) or not self.recording.some(t):
+        if self.recording.uninitialized(t) or not self.recording.some(t, still=True):
             # One zero, expanded: it costs no memory.
             return zeros(TensorSpec.of(t))
         return self.recording.emitter.numbers.constant(

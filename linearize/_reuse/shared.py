@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, MutableMapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from typing import Any, TypeAlias
 
 import cachetools
 import torch
@@ -22,6 +23,9 @@ from .._execute.executor import Executor
 from .._forms.segments import Segments
 from .._spaces.space import TensorSpec
 from .structure import Structure
+
+#: Whether a structure is that of a graph.
+Fits: TypeAlias = Callable[[Structure], bool]
 
 
 class Shared:
@@ -39,8 +43,12 @@ class Shared:
         self._lock = threading.Lock()
         self._known: cachetools.LRUCache[Hashable, Structure]
         self._known = cachetools.LRUCache(most, getsizeof=lambda s: max(1, s.size))
+        #: The latest of those that differ in numbers only.
+        self._families: cachetools.LRUCache[Hashable, Structure] = cachetools.LRUCache(256)
 
-    def find(self, policy: Hashable, signature: tuple[Any, ...]) -> Structure | None:
+    def find(
+        self, policy: Hashable, signature: tuple[Any, ...], fits: Fits = lambda _: True
+    ) -> Structure | None:
         """Return a structure that somebody else met; what is found out about it serves all.
 
         Parameters
@@ -49,11 +57,19 @@ class Shared:
             What its programs depend on besides the graph.
         signature
             Of the graph.
+        fits
+            Whether a structure is that of the graph in what the signature does not tell.
         """
         try:
             key = hashkey(policy, signature)
             with self._lock:
-                return self._known.get(key)
+                known = self._known.get(key)
+                family = None
+                if known is None and signature[-1]:
+                    family = self._families.get(hashkey(policy, signature[:-1]))
+            if family is not None and family.common is not None:
+                known = family.common(signature)
+            return known if known is not None and fits(known) else None
         except TypeError:  # it has a part without a hash
             return None
 
@@ -62,6 +78,8 @@ class Shared:
         try:
             with self._lock:
                 self._known[hashkey(policy, structure.signature)] = structure
+                if structure.common is not None:
+                    self._families[hashkey(policy, structure.signature[:-1])] = structure
         except (TypeError, ValueError):  # no hash, or too large
             return
 
@@ -70,6 +88,7 @@ class Shared:
         try:
             with self._lock:
                 self._known.pop(hashkey(policy, structure.signature), None)
+                self._families.pop(hashkey(policy, structure.signature[:-1]), None)
         except TypeError:  # no hash: it is not here
             return
 
@@ -77,6 +96,7 @@ class Shared:
         """Forget all."""
         with self._lock:
             self._known.clear()
+            self._families.clear()
 
 
 SHARED = Shared()
@@ -100,6 +120,8 @@ class Structures:
         How many matrices took the place of programs.
     compiled
         How many programs were compiled.
+    why
+        Why points were recorded although others had been, and how many.
     forms
         What came of it, by what runs them otherwise: who did not ask for it does not run it.
     """
@@ -115,6 +137,7 @@ class Structures:
         self.reused = 0
         self.dense = 0
         self.compiled = 0
+        self.why: Counter[str] = Counter()
         self.forms: MutableMapping[Executor, Segments | None] = weakref.WeakKeyDictionary()
 
     def recognised(
@@ -127,14 +150,28 @@ class Structures:
                 return structure, saved
         return None
 
-    def find(self, of: tuple[Any, ...], *, shared: bool = False) -> Structure | None:
-        """Return the structure with a signature; if `shared`, also what others left."""
+    def find(
+        self, of: tuple[Any, ...], fits: Fits = lambda _: True, *, shared: bool = False
+    ) -> Structure | None:
+        """Return the structure with a signature.
+
+        Parameters
+        ----------
+        of
+            The signature.
+        fits
+            Whether a structure is that of the graph in what the signature does not tell.
+        shared
+            Whether to take what others left too.
+        """
         with self._lock:
-            for i, s in enumerate(self._known):
-                if s.signature == of:
-                    self._known.insert(0, self._known.pop(i))
-                    return s
-        found = SHARED.find(self._policy, of) if shared else None
+            known = list(self._known)
+        found = next((s for s in known if s.signature == of and fits(s)), None)
+        if found is None and shared:
+            found = SHARED.find(self._policy, of, fits)
+        if found is None and of[-1]:
+            common = (s.common(of) for s in known if s.common is not None)
+            found = next((s for s in common if s is not None and fits(s)), None)
         if found is not None:
             self._insert(found)
         return found
@@ -147,13 +184,14 @@ class Structures:
 
     def drop(self, structure: Structure) -> None:
         """Forget a structure that was found to be wrong, for others too."""
+        structure.wrong = True
         with self._lock:
             self._known = [s for s in self._known if s is not structure]
         SHARED.drop(self._policy, structure)
 
     def _insert(self, structure: Structure) -> None:
         with self._lock:
-            self._known.insert(0, structure)
+            self._known = [structure, *(s for s in self._known if s is not structure)]
             del self._known[self.limit :]
 
     @property
@@ -168,6 +206,23 @@ class Structures:
                 self.reused += 1
             else:
                 self.recorded += 1
+
+    def count_again(self, why: str) -> None:
+        """Count a point as recorded after all: it took over a part of what it needs."""
+        with self._lock:
+            self.reused -= 1
+            self.recorded += 1
+            self.why[why] += 1
+
+    def note(self, why: str) -> None:
+        """Take note of why a point was recorded although others had been."""
+        with self._lock:
+            self.why[why] += 1
+
+    def latest(self) -> Structure | None:
+        """Return the structure that was met last."""
+        with self._lock:
+            return self._known[0] if self._known else None
 
     def count_dense(self) -> None:
         """Count a matrix."""

@@ -10,12 +10,13 @@ rank one stands for each, the same on both sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
 from .._capture.collectives import Collective, OpaqueNode
+from .._capture.custom import CustomNode
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.mesh_collectives import OnMesh
@@ -61,7 +62,12 @@ class StandIns:
         ]
 
 
-def engine_pullback(graph: Graph, cotangents: Tensors, stand_ins: StandIns) -> Tensors:
+def engine_pullback(
+    graph: Graph,
+    cotangents: Tensors,
+    stand_ins: StandIns,
+    places: Container[int] = (),
+) -> Tensors:
     """Return what arrives at the leaves of a graph, calling one node after the other.
 
     Parameters
@@ -72,6 +78,8 @@ def engine_pullback(graph: Graph, cotangents: Tensors, stand_ins: StandIns) -> T
         One for each root; None for zero.
     stand_ins
         What is called in the place of custom Functions.
+    places
+        Where custom Functions stand that are called all the same.
     """
     pending: dict[Node, dict[int, torch.Tensor]] = {}
 
@@ -88,7 +96,12 @@ def engine_pullback(graph: Graph, cotangents: Tensors, stand_ins: StandIns) -> T
         custom = graph.custom.get(node)
         if custom is None:
             return mended(node)(grads)
-        results = iter(stand_ins(custom, backward=True)(*grads))
+        if graph.places[node] in places and isinstance(custom, CustomNode):
+            custom.know_outputs(received)
+            custom.unpack()
+            results = iter(custom.backward(grads))
+        else:
+            results = iter(stand_ins(custom, backward=True)(*grads))
         return [None if target is None else next(results) for target, _ in node.next_functions]
 
     def walk() -> None:
@@ -135,13 +148,20 @@ class Comparison:
         outs, ins = graph.layouts or ((), ())
         self._u = _drawn(self._outs, outs, generator)
         self._v = _drawn(self._ins, ins, generator)
-        self._known: dict[tuple[bool, ...], Tensors | None] = {}
+        self._known: dict[Any, Tensors | None] = {}
 
     def pullback(
-        self, executor: Executor, binding: Binding, present: Sequence[bool]
+        self,
+        executor: Executor,
+        binding: Binding,
+        present: Sequence[bool],
+        called: frozenset[int] = frozenset(),
     ) -> bool | None:
-        """Whether a pullback is that of the graph; None if that cannot be told."""
-        expected = self._expected(tuple(present))
+        """Whether a pullback is that of the graph; None if that cannot be told.
+
+        Custom Functions at the places `called` are part of it.
+        """
+        expected = self._expected(tuple(present), called)
         if expected is None:
             return None
         got = self._run(executor, binding, self._u, present)
@@ -151,10 +171,14 @@ class Comparison:
         )
 
     def pushforward(
-        self, executor: Executor, binding: Binding, present: Sequence[bool]
+        self,
+        executor: Executor,
+        binding: Binding,
+        present: Sequence[bool],
+        called: frozenset[int] = frozenset(),
     ) -> bool | None:
         """Whether a pushforward is adjoint to the pullback of the graph, for one pair."""
-        expected = self._expected((True,) * len(self._outs))
+        expected = self._expected((True,) * len(self._outs), called)
         if expected is None:
             return None
         got = self._run(executor, binding, self._v, present)
@@ -166,16 +190,17 @@ class Comparison:
             balance.sum_up(self._graph.total)
         return balance.holds(max(tolerance(s.dtype) for s in (*self._outs, *self._ins)))
 
-    def _expected(self, present: tuple[bool, ...]) -> Tensors | None:
-        if present not in self._known:
+    def _expected(self, present: tuple[bool, ...], called: frozenset[int]) -> Tensors | None:
+        key = present, called
+        if key not in self._known:
             cotangents = [u if here else None for u, here in zip(self._u, present, strict=True)]
-            self._known[present] = self._asked(cotangents)
-        return self._known[present]
+            self._known[key] = self._asked(cotangents, called)
+        return self._known[key]
 
-    def _asked(self, cotangents: Tensors) -> Tensors | None:
+    def _asked(self, cotangents: Tensors, called: frozenset[int]) -> Tensors | None:
         """Return what the graph gives, None if it gives nothing that could be compared."""
         try:
-            found = engine_pullback(self._graph, cotangents, self._stand_ins)
+            found = engine_pullback(self._graph, cotangents, self._stand_ins, called)
         except RuntimeError as error:  # it saved something that was changed, and is not needed
             if isinstance(error, torch.OutOfMemoryError):
                 raise

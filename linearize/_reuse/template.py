@@ -4,19 +4,25 @@ What such a program depends on is said here and nowhere else:
 
 * the `signature` of the graph: its nodes and edges, shapes and dtypes, static arguments, the
   classes of custom Functions, and which saved tensors share memory;
+* Python numbers of f's, by their bits: what a program was made or simplified to may come of their
+  values. Where such a number only scales and was seen to differ, a structure that such graphs
+  share (`families`) has a constant in its place, and depends on it no more;
 * the `Origin` of each constant, by which each point computes its own numbers. A constant is
   told from others by its origin, never by the tensor that it was at some point;
+* what was called that does not show all that it does, operation by operation (`Unseen`): nodes of
+  the graph for all its programs, methods of custom Functions for those that they are part of;
 * for custom Functions, which stand in the program as `Place`s, the node at each place.
 
-Numbers decide nothing: a recording that looked at some has `fixed` set, and is not shared.
+Numbers in constants decide nothing: a recording that looked at some has `fixed` set, and is not
+shared.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 
@@ -24,9 +30,10 @@ from .._capture.collectives import OpaqueNode
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.schedule import Portable
-from .._programs.origins import Costly, Origin, Saved, ordered
+from .._programs.origins import Costly, Number, Origin, Saved, ordered
 from .._programs.program import Program
 from .._programs.residuals import Residual, finite
+from .._record.witness import Unseen
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,34 +58,50 @@ class Template(Portable):
         Whether it is the simplified one.
     cost
         The price of its numbers, as far as these cost as much as several products; else 0.
+    unseen
+        The methods of custom Functions that are written down in it, as they were called: where
+        they do something else, it is not the program of the graph.
     verified
         Set when it was held against a graph that it was not made from.
     """
 
-    __slots__ = ("_saved", "cost", "executor", "simplified", "verified")
+    __slots__ = ("_saved", "cost", "executor", "simplified", "unseen", "verified")
 
-    def __init__(self, program: Program, *, simplified: bool) -> None:
+    def __init__(
+        self, program: Program, *, simplified: bool, unseen: Sequence[Unseen] = ()
+    ) -> None:
         super().__init__(program)
         self.executor = Executor(program, final=simplified)
         self.simplified = simplified
+        self.unseen = tuple(unseen)
         self.verified = threading.Event()
         needed = ordered([c.origin for c in program.constants])
         costly = [cast("Costly", o.op) for o in needed if isinstance(o.op, Costly)]
         self.cost = sum(op.cost for op in costly)
         #: What is read of the graph, by this direction or by the other one before.
-        self._saved = [o for o in needed if isinstance(o, Saved)]
+        self._saved = [o for o in needed if isinstance(o, Saved) and not isinstance(o, Number)]
 
     @staticmethod
-    def of(program: Program, places: dict[int, int], *, simplified: bool) -> Template | None:
+    def of(
+        program: Program,
+        places: dict[int, int],
+        *,
+        simplified: bool,
+        unseen: Sequence[Unseen] = (),
+    ) -> Template | None:
         """Make a template of a program, None if it holds at its point only."""
-        if program.fixed or not all(c.origin.portable for c in program.constants):
-            return None
-        placed = _placed(program, places)
-        return None if placed is None else Template(placed, simplified=simplified)
+        placed = portable(program, places)
+        return None if placed is None else Template(placed, simplified=simplified, unseen=unseen)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What tells it from others of the same map."""
+        return self.simplified, self.unseen
 
     def bind(
         self,
         read: Callable[[Saved], Residual],
+        number: Callable[[Number], Any],
         node: Callable[[int], OpaqueNode],
         known: dict[Origin, Residual],
     ) -> Binding | None:
@@ -86,8 +109,8 @@ class Template(Portable):
 
         Parameters
         ----------
-        read
-            Gives what the graph saved there.
+        read, number
+            Give what the graph saved there.
         node
             Gives the custom Function's node at a place of the graph.
         known
@@ -99,8 +122,12 @@ class Template(Portable):
             None if the numbers do not allow this program: a factor overflows.
         """
         used: dict[Origin, Residual] = {o: read(o) for o in self._saved}
+
+        def value(o: Saved) -> Any:
+            return number(o) if isinstance(o, Number) else used[o].tensor
+
         with torch.inference_mode(False), torch.no_grad():
-            computed = self.computed(lambda o: used[o].tensor, known)
+            computed = self.computed(value, known)
         residuals = []
         for c in self.program.constants:
             r = used.get(c.origin) or known.get(c.origin)
@@ -116,8 +143,10 @@ class Template(Portable):
         return Binding(residuals, [op for op in ops if op is not None], guards)
 
 
-def _placed(program: Program, places: dict[int, int]) -> Program | None:
-    """Return a program with places for the nodes of its graph, None if it has others."""
+def portable(program: Program, places: dict[int, int]) -> Program | None:
+    """Return a program with places for the nodes of its graph, None if it holds there only."""
+    if program.fixed or not all(c.origin.portable for c in program.constants):
+        return None
 
     def place(node: OpaqueNode) -> Place:
         return Place(

@@ -273,18 +273,24 @@ def _saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tensors, tuple(name for name in known if name not in tensors)
 
 
+class PackedError(RuntimeError):
+    """Raised where something was packed by a hook."""
+
+
 def unpacked(node: Node, name: str, raw: str) -> Any:
     """Return a saved tensor, or a sequence of them, given the names of both its forms.
 
     Raises
     ------
+    PackedError
+        If it was packed by a hook, which may compute anything.
     RuntimeError
-        If it was changed in place, or freed, or packed by a hook, which may compute anything.
+        If it was changed in place, or freed.
     """
     packed = getattr(node, raw)
     for one in packed if isinstance(packed, (tuple, list)) else (packed,):
         if getattr(one, "unpack_hook", None) is not None:
-            raise RuntimeError(f"{name} was packed by a hook")
+            raise PackedError(f"{name} was packed by a hook")
     return getattr(node, name)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch._library.custom_ops import CustomOpDef as CustomOpDef
 from torch._ops import OpOverload as OpOverload
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree
 
 aten: Any = torch.ops.aten
@@ -75,6 +76,12 @@ def reachable_elsewhere(t: torch.Tensor, aliases: int, holders: int = 1) -> bool
     if t._use_count() > 1 or int(torch._C._storage_Use_Count(storage._cdata)) - 1 > aliases:  # type: ignore[attr-defined]
         return True
     return count > _LEAST and count > _lone_references()  # last, for it takes longest
+
+
+def storage_token(t: torch.Tensor) -> tuple[int, Any]:
+    """Return what tells a storage from all others, and what must be held for it to do so."""
+    token = StorageWeakRef(t.untyped_storage())
+    return token.cdata, token
 
 
 def _references(t: torch.Tensor) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
 from .._capture.custom import CustomNode
-from .._capture.custom_operations import CustomBackward, CustomJvp
+from .._capture.custom_operations import CustomBackward, CustomJvp, Direction, direction_of
 from .._execute.binding import BoundProgram
 from .._execute.executor import runner
 from .._programs.numbers import Numbers
@@ -18,6 +18,7 @@ from .._programs.residuals import Residual
 from .._programs.values import Var
 from .._record.function import record_function
 from .._record.recording import OpaqueError
+from .._record.witness import Unseen, Witness
 from .._spaces.compare import close_at, magnitudes
 from .._spaces.space import TensorSpec
 from .._text.labels import beside
@@ -28,8 +29,20 @@ from .opaque_matrix import dense_transpose
 from .second import twice_differentiated
 from .transpose import TransposedNode, transpose
 
+#: The call of a method that a program was made of, which holds where that does the same; or why
+#: it holds at one point only.
+Call: TypeAlias = Unseen | str
 
-def resolve(program: Program, numbers: Numbers, *, materialize: bool, limit: int) -> Program:
+
+def resolve(
+    program: Program,
+    numbers: Numbers,
+    *,
+    materialize: bool,
+    limit: int,
+    places: Mapping[int, int] | None = None,
+    unseen: list[Unseen] | None = None,
+) -> Program:
     """Replace what an author did not give: calls of missing methods.
 
     Parameters
@@ -42,6 +55,10 @@ def resolve(program: Program, numbers: Numbers, *, materialize: bool, limit: int
         Whether to build a matrix from unit vectors where the other method is of no use.
     limit
         The most bytes that one such matrix may take.
+    places
+        Where the custom Functions' nodes stand in their graph, by the ids of these.
+    unseen
+        Receives the calls of their methods: where these do the same, so does the result.
 
     Raises
     ------
@@ -50,7 +67,7 @@ def resolve(program: Program, numbers: Numbers, *, materialize: bool, limit: int
     """
     if not lacks_methods(program):
         return program
-    e = Emitter(numbers=numbers, fixed="a method of a custom Function was recorded")
+    e = Emitter(numbers=numbers, fixed=program.fixed)
     names: dict[Var, Var] = {}
 
     for eq in program.equations:
@@ -59,7 +76,12 @@ def resolve(program: Program, numbers: Numbers, *, materialize: bool, limit: int
             e.equations.append(renamed)
             continue
         e.source = eq.source
-        replacement = _replacement(eq, numbers, limit if materialize else None)
+        place = (places or {}).get(id(eq.op.node), -1)  # type: ignore[attr-defined]
+        replacement, call = _replacement(eq, numbers, limit if materialize else None, place)
+        if isinstance(call, str):
+            e.fixed = e.fixed or f"{eq.source}, {call}"
+        elif unseen is not None:
+            unseen.append(call)
         results = e.inline(replacement, [a for a in renamed.args if isinstance(a, Var)])
         for out, got in zip(eq.outputs, results, strict=True):
             if out is not None:
@@ -95,30 +117,34 @@ def _missing(op: Any) -> bool:
     return isinstance(op, TransposedNode)
 
 
-def _replacement(eq: Equation, numbers: Numbers, limit: int | None) -> Program:
-    """Return a program from the equation's variables to its outputs."""
+def _replacement(
+    eq: Equation, numbers: Numbers, limit: int | None, place: int
+) -> tuple[Program, Call]:
+    """Return a program from the equation's variables to its outputs, and what it was made of."""
     op: Any = eq.op
     if isinstance(op, CustomJvp):
-        fn, ins, outs = _backward_of(op.node, op.wanted)
-        has, lacks = "backward", "jvp"
+        chosen, has, lacks = op.wanted, "backward", "jvp"
+        fn, ins, outs = direction_of(op.node, has, chosen)
         if not op.node.has_backward:
             raise MissingDerivativeError(_neither(beside(op.node.name, eq.source)))
         name = op.node.name
     elif isinstance(op, CustomBackward):
-        fn, ins, outs = _jvp_of(op.node, [isinstance(a, Var) for a in eq.args])
+        chosen = tuple([isinstance(a, Var) for a in eq.args])
         has, lacks, name = "jvp", "backward", op.node.name
+        fn, ins, outs = direction_of(op.node, has, chosen)
         if not op.node.has_jvp:
             raise MissingDerivativeError(_neither(beside(name, eq.source)))
     else:
         fn, ins = op, list(op.outputs)
-        outs = [s if s is not None else _nothing() for s in op.inputs]
-        has, lacks, name = "backward", "jvp", op.label
+        outs = list(op.inputs)
+        chosen, has, lacks, name = (), "backward", "jvp", op.label
     # `fn` maps the equation's outputs to its arguments: it is the given direction.
     with alone(
         f"{beside(name, eq.source)} has no {lacks}, and its {has} communicates with other ranks: "
         f"give it a {lacks}, as it cannot be derived from what one rank sees"
     ):
-        return _derived(eq, (fn, ins, outs), (name, has, lacks), numbers, limit)
+        witness = Witness(place, has, chosen) if place >= 0 else None
+        return _derived(eq, (fn, ins, outs), (name, has, lacks), numbers, limit, witness)
 
 
 def _derived(
@@ -127,21 +153,23 @@ def _derived(
     words: tuple[str, str, str],
     numbers: Numbers,
     limit: int | None,
-) -> Program:
-    """Return the transpose of what is given."""
+    witness: Witness | None,
+) -> tuple[Program, Call]:
+    """Return the transpose of what is given, and what it was made of."""
     op: Any = eq.op
     (fn, ins, outs), (name, has, lacks) = direction, words
     present = [isinstance(a, Var) for a in eq.args]
     wanted = [v is not None for v in eq.outputs]
+    call: Call
     try:
         if isinstance(op, TransposedNode):
             raise OpaqueError(op.reason)
-        given = _recorded(fn, ins, outs, numbers, op.node, has)
+        given, call = _recorded(fn, ins, outs, numbers, op.node, has, witness)
     except OpaqueError as reason:
         called = op.node if isinstance(op, TransposedNode) else fn
         by_pytorch, fault = twice_differentiated(called, ins, outs, present, wanted, name, has)
         if by_pytorch is not None:
-            return by_pytorch
+            return by_pytorch, f"{has}: {reason}"
         if limit is None:
             remedy = "" if isinstance(op, TransposedNode) else f"give it a {lacks}, or "
             raise MissingDerivativeError(
@@ -149,11 +177,15 @@ def _derived(
                 f"({reason}), by PyTorch neither ({fault}): {remedy}"
                 'pass opaque="materialize" to build its matrix from unit vectors'
             ) from None
-        return dense_transpose(fn, ins, outs, present, wanted, name, limit, numbers)
+        matrix = dense_transpose(fn, ins, outs, present, wanted, name, limit, numbers)
+        return matrix, f"{has}: {reason}"
     turned = transpose(given, numbers, f"transpose of {name}.{has}")
     keep = [v if want else None for v, want in zip(turned.outputs, wanted, strict=True)]
     whole = Program(turned.inputs, turned.equations, keep, turned.specs, turned.name)
-    return whole.restricted(present)
+    fixed = given.fixed or turned.fixed
+    if fixed and not isinstance(call, str):
+        call = f"{has}: {fixed}"
+    return whole.restricted(present), call
 
 
 def _neither(name: str) -> str:
@@ -161,30 +193,6 @@ def _neither(name: str) -> str:
         f"{name} has neither a backward nor a jvp: give it one (a torch.library operator: call "
         "register_autograd)"
     )
-
-
-Direction = tuple[Callable[..., Sequence[torch.Tensor | None]], list[Any], list[Any]]
-
-
-def _backward_of(node: CustomNode, wanted: Sequence[bool]) -> Direction:
-    specs = [s if s is not None else _nothing() for s in node.outputs]
-
-    def fn(*grads: torch.Tensor) -> list[torch.Tensor | None]:
-        return node.backward([g if w else None for g, w in zip(grads, wanted, strict=True)])
-
-    return fn, specs, list(node.inputs)
-
-
-def _jvp_of(node: CustomNode, present: Sequence[bool]) -> Direction:
-    def fn(*tangents: torch.Tensor) -> list[torch.Tensor | None]:
-        return node.jvp(tangents, present)
-
-    return fn, list(node.inputs), [s if s is not None else _nothing() for s in node.outputs]
-
-
-def _nothing() -> TensorSpec:
-    """Stand for an output that is not a tensor."""
-    return TensorSpec((), torch.float32, torch.device("cpu"))
 
 
 def storage_of(r: Residual) -> int:
@@ -199,14 +207,20 @@ def _recorded(
     numbers: Numbers,
     node: CustomNode,
     method: str,
-) -> Program:
-    """Record the given direction, and test it with other numbers.
+    witness: Witness | None,
+) -> tuple[Program, Call]:
+    """Record the given direction, and test it with other numbers; return what was called too.
 
     Code that leaves PyTorch half-way leaves a program that is right only for the numbers it
     was recorded with.
     """
     source = f"{node.name}.{method}"
-    program, _, _ = record_function(fn, ins, outs, numbers, name=source, source=source)
+    program, _, results = record_function(
+        fn, ins, outs, numbers, name=source, source=source, witness=witness
+    )
+    call: Call = f"{method}: its graph is not known"
+    if witness is not None:
+        call = witness.ended(results) or f"{method}: {witness.blind}"
     generator = torch.Generator().manual_seed(1)
     arguments = [spec.random(generator) for spec in ins]
     with torch.inference_mode(False), torch.no_grad():
@@ -215,6 +229,7 @@ def _recorded(
         written = {storage_of(r) for r in read if r.changed()}
         if written:
             # The method writes to what it keeps, at each call: the program gets a copy.
+            call = f"{method}: it writes to what it keeps"
             program, _, _ = record_function(fn, ins, outs, numbers, name=source, source=source)
             for r in numbers.residuals(program.constants):
                 if storage_of(r) in written:
@@ -227,7 +242,7 @@ def _recorded(
         if program.fixed or kind not in tried:
             _try_scaled(bound, fn, arguments, outs)
             tried.add(kind)
-    return program
+    return program, call
 
 
 #: What was tried at several magnitudes, by the class of the custom Function: at each point would

@@ -36,9 +36,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     call = walk.Walk.call
 
-    def noted(self: Any, node: Any, grads: Any) -> Any:
+    def noted(self: Any, node: Any, *more: Any) -> Any:
         names.append(node.name())
-        return call(self, node, grads)
+        return call(self, node, *more)
 
     monkeypatch.setattr(walk.Walk, "call", noted)
     return names

@@ -74,8 +74,7 @@ def test_only_the_last_entry_at_a_place_counts(name: str) -> None:
             back, into = here.vjp_fn(u)
             torch.testing.assert_close((u * jv).sum(), (back * dy).sum() + (into * dv).sum())
         here.check()
-    # PyTorch's own gradient of `index_fill` looks at the indices.
-    assert lin.stats().reused == (0 if "fill" in name else 1)
+    assert lin.stats().reused == 1
 
 
 def test_programs_of_writes_without_repetition_are_not_taken_over() -> None:

@@ -44,6 +44,32 @@ class Cubed(Function):
         return (g * slope * ctx.factor if ctx.factor > 1 else ctx.factor * (slope * g)), None
 
 
+class Various(Function):
+    """A backward only, which does what a graph does not show: by a setting, a global, a part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Value, a: Value, power: int) -> Value:
+        ctx.save_for_backward(x, a)
+        ctx.power = power
+        return x.sin() * a
+
+    @staticmethod
+    def backward(ctx: Any, g: Value) -> Any:
+        x, a = ctx.saved_tensors
+        of_x = torch.empty_like(g)
+        of_x[ctx.power :] = (g * a * x.cos())[ctx.power :]
+        of_x[: ctx.power] = g[: ctx.power] * SCALE * (a * x.cos() / SCALE)[: ctx.power]
+        return of_x, g * x.sin() if ctx.needs_input_grad[1] else None, None
+
+
+def patched(x: Value, y: Value, s: Settings, k: int) -> Value:
+    """Write slices of a buffer that may hold something."""
+    out = x.new_full((len(x) + 2,), float(s.branch))
+    out[s.power % 3 : s.power % 3 + len(x)] = x.sin()
+    out[k % 3] = s.number
+    return out[1 : len(x) + 1] * y
+
+
 class Scaled(Function):
     """Both methods, new style."""
 
@@ -146,6 +172,7 @@ class Settings:
     constants: dict[str, list[Value]]
     chosen: dict[tuple[str, int], int]
     number: float = 0.7
+    step: float = 0.1
     power: int = 2
     branch: bool = False
     hooked: bool = False
@@ -241,6 +268,30 @@ STEPS: dict[str, Step] = {
     "mean": lambda x, y, s, k: x - x.mean(),
     "length": lambda x, y, s, k: x / (1 + torch.linalg.vector_norm(y)),
     "loss": lambda x, y, s, k: F.mse_loss(x, s.get("vector", k % 3), reduction="none"),
+    "scaled": lambda x, y, s, k: torch.add(x, y, alpha=s.step) / (1 + s.step) - y * s.step,
+    "time step": lambda x, y, s, k: x + s.step * (x.roll(1) - 2 * x + x.roll(-1)) - s.step * x * y,
+    "lerped": lambda x, y, s, k: torch.lerp(x, y, s.step),
+    "leaky": lambda x, y, s, k: F.leaky_relu(x, s.step) * s.number,
+    "addmv": lambda x, y, s, k: calm(
+        torch.addmv(x, s.get("matrix", k % 2), y, alpha=s.step, beta=s.number)
+    ),
+    "padded": lambda x, y, s, k: torch.cat(
+        [x.new_ones(s.power), x.sin(), x.new_ones(3 - s.power)]
+    )[k % 2 : k % 2 + len(x)],
+    "circular": lambda x, y, s, k: F.pad(x[None], (s.power - 1, 3 - s.power), mode="circular")[
+        0, 1 : len(x) + 1
+    ],
+    "patched": patched,
+    "strided": lambda x, y, s, k: x.sin().as_strided((2,), (1,), s.power - 1).sum() * y,
+    "spectrum": lambda x, y, s, k: torch.fft.irfft(torch.fft.rfft(x) * (1 + s.step), len(x)),
+    "checkpointed": lambda x, y, s, k: checkpoint(
+        lambda a: (a.sin() if s.branch else a * s.get("vector", k % 3)) * s.step,
+        x,
+        use_reentrant=False,
+    ),
+    "Various": lambda x, y, s, k: Various.apply(
+        x, y if k % 2 else s.get("vector", k % 3).to(x.dtype), s.power
+    ),
     "flip": lambda x, y, s, k: x.flip(0) + y,
     "roll": lambda x, y, s, k: x.roll(s.power) - 0.5 * y,
     "cat": lambda x, y, s, k: torch.cat([x[k % 3 :], y[: k % 3]]),
@@ -298,11 +349,13 @@ class Case:
         slots = [(kind, i) for kind in KINDS for i in range(3)]
         chosen = {slot: rng.choice(self.palette) for slot in slots}
         if old is not None and rng.random() < 0.5:
-            return dataclasses.replace(old, chosen=chosen)
+            step = rng.uniform(0.1, 2) if rng.random() < 0.5 else old.step
+            return dataclasses.replace(old, chosen=chosen, step=step)
         made = Settings(
             self.pools[4 if rng.random() < 0.85 else 5],
             chosen,
             rng.choice((0.7, 1.0, 0.0, -0.0, 2.5)),
+            rng.choice((rng.uniform(0.1, 2), 0.7, 1.0, 0.0, 2)),
             rng.choice((1, 2, 3)),
             *(rng.random() < 0.5 for _ in range(3)),
             mixed=rng.random() < 0.2,
