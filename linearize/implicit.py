@@ -15,7 +15,7 @@ tensor([0.2500, 0.1667], dtype=torch.float64)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,11 +35,15 @@ from ._spaces.solvers import (
     checked_inverse,
 )
 from ._spaces.space import Space, differentiable
+from ._spaces.specs import describe
 from ._torch.modes import eagerly, functorch_active
 from ._torch.names import pytree
-from .errors import LinearizeError, SpaceError, UnsupportedError
+from .errors import LinearizeError, SpaceError, StructureError, UnsupportedError
 
 __all__ = ["least_squares", "minimum", "root"]
+
+#: A pytree of tensors: a solution is one structured like the start.
+X = TypeVar("X")
 
 
 def __dir__() -> list[str]:
@@ -49,12 +53,12 @@ def __dir__() -> list[str]:
 @eagerly
 def root(
     f: Callable[..., Any],
-    x: Any,
+    x: X,
     *params: Any,
     solve: Solve | None = None,
     tol: float | None = None,
     batch: bool = False,
-) -> Any:
+) -> X:
     """Return the solution x of `f(x, *params) = 0` with its derivatives by the params.
 
     Parameters
@@ -100,12 +104,12 @@ def root(
 def _attached(
     name: str,
     f: Callable[..., Any],
-    x: Any,
+    x: X,
     params: tuple[Any, ...],
     solve: Solve | None,
     tol: float | None,
     batch: bool,
-) -> Any:
+) -> X:
     """Return a solution with its derivatives; that of a gradient has a symmetric system."""
     if functorch_active():
         raise UnsupportedError(
@@ -114,6 +118,8 @@ def _attached(
             "Jacobians take linearize.func.jacrev or torch.autograd.functional.jacobian"
         )
     space = Space.of_tree(x, "tangent", "x")
+    if not space.tensors:
+        raise StructureError(f"{name}: x: expected floating point tensors, got {describe(x)}")
     if any(leaf.dtype.is_complex for leaf in space.tensors):
         raise UnsupportedError(
             f"{name}: expected real numbers, got complex ones; let f take torch.view_as_real(x)"
@@ -149,18 +155,19 @@ def _attached(
     system = _System(here, space, len(given), solving, symmetric=symmetric)
     results = _Solution.apply(system, *parts, *given)  # type: ignore[no-untyped-call]
     others = pytree.tree_leaves(start)
-    return space.element_of(list(results), others)
+    solution: X = space.element_of(list(results), others)
+    return solution
 
 
 @eagerly
 def minimum(
     loss: Callable[..., torch.Tensor],
-    x: Any,
+    x: X,
     *params: Any,
     solve: Solve | None = None,
     tol: float | None = None,
     batch: bool = False,
-) -> Any:
+) -> X:
     """Return the minimum x of `loss(x, *params)` with its derivatives by the params.
 
     The gradient is zero there: the derivatives are those of its root. The systems are those of
@@ -194,12 +201,12 @@ def minimum(
 @eagerly
 def least_squares(
     residual: Callable[..., Any],
-    x: Any,
+    x: X,
     *params: Any,
     solve: Solve | None = None,
     tol: float | None = None,
     batch: bool = False,
-) -> Any:
+) -> X:
     """Return the least-squares solution of `residual(x, *params)` with its derivatives.
 
     The systems are those of the exact Hessian of half the sum of squares, not of its

@@ -16,6 +16,7 @@ import torch
 
 from .._spaces.space import Space, TensorSpec, differentiable
 from .._spaces.trees import Tree, flatten
+from .._text.labels import function_name
 from .._torch.compiled import compiled_functions
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
 from .._torch.graphs import Node, accumulators, gradient_edge
@@ -216,7 +217,7 @@ def capture(
         unhooked=unhooked,
         outputs=[x for x in outputs if differentiable(x)],
         trace=traced,
-        name=getattr(f, "__qualname__", None) or type(f).__name__,
+        name=function_name(f),
         derivative=is_derivative(f),
         pieces=() if calls is None else tuple(calls.pieces),
     )
@@ -364,10 +365,15 @@ def _check_some(leaves: Sequence[Any], space: Space) -> None:
 
 
 def _kind(leaf: Any) -> str:
+    """Describe what is no differentiable primal, with what would make one of it."""
     name = type(leaf).__name__
+    if isinstance(leaf, (float, complex)) or hasattr(leaf, "__array_interface__"):
+        return f"{name} (make a tensor of it: torch.as_tensor)"
     if dataclasses.is_dataclass(leaf):
         return f"{name} (register the dataclass: torch.export.register_dataclass({name}))"
-    return str(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else name
+    if isinstance(leaf, torch.Tensor):
+        return f"{TensorSpec.of(leaf)} (convert it: .double())"
+    return name
 
 
 def _is_usual(t: torch.Tensor) -> bool:

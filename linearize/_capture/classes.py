@@ -58,10 +58,10 @@ def is_foreign(module: str | None) -> bool:
 
 
 def has_foreign_code(cls: type) -> bool:
-    """Whether a class has methods of such a package."""
+    """Whether a class has methods of such a package, or contexts that hold what they like."""
     known = _FOREIGN.get(cls)
     if known is None:
-        known = _FOREIGN[cls] = any(
+        known = _FOREIGN[cls] = issubclass(cls, torch.autograd.Function) or any(
             installed_class(base) and is_foreign(base.__module__) for base in cls.__mro__
         )
     return known

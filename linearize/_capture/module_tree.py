@@ -49,6 +49,8 @@ class Tree:
         What is always read, where it is plain; of tensors, where they stand.
     classes
         Of the modules: those with code that can be seen.
+    moves
+        Whether some have running statistics, which PyTorch moves without raising their version.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Tree:
             self._write_down(module, own=is_own(type(module)))
         self.tokens = tuple(self._tokens)
         kinds = dict.fromkeys(type(m) for m in modules)
+        self.moves = any(m.__dict__["_buffers"].get("running_mean") is not None for m in modules)
         self.classes = [weakref.ref(kind) for kind in kinds if has_code(kind)]
         self._kinds = [weakref.ref(kind) for kind in kinds]
         self._modules = [weakref.ref(m) for m in modules]

@@ -29,7 +29,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._torch.names import CustomOpDef, holds_tensors, operator_functions
+from .._text.labels import function_name
+from .._torch.names import MOVING_STATISTICS, CustomOpDef, holds_tensors, operator_functions
 from .classes import (
     TRUSTED,
     has_code,
@@ -42,7 +43,7 @@ from .classes import (
 )
 from .code import is_installed, read_by
 from .module_tree import Tree
-from .state import PLAIN, PLAIN_TENSORS, TENSORS_OF_TENSORS, State
+from .state import PLAIN, PLAIN_TENSORS, TELLING, State
 
 #: A name, and in what it stands: `(("f", "net"), "scale")`.
 Where: TypeAlias = tuple[Any, str]
@@ -73,8 +74,6 @@ _BORING = frozenset(
 )
 #: What of it is read when an object is made.
 _MAKING = frozenset("__init__ __new__ __post_init__ __init_subclass__ __set_name__".split())
-
-
 #: Methods that dataclasses are given, which read all fields.
 _COMPARING = frozenset("__eq__ __lt__ __le__ __gt__ __ge__".split())
 
@@ -99,8 +98,7 @@ class Reach:
     def now(self, others: Iterable[Any] = ()) -> State:
         """Return what can be reached now, from f or from one of `others`."""
         roots = [(x, (None, f"argument {i}")) for i, x in enumerate(others)]
-        name = getattr(self._f, "__qualname__", None) or type(self._f).__name__
-        roots.append((self._f, (None, name)))
+        roots.append((self._f, (None, function_name(self._f))))
         while True:
             before = self._known()
             walk = _Walk(self)
@@ -124,7 +122,7 @@ class _Walk:
         self.tokens: list[Any] = []
         self.tensors: list[weakref.ref[torch.Tensor]] = []
         self.unseen = ""
-        #: Whether something was met that may hold tensors of its own, or read some elsewhere.
+        #: Whether something was met that may hold tensors of its own, read others, or move some.
         self._beside = False
         self._stack: list[tuple[Any, Where]] = []
         #: What was seen, in order: kept alive, so that no other thing gets its id.
@@ -152,8 +150,8 @@ class _Walk:
             _look_of(kind)(self, x, where)
 
     def sees_all(self) -> bool:
-        """Whether f can read no tensor but those that were met."""
-        if self._beside or self._reach.any_name or not TENSORS_OF_TENSORS.isdisjoint(self._names):
+        """Whether f can read no tensors but those that were met, which tell their changes."""
+        if self._beside or self._reach.any_name or not TELLING.isdisjoint(self._names):
             return False
         return all(
             t is not None and type(t) in PLAIN_TENSORS and not t.__dict__
@@ -236,7 +234,7 @@ class _Walk:
                 except ValueError:  # has no value yet
                     tokens.append(cell)
         if read.installed:
-            self._beside = self._beside or is_foreign(f.__module__)
+            self._beside = self._beside or f in MOVING_STATISTICS or is_foreign(f.__module__)
             return
         self._names |= read.attributes
         self._reach.any_name |= read.any_attribute
@@ -262,6 +260,7 @@ class _Walk:
         if of is None or isinstance(of, types.ModuleType):
             package = (f.__module__ or getattr(of, "__name__", "")).partition(".")[0]
             self.tokens.append(f)
+            self._beside = self._beside or f in MOVING_STATISTICS
             if package not in TRUSTED:
                 self._hidden(f, where)
             return
@@ -374,7 +373,7 @@ class _Walk:
         self.tokens.append(tree.tokens)
         self.tokens += tensors
         self.tensors += tensors
-        self._beside = self._beside or any(map(has_foreign_code, tree.kinds()))
+        self._beside = self._beside or tree.moves or any(map(has_foreign_code, tree.kinds()))
         for ref in tree.classes:
             cls = ref()
             if cls is not None:

@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
+from .._torch.names import MOVING_STATISTICS
+
 #: What carries no tensors beside its numbers.
 PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-#: By these names one tensor gives another one that is not it.
-TENSORS_OF_TENSORS = frozenset(("grad", "_grad", "_base", "grad_fn", "main_grad"))
+#: By these names one tensor gives another one that is not it, or PyTorch moves one unseen.
+TELLING = frozenset(
+    ("grad", "_grad", "_base", "grad_fn", "main_grad", *(f.__name__ for f in MOVING_STATISTICS))
+)
 #: Compared by value.
 PLAIN: frozenset[type] = frozenset(
     (

@@ -18,6 +18,7 @@ from .._capture.graph import between, other_leaves
 from .._points.linearization import Linearization
 from .._points.product import Product
 from .._spaces.space import differentiable
+from .._text.labels import function_name
 from .._torch.graphs import gradient_edge
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, has_forward_tangent, pytree
@@ -192,7 +193,7 @@ class Point:
         if is_derivative(f):
             derivative(watched)
         captured = capture(watched, primals, {}, range(len(primals)), has_aux=has_aux)
-        captured.name = getattr(f, "__qualname__", None) or type(f).__name__
+        captured.name = function_name(f)
         #: Kept on demand only: it keeps the graph.
         self._captured = captured if keep else None
         self.here = Linearization(captured)

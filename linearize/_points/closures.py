@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,9 +80,6 @@ class JvpFn(Product):
         Built-in operations are vectorised; custom Functions are called once per tangent inside
         the pass, or once for all if they set `generate_vmap_rule`.
         """
-        if self._lifetime.ranks is not None:
-            work = functools.partial(self._stacked, tangents, chunk_size)
-            return self._lifetime.ranks.led(f"{self._called}, batched", work)
         return self._stacked(tangents, chunk_size)
 
 
@@ -164,7 +160,4 @@ class VjpFn(Product):
         StructureError, SpaceError
             If the cotangent does not fit.
         """
-        if self._lifetime.ranks is not None:
-            work = functools.partial(self._stacked, cotangent, chunk_size)
-            return self._lifetime.ranks.led(f"{self._called}, batched", work)
         return self._stacked(cotangent, chunk_size)

@@ -96,7 +96,7 @@ class ProgramPair:
         return f"ProgramPair({self.pushforward!r}, {self.pullback!r})"
 
 
-class _Guarded:
+class Guarded:
     """What f returned: each caller gets lists and dicts of its own, and no changed tensor.
 
     Attributes
@@ -156,8 +156,8 @@ class Linearization:
         self._lifetime.register(self)
         self.in_space = captured.in_space
         self.out_space = captured.out_space
-        self._value = _Guarded(captured.value, "the value")
-        self._aux = _Guarded(captured.aux, "aux")
+        self._value = Guarded(captured.value, "the value")
+        self._aux = Guarded(captured.aux, "aux")
         self._external = {local_of(t).untyped_storage().data_ptr() for t in captured.leaves}
         self._source = weakref.ref(source)
         common = (self._lifetime, policy, source)
@@ -349,7 +349,7 @@ class Linearization:
         self._lifetime.close()
 
     def _release(self) -> None:
-        self._value = self._aux = _Guarded(None, "")
+        self._value = self._aux = Guarded(None, "")
 
     def _fresh(self) -> bool:
         """Whether nothing that the point gives was changed in place, and it is open."""

@@ -13,19 +13,21 @@ from typing import Any, Literal
 import torch
 from cachetools.keys import hashkey
 
-from .._capture.capture import capture
+from .._capture.capture import Capture, capture
 from .._capture.contexts import ContextRecords
 from .._capture.reach import Reach
 from .._capture.state import State
 from .._forms.compiled import Options
 from .._reuse.shared import Structures
 from .._spaces.trees import flatten
+from .._text.labels import function_name
 from .._torch.compiled import compiled
 from .._torch.modes import eagerly
 from ..errors import CopyError, MemoWarning, OptionError, StructureError
 from .lifetime import tidy
 from .linearization import Linearization
-from .memo import Memo, Repeats, Stats, content_key
+from .memo import Memo, Repeats, Stats, content_key, numbers
+from .point import Point
 from .policy import Policy
 from .ranks import group_of_records, run_of_f
 
@@ -148,13 +150,7 @@ class Linearizer:
         self._reach = Reach(f)
         self._vouched = unseen == "constant"
         self._repeats = Repeats()
-        self._memo: Memo[Linearization] = Memo(
-            maxsize,
-            max_bytes,
-            Linearization._size,
-            Linearization._fresh,
-            Linearization._intact,
-        )
+        self._memo = Memo(maxsize, max_bytes, Point.size, Point.fresh, Point.intact)
         self._structures = Structures(self._policy.shared)
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scopes: list[weakref.WeakSet[Any]] = []
@@ -183,16 +179,20 @@ class Linearizer:
         Exception
             Whatever f raises; nothing is kept then.
         """
+        return self._point(args, kwargs).linearized()
+
+    def _point(self, args: Sequence[Any], kwargs: dict[str, Any], *, later: bool = False) -> Point:
+        """Return a point where f has run; with `later` it is linearized at the first need."""
         argnums = self._positions(len(args))
         tidy()
         asked = self._asked(args, kwargs) if self._keeps else None
         if asked is None:
             self._memo.missed()
-            return self._run(args, kwargs, argnums, None)
+            return self._run(args, kwargs, argnums, None, later)
         if asked.state.unseen and not self._vouched:
             self._memo.missed()
             self._warn_of_repeats(asked)
-            return self._run(args, kwargs, argnums, None)
+            return self._run(args, kwargs, argnums, None, later)
         point = self._memo.get(asked.key, asked.structure, asked.state)
         if point is not None:
             return point
@@ -200,13 +200,14 @@ class Linearizer:
         # Twice: an interrupt may come before the first has begun.
         try:
             try:
-                return self._awaited(asked, run) or self._run(args, kwargs, argnums, asked)
+                known = self._awaited(asked, run)
+                return known or self._run(args, kwargs, argnums, asked, later)
             finally:
                 self._end(asked.key, run)
         finally:
             self._end(asked.key, run)
 
-    def _awaited(self, asked: _Asked, mine: _Run) -> Linearization | None:
+    def _awaited(self, asked: _Asked, mine: _Run) -> Point | None:
         """Return the point if another thread is about to make it; else it is ours to make."""
         while True:
             # Without a lock: an interrupt could leave it locked.
@@ -232,7 +233,7 @@ class Linearizer:
                 'looked into, so that no point is remembered. Pass unseen="constant" to '
                 "Linearizer if it stays as it is",
                 MemoWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _end(self, key: Hashable, run: _Run) -> None:
@@ -274,8 +275,7 @@ class Linearizer:
         self._memo.tidy()
 
     def __repr__(self) -> str:
-        name = getattr(self.f, "__qualname__", None) or repr(self.f)
-        return f"<Linearizer of {name}: {self._memo.stats()}>"
+        return f"<Linearizer of {function_name(self.f)}: {self._memo.stats()}>"
 
     def __reduce__(self) -> Any:
         raise CopyError("a Linearizer cannot be copied or pickled: make one from its function")
@@ -284,49 +284,56 @@ class Linearizer:
 
     def _run(
         self,
-        args: tuple[Any, ...],
+        args: Sequence[Any],
         kwargs: dict[str, Any],
         argnums: Sequence[int],
         asked: _Asked | None,
-    ) -> Linearization:
-        point, reads = self._linearize(args, kwargs, argnums, watch=asked is not None)
-        for group in (self._open, *self._scopes):
-            group.add(point._lifetime)
+        later: bool,
+    ) -> Point:
+        point = self._made(args, kwargs, argnums, asked, later)
         # Another rank may have forgotten what this one remembers, and would run f alone.
         if asked is not None and point.in_space.group is None:
-            stamps = [*asked.stamps, *reads, *asked.state.stamps()]
+            read = [*point.reads, *numbers(point.moving), *asked.state.stamps()]
+            stamps = [*asked.stamps, *read]
             self._memo.put(asked.key, asked.structure, asked.state, point, asked.owners, stamps)
         return point
 
-    def _linearize(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int], watch: bool
-    ) -> tuple[Linearization, Any]:
-        def once() -> tuple[Linearization, Any]:
+    def _made(
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        argnums: Sequence[int],
+        asked: _Asked | None,
+        later: bool,
+    ) -> Point:
+        def once() -> Point:
             records = ContextRecords()
             held = self._policy.check != "never"
-            (point, reads), ranks = run_of_f(records, lambda: run(records), held=held)
-            point._lifetime.ranks = ranks
+            point, ranks = run_of_f(records, lambda: run(records), held=held)
+            if records.communicates():
+                point.linearized()._lifetime.ranks = ranks
             point.in_space.group = point.out_space.group = group_of_records(records)
-            return point, reads
+            return point
 
-        def run(records: ContextRecords) -> tuple[Linearization, Any]:
+        def run(records: ContextRecords) -> Point:
             captured = capture(
                 self.f,
                 args,
                 kwargs,
                 argnums,
                 has_aux=self._has_aux,
-                watch=watch,
+                # Where all that f can read is known, nobody has to look on.
+                watch=asked is not None and not asked.state.whole,
                 copy=self._by_value,
                 trace=self._trace,
                 records=records,
                 compiled=self._run_as,
             )
-            notify = self._notifier()
-            point = Linearization(captured, self._policy, notify, self._structures, alone=False)
-            # Buffers that move without a count of changes are told by their numbers.
-            numbers = [(weakref.ref(t), content_key(t)) for t in captured.moving]
-            return point, [*captured.reads, *numbers]
+            point = Point(captured, self._linearized)
+            # What was seen of custom Functions, or out of sight, is noted now or never.
+            if not later or captured.watched or len(records) or records.communicates():
+                point.linearized()
+            return point
 
         try:
             return once()
@@ -340,6 +347,14 @@ class Linearizer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return once()
+
+    def _linearized(self, captured: Capture) -> Linearization:
+        point = Linearization(
+            captured, self._policy, self._notifier(), self._structures, alone=False
+        )
+        for group in (self._open, *self._scopes):
+            group.add(point._lifetime)
+        return point
 
     @property
     def _run_as(self) -> Callable[..., Any]:

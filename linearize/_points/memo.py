@@ -145,7 +145,7 @@ class Memo(Generic[P]):
             if entry is not None and not (
                 entry.structure == structure
                 and not entry.orphaned()
-                and not _changed(entry.stamps)
+                and not changed(entry.stamps)
                 and entry.state.same(state)
                 and self._intact(entry.point)
             ):
@@ -317,12 +317,18 @@ def _reference(owner: Any, callback: Callable[[Any], None]) -> Any:
         return owner
 
 
-def _changed(stamps: Iterable[Stamp]) -> bool:
+def changed(stamps: Iterable[Stamp]) -> bool:
+    """Whether a tensor has another version, or other numbers, than it had."""
     for ref, stamp in stamps:
         t = ref()
         if t is not None and (t._version if type(stamp) is int else content_key(t)) != stamp:
             return True
     return False
+
+
+def numbers(moving: Iterable[torch.Tensor]) -> list[Stamp]:
+    """Return tensors that move without a count of changes with the keys of their content."""
+    return [(weakref.ref(t), content_key(t)) for t in moving]
 
 
 def content_key(t: torch.Tensor) -> tuple[Any, ...]:

@@ -88,11 +88,16 @@ class Product(Planned):
             )
 
     def _stacked(self, tree: Any, chunk_size: int | None) -> Any:
-        """Apply the map to a tree of stacks."""
-        self._check_open()
-        flat = self._arguments.tensors_of(tree, stacked=True)
-        stack_sizes(self._arguments, flat)
-        return self._results.element_of(self._batched(flat, chunk_size))
+        """Apply the map to a tree of stacks, together with the ranks that f communicates with."""
+
+        def work() -> Any:
+            self._check_open()
+            flat = self._arguments.tensors_of(tree, stacked=True)
+            stack_sizes(self._arguments, flat)
+            return self._results.element_of(self._batched(flat, chunk_size))
+
+        ranks = self._lifetime.ranks
+        return work() if ranks is None else ranks.led(f"{self._called}, batched", work)
 
     def _one(self, present: tuple[bool, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:
         """Return the map as a function of the tensors that are there."""

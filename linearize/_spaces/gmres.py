@@ -54,6 +54,8 @@ def gmres(
     ------
     LinearizeError
         If the residual is still larger after `max_products` products.
+    UnsupportedError
+        If the spaces are complex and the map is only real-linear.
 
     Notes
     -----
@@ -65,6 +67,8 @@ def gmres(
         raise SpaceError("gmres: expected a right-hand side of shape (n,)")
     if not isinstance(restart, int) or restart < 1:
         raise OptionError(f"restart must be a positive integer, got {restart!r}")
+    if isinstance(A, LinearOperator):
+        A.check_complex_linear("gmres")
     tol = _tolerance(b.dtype) if rtol is None else rtol
     most = max(1_000, 10 * len(b)) if max_products is None else max_products
     times, inverse = _function(A), _function(preconditioner)

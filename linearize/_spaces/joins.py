@@ -7,11 +7,11 @@ from itertools import chain
 
 import torch
 
-from ..errors import SpaceError, StructureError
+from ..errors import SpaceError
 from .between import fewest
 from .flat import Parts
 from .maps import Apply, ChunkSize
-from .operators import LinearOperator, SelfAdjoint
+from .operators import LinearOperator, SelfAdjoint, check_operators
 from .space import Space
 
 
@@ -83,7 +83,7 @@ def block_diagonal(*operators: LinearOperator) -> LinearOperator:
     StructureError
         If there is none.
     """
-    _check(operators, "block_diagonal")
+    check_operators(operators, "block_diagonal")
     ours = Space.joined([A.in_space for A in operators])
     theirs = Space.joined([A.out_space for A in operators])
 
@@ -143,17 +143,9 @@ def _images(
         rest = rest[count:]
 
 
-def _check(operators: Sequence[LinearOperator], what: str) -> None:
-    if not operators:
-        raise StructureError(f"{what}: expected at least one operator, got none")
-    for A in operators:
-        if not isinstance(A, LinearOperator):
-            raise StructureError(f"{what}: expected operators, got {type(A).__name__}")
-
-
 def _common(operators: Sequence[LinearOperator], what: str, side: str) -> Space:
     """Return the space that all have on one side."""
-    _check(operators, what)
+    check_operators(operators, what)
     first: Space = getattr(operators[0], side)
     for A in operators[1:]:
         space: Space = getattr(A, side)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -58,6 +58,9 @@ class LinearOperator(LinearMap):
     the columns being mapped in vectorised passes. A flat vector is the concatenation of the
     leaves, each row by row.
     """
+
+    #: The operator whose real and imaginary parts this one maps, if it is `as_real()` of one.
+    of_parts: LinearOperator | None = None
 
     @property
     def H(self) -> LinearOperator:  # noqa: N802 - as in NumPy
@@ -141,8 +144,7 @@ class LinearOperator(LinearMap):
         """
         if not any(leaf.dtype.is_complex for leaf in self._leaves()):
             return self
-
-        return self._like(
+        real = self._like(
             self.in_space.as_real(),
             self.out_space.as_real(),
             between.real(self._apply, self.in_space, self.out_space),
@@ -150,6 +152,8 @@ class LinearOperator(LinearMap):
             self._at_once,
             f"{self._name}.as_real()",
         )
+        real.of_parts = self
+        return real
 
     def to_scipy(self, *, real: bool = False) -> scipy.sparse.linalg.LinearOperator:
         """Return the operator as one of SciPy's: `linearize.scipy.aslinearoperator`.
@@ -412,6 +416,18 @@ class SelfAdjoint(LinearOperator):
     def H(self) -> LinearOperator:  # noqa: N802
         """The adjoint, which is the operator itself."""
         return self
+
+
+def check_operators(operators: Sequence[Any], what: str) -> None:
+    """Raise if some of these are no operators, or there is none."""
+    if not operators:
+        raise StructureError(f"{what}: expected at least one operator, got none")
+    for A in operators:
+        if not isinstance(A, LinearOperator):
+            raise StructureError(
+                f"{what}: expected operators, the jacobian of a linearization for instance, got "
+                f"{type(A).__name__}"
+            )
 
 
 def identity(space: Space) -> SelfAdjoint:

@@ -14,7 +14,7 @@ from ..errors import LinearizeError, SpaceError, StructureError
 from .budget import memory_budget
 from .flat import Parts
 from .gmres import gmres
-from .operators import LinearOperator, SelfAdjoint
+from .operators import LinearOperator, SelfAdjoint, check_operators
 from .space import Space, check_whole
 from .specs import TensorSpec, describe
 
@@ -115,13 +115,13 @@ def inverse(
     ------
     SpaceError
         If A is not square.
+    StructureError
+        If it is no operator.
     LinearizeError
         In products, if what was found is no solution.
     """
-    check_whole(A.in_space, "inverse")
-    rows, columns = A.shape
-    if rows != columns:
-        raise SpaceError(f"inverse: {A!r} is not square")
+    check_operators([A], "inverse")
+    A._check_square("inverse")
     return checked_inverse(A, Automatic() if solve is None else Solving(solve), tol)
 
 

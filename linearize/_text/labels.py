@@ -12,9 +12,15 @@ import sys
 import sysconfig
 from collections.abc import Iterable
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+
+def function_name(f: Any) -> str:
+    """Return how a function is called in texts: by its name, or that of its class."""
+    name = getattr(f, "__qualname__", None) or type(f).__name__
+    return str(name).removeprefix("_VariableFunctionsClass.")  # where torch.sin and its like are
 
 
 class Line(NamedTuple):

@@ -16,6 +16,7 @@ from .._capture.reach import Reach
 from .._capture.reads import Reads, stamps
 from .._capture.state import State
 from .._derivatives.gradient import check_scalar
+from .._points.memo import Stamp, changed, numbers
 from .._spaces.space import differentiable
 from .._torch.graphs import gradient_edge
 from .._torch.names import pytree
@@ -29,15 +30,12 @@ class Slope(NamedTuple):
     gradient: Array
     #: What f could reach before the run.
     state: State
-    #: What f read, with the versions after the run.
-    reads: list[tuple[weakref.ref[torch.Tensor], int]]
+    #: What f read, as it was after the run.
+    reads: list[Stamp]
 
     def fresh(self, now: State) -> bool:
         """Whether all that f can reach and has read is as it was."""
-        same = not now.unseen and self.state.same(now)
-        return same and all(
-            (t := ref()) is None or t._version == version for ref, version in self.reads
-        )
+        return not now.unseen and self.state.same(now) and not changed(self.reads)
 
 
 class FirstOrder:
@@ -106,10 +104,9 @@ class FirstOrder:
             torch.zeros_like(t, requires_grad=False) if g is None else g
             for t, g in zip(leaves, gradient, strict=True)
         ]
-        if reads is None:
-            read = state.stamps()
-        else:
-            read = [*reads.stamps(), *stamps(map(weakref.ref, hidden))]
+        read: list[Stamp] = [*state.stamps()]
+        if reads is not None:
+            read += [*reads.stamps(), *stamps(map(weakref.ref, hidden)), *numbers(reads.moving())]
         return Slope(value.item(), self._ravel(parts), state, read)
 
 

@@ -14,6 +14,7 @@ from .. import sparse
 from .._points.jacobian import Jacobian
 from .._points.linearization import Linearization
 from .._points.linearizer import Linearizer
+from .._points.point import Point
 from .._spaces.between import as_complex, as_real
 from .._spaces.operators import LinearOperator
 from .._spaces.space import Space, differentiable
@@ -21,6 +22,7 @@ from .._torch.names import pytree
 from ..errors import OptionError, SpaceError, StructureError
 from ._operators import Array, array, aslinearoperator
 
+_WHAT = "functions for SciPy's optimizers"
 KINDS = ("dense", "operator", "sparse")
 
 
@@ -110,8 +112,15 @@ class Flattened:
             If the vector has another length.
         """
         here = self.linearizer.at(self.unravel(x))
-        here._check_whole("functions for SciPy's optimizers")
+        here._check_whole(_WHAT)
         return here
+
+    def value(self, x: Array) -> Array:
+        """Return the value at a flat vector, as another one; `at` goes on from this run of f."""
+        point = self.linearizer._point((self.unravel(x),), {}, later=True)
+        if point.in_space.group is not None:
+            point.linearized()._check_whole(_WHAT)
+        return values(point)
 
     def like_start(self, x: Array) -> Any:
         """Return what a flat vector stands for, as arrays if the start was given as such."""
@@ -141,7 +150,6 @@ class Matrices:
         if kind not in KINDS:
             raise OptionError(f'{option} must be "dense", "operator" or "sparse", got {kind!r}')
         self._kind, self._symmetric = kind, symmetric
-        self._pattern: Any = None
 
     def of(self, J: Jacobian) -> Any:
         """Return the matrix of a Jacobian, of real and imaginary parts."""
@@ -150,37 +158,11 @@ class Matrices:
             return aslinearoperator(A)
         if self._kind == "dense":
             return array(A.materialize())
-        if A is J:
-            return _matrix(sparse.jacobian(J, symmetric=self._symmetric, layout="scipy"))
-        if self._pattern is None:
-            self._pattern = _in_parts(sparse.pattern(J), J)
-        return _matrix(sparse.jacobian(A, pattern=self._pattern, layout="scipy"))
+        found = sparse.jacobian(A, symmetric=self._symmetric and A is J, layout="scipy")
+        return scipy.sparse.csr_matrix(found)  # the older class, which all solvers take
 
 
-def _matrix(found: Any) -> Any:
-    """Return a sparse array as one of SciPy's older matrices, which all of its solvers take."""
-    return scipy.sparse.csr_matrix(found)
-
-
-def _in_parts(pattern: Any, J: Jacobian) -> Any:
-    """Return the pattern by real and imaginary parts: all of them where a number is complex."""
-    rows, columns = _parts(J.out_space), _parts(J.in_space)
-    return (rows @ scipy.sparse.csr_matrix(pattern).astype(int) @ columns.T).astype(bool)
-
-
-def _parts(space: Space) -> Any:
-    """Return the matrix that has a one where a real coordinate is part of a number."""
-    count = np.repeat(
-        [1 + leaf.dtype.is_complex for leaf in space.tensors],
-        [leaf.numel for leaf in space.tensors],
-    )
-    number = np.repeat(np.arange(len(count)), count)
-    ones = np.ones(len(number), dtype=int)
-    shape = (len(number), len(count))
-    return scipy.sparse.csr_matrix((ones, (np.arange(len(number)), number)), shape=shape)
-
-
-def values(here: Linearization) -> Array:
+def values(here: Linearization | Point) -> Array:
     """Return a value as a flat vector, complex numbers as two."""
     parts = [t for t in pytree.tree_leaves(here.value) if differentiable(t)]
     return array(here.out_space.as_real().join(as_real(parts, here.out_space)))
@@ -189,7 +171,10 @@ def values(here: Linearization) -> Array:
 def as_tensors(x0: Any) -> Any:
     """Return a start with tensors in the place of NumPy arrays and lists of numbers."""
     if isinstance(x0, (list, tuple)) and x0 and all(map(_is_numbers, x0)):
-        x0 = np.array(x0)
+        try:
+            x0 = np.array(x0)
+        except ValueError as error:
+            raise StructureError("x0: expected rows of one length in a list of lists") from error
     if isinstance(x0, np.ndarray) and np.issubdtype(x0.dtype, np.integer):
         x0 = x0.astype(float)
     return pytree.tree_map(_as_tensor, x0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
 import torch
 
 from .._capture.dependence import derivative
@@ -14,6 +16,7 @@ from .._points.linearization import Linearization
 from .._points.linearizer import Linearizer
 from .._spaces.between import as_real
 from .._spaces.space import differentiable
+from .._text.labels import function_name
 from .._torch.names import pytree
 from ..errors import SpaceError
 from ._first_order import FirstOrder
@@ -21,13 +24,17 @@ from ._flattened import Flattened, Matrices, values
 from ._operators import Array, array, through
 
 Kind: TypeAlias = Literal["dense", "operator", "sparse"]
+#: What matrices come as.
+M = TypeVar("M")
 
 
-class VectorFunction(Flattened):
+class VectorFunction(Flattened, Generic[M]):
     """A function with its Jacobian, for `least_squares`, `root` and `NonlinearConstraint`.
 
     SciPy asks for `fun` and `jac` in separate calls, each with an array of its own. The points
-    are recognised by their numbers, and `f` runs once for each.
+    are recognised by their numbers, and `f` runs once for each; it is linearized when a derivative
+    is asked for. Integrators of differential equations (`solve_ivp`) ask for many values and few
+    Jacobians: give them f itself, which runs quicker without a graph, and `jac`.
 
     Complex numbers, of the start and of the value, count as two real ones: real and imaginary
     parts in pairs, `z.view(float)` in NumPy.
@@ -56,6 +63,33 @@ class VectorFunction(Flattened):
         What remembers the points.
     """
 
+    @overload
+    def __init__(
+        self: VectorFunction[Array],
+        f: Callable[[Any], Any],
+        x0: Any,
+        *,
+        jac: Literal["dense"] = "dense",
+        maxsize: int = 8,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: VectorFunction[scipy.sparse.csr_matrix],
+        f: Callable[[Any], Any],
+        x0: Any,
+        *,
+        jac: Literal["sparse"],
+        maxsize: int = 8,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: VectorFunction[scipy.sparse.linalg.LinearOperator],
+        f: Callable[[Any], Any],
+        x0: Any,
+        *,
+        jac: Literal["operator"],
+        maxsize: int = 8,
+    ) -> None: ...
     def __init__(
         self,
         f: Callable[[Any], Any],
@@ -67,7 +101,7 @@ class VectorFunction(Flattened):
         self._jacobians = Matrices(jac, "jac")
         self._hessians = Matrices(jac, "jac", symmetric=True)
         super().__init__(f, x0, maxsize, has_aux=False)
-        self._name = _name(f)
+        self._name = function_name(f)
 
         @derivative
         def weighted(x: Any, weights: torch.Tensor) -> Any:
@@ -90,9 +124,9 @@ class VectorFunction(Flattened):
         numpy.ndarray
             Of shape (m,), the concatenation of the value's leaves.
         """
-        return values(self.at(x))
+        return self.value(x)
 
-    def jac(self, x: Array) -> Any:
+    def jac(self, x: Array) -> M:
         """Return the Jacobian at a flat vector, in the form that was asked for.
 
         Parameters
@@ -105,9 +139,10 @@ class VectorFunction(Flattened):
         numpy.ndarray, scipy.sparse.csr_matrix or scipy.sparse.linalg.LinearOperator
             Of shape (m, n).
         """
-        return self._jacobians.of(self.at(x).jacobian)
+        found: M = self._jacobians.of(self.at(x).jacobian)
+        return found
 
-    def hess(self, x: Array, v: Array) -> Any:
+    def hess(self, x: Array, v: Array) -> M:
         """Return the Hessian of vᵀ·f, as `NonlinearConstraint` asks for it.
 
         f runs once more for each pair of x and v.
@@ -130,7 +165,8 @@ class VectorFunction(Flattened):
             If a vector has another length.
         """
         weights = torch.tensor(np.ascontiguousarray(v))
-        return self._hessians.of(self._weighted.at(self.unravel(x), weights).jacobian)
+        found: M = self._hessians.of(self._weighted.at(self.unravel(x), weights).jacobian)
+        return found
 
     def gradient(self, x: Array) -> Array:
         """Return Jᵀ·r, the gradient of half the sum of squares.
@@ -152,7 +188,7 @@ class VectorFunction(Flattened):
         return array(J.in_space.join(J._apply_adjoint(parts, stacked=False)))
 
 
-class ScalarFunction(Flattened):
+class ScalarFunction(Flattened, Generic[M]):
     """A scalar function with gradient and Hessian, for `minimize`.
 
     As long as values and gradients are asked for, `f` runs once at each point under plain
@@ -183,6 +219,33 @@ class ScalarFunction(Flattened):
         What remembers the points that are linearized.
     """
 
+    @overload
+    def __init__(
+        self: ScalarFunction[Array],
+        f: Callable[[Any], Any],
+        x0: Any,
+        *,
+        hess: Literal["dense"],
+        maxsize: int = 8,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: ScalarFunction[scipy.sparse.csr_matrix],
+        f: Callable[[Any], Any],
+        x0: Any,
+        *,
+        hess: Literal["sparse"],
+        maxsize: int = 8,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: ScalarFunction[scipy.sparse.linalg.LinearOperator],
+        f: Callable[[Any], Any],
+        x0: Any,
+        *,
+        hess: Literal["operator"] = "operator",
+        maxsize: int = 8,
+    ) -> None: ...
     def __init__(
         self,
         f: Callable[[Any], Any],
@@ -193,7 +256,7 @@ class ScalarFunction(Flattened):
     ) -> None:
         self._hessians = Matrices(hess, "hess", symmetric=True)
         super().__init__(gradient_and_value(f), x0, maxsize, has_aux=True)
-        self._name = _name(f)
+        self._name = function_name(f)
         self._first_order: FirstOrder | None = FirstOrder(f, maxsize, self.unravel, self._of_parts)
 
     def fun(self, x: Array) -> float:
@@ -243,7 +306,7 @@ class ScalarFunction(Flattened):
         return self._hessp
 
     @property
-    def hess(self) -> Callable[[Array], Any]:
+    def hess(self) -> Callable[[Array], M]:
         """The Hessian, as a function of x that returns what the option of that name says."""
         self._first_order = None
         return self._hess
@@ -251,12 +314,9 @@ class ScalarFunction(Flattened):
     def _hessp(self, x: Array, p: Array) -> Array:
         return through(self.at(x).jacobian.as_real().H, np.asarray(p))
 
-    def _hess(self, x: Array) -> Any:
-        return self._hessians.of(self.at(x).jacobian)
-
-
-def _name(f: Any) -> str:
-    return getattr(f, "__qualname__", None) or type(f).__name__
+    def _hess(self, x: Array) -> M:
+        found: M = self._hessians.of(self.at(x).jacobian)
+        return found
 
 
 def _differentiable_part(here: Linearization) -> Any:

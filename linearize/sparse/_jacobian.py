@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
+import scipy.sparse as sp
+import torch
 from numpy.typing import NDArray
 
 from .._points.jacobian import Jacobian
@@ -13,7 +15,8 @@ from .._points.linearization import Linearization
 from .._spaces.flat import flat_spec
 from .._spaces.operators import ChunkSize, LinearOperator, SelfAdjoint, check_chunk_size
 from .._spaces.space import check_whole
-from ..errors import OptionError, SpaceError, UnsupportedError
+from .._spaces.specs import describe
+from ..errors import OptionError, SpaceError, StructureError, UnsupportedError
 from ._assembly import LAYOUTS, Layout, entries, laid_out
 from ._coloring import grouped
 from ._patterns import Pattern, given, pattern_of
@@ -22,7 +25,7 @@ from ._ways import DIRECTIONS, Direction, Way
 __all__ = ["coloring", "explain", "jacobian", "pattern"]
 
 
-def pattern(of: Linearization | LinearOperator) -> Any:
+def pattern(of: Linearization | LinearOperator) -> sp.csr_array:
     """Return where the Jacobian can have entries, found from its linear program.
 
     Indices are followed through views, gathers and scatters, pointwise operations, reductions and
@@ -76,6 +79,26 @@ def coloring(pattern: Any) -> NDArray[np.int64]:
     return grouped(Pattern(pattern).entries)
 
 
+@overload
+def jacobian(
+    of: Linearization | LinearOperator,
+    *,
+    pattern: Any = None,
+    direction: Direction = "auto",
+    symmetric: bool | None = None,
+    layout: Literal["coo", "csr", "csc"] = "coo",
+    chunk_size: ChunkSize = "auto",
+) -> torch.Tensor: ...
+@overload
+def jacobian(
+    of: Linearization | LinearOperator,
+    *,
+    pattern: Any = None,
+    direction: Direction = "auto",
+    symmetric: bool | None = None,
+    layout: Literal["scipy"],
+    chunk_size: ChunkSize = "auto",
+) -> sp.csr_array: ...
 def jacobian(
     of: Linearization | LinearOperator,
     *,
@@ -195,8 +218,15 @@ def _filling(known: Pattern) -> Iterator[str]:
         yield f"  filled by {step.name}: from {step.before} to {step.after} for an entry"
 
 
-def _operator(of: Any) -> Any:
-    return of.jacobian if isinstance(of, Linearization) else of
+def _operator(of: Any) -> LinearOperator:
+    if isinstance(of, Linearization):
+        return of.jacobian
+    if not isinstance(of, LinearOperator):
+        raise StructureError(
+            "sparse: expected a linearization, Linearizer(f).at(x), or an operator, its Jacobian "
+            f"for instance, got {describe(of)}"
+        )
+    return of
 
 
 def _chosen(

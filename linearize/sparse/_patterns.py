@@ -13,6 +13,8 @@ from .._execute.binding import BoundProgram
 from .._points.jacobian import Gram, Jacobian
 from .._points.product import Product
 from .._programs.price import price
+from .._spaces.operators import LinearOperator
+from .._spaces.space import Space
 from .._transpose.missing import resolve
 from ..curvature import Curvature
 from ..errors import LinearizeError, MissingDerivativeError, StructureError
@@ -57,6 +59,7 @@ class Pattern:
         self.steps = steps or []
         self.prices = prices or Prices()
         self.checked = False
+        self._in_parts: Pattern | None = None
         self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._reads = reads or []
         self._declared = times_declared()
@@ -81,6 +84,20 @@ class Pattern:
         if _same(self.entries, other.entries):
             self._ways = other._ways
 
+    def in_parts(self, of: LinearOperator) -> Pattern:
+        """Return the pattern by real and imaginary parts: all of them where a number is complex.
+
+        Parameters
+        ----------
+        of
+            The operator whose pattern this is.
+        """
+        if self._in_parts is None:
+            rows, columns = _parts(of.out_space), _parts(of.in_space)
+            entries = rows @ self.entries.astype(int) @ columns.T
+            self._in_parts = Pattern(entries, self.steps, self.prices)
+        return self._in_parts
+
     @property
     def is_recent(self) -> bool:
         """Whether nothing was declared since."""
@@ -101,6 +118,8 @@ def pattern_of(A: Any) -> Pattern:
     """
     if isinstance(A, Jacobian):
         return _of_jacobian(A)
+    if isinstance(A, LinearOperator) and A.of_parts is not None:
+        return pattern_of(A.of_parts).in_parts(A.of_parts)
     if isinstance(A, Gram):
         found = _found(A._product)
         if found is not None:
@@ -120,8 +139,9 @@ def pattern_of(A: Any) -> Pattern:
             total = total + rows
         return Pattern(total, steps)
     raise StructureError(
-        "pattern: expected a linearization, its Jacobian, the gram operator of that or an "
-        f"operator of linearize.curvature, got {type(A).__name__}"
+        "pattern: expected a linearization, its Jacobian, the gram operator of that, an operator "
+        f"of linearize.curvature, or the real operator of one of these, got {A!r}; the pattern of "
+        "any other has to be given"
     )
 
 
@@ -140,6 +160,15 @@ def _of_jacobian(J: Jacobian) -> Pattern:
         known = products[1]._notes()[_NOTE] = found  # only now the structure need be known
     here[_NOTE] = known
     return known
+
+
+def _parts(space: Space) -> Any:
+    """Return the matrix that has a one where a real coordinate is part of a number."""
+    sizes = [leaf.numel for leaf in space.tensors]
+    count = np.repeat([1 + leaf.dtype.is_complex for leaf in space.tensors], sizes)
+    number = np.repeat(np.arange(len(count)), count)
+    ones = np.ones(len(number), dtype=int), (np.arange(len(number)), number)
+    return sp.csr_array(ones, shape=(len(number), len(count)))
 
 
 #: Under which name a structure's pattern is noted.

@@ -555,3 +555,101 @@ def test_newton_krylov_over_complex_numbers():
         preconditioner=lambda here: lz.operators.inverse(here.jacobian.as_real()),
     )
     np.testing.assert_allclose(ours.x, sol.x, atol=1e-9)
+
+
+# -- values alone --------------------------------------------------------------------------
+
+
+def test_values_are_linearized_when_a_derivative_is_asked_for():
+    counted = Counted(residuals)
+    p = lz.scipy.VectorFunction(counted, rand(4))
+    points = [p.x0 + k for k in range(4)]
+    for x in points:
+        np.testing.assert_allclose(p.fun(x), residuals(torch.tensor(x)))
+    assert p.linearizer.stats().bytes == 0
+    for x in reversed(points):
+        want = torch.autograd.functional.jacobian(residuals, torch.tensor(x))
+        for _ in range(2):
+            np.testing.assert_allclose(p.jac(x), want)
+            np.testing.assert_allclose(p.fun(x), residuals(torch.tensor(x)))
+            np.testing.assert_allclose(p.gradient(x), want.T @ residuals(torch.tensor(x)))
+    assert p.linearizer.stats().bytes > 0
+    assert counted.runs == len(points)
+    assert p.at(points[0]) is p.linearizer.at(p.unravel(points[0]))
+    assert counted.runs == len(points)
+
+
+def test_values_alone_see_data_that_change_in_place():
+    data, kept = torch.ones(3, dtype=torch.float64), []
+
+    def f(x):
+        kept[:] = [data * x.sin()]
+        return kept[0]
+
+    p = lz.scipy.VectorFunction(f, [1.0, 2.0, 3.0])
+    for change in (lambda: data.mul_(2), lambda: kept[0].zero_()):
+        value = p.fun(p.x0)
+        change()
+        np.testing.assert_allclose(p.fun(p.x0), data.numpy() * np.sin(p.x0))
+        change()
+        np.testing.assert_allclose(p.jac(p.x0), np.diag(data.numpy() * np.cos(p.x0)))
+        assert value[0] != 0
+
+
+def test_running_statistics_that_move_unseen_are_seen():
+    data, other = rand(5, 3), rand(50, 3, seed=1)
+    mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    normed = torch.nn.functional.batch_norm
+    net = torch.nn.BatchNorm1d(3, affine=False).double().eval()
+
+    def by_module(x):
+        return net(data * x).square().sum()
+
+    def by_attribute(x):
+        return torch.nn.functional.batch_norm(data * x, mean, var).square().sum()
+
+    def by_name(x):
+        return normed(data * x, mean, var).square().sum()
+
+    def by_kernel(x):
+        return torch.native_batch_norm(data * x, None, None, mean, var, False, 0.1, 1e-5)[0].sum()
+
+    def moved():
+        normed(other + 3, mean, var, training=True)
+        normed(other + 3, net.running_mean, net.running_var, training=True)
+
+    for f in (by_module, by_attribute, by_name, by_kernel):
+        problem = lz.scipy.ScalarFunction(f, np.ones(3))
+        vector = lz.scipy.VectorFunction(f, np.ones(3))
+        for _ in range(3):
+            want = f(torch.ones(3, dtype=torch.float64)).item()
+            slope = torch.func.grad(f)(torch.ones(3, dtype=torch.float64))
+            assert problem.fun(problem.x0) == pytest.approx(want)
+            np.testing.assert_allclose(problem.jac(problem.x0), slope)
+            np.testing.assert_allclose(vector.fun(vector.x0), want)
+            moved()
+            slope = torch.func.grad(f)(torch.ones(3, dtype=torch.float64))
+            np.testing.assert_allclose(vector.jac(vector.x0)[0], slope)
+            moved()
+
+
+class Scaled(torch.autograd.Function):
+    """Keeps a list, which f changes after the call."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x * scale[0]
+
+    @staticmethod
+    def backward(ctx, u):
+        return u * ctx.scale[0], None
+
+
+def test_values_of_custom_functions():
+    counted = Counted(lambda x: Scaled.apply(x, [3.0]).sin())
+    p = lz.scipy.VectorFunction(counted, [0.1, 0.2])
+    for x in (p.x0, p.x0 + 1):
+        np.testing.assert_allclose(p.fun(x), np.sin(3 * x))
+        np.testing.assert_allclose(p.jac(x), np.diag(3 * np.cos(3 * x)))
+    assert counted.runs == 2

@@ -233,6 +233,18 @@ def test_complex():
         torch.testing.assert_close(got.to_dense(), here.jacobian.materialize())
 
 
+def test_complex_numbers_as_two_real_ones():
+    z = rand(5, dtype=torch.complex128)
+    for f in (lambda z: z * z.conj() + z.roll(1), lambda z: z.abs() + z.roll(1).real):
+        for k in range(2):
+            J = lz.Linearizer(f).at(z + k).jacobian.as_real()
+            got, want = sparse.jacobian(J), J.materialize()
+            torch.testing.assert_close(got.to_dense(), want)
+            assert got._nnz() == 4 * len(want)  # two numbers, two parts of each
+            assert (sparse.pattern(J).toarray() >= (want != 0).numpy()).all()
+            assert "6 products" in sparse.explain(J)
+
+
 def test_a_pattern_that_lacks_entries_is_an_error():
     here = lz.Linearizer(lambda x: x * x.roll(1)).at(POINT)
     with pytest.raises(lz.errors.LinearizeError, match="lacks entries"):
@@ -241,8 +253,12 @@ def test_a_pattern_that_lacks_entries_is_an_error():
         sparse.jacobian(here, pattern=sp.eye_array(5))
     with pytest.raises(lz.errors.OptionError):
         sparse.jacobian(here, direction="sideways")
-    with pytest.raises(lz.errors.StructureError):
+    with pytest.raises(lz.errors.StructureError, match="has to be given"):
         sparse.jacobian(here.jacobian.H)
+    for wrong in (torch.sin, here.jvp_fn, np.eye(6)):
+        for ask in (sparse.jacobian, sparse.pattern, sparse.explain):
+            with pytest.raises(lz.errors.StructureError, match="expected a linearization"):
+                ask(wrong)
     torch.testing.assert_close(
         sparse.jacobian(here.jacobian.gram(), pattern=np.ones((6, 6))).to_dense(),
         here.jacobian.gram().materialize(),

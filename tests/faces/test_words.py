@@ -1,5 +1,6 @@
 """Messages that say what to do, where they were found to be of no help."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,3 +83,15 @@ def test_a_solve_that_returns_an_array():
             lz.errors.StructureError, match=rf"solve: expected.*float64\[3\].*{what}"
         ):
             x.sum().backward()
+
+
+def test_functions_of_torch_have_their_names():
+    assert repr(lz.Linearizer(torch.sin)).startswith("<Linearizer of sin: ")
+    assert repr(lz.scipy.VectorFunction(torch.sin, [1.0])).startswith("<VectorFunction of sin: ")
+
+
+def test_starts_that_are_no_tensors():
+    with pytest.raises(lz.errors.StructureError, match="x: expected floating point tensors"):
+        lz.implicit.root(torch.sin, np.zeros(3))
+    with pytest.raises(lz.errors.StructureError, match=r"x0: expected rows of one length"):
+        lz.scipy.VectorFunction(torch.sin, [[1, 2], [3]])

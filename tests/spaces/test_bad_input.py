@@ -7,6 +7,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -245,6 +246,9 @@ def test_no_differentiable_primal() -> None:
     refuses(lambda *a: a[0], ({"k": torch.tensor(True)},), StructureError, "primal[0]['k']: bool")
     refuses(lambda *a: torch.ones(1), (), StructureError, "no arguments")
     refuses(lambda *a: a[0], ([],), StructureError, "no differentiable primal")
+    refuses(lambda *a: a[0], ([1.0],), StructureError, "primal[0][0]: float", "torch.as_tensor")
+    refuses(lambda *a: a[0], (np.ones(2),), StructureError, "ndarray", "torch.as_tensor")
+    refuses(lambda *a: a[0], (torch.ones(2).int(),), StructureError, "int32[2]", ".double()")
     refuses(
         lambda x, n: x,
         (torch.ones(2), torch.tensor(1)),

@@ -267,6 +267,18 @@ def test_gmres_where_it_breaks_down():
         lz.solvers.gmres(lambda v: v, torch.ones(2, 2))
     with pytest.raises(lz.errors.OptionError):
         lz.solvers.gmres(lambda v: v, b, restart=0)
+    z = torch.ones(3, dtype=torch.complex128)
+    J = lz.Linearizer(lambda z: z + 2 * z.conj()).at(z).jacobian
+    with pytest.raises(lz.errors.UnsupportedError, match=r"gmres.*as_real"):
+        lz.solvers.gmres(J, z)
+
+
+def test_what_is_no_operator():
+    here = lz.Linearizer(torch.sin).at(torch.zeros(3))
+    for wrong in (here, here.jvp_fn, torch.eye(3), None):
+        for make in (lz.operators.inverse, lz.operators.vertical, lz.operators.block_diagonal):
+            with pytest.raises(lz.errors.StructureError, match=r"expected operators.*jacobian"):
+                make(wrong)
 
 
 # -- diagonals and traces -----------------------------------------------------------------
