@@ -29,6 +29,11 @@ class ByEngine:
         self._count = 0
 
     @property
+    def spent(self) -> bool:
+        """Whether it applied the pullback as often as it will."""
+        return self._count >= BY_ENGINE
+
+    @property
     def unhooked(self) -> bool:
         """Whether no hooks were registered."""
         return self._unhooked.still
@@ -37,7 +42,7 @@ class ByEngine:
         self, cotangents: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None] | None:
         """Return Jᵀ·u; None if a program has to compute it."""
-        ready = self._plain and self._count < BY_ENGINE and self._unhooked.still
+        ready = self._plain and not self.spent and self._unhooked.still
         if not ready or not undisturbed() or casts():
             return None
         pairs = zip(self._graph.roots, cotangents, strict=True)

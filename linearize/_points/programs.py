@@ -234,12 +234,14 @@ class PointPrograms:
         """Return Jᵀ·u as PyTorch's engine computes it from the graph; None if a program has to.
 
         The engine may where a program would have to be looked for first, but not at the first
-        point of a `Linearizer`: what is wrong with its programs is told by the first product.
+        point of a `Linearizer`: what is wrong with its programs is told by the first product. Nor
+        may it once a point was asked for more than it gives: then a program pays from the start.
         """
-        engine = self._engine
-        if engine is None or self._searched or self._check == "always":
+        engine, structures = self._engine, self._structures
+        if engine is None or self._searched or self._check == "always" or not structures.met:
             return None
-        return engine(cotangents) if self._structures.met else None
+        structures.pulls_much = structures.pulls_much or engine.spent
+        return None if structures.pulls_much else engine(cotangents)
 
     # -- taken over -------------------------------------------------------------------------
 

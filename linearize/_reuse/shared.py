@@ -120,6 +120,8 @@ class Structures:
         How many matrices took the place of programs.
     compiled
         How many programs were compiled.
+    pulls_much
+        Whether a point was asked for more pullbacks than PyTorch's engine gives.
     why
         Why points were recorded although others had been, and how many.
     forms
@@ -137,6 +139,7 @@ class Structures:
         self.reused = 0
         self.dense = 0
         self.compiled = 0
+        self.pulls_much = False
         self.why: Counter[str] = Counter()
         self.forms: MutableMapping[Executor, Segments | None] = weakref.WeakKeyDictionary()
 

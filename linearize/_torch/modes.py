@@ -143,12 +143,13 @@ def without_subclass(t: torch.Tensor) -> torch.Tensor:
         return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
 
 
-@contextlib.contextmanager
-def without_inference_mode() -> Iterator[None]:
+def without_inference_mode() -> contextlib.AbstractContextManager[None]:
     """Leave inference mode, without grad mode, which leaving alone would switch on."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
+    return _no_inference() if torch.is_inference_mode_enabled() else NOTHING
+
+
+@contextlib.contextmanager
+def _no_inference() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 

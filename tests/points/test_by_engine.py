@@ -293,6 +293,17 @@ def test_the_graph_goes_with_the_product() -> None:
         assert seen[-1]() is None
 
 
+def test_programs_come_at_once_where_points_are_asked_for_many(asked: list[int]) -> None:
+    lin = lz.Linearizer(lambda x: (W * x).sin().sum(0))
+    right = [(W * (X + k)).cos().mul(W).sum(0) * X for k in range(4)]
+    lin.at(X - 1).vjp_fn(X)
+    for k, products in enumerate((BY_ENGINE, BY_ENGINE + 1, 2, 1)):
+        here = lin.at(X + k)
+        for _ in range(products):
+            torch.testing.assert_close(here.vjp_fn(X)[0], right[k])
+    assert len(asked) == 2 * BY_ENGINE  # the second of these points told that more will come
+
+
 def test_threads_get_the_same() -> None:
     here = later(lambda x: (W * x).sin().sum(0), X)
     right = (W * X).cos().mul(W).sum(0) * X
