@@ -106,7 +106,7 @@ bench: $(READY) ## time the products against their peers (minutes), write table,
 	$(call say,Running the benchmarks)
 	$(PY) -m benchmarks.run --docs docs/benchmarks.md $(ARGS)
 	$(if $(ARGS),,$(PY) -m benchmarks.outer --docs docs/benchmarks.md)
-	$(if $(ARGS),,$(PY) -m benchmarks.front)
+	$(if $(ARGS),,$(PY) -m benchmarks.front && $(PY) -m benchmarks.choice)
 
 # Goes on where it was cut off; ARGS='--fresh' begins anew, ARGS='--help' lists the options.
 conformance: $(READY) ## compare every operator of PyTorch's database (minutes), write the page

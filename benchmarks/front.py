@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.break_even import number
-from benchmarks.outer import BEGIN, END
+from benchmarks.outer_page import read
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PICTURE = "benchmarks.md", "_static/outer.svg"
@@ -40,15 +40,7 @@ class Curve:
 
 def curves(page: str, case: str) -> list[Curve]:
     """Return what a page says of one case; engines that cannot do it have no points."""
-    section = page.partition(BEGIN)[2].partition(END)[0]
-    table = [
-        [cell.strip() for cell in line.strip("|").split(" | ")]
-        for line in section.partition("The first point")[0].splitlines()
-        if line.startswith("|") and not line.startswith("| ---")
-    ]
-    if not table:
-        raise ValueError("no results: run python -m benchmarks.outer --docs docs/benchmarks.md")
-    rows = [dict(zip(table[0], row, strict=True)) for row in table[1:] if row[0] == case]
+    rows = [row for row in read(page) if row["case"] == case]
     found = []
     for engine in LINES:
         points = [(int(row["K"]), number(row[engine]) * number(row["f, ms"])) for row in rows]

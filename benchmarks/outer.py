@@ -1,181 +1,114 @@
 """Outer loops: a new point, K products with its Jacobian, the next point.
 
-    python -m benchmarks.outer                    # all cases, K = 1, 10, 100
+    python -m benchmarks.outer                    # all cases, K = 1, 2, 10, 100
     python -m benchmarks.outer --only Bratu -k 10
     python -m benchmarks.outer --docs docs/benchmarks.md
 
 This is what Newton, Gauss-Newton and time stepping do, and what a user waits for. Every engine
 does the same work: at each of 20 points its own run of f and K products J·v, one after the
-other. The first point, with recording and compilation, is a column of its own; the figure of
-an engine is the time of all later points by their number, in units of one run of f alone.
-Engines take turns point by point, in one process with one thread, and processor time is taken.
-Before it is timed, each is compared with central differences of f in double precision.
+other. The very first point, with recording and compilation, is measured by itself. Its products
+and those of a second point are compared with central differences of f in double precision; who
+is wrong is not timed. Then engines take turns point by point, in one process with one thread, and
+processor time is taken. The figure of an engine is its time for all these points by their number,
+the median of some rounds. There are as many points and rounds as the patience allows.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import dataclasses
 import gc
 import json
 import os
+import pstats
+import resource
 import statistics
 import sys
+import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 for _name, _value in (
     ("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"),
     ("OMP_NUM_THREADS", "1"),
     ("OPENBLAS_NUM_THREADS", "1"),
+    # What is compiled is compiled, by this process, and not found on a disk.
+    ("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1"),
+    ("TORCHINDUCTOR_COMPILE_THREADS", "1"),
+    ("TQDM_DISABLE", "1"),
 ):
     os.environ.setdefault(_name, _value)
 
 import torch  # noqa: E402
 
-import linearize as lz  # noqa: E402
+from benchmarks import outer_page, whole_runs  # noqa: E402
 from benchmarks.case import Problem, Tensors, flat  # noqa: E402
-from benchmarks.cases import bratu, bundle, burgers, mlp, networks, opaque, transformer  # noqa: E402
-from benchmarks.engines import NotInstalledError, double_backward, forget_programs  # noqa: E402
+from benchmarks.cases import bratu, bundle, burgers, matmul, mlp, networks, opaque, transformer  # noqa: E402
+from benchmarks.engines import NotInstalledError  # noqa: E402
 from benchmarks.report import markdown, rewrite  # noqa: E402
+from benchmarks.steps import COMPILED, COMPILED_F, ENGINES, JITTED, OURS, Ours, Step  # noqa: E402
 
-#: One iteration: the point and the directions, to the products.
-Step: TypeAlias = Callable[[Tensors, Sequence[Tensors]], Sequence[Any]]
 POINTS, ROUNDS = 20, 3
-PRODUCTS = (1, 10, 100)
-#: Seconds that one engine may take in one round; it goes to fewer points for that.
-PATIENCE = 20.0
-BEGIN, END = "<!-- begin outer loops -->", "<!-- end outer loops -->"
+PRODUCTS = (1, 2, 10, 100)
+#: Seconds of processor time for one case with one number of products: of all engines together,
+#: and of one of them.
+PATIENCE, SHARE = 6.0, 0.8
+#: Who takes longer than so many runs of f at the second point is not timed any further.
+SLOW = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A function that is linearized at many points."""
+    """A function that is linearized at many points.
+
+    Attributes
+    ----------
+    name, make, dtype
+        As those of a case.
+    tolerance
+        Of the products against central differences, relative to the largest entry.
+    launched
+        Whether its operations take no longer than it takes to call them.
+    most, first
+        How many products at most, a hundred of a language model say what ten do; and at first.
+    """
 
     name: str
     make: Callable[[torch.dtype], Problem]
     dtype: torch.dtype = torch.float32
     tolerance: float = 5e-3
+    launched: bool = False
+    most: int = 100
+    first: int = 10
 
 
 LOOPS = (
-    *(Loop(f"Bratu {n} x {n}", lambda d, n=n: bratu.problem(n, d)) for n in (32, 128, 512)),
-    Loop("Burgers, 20 steps, n = 100", lambda d: burgers.problem(100, 20, d)),
-    Loop("Burgers, 50 steps, n = 1,000", lambda d: burgers.problem(1000, 50, d)),
-    Loop("MLP 6 x 64, batch 16", lambda d: mlp.wrt_parameters(64, 16, d)),
+    Loop("Bratu 32 x 32", lambda d: bratu.problem(32, d), launched=True),
+    Loop("Bratu 128 x 128", lambda d: bratu.problem(128, d), launched=True),
+    Loop("Bratu 512 x 512", lambda d: bratu.problem(512, d)),
+    Loop("Burgers, 20 steps, n = 100", lambda d: burgers.problem(100, 20, d), launched=True),
+    Loop("Burgers, 50 steps, n = 1,000", lambda d: burgers.problem(1000, 50, d), launched=True),
+    Loop("MLP 6 x 64, batch 16", lambda d: mlp.wrt_parameters(64, 16, d), launched=True),
     Loop("MLP 6 x 256, batch 128", lambda d: mlp.wrt_parameters(256, 128, d)),
     Loop("transformer layer", lambda d: transformer.problem(128, 64, 8, d, inputs=False)),
-    Loop("bundle adjustment", lambda d: bundle.problem("problem_01", None, d), torch.float64),
-    Loop("GPT-2, 23 M parameters", networks.gpt2),
-    Loop("Llama, 20 M parameters", networks.llama),
-    Loop("inlined custom Function", opaque.inlined),
+    Loop(
+        "bundle adjustment, 5,421 markers",
+        lambda d: bundle.problem("problem_01.bin", None, d),
+        torch.float64,
+    ),
+    Loop("GPT-2, 23 M parameters", networks.gpt2, most=10, first=4),
+    Loop("Llama, 20 M parameters", networks.llama, most=10, first=4),
+    Loop("inlined custom Function", opaque.inlined, launched=True),
     Loop("opaque NumPy fixpoint, n = 1,000", lambda d: opaque.fixpoint(1000, d), torch.float64),
 )
 
 
-# -- engines ------------------------------------------------------------------------------
-
-
-def ours(problem: Problem) -> Step:
-    """One `Linearizer` for all points."""
-    return _linearizer(problem.f)
-
-
-def ours_compiled_f(problem: Problem) -> Step:
-    """The same for a function under `torch.compile`."""
-    return _linearizer(torch.compile(problem.f))
-
-
-def ours_compiled(problem: Problem) -> Step:
-    """`Linearizer(f, compile=True)`."""
-    return _linearizer(problem.f, compile=True)
-
-
-def _linearizer(f: Callable[..., Any], **options: Any) -> Step:
-    forget_programs()
-    lin = lz.Linearizer(f, maxsize=0, **options)
-
-    def step(x: Tensors, vs: Sequence[Tensors]) -> list[Any]:
-        jvp_fn = lin.at(*x).jvp_fn
-        return [jvp_fn(*v) for v in vs]
-
-    return step
-
-
-def forward_mode(problem: Problem) -> Step:
-    """`torch.func.jvp`, which runs f at each product."""
-    f = problem.functional or problem.f
-    return lambda x, vs: [torch.func.jvp(f, x, v)[1] for v in vs]
-
-
-def func_linearize(problem: Problem) -> Step:
-    """`torch.func.linearize`, at each point anew."""
-    f = problem.functional or problem.f
-
-    def step(x: Tensors, vs: Sequence[Tensors]) -> list[Any]:
-        push = torch.func.linearize(f, *x)[1]
-        return [push(*v) for v in vs]
-
-    return step
-
-
-def two_backwards(problem: Problem) -> Step:
-    """The trick with two backwards, with the graph of the first kept."""
-
-    def step(x: Tensors, vs: Sequence[Tensors]) -> list[Any]:
-        jvp = double_backward(dataclasses.replace(problem, primals=x)).jvp
-        assert jvp is not None
-        return [jvp(*v) for v in vs]
-
-    return step
-
-
-def jitted(problem: Problem) -> Step:
-    """`jax.jit` around `jax.linearize` and a scan over the products."""
-    try:
-        import jax
-        from jax import lax
-    except ImportError:
-        raise NotInstalledError("jax") from None
-    if problem.jax is None:
-        raise NotImplementedError("no counterpart")
-    jax.config.update("jax_enable_x64", val=True)
-    f, _ = problem.jax()
-
-    @jax.jit
-    def run(x: Any, vs: Any) -> Any:
-        _, push = jax.linearize(f, *x)
-        return lax.map(lambda v: push(*v), vs)
-
-    stacks: dict[int, Any] = {}
-
-    def step(x: Tensors, vs: Sequence[Tensors]) -> list[Any]:
-        if len(vs) not in stacks:  # directions are at hand in the form that an engine wants
-            columns = [torch.stack(c).numpy() for c in zip(*vs, strict=True)]
-            stacks[len(vs)] = [jax.device_put(c) for c in columns]
-        given = [jax.device_put(t.numpy()) for t in x]
-        out = jax.block_until_ready(run(given, stacks[len(vs)]))
-        return list(out) if not isinstance(out, (tuple, list)) else list(zip(*out, strict=True))
-
-    return step
-
-
-OURS = "linearize"
-ENGINES: dict[str, Callable[[Problem], Step]] = {
-    OURS: ours,
-    "linearize, compiled f": ours_compiled_f,
-    "linearize, compile=True": ours_compiled,
-    "torch.func.jvp": forward_mode,
-    "torch.func.linearize": func_linearize,
-    "double backward": two_backwards,
-    "jax.jit": jitted,
-}
-
-
-# -- one case -----------------------------------------------------------------------------
+# -- points and directions ----------------------------------------------------------------
 
 
 def directions(problem: Problem, count: int) -> list[Tensors]:
@@ -183,13 +116,11 @@ def directions(problem: Problem, count: int) -> list[Tensors]:
     return [_normal(problem.primals, 100 + k, 1.0) for k in range(count)]
 
 
-def points(problem: Problem, count: int) -> list[Tensors]:
-    """Return points near the given one, the same for each call."""
-    found = []
+def points(problem: Problem, count: int) -> Iterator[Tensors]:
+    """Yield points near the given one, the same for each call."""
     for k in range(count):
         shift = _normal(problem.primals, 1000 + k, 1e-2)
-        found.append(tuple(p + d for p, d in zip(problem.primals, shift, strict=True)))
-    return found
+        yield tuple(p + d for p, d in zip(problem.primals, shift, strict=True))
 
 
 def _normal(like: Tensors, seed: int, size: float) -> Tensors:
@@ -200,139 +131,200 @@ def _normal(like: Tensors, seed: int, size: float) -> Tensors:
     )
 
 
-def wrong(loop: Loop, step: Step) -> bool:
-    """Whether an engine's product is not the one that central differences give."""
-    problem, exact = loop.make(loop.dtype), loop.make(torch.float64)
-    for x in points(problem, 2):
-        (v,) = directions(problem, 1)
-        got = flat(step(x, [v])[0])
+# -- the first point, and whether it is right -----------------------------------------------
+
+
+class Reference:
+    """What the products are, by central differences of f in double precision."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._f = loop.make(torch.float64).f
+        self._tolerance = loop.tolerance
+        self._known: dict[tuple[int, int], Tensors] = {}
+
+    def wrong(self, key: tuple[int, int], x: Tensors, v: Tensors, got: Any) -> bool:
+        """Whether a product with the direction and at the point of a number is not J·v."""
+        if key not in self._known:
+            self._known[key] = self._difference(x, v)
+        found = [torch.as_tensor(g).double() for g in flat(got)]
+        return not all(
+            (g - known).abs().max() <= self._tolerance * known.abs().max()
+            for g, known in zip(found, self._known[key], strict=True)
+        )
+
+    def _difference(self, x: Tensors, v: Tensors) -> Tensors:
         wide, along = (tuple(t.double() for t in ts) for ts in (x, v))
-        h = 1e-4
+        size = max(1.0, max(float(t.abs().max()) for t in along))
+        h = 1e-7 / size  # so short that hardly any kink lies in between
 
         def at(k: float) -> Tensors:
-            moved = (p + k * t for p, t in zip(wide, along, strict=True))  # noqa: B023
             with torch.no_grad():
-                return flat(exact.f(*moved))
+                return flat(self._f(*(p + k * t for p, t in zip(wide, along, strict=True))))
 
-        for g, a, b in zip(got, at(h), at(-h), strict=True):
-            expected = (a - b) / (2 * h)
-            off = (torch.as_tensor(g).double() - expected).abs().max()
-            if not off <= loop.tolerance * expected.abs().max():
-                return True
-    return False
+        return tuple((a - b) / (2 * h) for a, b in zip(at(h), at(-h), strict=True))
 
 
-def measure(loop: Loop, k: int, rounds: int, engines: Sequence[str]) -> dict[str, Any]:
-    """Time all engines on one function."""
-    problem = loop.make(loop.dtype)
-    vs, at = directions(problem, k), points(problem, POINTS)
-    found: dict[str, Any] = {}
+def spent() -> float:
+    """Return the processor time so far, compilers that were called included."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def begin(
+    loop: Loop, name: str, reference: Reference, problem: Problem
+) -> tuple[Step | None, dict[str, Any]]:
+    """Return an engine that has been to two points, and the seconds of the first."""
+    vs = directions(problem, loop.first)
+    _compile_into(name)
+    try:
+        gc.collect()
+        start = spent()
+        step = ENGINES[name](problem)
+        taken = []
+        for k, x in enumerate(points(problem, 2)):
+            products = step(x, vs)
+            taken.append(spent() - start)
+            for j in (0, 2, len(vs) - 1):
+                if reference.wrong((k, j), x, vs[j], products[j]):
+                    return None, {"fails": "wrong"}
+            start = spent()
+        if taken[1] > SLOW * _seconds(lambda: _plain(problem, problem.primals)):
+            return None, {"first": taken[0], "fails": f"over {SLOW:,}"}
+    except NotInstalledError:
+        return None, {"fails": "not installed"}
+    except NotImplementedError as error:
+        return None, {"fails": "–" if str(error) == "no counterpart" else type(error).__name__}
+    except Exception as error:
+        return None, {"fails": type(error).__name__ if name != OURS else repr(error)}
+    return step, {"first": taken[0]}
+
+
+_PLACES: dict[str, tempfile.TemporaryDirectory[str]] = {}
+
+
+def _compile_into(engine: str) -> None:
+    """Have what is compiled for an engine in a place of its own: none finds another's files."""
+    if engine in (COMPILED, COMPILED_F):
+        place = _PLACES.setdefault(engine, tempfile.TemporaryDirectory())
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = place.name
+
+
+def load(engines: Sequence[str]) -> None:
+    """Have everything imported, and headers compiled, that a process needs only once."""
+    tiny = Loop("", lambda d: matmul.problem(4, d))
+    reference, problem = Reference(tiny), tiny.make(tiny.dtype)
     for name in engines:
-        try:
-            if wrong(loop, ENGINES[name](loop.make(loop.dtype))):
-                found[name] = {"fails": "wrong"}
-                continue
-            found[name] = {"first": [], "later": []}
-        except NotInstalledError:
-            found[name] = {"fails": "not installed"}
-        except Exception as error:
-            found[name] = {"fails": type(error).__name__ if name != OURS else repr(error)}
+        begin(tiny, name, reference, problem)
+
+
+# -- all further points ---------------------------------------------------------------------
+
+
+def measure(
+    loop: Loop, counts: Sequence[int], rounds: int, engines: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the times of all engines for one function, for one number of products each."""
+    torch.compiler.reset()
+    problem, reference = loop.make(loop.dtype), Reference(loop)
+    begun = {name: begin(loop, name, reference, problem) for name in engines}
+    steps = {name: step for name, (step, _) in begun.items() if step is not None}
+    for k in counts:
+        if k <= loop.most:
+            result = _timed(problem, k, rounds, steps)
+            for name, (_, entry) in begun.items():
+                result["engines"][name] = entry | result["engines"].get(name, {})
+            parts = {n: _parts(problem, s, k) for n, s in steps.items() if isinstance(s, Ours)}
+            yield {"case": loop.name, "launched": loop.launched, **result, "parts": parts}
+
+
+def _timed(problem: Problem, k: int, rounds: int, steps: dict[str, Step]) -> dict[str, Any]:
+    vs = directions(problem, k)
+    times: dict[str, list[list[float]]] = {name: [] for name in steps}
     alone: list[float] = []
-    for _ in range(rounds):
-        _one_round(problem, at, vs, found, alone)
-    result: dict[str, Any] = {"case": loop.name, "k": k, "f": min(alone), "engines": {}}
-    for name, entry in found.items():
-        if "fails" in entry:
-            result["engines"][name] = entry
-        else:
-            later = statistics.median(entry["later"])
-            result["engines"][name] = {"first": entry["first"][0], "later": later}
-    return result
-
-
-def _one_round(
-    problem: Problem,
-    at: Sequence[Tensors],
-    vs: Sequence[Tensors],
-    found: dict[str, Any],
-    alone: list[float],
-) -> None:
-    steps = {n: ENGINES[n](problem) for n, e in found.items() if "fails" not in e}
-    spent: dict[str, list[float]] = {name: [] for name in steps}
-    once: list[float] = []
+    _settle(problem, vs, steps)
     gc.collect()
+    deadline = time.process_time() + PATIENCE
+    for _ in range(rounds):
+        for name in steps:
+            times[name].append([])
+        for x in points(problem, POINTS):
+            if alone and time.process_time() > deadline:
+                break
+            _one_point(x, vs, steps, times)
+            alone.append(_seconds(lambda x=x: _plain(problem, x)))
+    found = {}
+    for name, by_round in times.items():
+        means = [statistics.mean(r) for r in by_round if r]
+        found[name] = {
+            "later": statistics.median(means),
+            "points": sum(len(r) for r in by_round),
+        }
+    return {"k": k, "f": statistics.median(alone), "engines": found}
+
+
+def _settle(problem: Problem, vs: Sequence[Tensors], steps: dict[str, Step]) -> None:
+    """Have JAX compile for this number of products, which is not part of any point."""
+    if JITTED in steps:
+        steps[JITTED](problem.primals, vs)
+
+
+def _one_point(
+    x: Tensors,
+    vs: Sequence[Tensors],
+    steps: dict[str, Step],
+    times: dict[str, list[list[float]]],
+) -> None:
+    for name, step in steps.items():
+        so_far = [t for of_round in times[name] for t in of_round]
+        if not so_far or sum(so_far) < SHARE:
+            times[name][-1].append(_seconds(lambda step=step: step(x, vs)))
+
+
+def _plain(problem: Problem, x: Tensors) -> None:
+    with torch.no_grad():
+        problem.f(*x)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+# -- where the time goes --------------------------------------------------------------------
+
+
+def _parts(problem: Problem, step: Ours, k: int) -> dict[str, Any]:
+    """Return what the parts of an iteration take, and the shares of the rooms in their code."""
+    vs, found = directions(problem, k), []
+    at, profile = list(points(problem, 5)), cProfile.Profile()
+    deadline = time.process_time() + SHARE / 2
     for x in at:
-        for name, step in steps.items():
-            times = spent[name]
-            if len(times) >= 4 and sum(times) > PATIENCE:
-                continue
-            begin = time.process_time()
-            step(x, vs)
-            times.append(time.process_time() - begin)
-        begin = time.process_time()
-        with torch.no_grad():
-            problem.f(*x)
-        once.append(time.process_time() - begin)
-    alone.append(statistics.median(once))
-    for name, times in spent.items():
-        found[name]["first"].append(times[0])
-        found[name]["later"].append(sum(times[1:]) / len(times[1:]))
+        found.append(step.parts(x, vs))
+        if time.process_time() > deadline:
+            break
+    profile.enable()
+    for x in at[: len(found)]:
+        step(x, vs)
+    profile.disable()
+    middle = [statistics.median(column) for column in zip(*found, strict=True)]
+    return {"times": dict(zip(Ours.PARTS, middle, strict=True)), "rooms": _rooms(profile)}
 
 
-# -- tables -------------------------------------------------------------------------------
-
-
-def _cell(entry: dict[str, Any], key: str, unit: float) -> str:
-    if "fails" in entry:
-        return str(entry["fails"])
-    return f"{entry[key] / unit:.3g}"
-
-
-def rows(results: Sequence[dict[str, Any]], key: str) -> Iterator[list[str]]:
-    """Yield a table, in runs of f alone."""
-    yield ["case", "K", "f, ms", *ENGINES]
-    for r in results:
-        cells = [_cell(r["engines"].get(n, {"fails": "–"}), key, r["f"]) for n in ENGINES]
-        yield [r["case"], str(r["k"]), f"{r['f'] * 1e3:.3g}", *cells]
-
-
-#: Ratios that are wanted: ours (the best counts), the rival, from which K on, at most how much.
-TARGETS: tuple[tuple[str, Sequence[str], str, int, float], ...] = (
-    ("torch.func.jvp, K = 1", (OURS,), "torch.func.jvp", 1, 1.2),
-    ("torch.func.jvp, K >= 10", (OURS,), "torch.func.jvp", 10, 0.4),
-    ("double backward, K >= 10", (OURS,), "double backward", 10, 1.0),
-    ("jax.jit, K >= 10", tuple(ENGINES)[:3], "jax.jit", 10, 1.0),
-)
-
-
-def targets(results: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    """Yield which targets are met."""
-    yield ["target", "wanted at most", "met", "worst", "where"]
-    for title, mine, rival, least, limit in TARGETS:
-        ratios = []
-        for r in results:
-            known = {n: e["later"] for n, e in r["engines"].items() if "later" in e}
-            right = r["k"] == least if least == 1 else r["k"] >= least
-            chosen = [known[n] for n in mine if n in known]
-            if right and rival in known and chosen:
-                ratios.append((min(chosen) / known[rival], f"{r['case']}, K = {r['k']}"))
-        if ratios:
-            met = sum(ratio <= limit for ratio, _ in ratios)
-            worst, where = max(ratios)
-            yield [title, f"{limit}", f"{met} of {len(ratios)}", f"{worst:.2f}", where]
-
-
-def page(results: Sequence[dict[str, Any]]) -> str:
-    """Return the generated part of the page."""
-    return "\n\n".join(
-        (
-            "Time of one outer iteration, in runs of f alone without autograd; later points:",
-            markdown(rows(results, "later")),
-            "The first point, with everything that is recorded and compiled there:",
-            markdown(rows(results, "first")),
-            markdown(targets(results)),
-        )
-    )
+def _rooms(profile: cProfile.Profile) -> dict[str, float]:
+    """Return the shares of the rooms, of PyTorch's operations and of f, the largest first."""
+    shares: Counter[str] = Counter()
+    for (file, _, _), (_, _, own, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        inside = Path(file).parts
+        if "linearize" in inside[:-1]:
+            after = inside[len(inside) - 1 - inside[::-1].index("linearize") :]
+            shares[after[1] if len(after) > 2 else "faces"] += own
+        elif file == "~":
+            shares["C++"] += own
+        else:
+            shares["written out" if file.startswith("<") else "f, torch, Python"] += own
+    total = sum(shares.values())
+    return {name: own / total for name, own in shares.most_common()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -348,29 +340,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    found = {}
+    known: list[dict[str, Any]] = []
     if given.resume and given.out.exists():
-        found = {(r["case"], r["k"]): r for r in json.loads(given.out.read_text())}
+        known = json.loads(given.out.read_text())
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    for loop in LOOPS:
-        for k in given.k or PRODUCTS:
-            if given.only not in loop.name:
-                continue
-            print(f"{loop.name}, K = {k}", flush=True)
-            if (loop.name, k) in found:
-                continue
-            try:
-                result = measure(loop, k, given.rounds, given.engine or tuple(ENGINES))
-            except NotInstalledError as error:
-                print(f"  left out: {error} is not installed")
-                continue
-            found[loop.name, k] = result
-            given.out.write_text(json.dumps(list(found.values()), indent=1))
-    results = list(found.values())
-    for table in (rows(results, "later"), rows(results, "first"), targets(results)):
+    counts, engines = given.k or PRODUCTS, given.engine or tuple(ENGINES)
+    tasks: list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = [
+        (loop.name, lambda loop=loop: measure(loop, counts, given.rounds, engines))
+        for loop in LOOPS
+    ]
+    tasks += [
+        (name, lambda make=make, name=name: iter([whole_runs.measure(name, make)]))
+        for name, make in whole_runs.RUNS.items()
+    ]
+    load(engines)
+    for name, task in tasks:
+        if given.only not in name or any(r["case"] == name for r in known):
+            continue
+        print(name, end="", flush=True)
+        mine = []
+        try:
+            for result in task():
+                mine.append(result)
+                print(f", K = {result['k']}", end="", flush=True)
+        except NotInstalledError as error:
+            print(f" is left out: {error} is not installed", end="")
+        except Exception as error:  # the others are measured all the same
+            print(f" is left out: {error!r}", end="")
+        print(flush=True)
+        known += mine
+        given.out.write_text(json.dumps(known, indent=1))
+    for table in outer_page.tables(known):
         print(f"\n{markdown(table)}")
     if given.docs is not None:
-        rewrite(given.docs, page(results), BEGIN, END)
+        rewrite(given.docs, outer_page.page(known), outer_page.BEGIN, outer_page.END)
     return 0
 
 

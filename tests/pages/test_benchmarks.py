@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import engines, outer, report, run
+from benchmarks import engines, report, run
 from benchmarks.case import Case, Problem
 from benchmarks.cases import CASES, matmul, opaque
 from benchmarks.figures import Figure, figures
@@ -197,22 +197,3 @@ def test_the_command_writes_what_it_measured(
     assert run.main(["--only", "no such case"]) == 2
     assert run.main(["--list", "--size", "small"]) == 0
     assert TINY.name in capsys.readouterr().out
-
-
-def test_outer_loops_of_an_earlier_run_are_kept(tmp_path, monkeypatch, capsys):
-    """A run that goes on with other cases forgets none, and writes all of them down."""
-
-    def measured(loop, k, *_):
-        times = {"first": 1.0, "later": 1.0}
-        return {"case": loop.name, "k": k, "f": 1.0, "engines": {"linearize": times}}
-
-    monkeypatch.setattr(outer, "measure", measured)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    first, second = outer.LOOPS[0].name, outer.LOOPS[1].name
-    held = tmp_path / "outer.json"
-    for more in (["--only", first], ["--only", second, "--resume"]):
-        assert outer.main(["-k", "1", "--out", str(held), *more]) == 0
-    assert [r["case"] for r in json.loads(held.read_text())] == [first, second]
-    printed = capsys.readouterr().out.rpartition(f"{second}, K = 1")[2]
-    assert f"| {first} | 1 |" in printed
-    assert f"| {second} | 1 |" in printed

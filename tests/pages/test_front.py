@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import front
-from benchmarks.outer import BEGIN, END, ENGINES, page
+from benchmarks.outer_page import BEGIN, END, page
+from benchmarks.steps import ENGINES
 
 RESULTS = [
     {
         "case": case,
         "k": k,
         "f": 1e-3,
+        "launched": True,
+        "parts": {},
         "engines": {
             "linearize": {"first": 1.0, "later": 2e-3 + 1e-4 * k},
             "torch.func.jvp": {"first": 1.0, "later": 3e-3 * k},
