@@ -182,7 +182,7 @@ def test_scripts_end_with_their_status(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     got = {

@@ -70,8 +70,8 @@ def counts(f: Callable[[int, torch.Tensor], torch.Tensor], n: int) -> list[int]:
 @pytest.mark.parametrize("f", [chain, fan, ladder])
 def test_work_grows_in_proportion(f: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
     """Four times the nodes take about four times the calls, at every step."""
-    small, large = counts(f, 500), counts(f, 2000)
-    assert small[1] > 5000  # the counting sees the recording
+    small, large = counts(f, 250), counts(f, 1000)
+    assert small[1] > 2500  # the counting sees the recording
     for a, b in zip(small, large, strict=True):
         assert b <= 4.4 * a + 100
 
@@ -90,8 +90,8 @@ def test_what_is_kept_grows_in_proportion() -> None:
 
 def test_a_graph_much_deeper_than_the_recursion_limit() -> None:
     x = torch.linspace(0.1, 0.5, 5, dtype=D)
-    n = 20 * sys.getrecursionlimit()
-    assert n >= 20_000
+    n = 5 * sys.getrecursionlimit()
+    assert n >= 5000
     here = lz.Linearizer(lambda x: chain(n, x)).at(x)
     leaf = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(chain(n, leaf).sum(), leaf)
