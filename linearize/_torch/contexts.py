@@ -20,22 +20,25 @@ from .modes import NOTHING
 
 
 class _Eager:
-    """Counts who wants compiled functions to run eagerly; the stance is one for all threads."""
+    """Has compiled functions run eagerly; the stance is one for all threads, so users are counted.
+
+    A class and no generator: what interrupts the way out of a generator keeps it from its end.
+    """
 
     lock = threading.Lock()
     users = 0
     stance: Any = None
 
-    @classmethod
-    def begin(cls) -> None:
+    def __enter__(self) -> None:
+        cls = _Eager
         with cls.lock:
             if cls.users == 0:
                 cls.stance = torch.compiler.set_stance("force_eager")
                 cls.stance.__enter__()
             cls.users += 1
 
-    @classmethod
-    def end(cls) -> None:
+    def __exit__(self, *exc: object) -> None:
+        cls = _Eager
         with cls.lock:
             cls.users -= 1
             if cls.users == 0:
@@ -48,16 +51,7 @@ def eager_compiled_functions() -> contextlib.AbstractContextManager[None]:
 
     `torch._dynamo` is costly to import; where it is not loaded nothing can be compiled.
     """
-    return _eager_compiled_functions() if "torch._dynamo" in sys.modules else NOTHING
-
-
-@contextlib.contextmanager
-def _eager_compiled_functions() -> Iterator[None]:
-    _Eager.begin()
-    try:
-        yield
-    finally:
-        _Eager.end()
+    return _Eager() if "torch._dynamo" in sys.modules else NOTHING
 
 
 def _checkpointed(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:

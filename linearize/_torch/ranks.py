@@ -187,8 +187,8 @@ class _Watch:
     def active(cls) -> bool:
         return bool(getattr(cls._local, "depth", 0))
 
-    @classmethod
-    def begin(cls) -> None:
+    def __enter__(self) -> None:
+        cls = _Watch
         module: Any = importlib.import_module(_FUNCTIONAL)
         with cls._lock:
             if cls._users == 0:
@@ -204,8 +204,8 @@ class _Watch:
             cls._users += 1
         cls._local.depth = getattr(cls._local, "depth", 0) + 1
 
-    @classmethod
-    def end(cls) -> None:
+    def __exit__(self, *exc: object) -> None:
+        cls = _Watch
         cls._local.depth -= 1
         with cls._lock:
             cls._users -= 1
@@ -269,13 +269,4 @@ def _requires_grad(x: Any) -> bool:
 
 def collectives_seen() -> contextlib.AbstractContextManager[None]:
     """Run f such that its graph tells of the collectives in it."""
-    return _collectives_seen() if distributed() else NOTHING
-
-
-@contextlib.contextmanager
-def _collectives_seen() -> Iterator[None]:
-    _Watch.begin()
-    try:
-        yield
-    finally:
-        _Watch.end()
+    return _Watch() if distributed() else NOTHING
