@@ -108,14 +108,11 @@ class Constants:
 
         The transpose relies on that. Other zeros are numbers like any other.
         """
-        if self.witness is not None:
-            for t in tensors:
-                if (
-                    t.dtype != torch.bool
-                    and not bool(t.any())
-                    and self.witness.relies(t, some=True)
-                ):
-                    self._known[t] = Zeros(TensorSpec.of(t))
+        for t in tensors if self.witness is not None else ():
+            if t.dtype == torch.bool or self.static(t) or bool(t.any()):
+                continue
+            if self.witness is not None and self.witness.relies(t, some=True):
+                self._known[t] = Zeros(TensorSpec.of(t))
 
     def origin(self, t: torch.Tensor) -> Origin | None:
         """Return how a constant came about, None if that is not known."""

@@ -406,11 +406,8 @@ class Walk:
             result = self.call(node, numbers, witness)
             check_dense(node, result)
             if node.name().endswith("CopySlices"):
-                equations, relies = (
-                    self.emitter.equations[mark:],
-                    self.recording.constants.decided_by,
-                )
-                refuse_repeated(node, equations, self.emitter.numbers, relies)
+                known = self.emitter.numbers, self.recording.constants.decided_by
+                refuse_repeated(node, self.emitter.equations[mark:], *known)
             if self.is_opaque(result):
                 return result, "its result does not descend from the cotangent"
             if self.graph.hidden and node.name().endswith("CopySlices"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import weakref
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -24,9 +25,10 @@ from .._programs.aten import schema_of
 from .._programs.origins import Saved
 from .._programs.residuals import Residual
 from .._spaces.compare import exact
+from .._spaces.nested import leaves
 from .._torch.graphs import Node, input_metadata
 from .._torch.modes import DispatchMode, lazy_bits_respected
-from .._torch.names import OpOverload, has_memory, storage_token
+from .._torch.names import OpOverload, aten, has_memory, storage_token
 from ..errors import LinearizeError
 from .by_tensor import ByTensor
 from .calls import called
@@ -115,6 +117,7 @@ class Witness(DispatchMode):
         self._trace: list[Any] = []
         self._numbers: ByTensor[int] = ByTensor()
         self._count = 0
+        self._new: weakref.ref[torch.Tensor] | None = None
         #: A token that nothing else has as long as it is held, and the place, of each storage.
         self._storages: dict[int, tuple[Any, int, int]] = {}
 
@@ -185,6 +188,8 @@ class Witness(DispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is aten.detach.default and self._is_new(args[0]):
+            return self._taken(args[0])
         self._describe(func, args, kwargs)
         writes = schema_of(func).writes and not self.blind
         self._written = schema_of(func).targets(args, kwargs) if writes else []
@@ -197,6 +202,27 @@ class Witness(DispatchMode):
                 self._numbers.pop(t)
             self._written = []
         self._describe("gives", out)
+        made = isinstance(out, torch.Tensor) and not any(
+            isinstance(x, torch.Tensor) for x in leaves((args, kwargs))
+        )
+        self._new = weakref.ref(out) if made else None
+        return out
+
+    def _is_new(self, t: torch.Tensor) -> bool:
+        """Whether nothing was done since an operation made a tensor of nothing."""
+        return self._new is not None and self._new() is t and t in self._numbers
+
+    def _taken(self, t: torch.Tensor) -> torch.Tensor:
+        """Return a tensor that was just made, detached, as the same one.
+
+        PyTorch's functions that make tensors do so if somebody holds it, as is done here if it is
+        asked for.
+        """
+        with lazy_bits_respected():
+            out: torch.Tensor = aten.detach.default(t)
+        number = self._numbers[out] = self._numbers[t]
+        if number in self.kept:
+            self.kept[number] = out
         return out
 
     def _describe(self, done: Any, *what: Any) -> None:

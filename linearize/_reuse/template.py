@@ -147,6 +147,9 @@ def portable(program: Program, places: dict[int, int]) -> Program | None:
     """Return a program with places for the nodes of its graph, None if it holds there only."""
     if program.fixed or not all(c.origin.portable for c in program.constants):
         return None
+    nodes = [getattr(op, "node", None) for op in program.opaque()]
+    if any(isinstance(node, OpaqueNode) and id(node) not in places for node in nodes):
+        return None  # of another graph, which was made to transpose an operation
 
     def place(node: OpaqueNode) -> Place:
         return Place(

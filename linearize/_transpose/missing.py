@@ -183,6 +183,8 @@ def _derived(
     keep = [v if want else None for v, want in zip(turned.outputs, wanted, strict=True)]
     whole = Program(turned.inputs, turned.equations, keep, turned.specs, turned.name)
     fixed = given.fixed or turned.fixed
+    if not fixed and any(op.of_point for op in (*given.opaque(), *turned.opaque())):
+        fixed = "it calls another one"
     if fixed and not isinstance(call, str):
         call = f"{has}: {fixed}"
     return whole.restricted(present), call

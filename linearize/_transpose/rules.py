@@ -324,6 +324,25 @@ def _flip(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
     return [(x, e.emit(aten.flip.default, (cts[0], dims), x.spec))]
 
 
+_READ = {
+    aten.slice_scatter.default: aten.slice.Tensor,
+    aten.select_scatter.default: aten.select.int,
+    aten.diagonal_scatter.default: aten.diagonal.default,
+}
+
+
+@rule(*_READ)
+def _part_scatter(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+    x, src, *part = eq.args
+    ct = cts[0]
+    assert ct is not None
+    if isinstance(x, Var):
+        yield x, e.emit(eq.op, (ct, zeros(src.spec), *part), x.spec)
+    if isinstance(src, Var):
+        read = e.emit(_READ[eq.op], (ct, *part), _with(ct.spec, shape=src.spec.shape))
+        yield src, fit(e, read, src.spec)
+
+
 @rule(aten.as_strided.default)
 def _as_strided(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     # Only on a flat argument, where size, stride and offset mean the same at every run.

@@ -154,6 +154,18 @@ def test_indices_that_repeat_themselves_at_a_later_point(indices: Any) -> None:
                 lin.at(x).jvp_fn(x)
 
 
+def test_tensors_that_are_made_inside() -> None:
+    """PyTorch detaches what it makes if somebody holds it."""
+
+    def backward(k: Any, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        made = torch.zeros((), dtype=D), torch.eye(N, dtype=D), torch.tensor([2.0] * N, dtype=D)
+        made[1][0, 1] = float(x[0].detach() > 9)
+        return torch.where(x > 0, g, made[0]) + made[1] @ g * made[2]
+
+    lin = through(backward, *range(5))
+    assert lin.stats().recorded == 1
+
+
 # -- chance and state --------------------------------------------------------------------------
 
 
