@@ -18,6 +18,7 @@ from .._points.point import Point
 from .._spaces.between import as_complex, as_real
 from .._spaces.operators import LinearOperator
 from .._spaces.space import Space, differentiable
+from .._torch.modes import grad_enabled
 from .._torch.names import pytree
 from ..errors import OptionError, SpaceError, StructureError
 from ._operators import Array, array, aslinearoperator
@@ -122,6 +123,16 @@ class Flattened:
             point.linearized()._check_whole(_WHAT)
         return values(point)
 
+    def plain_value(self, x: Array) -> Array:
+        """Return the value at a flat vector by a run of f of which nothing is kept."""
+        with grad_enabled():  # as f runs elsewhere
+            given = self.unravel(x)
+            for t in pytree.tree_leaves(given):
+                if differentiable(t):
+                    t.requires_grad_()
+            value = self.linearizer.f(given)
+        return _flat(value, Space.of_tree(value, "cotangent", "value"))
+
     def like_start(self, x: Array) -> Any:
         """Return what a flat vector stands for, as arrays if the start was given as such."""
         found = self.unravel(x)
@@ -164,8 +175,12 @@ class Matrices:
 
 def values(here: Linearization | Point) -> Array:
     """Return a value as a flat vector, complex numbers as two."""
-    parts = [t for t in pytree.tree_leaves(here.value) if differentiable(t)]
-    return array(here.out_space.as_real().join(as_real(parts, here.out_space)))
+    return _flat(here.value, here.out_space)
+
+
+def _flat(value: Any, space: Space) -> Array:
+    parts = [t for t in pytree.tree_leaves(value) if differentiable(t)]
+    return array(space.as_real().join(as_real(parts, space)))
 
 
 def as_tensors(x0: Any) -> Any:

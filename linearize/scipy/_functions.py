@@ -34,7 +34,8 @@ class VectorFunction(Flattened, Generic[M]):
     SciPy asks for `fun` and `jac` in separate calls, each with an array of its own. The points
     are recognised by their numbers, and `f` runs once for each; it is linearized when a derivative
     is asked for. Integrators of differential equations (`solve_ivp`) ask for many values and few
-    Jacobians: give them f itself, which runs quicker without a graph, and `jac`.
+    Jacobians: where `fun` was called `maxsize` times and no derivative was asked for, further runs
+    of `f` are plain ones, of which nothing is kept; a derivative there takes one run more.
 
     Complex numbers, of the start and of the value, count as two real ones: real and imaginary
     parts in pairs, `z.view(float)` in NumPy.
@@ -98,6 +99,7 @@ class VectorFunction(Flattened, Generic[M]):
         jac: Kind = "dense",
         maxsize: int = 8,
     ) -> None:
+        self._many, self._values_alone = max(maxsize, 1), 0
         self._jacobians = Matrices(jac, "jac")
         self._hessians = Matrices(jac, "jac", symmetric=True)
         super().__init__(f, x0, maxsize, has_aux=False)
@@ -124,7 +126,16 @@ class VectorFunction(Flattened, Generic[M]):
         numpy.ndarray
             Of shape (m,), the concatenation of the value's leaves.
         """
+        if self._values_alone >= self._many:
+            return self.plain_value(x)
+        self._values_alone += 1
         return self.value(x)
+
+    @property
+    def at(self) -> Callable[[Array], Linearization]:
+        """The linearization at a flat vector, as a function of it."""
+        self._values_alone = 0
+        return super().at
 
     def jac(self, x: Array) -> M:
         """Return the Jacobian at a flat vector, in the form that was asked for.

@@ -23,7 +23,7 @@ def newton_krylov(
     f: Callable[..., Any],
     x0: Any,
     *,
-    args: tuple[Any, ...] = (),
+    args: Any = (),
     tol: float = 1e-10,
     max_iterations: int = 50,
     preconditioner: Any = None,
@@ -42,7 +42,7 @@ def newton_krylov(
     x0
         The start: a pytree of tensors, of NumPy arrays, or a list of numbers, real or complex.
     args
-        What f is given after x.
+        What f is given after x: a tuple, or one thing that is none.
     tol
         Solved when the largest component of f(x) is not greater.
     max_iterations
@@ -76,9 +76,10 @@ def newton_krylov(
     choice 2); a step that does not reduce the norm of f enough is halved. For f with complex
     numbers, flat arrays have real and imaginary parts in pairs.
     """
-    p = VectorFunction((lambda x: f(x, *args)) if args else f, x0, jac="operator", maxsize=2)
+    more = args if isinstance(args, tuple) else (args,)
+    p = VectorFunction((lambda x: f(x, *more)) if more else f, x0, jac="operator", maxsize=2)
     x = p.x0.copy()
-    residual = p.fun(x)
+    residual = p.value(x)
     if residual.shape != x.shape:
         raise SpaceError(f"newton_krylov: f takes {x.size} numbers and returns {residual.size}")
     norm, products, forcing, steps, runs = float(np.linalg.norm(residual)), 0, 0.1, 0, 1
@@ -102,7 +103,7 @@ def newton_krylov(
         products += counted.products
         length = 1.0
         while True:
-            trial = p.fun(x + length * step)
+            trial = p.value(x + length * step)
             runs += 1
             size = float(np.linalg.norm(trial))
             if size <= (1 - 1e-4 * length) * norm or length < 1e-8:

@@ -40,8 +40,8 @@ def pattern(of: Linearization | LinearOperator) -> sp.csr_array:
     Parameters
     ----------
     of
-        A linearization, its Jacobian, the `gram()` of that, or an operator of
-        `linearize.curvature`.
+        A linearization, its Jacobian, the `gram()` of that, an operator of
+        `linearize.curvature`, or the real operator, `as_real()`, of one of these.
 
     Returns
     -------

@@ -397,6 +397,8 @@ def test_newton_krylov_takes_arrays_arguments_and_a_callback():
     assert seen[-1][0] is not sol.x
     np.testing.assert_array_equal(seen[-1][0], sol.x)
     np.testing.assert_allclose(bratu(torch.tensor(sol.x), 2.0), 0, atol=1e-9)
+    alone = lz.scipy.newton_krylov(bratu, np.zeros(20), args=2.0)
+    np.testing.assert_allclose(alone.x, sol.x)
     tensor = lz.scipy.newton_krylov(bratu, torch.zeros(20, dtype=torch.float64))
     assert isinstance(tensor.x, torch.Tensor)
 
@@ -653,3 +655,32 @@ def test_values_of_custom_functions():
         np.testing.assert_allclose(p.fun(x), np.sin(3 * x))
         np.testing.assert_allclose(p.jac(x), np.diag(3 * np.cos(3 * x)))
     assert counted.runs == 2
+
+
+def test_many_values_and_few_jacobians_take_plain_runs():
+    modes = []
+
+    def f(x):
+        modes.append((x.requires_grad, torch.is_grad_enabled()))
+        slope = torch.autograd.grad(x.square().sum(), x, create_graph=True)[0]  # wants a graph
+        return {"a": slope * x, "n": torch.tensor(3)}
+
+    p = lz.scipy.VectorFunction(f, [1.0, 2.0])
+    points = [p.x0 + k for k in range(20)]
+    with torch.no_grad():
+        for x in points:
+            np.testing.assert_allclose(p.fun(x), 2 * x**2)
+    assert p.linearizer.stats().misses == 8
+    assert len(modes) == 20
+    assert set(modes) == {(True, True)}
+    for x in points[-2:]:  # one more run for each
+        np.testing.assert_allclose(p.jac(x), np.diag(4 * x))
+        np.testing.assert_allclose(p.fun(x), 2 * x**2)
+    assert len(modes) == 22
+    with torch.inference_mode():
+        for x in points:
+            np.testing.assert_allclose(p.fun(x + 0.5), 2 * (x + 0.5) ** 2)
+    z = lz.scipy.VectorFunction(lambda z: z * z.conj() + z, [1.0 + 2j, 3.0])
+    for x in (z.x0 + k for k in range(12)):
+        c = x.view(complex)
+        np.testing.assert_allclose(z.fun(x), (c * c.conj() + c).view(float))
