@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 
-from ..errors import SpaceError
+from ..errors import SpaceError, StructureError
 from .between import fewest
 from .flat import Parts
 from .maps import Apply, ChunkSize
-from .operators import LinearOperator, SelfAdjoint, check_operators
+from .operators import LinearOperator, SelfAdjoint
 from .space import Space
 
 
@@ -96,6 +97,18 @@ def block_diagonal(*operators: LinearOperator) -> LinearOperator:
     if all(isinstance(A, SelfAdjoint) for A in operators):
         return SelfAdjoint(ours, forward, at_once=at_once, diagonal=known, name=name)
     return LinearOperator(ours, theirs, forward, back, at_once=at_once, diagonal=known, name=name)
+
+
+def check_operators(operators: Sequence[Any], what: str) -> None:
+    """Raise if some of these are no operators, or there is none."""
+    if not operators:
+        raise StructureError(f"{what}: expected at least one operator, got none")
+    for A in operators:
+        if not isinstance(A, LinearOperator):
+            raise StructureError(
+                f"{what}: expected operators, the jacobian of a linearization for instance, got "
+                f"{type(A).__name__}"
+            )
 
 
 def _spread(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -416,18 +416,6 @@ class SelfAdjoint(LinearOperator):
     def H(self) -> LinearOperator:  # noqa: N802
         """The adjoint, which is the operator itself."""
         return self
-
-
-def check_operators(operators: Sequence[Any], what: str) -> None:
-    """Raise if some of these are no operators, or there is none."""
-    if not operators:
-        raise StructureError(f"{what}: expected at least one operator, got none")
-    for A in operators:
-        if not isinstance(A, LinearOperator):
-            raise StructureError(
-                f"{what}: expected operators, the jacobian of a linearization for instance, got "
-                f"{type(A).__name__}"
-            )
 
 
 def identity(space: Space) -> SelfAdjoint:

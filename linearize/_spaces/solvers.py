@@ -14,7 +14,8 @@ from ..errors import LinearizeError, SpaceError, StructureError
 from .budget import memory_budget
 from .flat import Parts
 from .gmres import gmres
-from .operators import LinearOperator, SelfAdjoint, check_operators
+from .joins import check_operators
+from .operators import LinearOperator, SelfAdjoint
 from .space import Space, check_whole
 from .specs import TensorSpec, describe
 
