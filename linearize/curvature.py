@@ -21,6 +21,7 @@ from typing import Any, overload
 import torch
 
 from ._capture.dependence import derivative
+from ._derivatives.chains import diagonal_by_columns, diagonal_by_rows
 from ._derivatives.gradient import gradient_and_value
 from ._derivatives.modules import LOSSES, Reduction, arguments, loss_function
 from ._points.jacobian import run
@@ -28,7 +29,7 @@ from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._points.product import Product
 from ._spaces.compare import close
-from ._spaces.flat import Parts, units, zeros
+from ._spaces.flat import Parts, zeros
 from ._spaces.maps import ChunkSize, check_chunk_size
 from ._spaces.memory import total_bytes
 from ._spaces.operators import SelfAdjoint
@@ -111,7 +112,7 @@ class Curvature(SelfAdjoint):
         max_bytes: int | None,
     ) -> None:
         super().__init__(
-            space, self._summed, at_once=self._fewest, diagonal=self._by_outputs, name=name
+            space, self._summed, at_once=self._fewest, diagonal=self._sooner, name=name
         )
         self._batches = batches
         self._own = own
@@ -175,26 +176,23 @@ class Curvature(SelfAdjoint):
             return self._batches
         return progress(self._batches, self.batches, "batches")
 
-    def _by_outputs(self, chunk_size: ChunkSize) -> torch.Tensor | None:
-        """Return the diagonal of Jᵀ·H·J from the rows of J and of H·J, if these are fewer."""
+    def _sooner(self, chunk_size: ChunkSize) -> torch.Tensor | None:
+        """Return the diagonal, if each batch is Jᵀ·H·J, by the rows of J or by its columns."""
         check_chunk_size(chunk_size)
-        outputs = 0
-        for batch in self._batches:
-            products = batch.point().products
-            if len(products) != 3:
-                return None
-            outputs += products[1]._arguments.size
-        if 2 * outputs >= self.shape[1]:
+        chains = list(self._chains())
+        space, n = self.in_space, self.shape[1]
+        if any(len(chain) != 3 for chain in chains) or any(
+            s.dtype.is_complex for s in space.tensors
+        ):
             return None
-        total = self.in_space.ravel(None)
-        for batch in progress(self._batches, len(self._batches), "batches"):
-            _, inner, back = batch.point().products
-            chunk = self._chunk(chunk_size, inner._arguments.size, adjoint=False)
-            for _, parts in units(inner._arguments, chunk, "outputs"):
-                rows = self.in_space.join(run(back, parts, stacked=True), stacked=True)
-                weighed = run(back, run(inner, parts, stacked=True), stacked=True)
-                weighed_rows = self.in_space.join(weighed, stacked=True)
-                total += batch.weight * (rows * weighed_rows).sum(0)
+        outputs = sum(inner._arguments.size for _, inner, _ in chains)
+        of = diagonal_by_rows if 2 * outputs < n else diagonal_by_columns
+        total = space.ravel(None)
+        for batch in progress(self._batches, self.batches, "batches"):
+            chain = batch.point().products
+            size = chain[1]._arguments.size if of is diagonal_by_rows else n
+            chunk = self._chunk(chunk_size, size, adjoint=False)
+            total += batch.weight * of(chain, chunk)
         return total
 
     def _trim(self) -> None:

@@ -143,6 +143,31 @@ def test_the_diagonal_of_a_gauss_newton_matrix_takes_its_outputs():
     torch.testing.assert_close(mean.diagonal(), want / 2)
 
 
+def test_the_diagonal_of_a_gauss_newton_matrix_takes_no_pullback_of_many_outputs():
+    """Many outputs, few parameters; the Hessian of the loss has eigenvalues of either sign."""
+    w, xs = rand(4, seed=3), [rand(30, 4, seed=k) for k in (4, 5)]
+
+    def model(w, x):
+        return torch.tanh(x * w).sum(1)
+
+    def loss(z, y):
+        return (z**3).sum() + (z[:-1] * z[1:]).sum() + (y * z).sum()
+
+    y = torch.zeros(30, dtype=w.dtype)
+    G = gauss_newton(model, w, loss, [(x, y) for x in xs])
+    calls = Counted(G._apply)
+    G._apply = calls
+    want = torch.zeros(4, dtype=w.dtype)
+    for x in xs:
+        J = torch.autograd.functional.jacobian(lambda w, x=x: model(w, x), w)
+        H = torch.autograd.functional.hessian(lambda z: loss(z, y), model(w, x))
+        assert torch.linalg.eigvalsh(H)[[0, -1]].prod() < 0
+        want += (J.T @ H @ J).diagonal()
+    for chunk_size in ("auto", 1, 3):
+        torch.testing.assert_close(G.diagonal(chunk_size=chunk_size), want)
+    assert calls.runs == 0
+
+
 # -- curvlinops ---------------------------------------------------------------------------
 
 
