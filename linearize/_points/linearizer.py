@@ -179,7 +179,7 @@ class Linearizer:
         Exception
             Whatever f raises; nothing is kept then.
         """
-        return self._point(args, kwargs).linearized()
+        return self._point(args, kwargs).linearized(self._linearized)
 
     def _point(self, args: Sequence[Any], kwargs: dict[str, Any], *, later: bool = False) -> Point:
         """Return a point where f has run; with `later` it is linearized at the first need."""
@@ -311,7 +311,7 @@ class Linearizer:
             held = self._policy.check != "never"
             point, ranks = run_of_f(records, lambda: run(records), held=held)
             if records.communicates():
-                point.linearized()._lifetime.ranks = ranks
+                point.linearized(self._linearized)._lifetime.ranks = ranks
             point.in_space.group = point.out_space.group = group_of_records(records)
             return point
 
@@ -329,10 +329,10 @@ class Linearizer:
                 records=records,
                 compiled=self._run_as,
             )
-            point = Point(captured, self._linearized)
+            point = Point(captured)
             # What was seen of custom Functions, or out of sight, is noted now or never.
             if not later or captured.watched or len(records) or records.communicates():
-                point.linearized()
+                point.linearized(self._linearized)
             return point
 
         try:

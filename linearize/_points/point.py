@@ -14,21 +14,12 @@ from .linearization import Guarded, Linearization
 
 
 class Point:
-    """A run of f, which is linearized when that is first asked for.
+    """A run of f, `captured`, which is linearized when that is first asked for."""
 
-    Parameters
-    ----------
-    captured
-        What the run left.
-    linearize
-        Makes a linearization of it.
-    """
-
-    def __init__(self, captured: Capture, linearize: Callable[[Capture], Linearization]) -> None:
+    def __init__(self, captured: Capture) -> None:
         self.in_space, self.out_space = captured.in_space, captured.out_space
         self._captured: Capture | None = captured
         self._value = Guarded(captured.value, "the value")
-        self._linearize = linearize
         self._lock = threading.Lock()
         self._made: Linearization | None = None
         #: The tensors that f read, with their versions after the run.
@@ -36,13 +27,16 @@ class Point:
         #: Those of them that PyTorch writes to without raising their version.
         self.moving = captured.moving
 
-    def linearized(self) -> Linearization:
-        """Return the linearization, each time the same."""
+    def linearized(self, linearize: Callable[[Capture], Linearization]) -> Linearization:
+        """Return the linearization, each time the same; `linearize` makes it.
+
+        A point that kept the maker, whose memo keeps the point, would outlive both.
+        """
         if self._made is None:
             with self._lock:
                 if self._made is None:
                     assert self._captured is not None
-                    self._made = self._linearize(self._captured)
+                    self._made = linearize(self._captured)
                     self._captured = None
         return self._made
 

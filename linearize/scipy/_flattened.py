@@ -120,7 +120,7 @@ class Flattened:
         """Return the value at a flat vector, as another one; `at` goes on from this run of f."""
         point = self.linearizer._point((self.unravel(x),), {}, later=True)
         if point.in_space.group is not None:
-            point.linearized()._check_whole(_WHAT)
+            point.linearized(self.linearizer._linearized)._check_whole(_WHAT)
         return values(point)
 
     def plain_value(self, x: Array) -> Array:
