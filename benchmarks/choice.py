@@ -30,9 +30,11 @@ NEAR = 1.1
 
 
 def best(row: Row) -> str:
-    """Return the form that costs least; the first of those that are as good."""
+    """Return the form that costs least; the first of those that are as good; a dash if none is."""
     costs = {form: number(row[form]) for form in FORMS}
     known = {form: cost for form, cost in costs.items() if not math.isnan(cost)}
+    if not known:
+        return "–"
     least = min(known.values())
     return next(form for form, cost in known.items() if cost <= NEAR * least)
 
@@ -69,7 +71,7 @@ def rows(page: str) -> Iterator[list[str]]:
 
 def _named(row: Row) -> str:
     form = best(row)
-    ratio = gain(row, form)
+    ratio = gain(row, form) if form in FORMS else math.nan
     return f"{form} ({ratio:.2g})" if ratio > 1 else form
 
 

@@ -7,7 +7,8 @@
 This is what Newton, Gauss-Newton and time stepping do, and what a user waits for. Every engine
 does the same work: at each of 20 points its own run of f and K products J·v, one after the
 other. The very first point, with recording and compilation, is measured by itself. Its products
-and those of a second point are compared with central differences of f in double precision; who
+and those of a second point are compared with central differences of f in double precision (with
+PyTorch's gradient, where the value is one number); who
 is wrong is not timed. Then engines take turns point by point, in one process with one thread, and
 processor time is taken. The figure of an engine is its time for all these points by their number,
 the median of some rounds. There are as many points and rounds as the patience allows.
@@ -135,7 +136,7 @@ def _normal(like: Tensors, seed: int, size: float) -> Tensors:
 
 
 class Reference:
-    """What the products are, by central differences of f in double precision."""
+    """What the products are, in double precision: by central differences, or by a gradient."""
 
     def __init__(self, loop: Loop) -> None:
         self._f = loop.make(torch.float64).f
@@ -161,7 +162,12 @@ class Reference:
             with torch.no_grad():
                 return flat(self._f(*(p + k * t for p, t in zip(wide, along, strict=True))))
 
-        return tuple((a - b) / (2 * h) for a, b in zip(at(h), at(-h), strict=True))
+        if at(0)[0].dim():
+            return tuple((a - b) / (2 * h) for a, b in zip(at(h), at(-h), strict=True))
+        # A loss: language models take some steps in single precision, too few digits for that.
+        leaves = [t.requires_grad_() for t in wide]
+        slopes = torch.autograd.grad(self._f(*leaves), leaves)
+        return (sum(((g * t).sum() for g, t in zip(slopes, along, strict=True)), torch.zeros(())),)
 
 
 def spent() -> float:
@@ -297,7 +303,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 def _parts(problem: Problem, step: Ours, k: int) -> dict[str, Any]:
     """Return what the parts of an iteration take, and the shares of the rooms in their code."""
     vs, found = directions(problem, k), []
-    at, profile = list(points(problem, 5)), cProfile.Profile()
+    at, profile = list(points(problem, 5)), cProfile.Profile(time.process_time)
     deadline = time.process_time() + SHARE / 2
     for x in at:
         found.append(step.parts(x, vs))

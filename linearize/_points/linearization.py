@@ -99,6 +99,13 @@ class ProgramPair:
 class Guarded:
     """What f returned: each caller gets lists and dicts of its own, and no changed tensor.
 
+    Parameters
+    ----------
+    tree
+        What f returned.
+    name
+        What it is called in errors.
+
     Attributes
     ----------
     stamps

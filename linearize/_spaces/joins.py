@@ -100,7 +100,20 @@ def block_diagonal(*operators: LinearOperator) -> LinearOperator:
 
 
 def check_operators(operators: Sequence[Any], what: str) -> None:
-    """Raise if some of these are no operators, or there is none."""
+    """Raise if some of these are no operators, or there is none.
+
+    Parameters
+    ----------
+    operators
+        What was given.
+    what
+        To what, in the error.
+
+    Raises
+    ------
+    StructureError
+        If so; the message names the type.
+    """
     if not operators:
         raise StructureError(f"{what}: expected at least one operator, got none")
     for A in operators:

@@ -238,6 +238,7 @@ def test_the_simplest_form_that_costs_least_is_advised() -> None:
     assert choice.best(small) == DOUBLE
     assert choice.best(more) == COMPILED_F
     assert choice.best(large) == OURS
+    assert choice.best(dict.fromkeys(choice.FORMS, "RuntimeError")) == "–"
     assert choice.gain(more, COMPILED_F) == pytest.approx(11 / 3, rel=1e-2)
     table = list(choice.rows(page))
     assert table[0] == ["case", "K = 2", "K = 10", "points until compiling is repaid"]
