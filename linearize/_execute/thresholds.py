@@ -27,8 +27,9 @@ WRITE_OUT_NUMBERS_AT: Final = 3
 #: At which product a program is simplified: sooner would cost more than it saves.
 SIMPLIFY_AT: Final = 3
 #: At which product of a new point a simplified program takes over, at the soonest, whose
-#: numbers cost as much to compute as several products.
-COSTLY_AT: Final = 8
+#: numbers cost as much to compute as several products. Half of those that repay it in bundle
+#: adjustment: whoever stops there has lost nothing, whoever goes on loses little.
+COSTLY_AT: Final = 16
 #: The share of a program's price that a simplified one may have, or of the bytes that it reads.
 SIMPLIFIED_SHARE: Final = 0.97
 #: At which product what does not pay takes over.

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import linearize as lz
 from linearize._execute.binding import BoundProgram
 from linearize._execute.executor import runner
+from linearize._execute.thresholds import COSTLY_AT
 from linearize._programs.program import Emitter, Program
 from linearize._programs.residuals import Residual
 from linearize._programs.values import Constant, Var
@@ -312,7 +313,7 @@ def test_both_directions_keep_the_same_matrices_of_rows(first: str) -> None:
     for seed in range(3):
         primals = randn(7, 3, seed=seed), randn(7, 3, seed=seed + 1), randn(20, 3, seed=seed)
         here = lin.at(*primals)
-        for call in range(9):
+        for call in range(COSTLY_AT + 1):
             v = tuple(randn(*p.shape, seed=call) for p in primals)
             u = randn(N, 2, seed=call)
             calls = {
@@ -340,7 +341,7 @@ def test_matrices_of_rows_are_not_mistaken_for_others_by_chance() -> None:
     turned = randn(7, 3), randn(7, 3, seed=1), randn(20, 3)
     for primals in (still, turned, turned):
         here = lin.at(*primals)
-        for call in range(9):
+        for call in range(COSTLY_AT + 1):
             v = tuple(randn(*p.shape, seed=call) for p in primals)
             u = randn(N, 2, seed=call)
             _, jv = torch.autograd.functional.jvp(reproject, primals, v)
