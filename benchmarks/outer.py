@@ -7,11 +7,11 @@
 This is what Newton, Gauss-Newton and time stepping do, and what a user waits for. Every engine
 does the same work: at each of 20 points its own run of f and K products J·v, one after the
 other. The very first point, with recording and compilation, is measured by itself. Its products
-and those of a second point are compared with central differences of f in double precision (with
-PyTorch's gradient, where the value is one number); who
-is wrong is not timed. Then engines take turns point by point, in one process with one thread, and
-processor time is taken. The figure of an engine is its time for all these points by their number,
-the median of some rounds. There are as many points and rounds as the patience allows.
+and those of a second point are compared with central differences of f in double precision, or
+with PyTorch's gradient where the value is one number; who is wrong is not timed. Then engines
+take turns point by point, in one process with one thread, and processor time is taken. The figure
+of an engine is its time for all these points by their number, the median of some rounds. There
+are as many points and rounds as the patience allows.
 """
 
 from __future__ import annotations
