@@ -147,15 +147,15 @@ def portable(program: Program, places: dict[int, int]) -> Program | None:
     """Return a program with places for the nodes of its graph, None if it holds there only."""
     if program.fixed or not all(c.origin.portable for c in program.constants):
         return None
-    nodes = [getattr(op, "node", None) for op in program.opaque()]
-    if any(isinstance(node, OpaqueNode) and id(node) not in places for node in nodes):
-        return None  # of another graph, which was made to transpose an operation
+    #: Nodes of another graph, which was made to transpose an operation.
+    others: list[OpaqueNode] = []
 
     def place(node: OpaqueNode) -> Place:
-        return Place(
-            places[id(node)], node.name, node.has_jvp, node.has_backward, node.takes_batches
-        )
+        if id(node) not in places:
+            others.append(node)
+        index = places.get(id(node), -1)
+        return Place(index, node.name, node.has_jvp, node.has_backward, node.takes_batches)
 
     moved = [op.moved(place) for op in program.opaque()]
     ops = [op for op in moved if op is not None]
-    return program.with_opaque(ops) if len(ops) == len(moved) else None
+    return program.with_opaque(ops) if len(ops) == len(moved) and not others else None
