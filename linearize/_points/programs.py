@@ -211,7 +211,6 @@ class PointPrograms:
         numbers = Numbers(self.pool)
         unseen: list[Unseen] = []
         program = record_pullback(graph, *self._specs, numbers, remembered=True, unseen=unseen)
-        self.places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
         if self._structures.recorded and self._counted is None:
             why = reasons.of_program(program) or self._watched.differs
             latest = self._structures.latest()
@@ -444,8 +443,9 @@ class PointPrograms:
         """Look once whether a point of the same structure was recorded."""
         if self._searched or self._graph is None:
             return
-        self._searched = True
         graph = self._graph
+        self._searched = True
+        self.places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
         unhooked = self._engine is not None and self._engine.unhooked and not graph.layouts
         known = self._structures.recognised(graph, self._specs) if unhooked else None
         if known is not None:
@@ -459,7 +459,6 @@ class PointPrograms:
                 self._signature, lambda s: self._same(s.unseen), shared=graph.is_anybodys
             )
             self._learn_to_match()
-            self.places = {id(custom): graph.places[node] for node, custom in graph.custom.items()}
 
     def _learn_to_match(self) -> None:
         """Have graphs of the structure recognised sooner: there are several."""

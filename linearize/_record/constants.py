@@ -108,10 +108,13 @@ class Constants:
 
         The transpose relies on that. Other zeros are numbers like any other.
         """
-        for t in tensors if self.witness is not None else ():
+        witness = self.witness
+        if witness is None:
+            return
+        for t in tensors:
             if t.dtype == torch.bool or self.static(t) or bool(t.any()):
                 continue
-            if self.witness is not None and self.witness.relies(t, some=True):
+            if witness.relies(t, some=True):
                 self._known[t] = Zeros(TensorSpec.of(t))
 
     def origin(self, t: torch.Tensor) -> Origin | None:
