@@ -179,20 +179,19 @@ class Curvature(SelfAdjoint):
     def _sooner(self, chunk_size: ChunkSize) -> torch.Tensor | None:
         """Return the diagonal, if each batch is Jᵀ·H·J, by the rows of J or by its columns."""
         check_chunk_size(chunk_size)
-        chains = list(self._chains())
         space, n = self.in_space, self.shape[1]
-        if any(len(chain) != 3 for chain in chains) or any(
-            s.dtype.is_complex for s in space.tensors
-        ):
+        if any(spec.dtype.is_complex for spec in space.tensors):
             return None
-        outputs = sum(inner._arguments.size for _, inner, _ in chains)
-        of = diagonal_by_rows if 2 * outputs < n else diagonal_by_columns
         total = space.ravel(None)
         for batch in progress(self._batches, self.batches, "batches"):
             chain = batch.point().products
-            size = chain[1]._arguments.size if of is diagonal_by_rows else n
-            chunk = self._chunk(chunk_size, size, adjoint=False)
-            total += batch.weight * of(chain, chunk)
+            if len(chain) != 3:
+                return None
+            outputs = chain[1]._arguments.size
+            few = 2 * outputs < n
+            chunk = self._chunk(chunk_size, outputs if few else n, adjoint=False)
+            diagonal = diagonal_by_rows if few else diagonal_by_columns
+            total += batch.weight * diagonal(chain, chunk)
         return total
 
     def _trim(self) -> None:

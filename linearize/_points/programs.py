@@ -320,13 +320,13 @@ class PointPrograms:
         known = template.verified.is_set() and self._check != "always"
         if known or self._check == "never" or direction not in _COMPARED:
             return True
+        if any(c.method == "jvp" for c in template.unseen):
+            return True  # the graph has no backward to compare with
         assert self._graph is not None
         if self._comparison is None:
             self._comparison = Comparison(self._graph, *self._specs)
         compare = getattr(self._comparison, _COMPARED[direction])
         called = frozenset(c.place for c in template.unseen)
-        if any(c.method == "jvp" for c in template.unseen):
-            return True  # the graph has no backward to compare with
         with torch.no_grad():  # also where a backward pass with a graph asks for a product
             same = compare(template.executor, binding, present, called)
         if same:

@@ -168,6 +168,22 @@ def test_the_diagonal_of_a_gauss_newton_matrix_takes_no_pullback_of_many_outputs
     assert calls.runs == 0
 
 
+def test_the_diagonal_linearizes_batches_that_are_not_kept_once_each():
+    w, runs = rand(4, seed=3), []
+
+    def model(w, x):
+        runs.append(1)
+        return torch.tanh(x * w).sum(1)
+
+    batches = [(rand(30, 4, seed=k), rand(30, seed=k)) for k in (4, 5, 6)]
+    G = gauss_newton(model, w, "mse", batches, max_bytes=0)
+    assert G.batches_kept == 0
+    runs.clear()
+    found = G.diagonal(chunk_size=3)
+    assert len(runs) == len(batches)
+    torch.testing.assert_close(found, G.materialize(chunk_size=4).diagonal())
+
+
 # -- curvlinops ---------------------------------------------------------------------------
 
 
