@@ -14,30 +14,35 @@ import torch
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
 from .aten import may_alias
-from .program import Equation, Operation, Program
+from .program import Equation, Program
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
     """What things cost.
 
-    Nanoseconds for an operation on next to nothing (`launch`) and for one that makes a view; bytes
-    in a nanosecond; floating point operations in a nanosecond, in matrix products.
+    Nanoseconds for an operation on next to nothing (`launch`) and for one that makes a view; how
+    many bytes stay in `cache`; bytes in a nanosecond, of those and of more; floating point
+    operations in a nanosecond, in matrix products.
     """
 
     launch: float
     view: float
+    cache: int
+    cached: float
     bandwidth: float
     arithmetic: float
 
     def moved(self, nbytes: float) -> float:
         """Return the price of reading or writing bytes."""
-        return nbytes / self.bandwidth
+        return nbytes / (self.cached if nbytes <= self.cache else self.bandwidth)
 
 
 #: One core of a processor, and other devices.
-CPU = Machine(launch=1500, view=700, bandwidth=12, arithmetic=30)
-DEVICE = Machine(launch=6000, view=2000, bandwidth=1500, arithmetic=10_000)
+CPU = Machine(launch=2000, view=1000, cache=1 << 22, cached=30, bandwidth=12, arithmetic=30)
+DEVICE = Machine(
+    launch=6000, view=2000, cache=1 << 24, cached=3000, bandwidth=1500, arithmetic=10_000
+)
 
 
 def machine(device: torch.device) -> Machine:
@@ -85,12 +90,13 @@ def _price(eq: Equation) -> float:
         return _start(eq, m)
     read = sum(x.spec.nbytes for x in dict.fromkeys(eq.reads()))
     written = sum(v.spec.nbytes for v in eq.outputs if v is not None)
-    return m.launch + max(m.moved(read + written), _arithmetic(eq) / m.arithmetic)
+    return _start(eq, m) + max(m.moved(read + written), _arithmetic(eq) / m.arithmetic)
 
 
 def _start(eq: Equation, m: Machine) -> float:
-    is_view = not isinstance(eq.op, Operation) and may_alias(eq.op)
-    return m.view if is_view else m.launch
+    if not isinstance(eq.op, OpOverload):
+        return m.launch
+    return m.view if may_alias(eq.op) else m.launch * _LAUNCHES.get(eq.op.overloadpacket, 1)
 
 
 def _device(eq: Equation) -> torch.device:
@@ -115,6 +121,29 @@ def _arithmetic(eq: Equation) -> float:
         return float(2 * large * weight.numel / max(weight.shape[0], 1))
     return 0
 
+
+#: How many launches operations on next to nothing take that are made of several kernels, or that
+#: prepare what they do.
+_LAUNCHES = {
+    aten.bmm: 1.5,
+    aten.baddbmm: 1.5,
+    aten._softmax_backward_data: 1.5,
+    aten._log_softmax_backward_data: 1.5,
+    aten.native_layer_norm_backward: 2,
+    aten.native_group_norm_backward: 2,
+    aten.native_batch_norm_backward: 2,
+    aten.index: 2,
+    aten.index_select: 2,
+    aten.index_add: 2.5,
+    aten.index_put: 2.5,
+    aten.scatter_add: 2.5,
+    aten.constant_pad_nd: 2.5,
+    aten.roll: 2,
+    aten.linalg_solve_triangular: 2.5,
+    aten.linalg_lu_solve: 5,
+    aten.convolution: 20,
+    aten.convolution_backward: 20,
+}
 
 #: Where the left factor of a product stands.
 _PRODUCTS = {

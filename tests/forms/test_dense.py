@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.autograd.functional import jacobian
 
 import linearize as lz
+from benchmarks.cases import transformer
 from linearize._execute.thresholds import MATRIX_FROM as LEAST
 from linearize._forms import dense as _dense
 from linearize._programs.price import matrix_price, price
@@ -349,3 +350,16 @@ def test_single_precision_stays_single() -> None:
     torch.testing.assert_close(result.double(), J @ V, rtol=1e-4, atol=1e-5)
     half = used(steps, X.bfloat16())[0]
     assert half.stats().dense == 0
+
+
+def test_a_small_layer_of_dear_operations_goes_by_its_matrix() -> None:
+    """Normalisations, softmax and small batched products take longer than their launches."""
+    case = next(c for c in transformer.CASES if c.size == "small" and "input" in c.name)
+    problem = case.make(torch.float32)
+    lin = lz.Linearizer(problem.f)
+    here = lin.at(*problem.primals)
+    (x,) = problem.primals
+    for _ in range(x.numel() // 2 + 2):
+        got = here.jvp_fn(v := torch.randn_like(x))
+    assert lin.stats().dense == 1
+    torch.testing.assert_close(got, torch.func.jvp(problem.f, (x,), (v,))[1], rtol=1e-4, atol=1e-4)
