@@ -69,7 +69,12 @@ class ContextRecords:
 
     def watching(self) -> ContextWatcher:
         """Return the context manager inside which contexts are recorded."""
-        return ContextWatcher(self._created, self._saved, self._materialize, self._dirtied)
+        told: dict[str, Callable[..., None]] = {
+            "save_for_forward": self._saved,
+            "set_materialize_grads": self._materialize,
+            "mark_dirty": self._dirtied,
+        }
+        return ContextWatcher(self._created, told)
 
     def get(self, ctx: Any) -> ContextRecord:
         """Return the record of `ctx`, an empty one if none was made."""
@@ -158,7 +163,7 @@ class ContextRecords:
                 if isinstance(a, torch.Tensor) and not a.is_inference()
             )
 
-    def _saved(self, ctx: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
+    def _saved(self, ctx: Any, *tensors: torch.Tensor | None) -> None:
         # Aliases without history: a saved output would otherwise hold its own node alive.
         source = f"{function_name(forward_class(ctx))} (save_for_forward)"
         record = self._records.setdefault(ctx, ContextRecord())
@@ -168,7 +173,7 @@ class ContextRecords:
         record.given = tuple(None if t is None else weakref.ref(t) for t in tensors)
         _expect_steps(record, record.dirty)
 
-    def _dirtied(self, ctx: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+    def _dirtied(self, ctx: Any, *tensors: torch.Tensor) -> None:
         record = self._records.setdefault(ctx, ContextRecord())
         record.dirty = tuple(map(weakref.ref, tensors))
         _expect_steps(record, record.dirty)

@@ -19,11 +19,12 @@ from .._torch.graphs import (
     is_custom,
     leaf_variable,
     let_die_in_turn,
+    node_number,
     saved_changed,
     saved_tensors,
     some_custom,
 )
-from .._torch.ranks import device_of, order_of, summed_over
+from .._torch.ranks import device_of, summed_over
 from .._torch.sharded import local_of, own_function
 from ..errors import UnsupportedError
 from .collectives import CollectiveNode, OpaqueNode
@@ -178,7 +179,7 @@ def _latest_first(order: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
     On all ranks collectives come in one order then, however else their graphs differ.
     """
     ends = set(leaves)
-    found = sorted(order, key=lambda n: 1 if n in ends else -order_of(n))
+    found = sorted(order, key=lambda n: 1 if n in ends else -node_number(n))
     places = {node: i for i, node in enumerate(found)}
     for node, place in places.items():
         below = () if node in ends else node.next_functions

@@ -20,37 +20,23 @@ import torch
 from . import contexts, hooks
 from .contexts import eager_compiled_functions
 from .modes import COMPILING, Hidden
-from .pieces import WATCHING, CompiledCalls, Looking, Piece, watching
+from .pieces import WATCHING, CompiledCalls, Looking, Piece
 from .ranks import distributed
-
-
-class _Watch:
-    """Counts who wants to be asked; in other threads all is as ever."""
-
-    lock = threading.Lock()
-    users = 0
-
-    @classmethod
-    def begin(cls, frames: Any, calls: CompiledCalls) -> None:
-        with cls.lock:
-            if cls.users == 0:
-                frames._callback_from_stance, frames._maybe_set_eval_frame = _asked, _entered
-            cls.users += 1
-        WATCHING.__dict__.setdefault("stack", []).append(calls)
-
-    @classmethod
-    def end(cls, frames: Any) -> None:
-        WATCHING.stack.pop()
-        with cls.lock:
-            cls.users -= 1
-            if cls.users == 0:
-                frames._callback_from_stance, frames._maybe_set_eval_frame = _THEIRS
-
+from .watching import Installed
 
 _FRAMES: Any = torch._C._dynamo.eval_frame
 
 #: What stands in PyTorch's module: who asks for a compiler, and who sets it.
 _THEIRS: tuple[Any, Any] = None, None
+
+
+def _put(asked: Any, entered: Any) -> None:
+    frames = _module()
+    frames._callback_from_stance, frames._maybe_set_eval_frame = asked, entered
+
+
+#: Counts who wants to be asked; in other threads all is as ever.
+_ASKING = Installed(lambda: _put(_asked, _entered), lambda: _put(*_THEIRS))
 
 
 @contextlib.contextmanager
@@ -59,16 +45,16 @@ def compiled_functions(calls: CompiledCalls) -> Iterator[None]:
 
     `torch._dynamo` is costly to import; where it is not loaded nothing can be compiled.
     """
-    frames = _frames()
-    if frames is None or distributed():
+    if _frames() is None or distributed():
         with eager_compiled_functions():
             yield
         return
-    _Watch.begin(frames, calls)
-    try:
-        yield
-    finally:
-        _Watch.end(frames)
+    with _ASKING:
+        WATCHING.entered.append(calls)
+        try:
+            yield
+        finally:
+            WATCHING.entered.pop()
 
 
 def compiled(f: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
@@ -118,7 +104,7 @@ def _leave_alone(functions: Sequence[Any]) -> None:
 def _asked(callback: Any) -> Any:
     """Stand for what says which compiler looks at a function that is called now."""
     chosen = _THEIRS[0](callback)
-    calls = watching()
+    calls: CompiledCalls | None = WATCHING.innermost
     if calls is None or chosen is None or chosen is False:
         return chosen
     caller = sys._getframe(1)
@@ -135,7 +121,7 @@ def _asked(callback: Any) -> Any:
 
 def _entered(callback: Any) -> Any:
     """Stand for what sets it: at the begin of the call, and once more at its end."""
-    calls = watching()
+    calls: CompiledCalls | None = WATCHING.innermost
     if calls is not None and calls.away is not None and calls.frame == id(sys._getframe(1)):
         if calls.away.entered:
             calls.away.leave()
@@ -192,8 +178,8 @@ class _Apart:
         COMPILING.add(threading.get_ident())
         try:
             with (
-                contexts.ContextWatcher.none(),
-                hooks.HookWatcher.none(),
+                contexts.no_contexts_watched(),
+                hooks.no_hooks_watched(),
                 warnings.catch_warnings(action="ignore"),
             ):
                 return self._convert(*given)

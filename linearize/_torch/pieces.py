@@ -12,7 +12,6 @@ import importlib
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,9 +21,10 @@ from torch._guards import detect_fake_mode
 from .aot import UnreadableError, is_piece, read
 from .modes import DispatchMode, Hidden
 from .names import MOVING_STATISTICS
+from .watching import ThreadStack
 
-#: Who watches calls of compiled functions in a thread, the innermost last.
-WATCHING = threading.local()
+#: Who watches calls of compiled functions.
+WATCHING = ThreadStack()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,12 +69,6 @@ class CompiledCalls:
         self.pieces[piece] = None
         if self._noted is not None:
             self._noted(arguments, moving)
-
-
-def watching() -> CompiledCalls | None:
-    """Return who watches calls of compiled functions in this thread."""
-    stack = WATCHING.__dict__.get("stack")
-    return stack[-1] if stack else None
 
 
 class Looking:
@@ -146,7 +140,7 @@ def _noted(
     run = _bare(run)
 
     def called(*arguments: Any) -> Any:
-        calls = watching()
+        calls: CompiledCalls | None = WATCHING.innermost
         if calls is None:
             return run(*arguments)
         calls.ran(piece, arguments, [arguments[i] for i in statistics or ()])
