@@ -19,7 +19,7 @@ from .._spaces.trees import Tree, flatten
 from .._text.labels import function_name
 from .._torch.compiled import compiled_functions
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
-from .._torch.graphs import Node, accumulators, gradient_edge
+from .._torch.graphs import Node, accumulators
 from .._torch.hooks import HookWatcher, Unhooked
 from .._torch.modes import NOTHING, being_traced, functorch_active, grad_enabled
 from .._torch.names import batched_or_wrapped, pytree
@@ -30,7 +30,7 @@ from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .conversions import laid_out_leaves, laid_out_roots
 from .dependence import check_not_behind, is_derivative, warn_independent
-from .graph import Edge, Graph
+from .graph import Edge, Graph, edge_of
 from .reads import Reads, scripted_state, stamps, warn_of_hooks
 from .trace import Trace
 
@@ -194,9 +194,8 @@ def capture(
         outputs, out_space = _outputs(result)
         _note_meshes(records, out_space)
         records.note_conversions()
-        edges = [
-            _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
-        ]
+        rooted = [x for x in outputs if differentiable(x)]
+        edges = list(map(edge_of, rooted))
         check_not_behind(edges, given, tree.paths, aliases.leaves)
         made = (owner_of(x) for x in outputs if isinstance(x, torch.Tensor))
         owners = [node for node in made if node is not None]
@@ -215,7 +214,7 @@ def capture(
         moving=[] if reads is None else reads.moving(),
         hooks=hooks,
         unhooked=unhooked,
-        outputs=[x for x in outputs if differentiable(x)],
+        outputs=rooted,
         trace=traced,
         name=function_name(f),
         derivative=is_derivative(f),
@@ -336,15 +335,6 @@ def _detached(outputs: Sequence[Any], *, own: bool) -> list[Any]:
         (x.detach().clone() if own else x.detach()) if isinstance(x, torch.Tensor) else x
         for x in outputs
     ]
-
-
-def _edge(output: torch.Tensor) -> Edge | None:
-    if not output.requires_grad:
-        return None
-    if type(output) is torch.Tensor and output.grad_fn is not None:
-        return output.grad_fn, output.output_nr  # quicker
-    edge = gradient_edge(output)
-    return edge.node, edge.output_nr
 
 
 def _check_layouts(leaves: Sequence[Any], tree: Tree) -> None:

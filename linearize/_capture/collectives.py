@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from .._programs.program import Operation
 from .._spaces.space import TensorSpec
-from .._torch.graphs import forward_class, input_metadata
+from .._torch.graphs import forward_class
 from .._torch.ranks import collective_kind, group_of
 from ..errors import UnsupportedError
-from .contexts import ContextRecord
+from .contexts import ContextRecord, input_specs, output_specs
 from .custom import CustomNode
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
@@ -284,9 +284,7 @@ class CollectiveNode:
 
     def __init__(self, ctx: Any, record: ContextRecord) -> None:
         kind = collective_kind(forward_class(ctx))
-        edges = [edge for edge in ctx.next_functions if edge[0] is not None]
-        self.inputs = tuple([_spec(input_metadata(node)[nr]) for node, nr in edges])
-        self.outputs = tuple(map(_spec, input_metadata(ctx)))
+        self.inputs, self.outputs = input_specs(ctx), output_specs(ctx)
         #: All that is handed in, and where the inputs stand in it.
         self.takes = self.inputs[:1]
         self._where: tuple[int, ...] = (0,)
@@ -376,10 +374,6 @@ _calls = threading.local()
 def calls_so_far() -> int:
     """Return how many collectives this thread has begun in products."""
     return int(getattr(_calls, "count", 0))
-
-
-def _spec(meta: Any) -> TensorSpec:
-    return TensorSpec(tuple(meta.shape), meta.dtype, meta.device)
 
 
 def _zeros(spec: TensorSpec, more: tuple[int, ...]) -> torch.Tensor:

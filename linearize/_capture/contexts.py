@@ -15,10 +15,10 @@ import torch
 
 from .._programs.residuals import Residual
 from .._spaces.nested import leaves
-from .._spaces.space import TensorSpec
+from .._spaces.space import TensorSpec, tensor_spec
 from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
-from .._torch.graphs import forward_class, has_outputs
+from .._torch.graphs import forward_class, has_outputs, input_metadata, library_name
 from .._torch.names import batched_or_wrapped
 from .._torch.ranks import collective_kind, group_of, members
 from .._torch.sharded import groups_of, is_sharded, mesh_of, own_function
@@ -206,6 +206,22 @@ def _expect_steps(record: ContextRecord, dirty: tuple[weakref.ref[torch.Tensor],
             r.version += 1
 
 
+def metadata_spec(meta: Any) -> TensorSpec:
+    """Return what a node expects at one of its places."""
+    return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
+
+
+def input_specs(ctx: Any) -> tuple[TensorSpec, ...]:
+    """Return what is known of the arguments of `forward` that required grad, in order."""
+    edges = [(node, nr) for node, nr in ctx.next_functions if node is not None]
+    return tuple([metadata_spec(input_metadata(node)[nr]) for node, nr in edges])
+
+
+def output_specs(ctx: Any) -> tuple[TensorSpec, ...]:
+    """Return what is known of the results of `forward`."""
+    return tuple(map(metadata_spec, input_metadata(ctx)))
+
+
 def attributes(ctx: Any) -> list[torch.Tensor]:
     """Return the tensors that a context refers to by its attributes."""
     found: list[torch.Tensor] = []
@@ -219,7 +235,4 @@ def attributes(ctx: Any) -> list[torch.Tensor]:
 
 def function_name(cls: Any) -> str:
     """Return the name of a custom Function, or of the operator that it was made for."""
-    name: str = cls.__name__
-    if name.startswith("GeneratedBackwardFor_"):
-        return name.removeprefix("GeneratedBackwardFor_")
-    return str(cls.__qualname__).replace("<locals>.", "")
+    return library_name(cls) or str(cls.__qualname__).replace("<locals>.", "")

@@ -20,14 +20,13 @@ from .._programs.residuals import Residual, first_freed
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     forward_class,
-    input_metadata,
     materialized_arguments,
     packed_by_hooks,
 )
 from .._torch.modes import without_inference_mode
 from .._torch.names import pytree
 from ..errors import FunctionContractError, StalenessError
-from .contexts import ContextRecord, attributes, function_name
+from .contexts import ContextRecord, attributes, function_name, input_specs, output_specs
 from .methods import gives_backward, gives_jvp
 from .registered import registered_jvp
 
@@ -74,11 +73,8 @@ class CustomNode:
         self.positions = tuple(i for i, need in enumerate(needs) if need)
         #: Arguments that are not tensors.
         self._others = tuple(i for i, spec in enumerate(record.inputs or ()) if spec is None)
-        edges = [edge for edge in ctx.next_functions if edge[0] is not None]
-        self.inputs = tuple(_received(input_metadata(node)[nr]) for node, nr in edges)
-        self.outputs: tuple[TensorSpec | None, ...] = tuple(
-            _received(meta) for meta in input_metadata(ctx)
-        )
+        self.inputs = input_specs(ctx)
+        self.outputs: tuple[TensorSpec | None, ...] = output_specs(ctx)
         self._saved: list[Residual] = []
         self._unusable = ""
         #: What a hook unpacked (a checkpoint computes it again each time), kept once it was.
@@ -467,10 +463,6 @@ def _kind(t: Any) -> str:
     if isinstance(t, torch.Tensor) and t.layout != torch.strided:
         return f"a tensor of layout {t.layout}"
     return f"a {type(t).__name__}"
-
-
-def _received(meta: Any) -> TensorSpec:
-    return TensorSpec(tuple(meta.shape), meta.dtype, meta.device)
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

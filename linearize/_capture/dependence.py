@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 
 from .._spaces.space import differentiable
-from .._torch.graphs import Node, accumulators, gradient_edge, leaf_variable, let_die_in_turn
+from .._torch.graphs import accumulators, beneath, leaf_variable
 from ..errors import IndependenceWarning, UnsupportedError
-from .graph import Edge
+from .graph import Edge, edge_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,13 +43,16 @@ def check_not_behind(
     """
     if not any(isinstance(x, torch.Tensor) and x.requires_grad for x in given):
         return
-    seen, variables = _below(edges)
+    roots = [edge for edge in edges if edge is not None]
+    nodes = list(beneath([node for node, _ in roots]))
+    seen = {*roots, *(edge for node in nodes for edge in node.next_functions)}
+    variables = {id(leaf_variable(node)) for node in nodes}
     primals = [(x, f"primal{path}") for x, path in zip(given, paths, strict=True)]
     chosen = [(x, name) for x, name in primals if differentiable(x)]
     for (t, name), node in zip(chosen, accumulators(aliases), strict=True):
         if not t.requires_grad or (node, 0) in seen:
             continue
-        behind = id(t) in variables if t.is_leaf else _edge(t) in seen
+        behind = id(t) in variables if t.is_leaf else edge_of(t) in seen
         if behind:
             raise read_behind(name, t)
 
@@ -83,29 +86,3 @@ def _outside() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
         frame, count = frame.f_back, count + 1
     return count
-
-
-def _edge(t: torch.Tensor) -> Edge:
-    edge = gradient_edge(t)
-    return edge.node, edge.output_nr
-
-
-def _below(edges: Sequence[Edge | None]) -> tuple[set[Edge], set[int]]:
-    """Return all edges below some, and the identities of the leaf tensors in which they end."""
-    seen: set[Edge] = set()
-    visited: set[Node] = set()
-    variables: set[int] = set()
-    todo = [edge for edge in edges if edge is not None]
-    while todo:
-        edge = todo.pop()
-        seen.add(edge)
-        node = edge[0]
-        if node in visited:
-            continue
-        visited.add(node)
-        variable = leaf_variable(node)
-        if variable is not None:
-            variables.add(id(variable))
-        todo += [(child, nr) for child, nr in node.next_functions if child is not None]
-    let_die_in_turn(visited)
-    return seen, variables

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +15,9 @@ from .._torch.graphs import (
     AccumulateGrad,
     Node,
     accumulators,
+    beneath,
     forward_class,
+    gradient_edge,
     is_custom,
     leaf_variable,
     let_die_in_turn,
@@ -81,9 +83,8 @@ class Graph:
         records = ContextRecords() if records is None else records
         # Other ranks may wait for a collective from which nothing comes to the value here.
         shared = records.communicating()
-        above = [edge[0] for edge in roots if edge is not None]
         ends = _Ends(leaves)
-        self.order, reaches = _walked([*above, *shared], ends, shared)
+        self.order, reaches = _walked([*_nodes(roots), *shared], ends, shared)
         self.leaves = ends.nodes()
         #: The leaf tensors that it leads to besides the primals.
         self.constants = [
@@ -285,28 +286,28 @@ def as_seed(cotangent: torch.Tensor) -> torch.Tensor:
     return seed
 
 
+def edge_of(t: torch.Tensor) -> Edge | None:
+    """Return where the gradient of a tensor goes, None if it goes nowhere."""
+    if not t.requires_grad:
+        return None
+    if type(t) is torch.Tensor and t.grad_fn is not None:
+        return t.grad_fn, t.output_nr  # quicker
+    edge = gradient_edge(t)
+    return edge.node, edge.output_nr
+
+
 def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[torch.Tensor]:
     """Return the leaf tensors that a graph leads to besides `leaves`."""
-    variables = map(leaf_variable, _beneath(edges, leaves))
+    variables = map(leaf_variable, beneath(_nodes(edges), leaves))
     return [t for t in variables if t is not None and not hasattr(t, _SEED)]
 
 
 def in_graph(edges: Sequence[Edge | None]) -> list[torch.Tensor]:
     """Return the leaf tensors that a graph leads to, and those that its nodes keep."""
-    nodes = list(_beneath(edges, ()))
-    let_die_in_turn(nodes)
+    nodes = list(beneath(_nodes(edges)))
     leaves = [t for t in map(leaf_variable, nodes) if t is not None]
     return [*leaves, *(t for node in nodes for t in saved_tensors(node))]
 
 
-def _beneath(edges: Sequence[Edge | None], ends: Sequence[Node]) -> Iterator[Node]:
-    """Yield the nodes of a graph, `ends` and what is below them left out."""
-    seen: set[Node] = set(ends)
-    stack = [edge[0] for edge in edges if edge is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(child for child, _ in node.next_functions if child is not None)
+def _nodes(edges: Iterable[Edge | None]) -> list[Node]:
+    return [edge[0] for edge in edges if edge is not None]

@@ -23,7 +23,7 @@ import torch
 
 from .._spaces.compare import exact
 from .._spaces.space import TensorSpec
-from .._torch.graphs import METADATA, Node, saved_names
+from .._torch.graphs import Node, input_metadata, saved_names
 from .._torch.names import BITS, has_memory, is_wrapped_number, native_method
 from .graph import Graph
 from .repeated import may_repeat
@@ -127,7 +127,7 @@ class Matcher:
             return roots, list(map(places.get, graph.leaves))
 
         def received() -> Any:
-            found = list(map(METADATA, nodes))
+            found = list(map(input_metadata, nodes))
             return list(map(len, found)), list(map(_SPEC, chain.from_iterable(found)))
 
         def static() -> Any:

@@ -9,7 +9,7 @@ other threads for instance, have no line: better none than a wrong one.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from .._text.labels import Line, Locator, at_line
 from .._torch.graphs import (
     Node,
+    beneath,
+    children,
     history,
     is_custom,
     let_die_in_turn,
@@ -57,7 +59,7 @@ class Trace(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        old = _reachable(_tensors((args, kwargs))) if func in _RUNS_BACKWARD else None
+        old = set(beneath(history(_tensors((args, kwargs))))) if func in _RUNS_BACKWARD else None
         first = next_node_number()
         result = func(*args, **(kwargs or {}))
         after = next_node_number()
@@ -87,7 +89,7 @@ class Trace(TorchFunctionMode):
             metadata[_KEY] = line
             made.append(node)
             if len(made) < len(numbers) or old is not None:
-                nodes += [child for child, _ in node.next_functions if child is not None]
+                nodes += children(node)
         let_die_in_turn(made, self._count)
         self._count += len(made)
         if len(made) < len(numbers) and functorch_active():
@@ -121,16 +123,3 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(x)
     elif isinstance(tree, dict):
         yield from _tensors(tuple(tree.values()))
-
-
-def _reachable(tensors: Iterable[torch.Tensor]) -> set[Node]:
-    """Return all nodes below some tensors."""
-    seen: set[Node] = set()
-    todo = history(tensors)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += [child for child, _ in node.next_functions if child is not None]
-    let_die_in_turn(seen)
-    return seen

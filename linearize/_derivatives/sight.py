@@ -24,6 +24,8 @@ from .._torch.contexts import applied_late, calls_watched, contexts_told
 from .._torch.graphs import (
     Node,
     accumulators,
+    beneath,
+    children,
     forward_class,
     gradient_edge,
     is_custom,
@@ -176,7 +178,7 @@ class Sight:
         """Return in which way a gradient is not what its history says."""
         given = [u for u in cotangents if u is not None and u.requires_grad]
         starts = {gradient_edge(u).node for u in given}
-        below = {child for child, _ in ctx.next_functions if child is not None}
+        below = set(children(ctx))
         for r in result if isinstance(result, (tuple, list)) else (result,):
             if not isinstance(r, _TENSOR) or not _continuous(r) or not r.numel():
                 continue
@@ -388,14 +390,4 @@ def _is_outside(x: Any) -> bool:
 
 def _leads_to(start: Node, ends: set[Node], stops: set[Node]) -> bool:
     """Whether a graph leads from a node to one of `ends`, without going beyond `stops`."""
-    seen: set[Node] = set()
-    todo = [start]
-    while todo:
-        node = todo.pop()
-        if node in ends:
-            return True
-        if node in seen or node in stops:
-            continue
-        seen.add(node)
-        todo += [child for child, _ in node.next_functions if child is not None]
-    return False
+    return any(node in ends for node in beneath([start], stops - ends))

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 from ..errors import DistributedError, MissingDerivativeError, UnsupportedError
+from .graphs import library_name
 from .modes import NOTHING, DispatchMode
 from .sharded import own_function
 from .watching import Installed, ThreadStack
 
 _FUNCTIONAL = "torch.distributed._functional_collectives"
 _FSDP = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
-_GENERATED = "GeneratedBackwardFor_"
 
 
 def distributed() -> bool:
@@ -37,9 +37,8 @@ def collective_kind(cls: Any) -> str:
     """
     if str(cls.__module__).startswith("torch.distributed."):
         return "" if own_function(cls) else str(cls.__name__)
-    name = str(cls.__name__)
-    for library in ("_c10d_functional_autograd", "_c10d_functional"):
-        prefix = f"{_GENERATED}{library}_"
+    name = library_name(cls) or ""
+    for prefix in ("_c10d_functional_autograd_", "_c10d_functional_"):
         if name.startswith(prefix):
             return name.removeprefix(prefix).removesuffix("_default")
     return ""
