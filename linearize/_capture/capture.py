@@ -31,7 +31,8 @@ from .contexts import ContextRecords
 from .conversions import laid_out_leaves, laid_out_roots
 from .dependence import check_not_behind, is_derivative, warn_independent
 from .graph import Edge, Graph, edge_of
-from .reads import Reads, scripted_state, stamps, warn_of_hooks
+from .reads import Reads, scripted_state, warn_of_hooks
+from .state import Stamp, stamps
 from .trace import Trace
 
 
@@ -85,7 +86,7 @@ class Capture:
     owners: list[Node]
     leaves: list[torch.Tensor]
     records: ContextRecords
-    reads: list[tuple[weakref.ref[torch.Tensor], int]]
+    reads: list[Stamp]
     watched: bool
     moving: list[torch.Tensor]
     hooks: HookWatcher

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import abc
+import functools
 import sys
 import weakref
-from typing import Generic, Protocol
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from .code import is_installed
 
-_CODE: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-_INSTALLED: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-_FOREIGN: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+T = TypeVar("T")
+
 #: Bases that read no attributes of their own accord, but those that are always looked at.
 _HARMLESS = (object, torch.nn.Module, torch.autograd.Function, abc.ABC, Generic, Protocol)
 _HEAP_TYPE = 1 << 9
@@ -24,27 +25,36 @@ TRUSTED = (frozenset(("torch", "numpy", "scipy")) | sys.stdlib_module_names) - {
 }
 
 
+def once_per_class(ask: Callable[[type], T]) -> Callable[[type], T]:
+    """Have a question about a class answered once, without keeping the class."""
+    known: weakref.WeakKeyDictionary[type, T] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(ask)
+    def asked(cls: type) -> T:
+        answer = known.get(cls)
+        if answer is None:
+            answer = known[cls] = ask(cls)
+        return answer
+
+    return asked
+
+
+@once_per_class
 def installed_class(cls: type) -> bool:
     """Whether a class belongs to Python itself, to an installed package, or is written in C."""
-    known = _INSTALLED.get(cls)
-    if known is None:
-        if cls.__flags__ & _HEAP_TYPE:
-            module = sys.modules.get(cls.__module__)
-            file = getattr(module, "__file__", None)
-            builtin = module is not None and cls.__module__ in sys.builtin_module_names
-            known = builtin if file is None else is_installed(file)
-        else:
-            known = True
-        _INSTALLED[cls] = known
-    return known
+    if not cls.__flags__ & _HEAP_TYPE:
+        return True
+    module = sys.modules.get(cls.__module__)
+    file = getattr(module, "__file__", None)
+    if file is not None:
+        return is_installed(file)
+    return module is not None and cls.__module__ in sys.builtin_module_names
 
 
+@once_per_class
 def has_code(cls: type) -> bool:
     """Whether some code of a class can be seen."""
-    known = _CODE.get(cls)
-    if known is None:
-        known = _CODE[cls] = not all(map(installed_class, cls.__mro__))
-    return known
+    return not all(map(installed_class, cls.__mro__))
 
 
 def is_own(cls: type) -> bool:
@@ -57,14 +67,12 @@ def is_foreign(module: str | None) -> bool:
     return (module or "").partition(".")[0] not in TRUSTED
 
 
+@once_per_class
 def has_foreign_code(cls: type) -> bool:
     """Whether a class has methods of such a package, or contexts that hold what they like."""
-    known = _FOREIGN.get(cls)
-    if known is None:
-        known = _FOREIGN[cls] = issubclass(cls, torch.autograd.Function) or any(
-            installed_class(base) and is_foreign(base.__module__) for base in cls.__mro__
-        )
-    return known
+    return issubclass(cls, torch.autograd.Function) or any(
+        installed_class(base) and is_foreign(base.__module__) for base in cls.__mro__
+    )
 
 
 def slots_of(cls: type) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from .._spaces.space import TensorSpec, tensor_spec
 from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
 from .._torch.graphs import forward_class, has_outputs, input_metadata, library_name
-from .._torch.names import batched_or_wrapped
 from .._torch.ranks import collective_kind, group_of, members
 from .._torch.sharded import groups_of, is_sharded, mesh_of, own_function
 from ..errors import UnsupportedError
+from .state import Stamp, stamps
 
 
 @dataclasses.dataclass(slots=True)
@@ -32,9 +32,9 @@ class ContextRecord:
     inputs: tuple[TensorSpec | None, ...] | None = None
     #: The arguments that are no tensors, of collectives only.
     settings: tuple[Any, ...] | None = None
-    versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
+    versions: Sequence[Stamp] = ()
     #: Tensors among the attributes, with their versions when `apply` had returned.
-    attributes: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
+    attributes: Sequence[Stamp] = ()
     saved_for_forward: tuple[Residual | None, ...] | None = None
     #: What was given to `save_for_forward`, and to `mark_dirty`.
     given: tuple[weakref.ref[torch.Tensor] | None, ...] = ()
@@ -125,11 +125,7 @@ class ContextRecords:
         self.pending = [ref for ref, ctx in contexts if ctx is not None and not has_outputs(ctx)]
         for _, ctx in contexts:
             if ctx is not None and has_outputs(ctx):
-                self._records[ctx].attributes = tuple(
-                    (weakref.ref(t), t._version)
-                    for t in attributes(ctx)
-                    if not t.is_inference() and not batched_or_wrapped(t)
-                )
+                self._records[ctx].attributes = stamps(map(weakref.ref, attributes(ctx)))
 
     def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
         cls = forward_class(ctx)

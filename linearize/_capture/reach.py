@@ -39,6 +39,7 @@ from .classes import (
     is_foreign,
     is_generated,
     is_own,
+    once_per_class,
     slots_of,
 )
 from .code import is_installed, read_by
@@ -147,7 +148,7 @@ class _Walk:
             if len(seen) > _MOST:
                 self.unseen = f"{_text(where)} (more than {_MOST} things)"
                 return
-            _look_of(kind)(self, x, where)
+            (_KNOWN.get(kind) or _look_of(kind))(self, x, where)
 
     def sees_all(self) -> bool:
         """Whether f can read no tensors but those that were met, which tell their changes."""
@@ -277,17 +278,9 @@ class _Walk:
         self.tokens.append(type(f).__name__)
         self._stack.append((f.__wrapped__, where))
 
-    def _property(self, p: property, where: Where) -> None:
-        self._stack.append((p.fget, where))
-
-    def _cached_property(self, p: functools.cached_property[Any], where: Where) -> None:
-        self._stack.append((p.func, where))
-
-    def _static(self, m: Any, where: Where) -> None:
-        self._stack.append((m.__func__, where))
-
-    def _reference(self, r: weakref.ref[Any], where: Where) -> None:
-        self._stack.append((r(), where))
+    def look_at(self, x: Any, where: Where) -> None:
+        """Look at something later."""
+        self._stack.append((x, where))
 
     def _python_module(self, m: types.ModuleType, where: Where) -> None:
         self.tokens.append(m.__name__)
@@ -412,6 +405,13 @@ _STATELESS = (
 )
 
 _Look: TypeAlias = Callable[[_Walk, Any, Where], None]
+
+
+def _through(inner: Callable[[Any], Any]) -> _Look:
+    """Return what looks at something inside in place of what is around it."""
+    return lambda walk, x, where: walk.look_at(inner(x), where)
+
+
 #: By exact type, for speed.
 _KNOWN: dict[type, _Look] = {
     types.FunctionType: _Walk._function,
@@ -432,11 +432,11 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     (torch.nn.Module, _Walk._torch_module),
     (torch.jit.ScriptFunction, _Walk._script_function),
     (functools.partial, _Walk._partial),
-    (functools.cached_property, _Walk._cached_property),
-    (property, _Walk._property),
-    ((staticmethod, classmethod), _Walk._static),
+    (functools.cached_property, _through(operator.attrgetter("func"))),
+    (property, _through(operator.attrgetter("fget"))),
+    ((staticmethod, classmethod), _through(operator.attrgetter("__func__"))),
     (type(functools.lru_cache(len)), _Walk._wrapper),
-    (weakref.ref, _Walk._reference),
+    (weakref.ref, _through(operator.call)),
     (CustomOpDef, _Walk._operator),
     ((operator.attrgetter, operator.methodcaller), _Walk._getter),
     (_LEFT_ALONE, _Walk._fixed),
@@ -446,19 +446,12 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     ((list, tuple, set, frozenset, deque, KeysView, ValuesView, ItemsView), _Walk._sequence),
     ((bytearray, memoryview, array.array), _Walk._buffer),
 )
-_LOOKS: weakref.WeakKeyDictionary[type, _Look] = weakref.WeakKeyDictionary()
 _TREES: weakref.WeakKeyDictionary[torch.nn.Module, Tree] = weakref.WeakKeyDictionary()
 
 
+@once_per_class
 def _look_of(kind: type) -> _Look:
-    """Return how things of a type are looked at."""
-    look = _KNOWN.get(kind) or _LOOKS.get(kind)
-    if look is None:
-        look = _LOOKS[kind] = _found_look(kind)
-    return look
-
-
-def _found_look(kind: type) -> _Look:
+    """Return how things of a type are looked at, if it is none of the known ones."""
     package = kind.__module__.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return _Walk._ours
@@ -475,9 +468,9 @@ def _tree(root: torch.nn.Module) -> Tree:
     try:
         known = _TREES.get(root)
         if known is None or not known.still_describes(root):
-            known = _TREES[root] = Tree(root, is_own, has_code)
+            known = _TREES[root] = Tree(root)
     except TypeError:  # it has no hash
-        known = Tree(root, is_own, has_code)
+        known = Tree(root)
     return known
 
 

@@ -15,10 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch.hooks import HookWatcher
 from .._torch.modes import DispatchMode, lazy_bits_respected
-from .._torch.names import MOVING_STATISTICS, batched_or_wrapped, pytree
+from .._torch.names import MOVING_STATISTICS, pytree, statistics_of
 from ..errors import IgnoredHookWarning
 from .contexts import ContextRecords
 from .graph import Graph
+from .state import Stamp, stamps
 
 
 class Reads(TorchFunctionMode):
@@ -70,15 +71,15 @@ class Reads(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Take note of running statistics; hand copies on where they do not move now."""
-        first, flag, moves = MOVING_STATISTICS[func]
-        given = dict(enumerate(args)) | kwargs
-        moves = given.get(5, given.get(flag, moves))
-        for place in (first, first + 1, "running_mean", "running_var"):
-            t = given.get(place)
+        found, moves = statistics_of(func, args, kwargs)
+        still: dict[int | str, torch.Tensor] = {}
+        for place, t in found.items():
             if isinstance(t, torch.Tensor):
                 self._moving[id(t)] = t
-                given[place] = t if moves else t.clone()
-        return tuple(given[i] for i in range(len(args))), {k: given[k] for k in kwargs}
+                if not moves:
+                    still[place] = t.clone()
+        held = tuple([still.get(i, a) for i, a in enumerate(args)])
+        return held, {k: still.get(k, a) for k, a in kwargs.items()}
 
     def note_compiled(self, items: Iterable[Any], moving: Iterable[torch.Tensor]) -> None:
         """Take note of what compiled code reads, and of running statistics among it."""
@@ -89,19 +90,9 @@ class Reads(TorchFunctionMode):
         """Return tensors that PyTorch writes to without raising their version."""
         return list(self._moving.values())
 
-    def stamps(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
+    def stamps(self) -> list[Stamp]:
         """Return the tensors still alive with their versions now."""
         return stamps(self._seen.values())
-
-
-def stamps(refs: Iterable[weakref.ref[torch.Tensor]]) -> list[tuple[Any, int]]:
-    """Return those tensors that are still alive with their versions now."""
-    alive = ((ref, ref()) for ref in refs)
-    return [
-        (ref, t._version)
-        for ref, t in alive
-        if t is not None and not batched_or_wrapped(t) and not t.is_inference()
-    ]
 
 
 _RUNS_BACKWARD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}

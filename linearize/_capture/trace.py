@@ -9,13 +9,14 @@ other threads for instance, have no line: better none than a wrong one.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .._spaces.nested import leaves
 from .._text.labels import Line, Locator, at_line
 from .._torch.graphs import (
     Node,
@@ -77,8 +78,7 @@ class Trace(TorchFunctionMode):
         What the call was given it may have changed. In a backward pass, which other threads may
         do, all nodes are new that are not among `old`.
         """
-        found = [result] if isinstance(result, torch.Tensor) else list(_tensors(result))
-        nodes = history(found or _tensors(given))
+        nodes = history(_tensors(result) or _tensors(given))
         made = []
         while nodes:
             node = nodes.pop()
@@ -115,11 +115,5 @@ class Trace(TorchFunctionMode):
         return at_line(node.name(), self.line(node))
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for x in tree:
-            yield from _tensors(x)
-    elif isinstance(tree, dict):
-        yield from _tensors(tuple(tree.values()))
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [x for x in leaves((tree,)) if isinstance(x, torch.Tensor)]

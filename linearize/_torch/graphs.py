@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import operator
@@ -228,21 +229,8 @@ def outside_backward(do: Callable[[], T]) -> T:
     """
     if torch._C._current_graph_task_id() == -1:
         return do()
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            outcome.append(do())
-        except BaseException as error:  # handed on below
-            failure.append(error)
-
-    thread = threading.Thread(target=body, name="linearize")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    with concurrent.futures.ThreadPoolExecutor(1, "linearize") as other:
+        return other.submit(do).result()
 
 
 def walking(do: Callable[[], T]) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -174,3 +174,13 @@ MOVING_STATISTICS: dict[Any, tuple[int, str, bool]] = {
     torch.cudnn_batch_norm: (3, "training", False),
     torch.miopen_batch_norm: (3, "training", False),
 }
+
+
+def statistics_of(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[int | str, Any], bool]:
+    """Return the running statistics that such a function is given, and whether they move."""
+    first, flag, moves = MOVING_STATISTICS[func]
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    places = (first, first + 1, "running_mean", "running_var")
+    return {p: given[p] for p in places if p in given}, bool(given.get(5, given.get(flag, moves)))

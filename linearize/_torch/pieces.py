@@ -20,7 +20,7 @@ from torch._guards import detect_fake_mode
 
 from .aot import UnreadableError, is_piece, read
 from .modes import DispatchMode, Hidden
-from .names import MOVING_STATISTICS
+from .names import MOVING_STATISTICS, statistics_of
 from .watching import ThreadStack
 
 #: Who watches calls of compiled functions.
@@ -166,13 +166,9 @@ def _statistics(graph: Any) -> dict[int, bool]:
     found: dict[int, bool] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in MOVING_STATISTICS:
-            first, flag, default = MOVING_STATISTICS[node.target]
-            given = dict(enumerate(node.args)) | node.kwargs
-            moves = bool(given.get(5, given.get(flag, default)))
-            for key in (first, first + 1, "running_mean", "running_var"):
-                if given.get(key) in places:
-                    place = places[given[key]]
-                    found[place] = found.get(place, False) or moves
+            given, moves = statistics_of(node.target, node.args, node.kwargs)
+            for place in (places[x] for x in given.values() if x in places):
+                found[place] = found.get(place, False) or moves
     return found
 
 

@@ -13,8 +13,8 @@ import torch
 from .._capture.contexts import ContextRecords
 from .._capture.graph import edge_of, in_graph
 from .._capture.reach import Reach
-from .._capture.reads import Reads, stamps
-from .._capture.state import State
+from .._capture.reads import Reads
+from .._capture.state import State, stamps
 from .._derivatives.gradient import check_scalar
 from .._points.memo import Stamp, changed, numbers
 from .._spaces.space import differentiable
