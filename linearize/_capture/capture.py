@@ -31,7 +31,7 @@ from .contexts import ContextRecords
 from .conversions import laid_out_leaves, laid_out_roots
 from .dependence import check_not_behind, is_derivative, warn_independent
 from .graph import Edge, Graph, edge_of
-from .reads import Reads, scripted_state, warn_of_hooks
+from .reads import Reads, warn_of_hooks
 from .state import Stamp, stamps
 from .trace import Trace
 
@@ -186,8 +186,6 @@ def capture(
     with grad_enabled():
         aliases = _Aliases(copy)
         arguments, keywords = aliases.arguments(args, kwargs, argnums, given, tree)
-        if reads is not None:
-            reads.note(scripted_state(f, aliases.others))
         with HookWatcher() as hooks:
             result = _called(run, arguments, keywords, records, reads, traced, calls)
             unhooked = hooks.since()
@@ -244,14 +242,12 @@ def _refuse_transforms() -> None:
 class _Aliases:
     """Detached aliases of f's arguments: of `leaves`, which are differentiated, and of the others.
 
-    The graph may keep these too, and must not keep the caller's own objects alive. What is no
-    tensor is among `others` as it is.
+    The graph may keep these too, and must not keep the caller's own objects alive.
     """
 
     def __init__(self, copy: bool) -> None:
         self._copy = copy
         self.leaves: list[torch.Tensor] = []
-        self.others: list[Any] = []
 
     def arguments(
         self,
@@ -262,22 +258,18 @@ class _Aliases:
         tree: Tree,
     ) -> tuple[Sequence[Any], dict[str, Any]]:
         """Return what f is called with, where some arguments were flattened already."""
-        whole = list(argnums) == list(range(len(args)))
-        if whole and not kwargs:
-            return tree.unflatten([self._alias(x, True) for x in given]), {}
-        chosen = set(argnums)
-        others = [] if whole else [a for i, a in enumerate(args) if i not in chosen]
-        rest, frame = flatten((others, dict(kwargs)))
         mine: Sequence[Any] = tree.unflatten([self._alias(x, True) for x in given])
+        if not kwargs and list(argnums) == list(range(len(args))):
+            return mine, {}
+        chosen = dict(zip(argnums, mine, strict=True))
+        others = [a for i, a in enumerate(args) if i not in chosen]
+        rest, frame = flatten((others, dict(kwargs)))
         fixed, keywords = frame.unflatten([self._alias(x, False) for x in rest])
-        if whole:
-            return mine, keywords
-        by_place, theirs = dict(zip(argnums, mine, strict=True)), iter(fixed)
-        return [by_place[i] if i in chosen else next(theirs) for i in range(len(args))], keywords
+        theirs = iter(fixed)
+        return [chosen[i] if i in chosen else next(theirs) for i in range(len(args))], keywords
 
     def _alias(self, x: Any, differentiate: bool) -> Any:
         if not isinstance(x, torch.Tensor):
-            self.others.append(x)
             return x.copy() if self._copy and hasattr(x, "__array_interface__") else x
         t = x.clone().detach() if self._copy or x.is_inference() else x.detach()
         if differentiate and differentiable(t):

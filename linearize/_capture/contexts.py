@@ -20,7 +20,7 @@ from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
 from .._torch.graphs import forward_class, has_outputs, input_metadata, library_name
 from .._torch.ranks import collective_kind, group_of, members
-from .._torch.sharded import groups_of, is_sharded, mesh_of, own_function
+from .._torch.sharded import WAITING, groups_of, is_sharded, mesh_of, own_function
 from ..errors import UnsupportedError
 from .state import Stamp, stamps
 
@@ -167,20 +167,16 @@ class ContextRecords:
             None if t is None else Residual(t.detach(), source) for t in tensors
         )
         record.given = tuple(None if t is None else weakref.ref(t) for t in tensors)
-        _expect_steps(record, record.dirty)
+        _expect_steps(record)
 
     def _dirtied(self, ctx: Any, *tensors: torch.Tensor) -> None:
         record = self._records.setdefault(ctx, ContextRecord())
         record.dirty = tuple(map(weakref.ref, tensors))
-        _expect_steps(record, record.dirty)
+        _expect_steps(record)
 
     def _materialize(self, ctx: Any, value: bool) -> None:
         if not own_function(forward_class(ctx)):
             self._records.setdefault(ctx, ContextRecord()).materialize = value
-
-
-#: Functions that only wait for what another one has begun.
-_IDENTITIES = frozenset({"wait_tensor", "_wrap_tensor_autograd"})
 
 
 def is_collective(ctx: Any) -> bool:
@@ -190,12 +186,12 @@ def is_collective(ctx: Any) -> bool:
 
 def is_identity(ctx: Any) -> bool:
     """Whether a context is that of a Function which only waits."""
-    return collective_kind(forward_class(ctx)) in _IDENTITIES
+    return collective_kind(forward_class(ctx)) in WAITING
 
 
-def _expect_steps(record: ContextRecord, dirty: tuple[weakref.ref[torch.Tensor], ...]) -> None:
+def _expect_steps(record: ContextRecord) -> None:
     """Let for the step that PyTorch adds to the version of what `forward` marked as changed."""
-    marked = [t for t in (ref() for ref in dirty) if t is not None]
+    marked = [t for t in (ref() for ref in record.dirty) if t is not None]
     for r, ref in zip(record.saved_for_forward or (), record.given, strict=True):
         t = None if ref is None else ref()
         if r is not None and r.version is not None and any(t is m for m in marked):

@@ -162,9 +162,7 @@ class CustomNode:
         list
             One cotangent per input; None where undefined.
         """
-        result = self._guarded(self._call_backward, grads)
-        if not isinstance(result, tuple):
-            result = tuple(result) if isinstance(result, list) else (result,)
+        result = _as_tuple(self._guarded(self._call_backward, grads))
         count = self._count
         if len(result) > count and all(r is None for r in result[count:]):
             result = result[:count]
@@ -202,9 +200,7 @@ class CustomNode:
         list
             One tangent per output; None for outputs that are not wanted.
         """
-        result = self._guarded(self._call_jvp, tangents)
-        if not isinstance(result, tuple):
-            result = tuple(result) if isinstance(result, list) else (result,)
+        result = _as_tuple(self._guarded(self._call_jvp, tangents))
         if len(result) != len(self.outputs):
             raise FunctionContractError(
                 f"{self.name}.jvp returned {len(result)} tangents, expected {len(self.outputs)} "
@@ -320,8 +316,9 @@ class CustomNode:
             self._check()
             owned = self._attributes
             versions = [None if r.version is None else r.counter._version for r in owned]
-            if self._packed:
-                self._pin()
+            if self._packed:  # what hooks unpacked before is not unpacked again
+                self.unpack()
+                self.ctx.saved_for_forward = self._pinned
             try:
                 return call(given)
             finally:
@@ -363,12 +360,6 @@ class CustomNode:
         """Have hooks unpack what was saved, once; a checkpoint computes it again each time."""
         if self._packed and self._pinned is None:
             self._pinned = tuple(None if t is None else t.detach() for t in self.ctx.saved_tensors)
-
-    def _pin(self) -> None:
-        """Hand out what hooks unpacked before, instead of having it unpacked again."""
-        self.unpack()
-        if self._pinned is not None:
-            self.ctx.saved_for_forward = self._pinned
 
     def _stamp(self) -> None:
         if not vars(self.ctx):
@@ -457,6 +448,10 @@ def _note_written(t: torch.Tensor) -> None:
 def _written_by_methods(t: torch.Tensor) -> bool:
     ref = _WORKSPACES.get(id(t))
     return ref is not None and ref() is t
+
+
+def _as_tuple(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
 def _kind(t: Any) -> str:

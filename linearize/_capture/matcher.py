@@ -58,17 +58,12 @@ class Matcher:
         self._static = [(i, _reader(others)) for i, (_, others) in read if others]
         #: Where each saved tensor comes from.
         self._places: list[Place] = []
-        tensors: list[torch.Tensor | None] = []
         for i, get in self._saved:
             for name, value in zip(names[type(order[i])][0], get(order[i]), strict=True):
-                if isinstance(value, (tuple, list)):
-                    self._places += [(i, name, k) for k in range(len(value))]
-                    tensors += value
-                else:
-                    self._places.append((i, name, None))
-                    tensors.append(value)
+                several = range(len(value)) if isinstance(value, (tuple, list)) else [None]
+                self._places += [(i, name, k) for k in several]
         #: Which tensors may stand for numbers, and the bytes of an entry of each.
-        there = [t for t in tensors if t is not None]
+        there = [t for t in self._read(graph) if t is not None]
         self._numbers = [k for k, t in enumerate(there) if not t.dim()]
         self._sizes = [t.element_size() for t in there]
         self._facts = [fact() for fact in self._asked(graph, [])]

@@ -30,7 +30,13 @@ from typing import Any, TypeAlias
 import torch
 
 from .._text.labels import function_name
-from .._torch.names import MOVING_STATISTICS, CustomOpDef, holds_tensors, operator_functions
+from .._torch.names import (
+    MOVING_STATISTICS,
+    OPAQUE,
+    CustomOpDef,
+    holds_tensors,
+    operator_functions,
+)
 from .classes import (
     TRUSTED,
     has_code,
@@ -439,6 +445,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     (weakref.ref, _through(operator.call)),
     (CustomOpDef, _Walk._operator),
     ((operator.attrgetter, operator.methodcaller), _Walk._getter),
+    (OPAQUE, _Walk._hidden),
     (_LEFT_ALONE, _Walk._fixed),
     (type, _Walk._class),
     (types.ModuleType, _Walk._python_module),

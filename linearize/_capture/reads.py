@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch.hooks import HookWatcher
 from .._torch.modes import DispatchMode, lazy_bits_respected
-from .._torch.names import MOVING_STATISTICS, pytree, statistics_of
+from .._torch.names import MOVING_STATISTICS, RUNS_BACKWARD, pytree, statistics_of
 from ..errors import IgnoredHookWarning
 from .contexts import ContextRecords
 from .graph import Graph
@@ -54,7 +54,7 @@ class Reads(TorchFunctionMode):
             args, kwargs = self._held_still(func, args, kwargs or {})
         if self._thaw and not getattr(func, "__name__", "").endswith("_"):
             args, kwargs = pytree.tree_map(_thawed, (args, kwargs))
-        if func in _RUNS_BACKWARD:
+        if func in RUNS_BACKWARD:
             # Python code that runs inside is out of this mode's sight.
             with _DeepReads(self):
                 return func(*args, **(kwargs or {}))
@@ -95,7 +95,6 @@ class Reads(TorchFunctionMode):
         return stamps(self._seen.values())
 
 
-_RUNS_BACKWARD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
 #: Looked up once: this runs at each operation of f.
 _TENSOR, _REF, _SEQUENCES = torch.Tensor, weakref.ref, (list, tuple)
 
@@ -136,31 +135,3 @@ class _DeepReads(DispatchMode):
         self._reads.note(args)
         with lazy_bits_respected():
             return func(*args, **(kwargs or {}))
-
-
-def scripted_state(f: Any, arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Yield parameters and buffers of TorchScript modules in reach, which run out of sight."""
-    todo: list[Any] = [f, *(x for x in arguments if not isinstance(x, torch.Tensor))]
-    seen: set[int] = set()
-    while todo and len(seen) < 200:
-        thing = todo.pop()
-        if id(thing) in seen or isinstance(thing, (torch.Tensor, type)):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, torch.nn.Module):
-            for module in thing.modules():
-                if isinstance(module, torch.jit.ScriptModule):
-                    yield from module.parameters()
-                    yield from module.buffers()
-        elif callable(thing):
-            cells = getattr(thing, "__closure__", None) or ()
-            todo.extend(cell.cell_contents for cell in cells if _filled(cell))
-            todo.extend(getattr(thing, name, None) for name in ("__self__", "func"))
-            todo.extend(getattr(thing, "__dict__", {}).values())
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a closure over a name that has no value yet
-        return False

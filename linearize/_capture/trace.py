@@ -29,9 +29,9 @@ from .._torch.graphs import (
     node_number,
 )
 from .._torch.modes import functorch_active
+from .._torch.names import RUNS_BACKWARD
 from .contexts import ContextRecords
 
-_RUNS_BACKWARD = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 #: Where a node's metadata have its line.
 _KEY = "linearize.line"
 
@@ -60,7 +60,7 @@ class Trace(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        old = set(beneath(history(_tensors((args, kwargs))))) if func in _RUNS_BACKWARD else None
+        old = set(beneath(history(_tensors((args, kwargs))))) if func in RUNS_BACKWARD else None
         first = next_node_number()
         result = func(*args, **(kwargs or {}))
         after = next_node_number()

@@ -87,15 +87,12 @@ def reading_of(node: Any) -> Reading | None:
     if not isinstance(node, BackwardCFunction):
         return None
     cls: Any = node._forward_cls  # type: ignore[attr-defined]
-    known = _READINGS.get(cls)
-    if known is None:
-        if not is_piece(cls):
-            return None
-        try:
-            known = read(cls, "a compiled function")
-        except UnreadableError:
-            return None
-    return known if isinstance(known, Reading) else None
+    if not is_piece(cls):
+        return None
+    try:
+        return read(cls, "a compiled function")
+    except UnreadableError:
+        return None
 
 
 def read(cls: Any, name: str) -> Reading:

@@ -145,25 +145,19 @@ def without_subclass(t: torch.Tensor) -> torch.Tensor:
 
 def without_inference_mode() -> contextlib.AbstractContextManager[None]:
     """Leave inference mode, without grad mode, which leaving alone would switch on."""
-    return _no_inference() if torch.is_inference_mode_enabled() else NOTHING
+    return _outside_inference(grad=False) if torch.is_inference_mode_enabled() else NOTHING
 
 
-@contextlib.contextmanager
-def _no_inference() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def grad_enabled() -> contextlib.AbstractContextManager[Any]:
+def grad_enabled() -> contextlib.AbstractContextManager[None]:
     """Run with a graph, whatever the modes around; where there is nothing to do, at no cost."""
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return NOTHING
-    return _grad_enabled()
+    return _outside_inference(grad=True)
 
 
 @contextlib.contextmanager
-def _grad_enabled() -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad():
+def _outside_inference(*, grad: bool) -> Iterator[None]:
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield
 
 

@@ -33,6 +33,10 @@ def holds_tensors(script: Any) -> bool:
     return any(n.hasAttribute("value") and n.kindOf("value") == "t" for n in constants)
 
 
+#: What may hold tensors in C, where Python does not see them.
+OPAQUE: tuple[Any, ...] = (torch._C.ScriptMethod, torch.ScriptObject, torch.futures.Future)
+
+
 def operator_functions(op: CustomOpDef) -> list[Any]:
     """Return the Python functions that a custom operator was made of."""
     names = ("_init_fn", "_backend_fns", "_setup_context_fn", "_backward_fn", "_vmap_fn")
@@ -163,6 +167,8 @@ _SMALLER = {
 }
 
 
+#: Functions that run a backward pass.
+RUNS_BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward))
 #: Functions with running statistics: the place of the first of both, and the name of the flag, the
 #: sixth argument, by which they move, with its default.
 MOVING_STATISTICS: dict[Any, tuple[int, str, bool]] = {

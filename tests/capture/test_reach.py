@@ -666,6 +666,41 @@ def test_a_trace_that_holds_a_tensor_is_not_trusted() -> None:
     assert lin.at(x) is lin.at(x)
 
 
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(2, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift.tan()
+
+
+def by_a_traced_method() -> tuple[torch.Tensor, Callable[..., Any]]:
+    module = torch.jit.trace(Shifted(), X)
+    method = module.forward
+    return module.shift, lambda x: method(x)
+
+
+def by_a_future() -> tuple[torch.Tensor, Callable[..., Any]]:
+    shift = torch.zeros(2, dtype=torch.float64)
+    future: Any = torch.futures.Future()
+    future.set_result(shift)
+    return shift, lambda x: x + future.value().tan()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [by_a_traced_method, by_a_future])
+def test_what_holds_a_tensor_in_c_is_not_trusted(make: Any) -> None:
+    """Operations on the tensor itself are out of sight, and no node of the graph keeps it."""
+    shift, f = make()
+    lin = lz.Linearizer(f)
+    x = X.clone()
+    torch.testing.assert_close(lin.at(x).value, x)
+    shift.fill_(torch.pi / 4)
+    with pytest.warns(MemoWarning, match="method|future"):
+        torch.testing.assert_close(lin.at(x).value, x + 1)
+
+
 class Contrary:
     """An object that raises whatever it is asked."""
 
