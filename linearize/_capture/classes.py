@@ -5,9 +5,10 @@ from __future__ import annotations
 import abc
 import functools
 import sys
+import threading
 import weakref
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -16,8 +17,22 @@ from .code import is_installed
 T = TypeVar("T")
 
 #: Bases that read no attributes of their own accord, but those that are always looked at.
-_HARMLESS = (object, torch.nn.Module, torch.autograd.Function, abc.ABC, Generic, Protocol)
+_HARMLESS = (
+    *(object, torch.nn.Module, torch.autograd.Function, abc.ABC, Generic, Protocol),
+    threading.local,
+)
 _HEAP_TYPE = 1 << 9
+#: What stands in a class and is not read by code that can be seen.
+_BORING = frozenset(
+    "__module__ __doc__ __dict__ __weakref__ __qualname__ __annotations__ __annotate__ "
+    "__annotate_func__ __annotations_cache__ __firstlineno__ __static_attributes__ "
+    "__orig_bases__ __parameters__ __abstractmethods__ _abc_impl __repr__ __str__ __slots__ "
+    "__match_args__ __dataclass_fields__ __dataclass_params__ __hash__ __reduce__".split()
+)
+#: What of it is read when an object is made.
+_MAKING = frozenset("__init__ __new__ __post_init__ __init_subclass__ __set_name__".split())
+#: Methods that dataclasses are given, which read all fields.
+_COMPARING = frozenset("__eq__ __lt__ __le__ __gt__ __ge__".split())
 #: Packages whose code is taken to hide nothing, in C, and to read no tensors of its own.
 TRUSTED = (frozenset(("torch", "numpy", "scipy")) | sys.stdlib_module_names) - {
     "ctypes",
@@ -84,6 +99,30 @@ def slots_of(cls: type) -> list[str]:
     return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
-def is_generated(cls: type) -> bool:
-    """Whether a class is a dataclass: it compares field by field."""
-    return "__dataclass_params__" in vars(cls)
+def read_of(
+    cls: type, names: Collection[str], *, makes: bool, compares: bool
+) -> Iterator[tuple[str, Any]]:
+    """Yield what code can read of a class, by names, where that is not installed.
+
+    Parameters
+    ----------
+    cls
+        The class.
+    names
+        The attributes that code reads.
+    makes, compares
+        Whether it makes objects of the class, and whether it compares any.
+    """
+    installed = [base for base in cls.__mro__ if installed_class(base)]
+    for base in cls.__mro__:
+        if base in installed:
+            continue
+        unread = _BORING if makes else _BORING | _MAKING
+        if not compares and "__dataclass_params__" in vars(base):
+            unread |= _COMPARING
+        for name, value in list(vars(base).items()):
+            if name in unread:
+                continue
+            # Methods of a known name may be called from code that is not looked at.
+            if name in names or name[:2] == "__" or any(name in vars(b) for b in installed):
+                yield name, value

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import array
 import collections
+import contextvars
 import enum
 import functools
 import io
 import logging
+import mmap
 import operator
 import random
 import re
@@ -41,11 +43,10 @@ from .classes import (
     TRUSTED,
     has_code,
     has_foreign_code,
-    installed_class,
     is_foreign,
-    is_generated,
     is_own,
     once_per_class,
+    read_of,
     slots_of,
 )
 from .code import is_installed, read_by
@@ -64,25 +65,18 @@ _DESCRIPTORS: tuple[type, ...] = (
 #: What f writes to, waits for or draws from, and objects that stay what they are.
 _LEFT_ALONE: tuple[type, ...] = (
     *(logging.Logger, logging.Handler, logging.LoggerAdapter, io.IOBase),
-    *(threading.Thread, threading.Event, threading.Barrier, threading.local),
+    *(threading.Thread, threading.Event, threading.Barrier),
     *(threading.Condition, threading.Semaphore, type(threading.Lock()), type(threading.RLock())),
     *(enum.Enum, re.Pattern, random.Random, torch.Generator),
     *_DESCRIPTORS,
 )
 _LEFT_ALONE_PACKAGES = frozenset(
-    "asyncio concurrent contextlib contextvars multiprocessing queue threading".split()
+    "asyncio concurrent contextlib multiprocessing queue threading".split()
 )
-#: What stands in a class and is not read by code that can be seen.
-_BORING = frozenset(
-    "__module__ __doc__ __dict__ __weakref__ __qualname__ __annotations__ __annotate__ "
-    "__annotate_func__ __annotations_cache__ __firstlineno__ __static_attributes__ "
-    "__orig_bases__ __parameters__ __abstractmethods__ _abc_impl __repr__ __str__ __slots__ "
-    "__match_args__ __dataclass_fields__ __dataclass_params__ __hash__ __reduce__".split()
+#: What is in memory that others write to too.
+_SHARED_MODULES = frozenset(
+    f"multiprocessing.{name}" for name in ("managers", "shared_memory", "sharedctypes")
 )
-#: What of it is read when an object is made.
-_MAKING = frozenset("__init__ __new__ __post_init__ __init_subclass__ __set_name__".split())
-#: Methods that dataclasses are given, which read all fields.
-_COMPARING = frozenset("__eq__ __lt__ __le__ __gt__ __ge__".split())
 
 
 class Reach:
@@ -303,26 +297,15 @@ class _Walk:
 
     def _code_of(self, cls: type, where: Where, *, makes: bool = False) -> None:
         """Look at what code can read of a class, if it is not an installed one."""
-        names, stack, tokens = self._names, self._stack, self.tokens
+        tokens = self.tokens
         tokens.append(weakref.ref(cls))
         self._beside = self._beside or has_foreign_code(cls)
         if (id(cls), makes) in self._classes or not has_code(cls):
             return
         self._classes[id(cls), makes] = cls
-        installed = [base for base in cls.__mro__ if installed_class(base)]
-        for base in cls.__mro__:
-            if base in installed:
-                continue
-            for name, value in list(vars(base).items()):
-                if name in _BORING or (name in _MAKING and not makes):
-                    continue
-                if name in _COMPARING and is_generated(base) and not self._reach.compares:
-                    continue
-                # Methods of a known name may be called from code that is not looked at.
-                special = name[:2] == "__" or any(name in vars(b) for b in installed)
-                if name in names or special:
-                    tokens.append(name)
-                    stack.append((value, (where, name)))
+        for name, value in read_of(cls, self._names, makes=makes, compares=self._reach.compares):
+            tokens.append(name)
+            self._stack.append((value, (where, name)))
         tokens.append(_END)
 
     def _object(self, x: Any, where: Where) -> None:
@@ -445,7 +428,8 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     (weakref.ref, _through(operator.call)),
     (CustomOpDef, _Walk._operator),
     ((operator.attrgetter, operator.methodcaller), _Walk._getter),
-    (OPAQUE, _Walk._hidden),
+    ((*OPAQUE, mmap.mmap), _Walk._hidden),
+    (contextvars.ContextVar, _through(lambda variable: variable.get(None))),
     (_LEFT_ALONE, _Walk._fixed),
     (type, _Walk._class),
     (types.ModuleType, _Walk._python_module),
@@ -462,6 +446,8 @@ def _look_of(kind: type) -> _Look:
     package = kind.__module__.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return _Walk._ours
+    if kind.__module__ in _SHARED_MODULES:
+        return _Walk._hidden
     if package in _LEFT_ALONE_PACKAGES or kind.__module__ == "torch._ops":
         return _Walk._fixed
     for base, look in _KINDS:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import array
+import contextvars
 import dataclasses
 import enum
 import functools
 import gc
 import itertools
+import mmap
+import multiprocessing
 import operator
 import random
 import threading
@@ -400,6 +403,17 @@ def read_in_another_thread() -> Case:
     return f, scale.fill_
 
 
+def a_context_variable() -> Case:
+    scale: contextvars.ContextVar[Any] = contextvars.ContextVar("scale", default=1.0)
+    return lambda x: x * scale.get(), scale.set
+
+
+def of_this_thread() -> Case:
+    local = threading.local()
+    local.scale = 1.0
+    return lambda x: x * local.scale, lambda v: setattr(local, "scale", v)
+
+
 CASES = [
     value
     for name, value in list(globals().items())
@@ -626,9 +640,21 @@ def test_a_static_argument_changed_in_place_is_seen(make: Any, change: Any, keyw
 # -- what cannot be looked into ------------------------------------------------------------------
 
 
+def counted_entry(held: Any) -> float:
+    held[0] += 2
+    return float(held[0] - 1)
+
+
+def counted_number(held: Any) -> float:
+    held.value += 2.0
+    return float(held.value - 1)
+
+
 def hidden() -> dict[str, Any]:
     """Objects whose state cannot be seen, each with a function of it."""
     return {
+        "memory map": (mmap.mmap(-1, 1), counted_entry),
+        "shared number": (multiprocessing.Value("d", 0.0), counted_number),
         "iterator": (itertools.cycle([1.0, 3.0]), next),
         "generator": ((s for s in (1.0, 3.0, 5.0)), next),
         "list iterator": (iter([1.0, 3.0, 5.0]), next),
