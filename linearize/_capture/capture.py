@@ -181,11 +181,10 @@ def capture(
     frozen = torch.is_inference_mode_enabled()
     reads = Reads(records, thaw=frozen) if watch or frozen else None
     traced = Trace(_called.__code__, records) if trace else None
-    calls = None if compiled is None or trace else _calls(reads)
+    calls = None if compiled is None or trace else CompiledCalls(reads)
     run = f if compiled is None or trace else compiled
     with grad_enabled():
-        aliases = _Aliases(copy)
-        arguments, keywords = aliases.arguments(args, kwargs, argnums, given, tree)
+        arguments, keywords, leaves = _aliased(args, kwargs, argnums, given, tree, copy=copy)
         with HookWatcher() as hooks:
             result = _called(run, arguments, keywords, records, reads, traced, calls)
             unhooked = hooks.since()
@@ -195,9 +194,8 @@ def capture(
         records.note_conversions()
         rooted = [x for x in outputs if differentiable(x)]
         edges = list(map(edge_of, rooted))
-        check_not_behind(edges, given, tree.paths, aliases.leaves)
-        made = (owner_of(x) for x in outputs if isinstance(x, torch.Tensor))
-        owners = [node for node in made if node is not None]
+        check_not_behind(edges, given, tree.paths, leaves)
+        owners = [node for node in map(owner_of, rooted) if node is not None]
         value = out_space.tree.unflatten(_detached(outputs, own=len(records) > 0))
     return Capture(
         value=value,
@@ -206,7 +204,7 @@ def capture(
         out_space=out_space,
         edges=edges,
         owners=owners,
-        leaves=aliases.leaves,
+        leaves=leaves,
         records=records,
         reads=[] if reads is None else reads.stamps(),
         watched=reads is not None,
@@ -219,10 +217,6 @@ def capture(
         derivative=is_derivative(f),
         pieces=() if calls is None else tuple(calls.pieces),
     )
-
-
-def _calls(reads: Reads | None) -> CompiledCalls:
-    return CompiledCalls() if reads is None else CompiledCalls([reads], reads.note_compiled)
 
 
 def _refuse_transforms() -> None:
@@ -239,42 +233,43 @@ def _refuse_transforms() -> None:
         )
 
 
-class _Aliases:
-    """Detached aliases of f's arguments: of `leaves`, which are differentiated, and of the others.
+def _aliased(
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    argnums: Sequence[int],
+    given: Sequence[Any],
+    tree: Tree,
+    *,
+    copy: bool,
+) -> tuple[Sequence[Any], dict[str, Any], list[torch.Tensor]]:
+    """Return what f is called with: detached aliases of its arguments, some flattened already.
 
-    The graph may keep these too, and must not keep the caller's own objects alive.
+    The graph may keep these, and must not keep the caller's own objects alive. The last are those
+    by which f is differentiated.
     """
+    leaves: list[torch.Tensor] = []
 
-    def __init__(self, copy: bool) -> None:
-        self._copy = copy
-        self.leaves: list[torch.Tensor] = []
-
-    def arguments(
-        self,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        argnums: Sequence[int],
-        given: Sequence[Any],
-        tree: Tree,
-    ) -> tuple[Sequence[Any], dict[str, Any]]:
-        """Return what f is called with, where some arguments were flattened already."""
-        mine: Sequence[Any] = tree.unflatten([self._alias(x, True) for x in given])
-        if not kwargs and list(argnums) == list(range(len(args))):
-            return mine, {}
-        chosen = dict(zip(argnums, mine, strict=True))
-        others = [a for i, a in enumerate(args) if i not in chosen]
-        rest, frame = flatten((others, dict(kwargs)))
-        fixed, keywords = frame.unflatten([self._alias(x, False) for x in rest])
-        theirs = iter(fixed)
-        return [chosen[i] if i in chosen else next(theirs) for i in range(len(args))], keywords
-
-    def _alias(self, x: Any, differentiate: bool) -> Any:
+    def constant(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
-            return x.copy() if self._copy and hasattr(x, "__array_interface__") else x
-        t = x.clone().detach() if self._copy or x.is_inference() else x.detach()
-        if differentiate and differentiable(t):
-            self.leaves.append(t.requires_grad_())
+            return x.copy() if copy and hasattr(x, "__array_interface__") else x
+        return x.clone().detach() if copy or x.is_inference() else x.detach()
+
+    def primal(x: Any) -> Any:
+        t = constant(x)
+        if differentiable(t):
+            leaves.append(t.requires_grad_())
         return t
+
+    mine: Sequence[Any] = tree.unflatten(list(map(primal, given)))
+    if not kwargs and list(argnums) == list(range(len(args))):
+        return mine, {}, leaves
+    chosen = dict(zip(argnums, mine, strict=True))
+    others = [a for i, a in enumerate(args) if i not in chosen]
+    rest, frame = flatten((others, dict(kwargs)))
+    fixed, keywords = frame.unflatten(list(map(constant, rest)))
+    theirs = iter(fixed)
+    arguments = [chosen[i] if i in chosen else next(theirs) for i in range(len(args))]
+    return arguments, keywords, leaves
 
 
 def _called(

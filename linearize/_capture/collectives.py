@@ -285,17 +285,6 @@ class CollectiveNode:
     It keeps nothing of the graph.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_where",
-        "group",
-        "inputs",
-        "names",
-        "outputs",
-        "pair",
-        "settings",
-        "takes",
-    )
     has_jvp = True
     has_backward = True
     takes_batches = False

@@ -134,7 +134,7 @@ class ContextRecords:
             return
         if any(map(is_sharded, arguments or ())):
             raise UnsupportedError(
-                f"{function_name(cls)}: a custom Function was called inside f with a DTensor, and "
+                f"{custom_name(cls)}: a custom Function was called inside f with a DTensor, and "
                 "its methods would have to be told how gradients lie on the mesh; call it with "
                 "to_local(), and make a DTensor of what it returns (DTensor.from_local)"
             )
@@ -161,7 +161,7 @@ class ContextRecords:
 
     def _saved(self, ctx: Any, *tensors: torch.Tensor | None) -> None:
         # Aliases without history: a saved output would otherwise hold its own node alive.
-        source = f"{function_name(forward_class(ctx))} (save_for_forward)"
+        source = f"{custom_name(forward_class(ctx))} (save_for_forward)"
         record = self._records.setdefault(ctx, ContextRecord())
         record.saved_for_forward = tuple(
             None if t is None else Residual(t.detach(), source) for t in tensors
@@ -203,6 +203,17 @@ def metadata_spec(meta: Any) -> TensorSpec:
     return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
 
 
+def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Do what the autograd engine does to a gradient before it hands it on."""
+    if grad.shape != spec.shape:
+        grad = grad.sum_to_size(spec.shape)
+    if grad.is_complex() and not spec.dtype.is_complex:
+        grad = torch.view_as_real(grad.resolve_conj()).select(-1, 0)
+    if grad.dtype != spec.dtype or grad.device != spec.device:
+        grad = grad.to(device=spec.device, dtype=spec.dtype)
+    return grad
+
+
 def input_specs(ctx: Any) -> tuple[TensorSpec, ...]:
     """Return what is known of the arguments of `forward` that required grad, in order."""
     edges = [(node, nr) for node, nr in ctx.next_functions if node is not None]
@@ -225,6 +236,6 @@ def attributes(ctx: Any) -> list[torch.Tensor]:
     return found
 
 
-def function_name(cls: Any) -> str:
+def custom_name(cls: Any) -> str:
     """Return the name of a custom Function, or of the operator that it was made for."""
     return library_name(cls) or str(cls.__qualname__).replace("<locals>.", "")

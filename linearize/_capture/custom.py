@@ -26,7 +26,7 @@ from .._torch.graphs import (
 from .._torch.modes import without_inference_mode
 from .._torch.names import pytree
 from ..errors import FunctionContractError, StalenessError
-from .contexts import ContextRecord, attributes, function_name, input_specs, output_specs
+from .contexts import ContextRecord, attributes, custom_name, fitted, input_specs, output_specs
 from .methods import gives_backward, gives_jvp
 from .registered import registered_jvp
 
@@ -39,33 +39,11 @@ class CustomNode:
     may keep things on its context.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_attributes",
-        "_count",
-        "_fixed",
-        "_lock",
-        "_others",
-        "_owners",
-        "_packed",
-        "_pinned",
-        "_places",
-        "_record",
-        "_saved",
-        "_unusable",
-        "cls",
-        "ctx",
-        "inputs",
-        "name",
-        "outputs",
-        "positions",
-    )
-
     def __init__(self, ctx: Any, record: ContextRecord, owners: Sequence[Any] = ()) -> None:
         self.ctx = ctx
         self._owners = tuple(owners)
         self.cls = forward_class(ctx)
-        self.name = function_name(self.cls)
+        self.name = custom_name(self.cls)
         self._record = record
         self._lock = threading.RLock()
         needs: Sequence[bool] = self.ctx.needs_input_grad
@@ -417,9 +395,7 @@ class CustomNode:
                     f"{self.name}.backward returned gradient {i} of shape {tuple(t.shape)}, "
                     f"expected {spec.shape}"
                 ) from None
-        if t.is_complex() and not spec.dtype.is_complex:
-            t = t.real
-        return t.to(device=spec.device, dtype=spec.dtype)
+        return fitted(t, spec)
 
     def _exact(self, t: Any, spec: TensorSpec | None, i: int) -> torch.Tensor:
         if not isinstance(t, torch.Tensor) or t.layout is not torch.strided:

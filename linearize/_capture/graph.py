@@ -16,6 +16,7 @@ from .._torch.graphs import (
     Node,
     accumulators,
     beneath,
+    children,
     forward_class,
     gradient_edge,
     is_custom,
@@ -183,8 +184,8 @@ def _latest_first(order: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
     found = sorted(order, key=lambda n: 1 if n in ends else -node_number(n))
     places = {node: i for i, node in enumerate(found)}
     for node, place in places.items():
-        below = () if node in ends else node.next_functions
-        if any(places.get(n, place + 1) <= place for n, _ in below if n is not None):
+        below = [] if node in ends else children(node)
+        if any(places.get(n, place + 1) <= place for n in below):
             raise UnsupportedError(
                 f"{node.name()}: f communicates, and runs operations in several threads, so that "
                 "the order of its collectives is not known; run them in one thread"
@@ -192,14 +193,9 @@ def _latest_first(order: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
     return found
 
 
-def between(
-    roots: Sequence[Node], leaves: Sequence[Node], always: Sequence[Node] = ()
-) -> list[Node]:
-    """Return the nodes on paths from `roots` to `leaves`, in topological order.
-
-    Those of `always`, and what leads to them, whether or not they lead to a leaf.
-    """
-    return _walked(roots, _Ends(leaves), always)[0]
+def between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
+    """Return the nodes on paths from `roots` to `leaves`, in topological order."""
+    return _walked(roots, _Ends(leaves), ())[0]
 
 
 class _Ends:
@@ -231,10 +227,11 @@ class _Ends:
 
 
 def _walked(
-    roots: Sequence[Node], ends: _Ends, always: Sequence[Node] = ()
+    roots: Sequence[Node], ends: _Ends, always: Sequence[Node]
 ) -> tuple[list[Node], dict[Node, bool]]:
     """Return the nodes between, and of all nodes below the roots whether they lead to a leaf.
 
+    Those of `always`, and what leads to them, count as if they led to one.
     Iterative, because graphs are deeper than Python's recursion limit.
     """
     post_order: list[Node] = []

@@ -36,8 +36,6 @@ class MeshCollective(CollectiveNode):
         Of an all-reduce that sums what it takes: what it is multiplied by, of others 0.
     """
 
-    __slots__ = ("factor",)
-
     def __init__(
         self, kind: str, args: Sequence[Any], takes: TensorSpec, gives: TensorSpec
     ) -> None:

@@ -324,6 +324,14 @@ class _Walk:
         elif not found:
             (self._fixed if _stays(kind) else self._hidden)(x, where)
 
+    def _of_context(self, x: Any, where: Where) -> None:
+        """Look at what is here of something of which f may read another thread's in one."""
+        self._beside = True
+        if isinstance(x, contextvars.ContextVar):
+            self._stack.append((x.get(None), where))
+        else:
+            self._object(x, where)
+
     def _attributes(self, x: Any, own: dict[str, Any], where: Where) -> None:
         self._named(own, where, any_name=self._reach.any_name or not is_own(type(x)))
 
@@ -429,7 +437,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     (CustomOpDef, _Walk._operator),
     ((operator.attrgetter, operator.methodcaller), _Walk._getter),
     ((*OPAQUE, mmap.mmap), _Walk._hidden),
-    (contextvars.ContextVar, _through(lambda variable: variable.get(None))),
+    ((contextvars.ContextVar, threading.local), _Walk._of_context),
     (_LEFT_ALONE, _Walk._fixed),
     (type, _Walk._class),
     (types.ModuleType, _Walk._python_module),

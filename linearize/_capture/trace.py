@@ -47,9 +47,7 @@ class Trace(TorchFunctionMode):
         self.locate = Locator(stop)
         self._records = records
         #: Numbers given and lines of calls inside transforms, whose nodes cannot be reached.
-        self._first: list[int] = []
-        self._after: list[int] = []
-        self._hidden: list[Line] = []
+        self._hidden: list[tuple[range, Line]] = []
         #: How many nodes were seen.
         self._count = 0
 
@@ -93,9 +91,7 @@ class Trace(TorchFunctionMode):
         let_die_in_turn(made, self._count)
         self._count += len(made)
         if len(made) < len(numbers) and functorch_active():
-            self._first.append(numbers.start)
-            self._after.append(numbers.stop)
-            self._hidden.append(line)
+            self._hidden.append((numbers, line))
 
     def line(self, node: Node) -> Line | None:
         """Return the line that made a node, None if it was not seen."""
@@ -105,9 +101,9 @@ class Trace(TorchFunctionMode):
         line: Line | None = metadata.get(_KEY)
         if line is None and self._hidden:
             number = node_number(node)
-            i = bisect.bisect_right(self._first, number) - 1
-            if i >= 0 and number < self._after[i]:
-                line = self._hidden[i]
+            i = bisect.bisect_right(self._hidden, number, key=lambda known: known[0].start) - 1
+            if i >= 0 and number in self._hidden[i][0]:
+                line = self._hidden[i][1]
         return line
 
     def label(self, node: Node) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .._capture.contexts import function_name
+from .._capture.contexts import custom_name
 from .._capture.dependence import warn_independent
 from .._capture.graph import as_seed, between
 from .._torch.contexts import applied_late, calls_watched, contexts_told
@@ -29,8 +29,8 @@ from .._torch.graphs import (
     forward_class,
     gradient_edge,
     is_custom,
-    is_vmapped,
     packed_by_hooks,
+    vmapped,
 )
 from .._torch.modes import functions_as_they_are, functorch_active, set_grad_mode
 from .._torch.names import pytree, unwrapped
@@ -144,7 +144,8 @@ class Sight:
         self, ctx: Any, backward: Callable[..., Any], cotangents: tuple[torch.Tensor | None, ...]
     ) -> Any:
         """Run one custom Function's backward, and see that its derivative is all there."""
-        watch = _Watch(self, strict=True, wary=packed_by_hooks(ctx) or is_vmapped(ctx))
+        wary = packed_by_hooks(ctx) or vmapped(forward_class(ctx)) is not None
+        watch = _Watch(self, strict=True, wary=wary)
         with watch:
             result = backward(*cotangents)
         with functions_as_they_are():
@@ -152,7 +153,7 @@ class Sight:
                 watch.left or self._hidden(ctx) or self._missing(ctx, result, cotangents, watch)
             )
         if reason:
-            name = function_name(forward_class(ctx))
+            name = custom_name(forward_class(ctx))
             raise UnsupportedError(
                 f"{name} has no second derivative that can be seen: {reason}; write its backward "
                 "in PyTorch operations on the inputs and outputs that it saved, or as a Function "
@@ -280,7 +281,7 @@ class _Watch(TorchFunctionMode):
             return
         with functions_as_they_are():
             if any(isinstance(t, _TENSOR) and self._sight.descends(t) for t in arguments or ()):
-                self._sight.unseen = function_name(forward_class(ctx))
+                self._sight.unseen = custom_name(forward_class(ctx))
 
     def _continues(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
         """Whether an operation under `no_grad` is one to get a history, as without.

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd.graph import GradientEdge
 
+from .._capture.contexts import fitted as fitted
 from .._capture.contexts import metadata_spec as metadata_spec
 from .._capture.custom import CustomNode
 from .._capture.graph import Edge, Graph
@@ -41,17 +42,6 @@ class SpreadError(LinearizeError):
     def __init__(self, nodes: Iterable[Node]) -> None:
         super().__init__()
         self.nodes = frozenset(nodes)
-
-
-def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """Do what the autograd engine does to a gradient before it hands it on."""
-    if grad.shape != spec.shape:
-        grad = grad.sum_to_size(spec.shape)
-    if grad.is_complex() and not spec.dtype.is_complex:
-        grad = torch.view_as_real(grad.resolve_conj()).select(-1, 0)
-    if grad.dtype != spec.dtype or grad.device != spec.device:
-        grad = grad.to(device=spec.device, dtype=spec.dtype)
-    return grad
 
 
 def sums_to(spec: TensorSpec, target: TensorSpec) -> bool:

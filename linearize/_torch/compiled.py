@@ -62,9 +62,11 @@ def compiled(f: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[...
 
     That all of it be one graph is not asked for, whatever the settings say.
     """
-    owner = getattr(f, "__self__", None)
-    applies = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
-    if applies or hasattr(f, "_torchdynamo_orig_callable") or hasattr(f, "_orig_mod"):
+    if (
+        contexts.function_of(f) is not None
+        or hasattr(f, "_torchdynamo_orig_callable")
+        or hasattr(f, "_orig_mod")
+    ):
         return f
     importlib.import_module("torch._dynamo.eval_frame")
     if _frames() is None:
@@ -114,7 +116,7 @@ def _asked(callback: Any) -> Any:
         calls.pieces[Piece(_called(caller), reason)] = None
         return None
     if calls.away is None and caller.f_code.co_name == "compile_wrapper":
-        calls.frame, calls.away = id(caller), Hidden(calls.hidden)
+        calls.frame, calls.away = id(caller), Hidden(calls.reads)
     # What is to be compiled as a whole must be compiled, says PyTorch; its graph runs as it is.
     return _compiler(backend, reason)
 

@@ -151,12 +151,18 @@ def _asked(method: Any) -> Any:
     return _ASKED(method)
 
 
-def applied_late(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `F.apply` such that a watcher sees its arguments, anything else as it is."""
+def function_of(f: Any) -> Any:
+    """Return the custom Function that a method belongs to, such as `F.apply`; None for none."""
     owner = getattr(f, "__self__", None)
     own = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
-    if _APPLY_CODE is None and own and getattr(f, "__name__", "") == "apply":
-        return lambda *args, **kwargs: owner.apply(*args, **kwargs)  # type: ignore[union-attr]
+    return owner if own else None
+
+
+def applied_late(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `F.apply` such that a watcher sees its arguments, anything else as it is."""
+    owner = function_of(f) if _APPLY_CODE is None else None
+    if owner is not None and getattr(f, "__name__", "") == "apply":
+        return lambda *args, **kwargs: owner.apply(*args, **kwargs)
     return f
 
 

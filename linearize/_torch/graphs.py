@@ -381,11 +381,6 @@ def packed_by_hooks(node: Any) -> bool:
     return _by_hooks(node._raw_saved_tensors or ())
 
 
-def is_vmapped(node: Any) -> bool:
-    """Whether a custom node is of a Function that `torch.vmap` generated of another."""
-    return str(forward_class(node).__name__).startswith("Vmapped")
-
-
 def library_name(cls: Any) -> str | None:
     """Return the name of the `torch.library` operator that a Function was made for."""
     name, prefix = str(cls.__name__), "GeneratedBackwardFor_"

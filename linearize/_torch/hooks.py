@@ -40,7 +40,7 @@ class HookWatcher:
 
     def __exit__(self, *exc: object) -> None:
         _WATCHERS.entered.pop()
-        self._since = None
+        self._since = None  # which the frames of an error in f would hold
         _WATCHING.__exit__()
 
     def since(self) -> Unhooked:

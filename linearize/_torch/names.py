@@ -129,14 +129,15 @@ def has_memory(t: torch.Tensor) -> bool:
 
 def unwrapped(t: torch.Tensor) -> torch.Tensor:
     """Return the tensor inside of one of `torch.func`'s transforms, any other as it is."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+    while batched_or_wrapped(t):
         t = torch._C._functorch.get_unwrapped(t)
     return t
 
 
-def batched_or_wrapped(t: torch.Tensor) -> bool:
-    """Whether `t` belongs to a `torch.func` transform (a batched or tracked tensor)."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
+#: Whether a tensor belongs to a `torch.func` transform (a batched or tracked tensor).
+batched_or_wrapped: Callable[[torch.Tensor], bool] = (
+    torch._C._functorch.is_functorch_wrapped_tensor
+)
 
 
 def decompositions(op: Any) -> Callable[..., Any] | None:

@@ -49,16 +49,12 @@ class Piece:
 class CompiledCalls:
     """What is to know of calls of compiled functions in one run of f, and the pieces that ran.
 
-    Modes that are `hidden` compiled functions must not see: they would be compiled into them.
-    `noted` is given what compiled code reads, and those running statistics among it that move.
+    Compiled functions must not see who notes the `reads` of f: it would be compiled into them.
+    It is told what compiled code reads, and those running statistics among it that move.
     """
 
-    def __init__(
-        self,
-        hidden: Sequence[Any] = (),
-        noted: Callable[[Sequence[Any], Sequence[torch.Tensor]], None] | None = None,
-    ) -> None:
-        self.hidden, self._noted = hidden, noted
+    def __init__(self, reads: Any = None) -> None:
+        self.reads = reads
         self.pieces: dict[Piece, None] = {}
         #: The frame of the outermost call of a compiled function, and what it does not see.
         self.frame = 0
@@ -67,8 +63,8 @@ class CompiledCalls:
     def ran(self, piece: Piece, arguments: Sequence[Any], moving: Sequence[torch.Tensor]) -> None:
         """Take note of a piece that is about to run."""
         self.pieces[piece] = None
-        if self._noted is not None:
-            self._noted(arguments, moving)
+        if self.reads is not None:
+            self.reads.note_compiled(arguments, moving)
 
 
 class Looking:
@@ -215,9 +211,9 @@ def _unfit_for(backend: Any, module: Any, inputs: Sequence[Any]) -> str:
 
     It runs once without numbers for that.
     """
-    if type(backend).__name__ == "_TorchCompileInductorWrapper" and any(
-        isinstance(t, torch.Tensor) and t.is_complex() for t in (*inputs, *_values(module.graph))
-    ):
+    tensors = (*inputs, *(n.meta.get("example_value") for n in module.graph.nodes))
+    inductor = type(backend).__name__ == "_TorchCompileInductorWrapper"
+    if inductor and any(isinstance(t, torch.Tensor) and t.is_complex() for t in tensors):
         return "Inductor has no complex numbers"
     fake: Any = detect_fake_mode(inputs)
     if fake is None:
@@ -248,11 +244,6 @@ def _constants_allowed(fake: Any) -> Iterator[None]:
         yield
     finally:
         fake.allow_non_fake_inputs = before
-
-
-def _values(graph: Any) -> Iterator[Any]:
-    for node in graph.nodes:
-        yield node.meta.get("example_value")
 
 
 def _said(error: Exception) -> str:
