@@ -29,9 +29,9 @@ from .._torch.sharded import is_sharded, lies, local_of, may_be_sharded, reduced
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .conversions import laid_out_leaves, laid_out_roots
-from .dependence import check_not_behind, is_derivative, warn_independent
+from .dependence import check_not_behind, is_derivative, warn_independent, warn_of_hooks
 from .graph import Edge, Graph, edge_of
-from .reads import Reads, warn_of_hooks
+from .reads import Reads
 from .state import Stamp, stamps
 from .trace import Trace
 

@@ -102,16 +102,9 @@ def slots_of(cls: type) -> list[str]:
 def read_of(
     cls: type, names: Collection[str], *, makes: bool, compares: bool
 ) -> Iterator[tuple[str, Any]]:
-    """Yield what code can read of a class, by names, where that is not installed.
+    """Yield what code that reads some names can read of a class, where that is not installed.
 
-    Parameters
-    ----------
-    cls
-        The class.
-    names
-        The attributes that code reads.
-    makes, compares
-        Whether it makes objects of the class, and whether it compares any.
+    `makes` tells whether it makes objects of the class, `compares` whether it compares any.
     """
     installed = [base for base in cls.__mro__ if installed_class(base)]
     for base in cls.__mro__:

@@ -128,18 +128,7 @@ class CustomNode:
         )
 
     def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Call the user's `backward` once.
-
-        Parameters
-        ----------
-        grads
-            One cotangent per output; None where undefined.
-
-        Returns
-        -------
-        list
-            One cotangent per input; None where undefined.
-        """
+        """Call the user's `backward` once: cotangents of all outputs to those of all inputs."""
         result = _as_tuple(self._guarded(self._call_backward, grads))
         count = self._count
         if len(result) > count and all(r is None for r in result[count:]):
@@ -164,19 +153,9 @@ class CustomNode:
     def jvp(
         self, tangents: Sequence[torch.Tensor | None], wanted: Sequence[bool]
     ) -> list[torch.Tensor | None]:
-        """Call the user's `jvp` once.
+        """Call the user's `jvp` once: tangents of all inputs to those of all outputs.
 
-        Parameters
-        ----------
-        tangents
-            One tangent per input; None where there is none.
-        wanted
-            Which outputs have a tangent that is used.
-
-        Returns
-        -------
-        list
-            One tangent per output; None for outputs that are not wanted.
+        `wanted` tells which outputs have a tangent that is used; the others get None.
         """
         result = _as_tuple(self._guarded(self._call_jvp, tangents))
         if len(result) != len(self.outputs):

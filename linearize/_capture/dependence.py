@@ -1,4 +1,4 @@
-"""Whether a value depends on the primals, or on the very tensors behind them."""
+"""What is said of the graph that f left: on what the value depends, and hooks that do not run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import torch
 
 from .._spaces.space import differentiable
 from .._torch.graphs import accumulators, beneath, leaf_variable
-from ..errors import IndependenceWarning, UnsupportedError
-from .graph import Edge, edge_of
+from .._torch.hooks import HookWatcher
+from ..errors import IgnoredHookWarning, IndependenceWarning, UnsupportedError
+from .graph import Edge, Graph, edge_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _DERIVATIVE = "_linearize_derivative"
+#: What `Module.register_full_backward_hook` puts around a module.
+_MODULE_HOOK = "BackwardHookFunctionBackward"
 
 
 def derivative(f: F) -> F:
@@ -77,6 +80,21 @@ def warn_independent(what: str) -> None:
         IndependenceWarning,
         stacklevel=_outside(),
     )
+
+
+def warn_of_hooks(graph: Graph, watcher: HookWatcher) -> None:
+    """Warn if f registered a gradient hook in a graph: the products do not run it."""
+    inside = next((n for n in graph.order if watcher.hooks(n)), None) if watcher.any else None
+    if inside is None:
+        inside = next((n for n in graph.custom if n.name() == _MODULE_HOOK), None)
+    if inside is not None:
+        warnings.warn(
+            f"f registers a gradient hook (at {graph.label(inside)}): the products do not run it. "
+            "Write what it does to gradients as a custom torch.autograd.Function, or filter this "
+            "warning if it only looks",
+            IgnoredHookWarning,
+            stacklevel=2,
+        )
 
 
 def _outside() -> int:

@@ -87,10 +87,7 @@ class Matcher:
     ) -> dict[Place, torch.Tensor | None] | None:
         """Return what a graph of the same structure saved, by its places; None for another one.
 
-        Parameters
-        ----------
-        graph, specs
-            As above; no hooks have packed what it saved.
+        No hooks must have packed it.
         """
         if specs != self._specs or list(map(type, graph.order)) != self._kinds:
             return None

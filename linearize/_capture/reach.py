@@ -80,13 +80,7 @@ _SHARED_MODULES = frozenset(
 
 
 class Reach:
-    """What the code of a function can reach.
-
-    Parameters
-    ----------
-    f
-        The function.
-    """
+    """What the code of a function can reach."""
 
     def __init__(self, f: Callable[..., Any]) -> None:
         self._f = f

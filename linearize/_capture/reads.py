@@ -5,7 +5,6 @@ The memo must know which tensors a value came from, beside the arguments: `Reads
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,12 +12,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .._torch.hooks import HookWatcher
 from .._torch.modes import DispatchMode, lazy_bits_respected
 from .._torch.names import MOVING_STATISTICS, RUNS_BACKWARD, pytree, statistics_of
-from ..errors import IgnoredHookWarning
 from .contexts import ContextRecords
-from .graph import Graph
 from .state import Stamp, stamps
 
 
@@ -97,25 +93,6 @@ class Reads(TorchFunctionMode):
 
 #: Looked up once: this runs at each operation of f.
 _TENSOR, _REF, _SEQUENCES = torch.Tensor, weakref.ref, (list, tuple)
-
-
-def warn_of_hooks(graph: Graph, watcher: HookWatcher) -> None:
-    """Warn if f registered a gradient hook in a graph: the products do not run it."""
-    inside = next((n for n in graph.order if watcher.hooks(n)), None) if watcher.any else None
-    if inside is None:
-        inside = next((n for n in graph.custom if n.name() == _MODULE_HOOK), None)
-    if inside is not None:
-        warnings.warn(
-            f"f registers a gradient hook (at {graph.label(inside)}): the products do not run it. "
-            "Write what it does to gradients as a custom torch.autograd.Function, or filter this "
-            "warning if it only looks",
-            IgnoredHookWarning,
-            stacklevel=2,
-        )
-
-
-#: What `Module.register_full_backward_hook` puts around a module.
-_MODULE_HOOK = "BackwardHookFunctionBackward"
 
 
 def _thawed(x: Any) -> Any:

@@ -52,16 +52,9 @@ def scaling(kind: type) -> Scaling:
 def scales(
     known: Scaling, wanted: Sequence[bool], read: Callable[[str], Any]
 ) -> list[tuple[str, Any]]:
-    """Return the numbers of a node that only scale, by their attributes.
+    """Return the numbers of a node that only scale, by their attributes, which `read` reads.
 
-    Parameters
-    ----------
-    known
-        What may scale in nodes of its kind.
-    wanted
-        Which arguments have a gradient.
-    read
-        Gives what the node has saved.
+    `known` are those that may in nodes of its kind; `wanted` says which arguments have a gradient.
     """
     found = []
     for name, arguments in known.items():

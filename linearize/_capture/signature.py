@@ -135,14 +135,8 @@ def arguments(graph: Graph, node: Node) -> tuple[Any, ...]:
 def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
     """Return what the derivative of a built-in node depends on, besides numbers and `arguments`.
 
-    Looked at once, when the graph is new.
-
-    Raises
-    ------
-    HiddenError
-        If that cannot be seen.
-    RuntimeError
-        If a tensor that it saved was changed in place.
+    Looked at once, when the graph is new. A `HiddenError` if that cannot be seen; a `RuntimeError`
+    if a tensor that it saved was changed in place.
     """
     known = graph.keys.get(node)
     if known is None:
@@ -217,13 +211,9 @@ _EXPECTED = 2
 def shared_memory(tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
     """Return which tensors share memory, and how they lie to each other.
 
-    Returns
-    -------
-    tuple
-        For each piece of memory on which there are several: their places among `tensors`, and
-        by how many bytes each begins after the first of them. Not where in memory that is, nor
-        anything of tensors that lie apart, be it on one storage: that may change from point to
-        point.
+    For each piece of memory on which there are several: their places among `tensors`, and by how
+    many bytes each begins after the first of them. Not where in memory that is, nor anything of
+    tensors that lie apart, be it on one storage: that may change from point to point.
     """
     return _shared(_placed(tensors))
 

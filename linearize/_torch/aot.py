@@ -96,13 +96,7 @@ def reading_of(node: Any) -> Reading | None:
 
 
 def read(cls: Any, name: str) -> Reading:
-    """Read the pullback of a class that AOTAutograd made.
-
-    Raises
-    ------
-    UnreadableError
-        If it cannot be read.
-    """
+    """Read the pullback of a class that AOTAutograd made; `UnreadableError` if that cannot be."""
     known = _READINGS.get(cls)
     if known is None:
         try:
@@ -213,13 +207,7 @@ SAVED_BY_PIECES = {
 
 
 def saved_by_piece(node: Any) -> list[torch.Tensor]:
-    """Return the tensors that the node of a compiled piece saved.
-
-    Raises
-    ------
-    RuntimeError
-        If one was changed in place.
-    """
+    """Return the tensors that a compiled piece's node saved; `RuntimeError` if one was changed."""
     return [*node.saved_tensors, *node._tensors_no_vc_check]
 
 

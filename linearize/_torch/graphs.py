@@ -82,17 +82,8 @@ _SHALLOW = 2000
 
 
 def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
-    """Prepare nodes of a deep graph, seen from Python, for their end.
+    """Prepare nodes of a deep graph, seen from Python, for their end; `others` were seen before.
 
-    Parameters
-    ----------
-    nodes
-        Of the graph.
-    others
-        How many more of its nodes were seen before.
-
-    Notes
-    -----
     A node that Python has seen keeps its Python object, and then PyTorch (2.13) destroys what
     is below it recursively: from some ten thousand nodes on the stack overflows. The nodes'
     metadata, which go first, hand over what is below to a loop.
@@ -286,12 +277,8 @@ class PackedError(RuntimeError):
 def unpacked(node: Node, name: str, raw: str) -> Any:
     """Return a saved tensor, or a sequence of them, given the names of both its forms.
 
-    Raises
-    ------
-    PackedError
-        If it was packed by a hook, which may compute anything.
-    RuntimeError
-        If it was changed in place, or freed.
+    A `PackedError` if a hook packed it, which may compute anything; another `RuntimeError` if it
+    was changed in place, or freed.
     """
     if _by_hooks(_several(getattr(node, raw))):
         raise PackedError(f"{name} was packed by a hook")

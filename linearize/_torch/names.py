@@ -62,17 +62,11 @@ def key_string(path: KeyPath) -> str:
     return str(pytree.keystr(path))
 
 
-def reachable_elsewhere(t: torch.Tensor, aliases: int, holders: int = 1) -> bool:
+def reachable_elsewhere(t: torch.Tensor, aliases: int, holders: int) -> bool:
     """Whether somebody else holds `t` or its memory; never wrongly denied.
 
-    Parameters
-    ----------
-    t
-        A tensor.
-    aliases
-        How many tensors on the same storage the caller holds, `t` included.
-    holders
-        By how many references the caller holds `t`.
+    The caller holds so many tensors on the same storage (`aliases`, `t` included), and `t` by so
+    many references (`holders`).
     """
     count = _references(t) - holders + 1
     storage = t.untyped_storage()
