@@ -13,11 +13,12 @@ import mmap
 import multiprocessing
 import operator
 import random
+import sys
 import threading
 import types
 import warnings
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -401,6 +402,66 @@ def read_in_another_thread() -> Case:
         return x * found[0]
 
     return f, scale.fill_
+
+
+def in_a_default_dict() -> Case:
+    table: defaultdict[str, Any] = defaultdict(float, scale=1.0)
+    return lambda x: x * table["scale"], lambda v: table.update(scale=v)
+
+
+def by_a_method_of_a_dict() -> Case:
+    table: dict[str, Any] = {"scale": 1.0}
+    get = table.get
+    return lambda x: x * get("scale"), lambda v: table.update(scale=v)
+
+
+class Row(list[float]):
+    scale: Any
+
+
+def attribute_of_a_list() -> Case:
+    row = Row()
+    row.scale = 1.0
+    return lambda x: x * row.scale, lambda v: setattr(row, "scale", v)
+
+
+class Incomparable(nn.Module):
+    scale: Any = 1.0
+
+    def __eq__(self, other: object) -> bool:  # and so it has no hash
+        return False
+
+
+def a_module_without_a_hash() -> Case:
+    module = Incomparable()
+    return lambda x: x * module.scale, lambda v: setattr(module, "scale", v)
+
+
+def imported_when_it_runs() -> Case:
+    module = sys.modules["settings_of_an_import"] = types.ModuleType("settings_of_an_import")
+    module.scale = 1.0  # type: ignore[attr-defined]
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        import settings_of_an_import as settings  # type: ignore[import-not-found]
+
+        return x * settings.scale
+
+    return f, lambda v: setattr(module, "scale", v)
+
+
+def beside_a_variable_without_a_value() -> Case:
+    scale: Any = 1.0
+
+    def change(value: Any) -> None:
+        nonlocal scale, later
+        scale = later = value
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x * scale if scale < 2 else x * later
+
+    if scale > 1:
+        later = 1.0
+    return f, change
 
 
 def a_context_variable() -> Case:
