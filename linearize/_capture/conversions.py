@@ -18,9 +18,8 @@ from .._torch.graphs import Node, beneath, children, forward_class, is_custom
 from .._torch.ranks import device_of, members
 from .._torch.sharded import copies_given, copies_taken, own_function, summed, takes_parts
 from ..errors import UnsupportedError
-from .graph import Graph
+from .graph import Graph, Layouts
 
-Layouts: TypeAlias = Sequence[Layout | None]
 #: The process groups over which numbers are the same.
 Groups: TypeAlias = tuple[Any, ...]
 

@@ -67,11 +67,6 @@ class Graph:
         Nodes that do not show all that they do, with the reasons.
     """
 
-    __slots__ = (
-        *("_trace", "constants", "custom", "hidden", "keys", "kinds", "layouts", "leaves"),
-        *("meshes", "order", "places", "roots", "unseen"),
-    )
-
     def __init__(
         self,
         roots: Sequence[Edge | None],
@@ -200,8 +195,6 @@ def between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
 
 class _Ends:
     """The leaves in which a walk ends, each known by its node or by its tensor."""
-
-    __slots__ = ("_places", "found", "leaves")
 
     def __init__(self, leaves: Sequence[Node | torch.Tensor]) -> None:
         self.leaves = list(leaves)

@@ -41,11 +41,6 @@ Place: TypeAlias = tuple[int, str, int | None]
 class Matcher:
     """Tells whether a graph has the structure of another one, which has a signature."""
 
-    __slots__ = (
-        *("_facts", "_inner", "_kinds", "_numbers", "_places", "_saved", "_sizes", "_specs"),
-        "_static",
-    )
-
     def __init__(self, graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> None:
         self._specs = specs
         ends, order = set(graph.leaves), graph.order
