@@ -23,7 +23,7 @@ READY := $(STAMP)
 endif
 
 # Where public names are defined: the faces, and the rooms' modules that they take some from.
-PUBLIC = linearize/*.py linearize/scipy/*.py linearize/sparse/*.py linearize/_capture/custom.py \
+PUBLIC = linearize/*.py linearize/scipy/*.py linearize/sparse/*.py linearize/_capture/registered.py \
   linearize/_derivatives/blocks.py linearize/_inspect/kept.py linearize/_inspect/summary.py \
   linearize/_points/closures.py linearize/_points/jacobian.py linearize/_points/linearization.py \
   linearize/_points/linearizer.py linearize/_points/memo.py linearize/_spaces/gmres.py \

@@ -19,7 +19,7 @@ from .._spaces.trees import Tree, flatten
 from .._text.labels import function_name
 from .._torch.compiled import compiled_functions
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
-from .._torch.graphs import Node, accumulators, gradient_edge
+from .._torch.graphs import Node, accumulators
 from .._torch.hooks import HookWatcher, Unhooked
 from .._torch.modes import NOTHING, being_traced, functorch_active, grad_enabled
 from .._torch.names import batched_or_wrapped, pytree
@@ -29,9 +29,10 @@ from .._torch.sharded import is_sharded, lies, local_of, may_be_sharded, reduced
 from ..errors import StructureError, UnsupportedError
 from .contexts import ContextRecords
 from .conversions import laid_out_leaves, laid_out_roots
-from .dependence import check_not_behind, is_derivative, warn_independent
-from .graph import Edge, Graph
-from .reads import Reads, scripted_state, stamps, warn_of_hooks
+from .dependence import check_not_behind, is_derivative, warn_independent, warn_of_hooks
+from .graph import Edge, Graph, edge_of
+from .reads import Reads
+from .state import Stamp, stamps
 from .trace import Trace
 
 
@@ -85,7 +86,7 @@ class Capture:
     owners: list[Node]
     leaves: list[torch.Tensor]
     records: ContextRecords
-    reads: list[tuple[weakref.ref[torch.Tensor], int]]
+    reads: list[Stamp]
     watched: bool
     moving: list[torch.Tensor]
     hooks: HookWatcher
@@ -180,13 +181,10 @@ def capture(
     frozen = torch.is_inference_mode_enabled()
     reads = Reads(records, thaw=frozen) if watch or frozen else None
     traced = Trace(_called.__code__, records) if trace else None
-    calls = None if compiled is None or trace else _calls(reads)
+    calls = None if compiled is None or trace else CompiledCalls(reads)
     run = f if compiled is None or trace else compiled
     with grad_enabled():
-        aliases = _Aliases(copy)
-        arguments, keywords = aliases.arguments(args, kwargs, argnums, given, tree)
-        if reads is not None:
-            reads.note(scripted_state(f, aliases.others))
+        arguments, keywords, leaves = _aliased(args, kwargs, argnums, given, tree, copy=copy)
         with HookWatcher() as hooks:
             result = _called(run, arguments, keywords, records, reads, traced, calls)
             unhooked = hooks.since()
@@ -194,12 +192,10 @@ def capture(
         outputs, out_space = _outputs(result)
         _note_meshes(records, out_space)
         records.note_conversions()
-        edges = [
-            _edge(x) for x, leaf in zip(outputs, out_space.leaves, strict=True) if leaf is not None
-        ]
-        check_not_behind(edges, given, tree.paths, aliases.leaves)
-        made = (owner_of(x) for x in outputs if isinstance(x, torch.Tensor))
-        owners = [node for node in made if node is not None]
+        rooted = [x for x in outputs if differentiable(x)]
+        edges = list(map(edge_of, rooted))
+        check_not_behind(edges, given, tree.paths, leaves)
+        owners = [node for node in map(owner_of, rooted) if node is not None]
         value = out_space.tree.unflatten(_detached(outputs, own=len(records) > 0))
     return Capture(
         value=value,
@@ -208,23 +204,19 @@ def capture(
         out_space=out_space,
         edges=edges,
         owners=owners,
-        leaves=aliases.leaves,
+        leaves=leaves,
         records=records,
         reads=[] if reads is None else reads.stamps(),
         watched=reads is not None,
         moving=[] if reads is None else reads.moving(),
         hooks=hooks,
         unhooked=unhooked,
-        outputs=[x for x in outputs if differentiable(x)],
+        outputs=rooted,
         trace=traced,
         name=function_name(f),
         derivative=is_derivative(f),
         pieces=() if calls is None else tuple(calls.pieces),
     )
-
-
-def _calls(reads: Reads | None) -> CompiledCalls:
-    return CompiledCalls() if reads is None else CompiledCalls([reads], reads.note_compiled)
 
 
 def _refuse_transforms() -> None:
@@ -241,48 +233,43 @@ def _refuse_transforms() -> None:
         )
 
 
-class _Aliases:
-    """Detached aliases of f's arguments: of `leaves`, which are differentiated, and of the others.
+def _aliased(
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    argnums: Sequence[int],
+    given: Sequence[Any],
+    tree: Tree,
+    *,
+    copy: bool,
+) -> tuple[Sequence[Any], dict[str, Any], list[torch.Tensor]]:
+    """Return what f is called with: detached aliases of its arguments, some flattened already.
 
-    The graph may keep these too, and must not keep the caller's own objects alive. What is no
-    tensor is among `others` as it is.
+    The graph may keep these, and must not keep the caller's own objects alive. The last are those
+    by which f is differentiated.
     """
+    leaves: list[torch.Tensor] = []
 
-    def __init__(self, copy: bool) -> None:
-        self._copy = copy
-        self.leaves: list[torch.Tensor] = []
-        self.others: list[Any] = []
-
-    def arguments(
-        self,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        argnums: Sequence[int],
-        given: Sequence[Any],
-        tree: Tree,
-    ) -> tuple[Sequence[Any], dict[str, Any]]:
-        """Return what f is called with, where some arguments were flattened already."""
-        whole = list(argnums) == list(range(len(args)))
-        if whole and not kwargs:
-            return tree.unflatten([self._alias(x, True) for x in given]), {}
-        chosen = set(argnums)
-        others = [] if whole else [a for i, a in enumerate(args) if i not in chosen]
-        rest, frame = flatten((others, dict(kwargs)))
-        mine: Sequence[Any] = tree.unflatten([self._alias(x, True) for x in given])
-        fixed, keywords = frame.unflatten([self._alias(x, False) for x in rest])
-        if whole:
-            return mine, keywords
-        by_place, theirs = dict(zip(argnums, mine, strict=True)), iter(fixed)
-        return [by_place[i] if i in chosen else next(theirs) for i in range(len(args))], keywords
-
-    def _alias(self, x: Any, differentiate: bool) -> Any:
+    def constant(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
-            self.others.append(x)
-            return x.copy() if self._copy and hasattr(x, "__array_interface__") else x
-        t = x.clone().detach() if self._copy or x.is_inference() else x.detach()
-        if differentiate and differentiable(t):
-            self.leaves.append(t.requires_grad_())
+            return x.copy() if copy and hasattr(x, "__array_interface__") else x
+        return x.clone().detach() if copy or x.is_inference() else x.detach()
+
+    def primal(x: Any) -> Any:
+        t = constant(x)
+        if differentiable(t):
+            leaves.append(t.requires_grad_())
         return t
+
+    mine: Sequence[Any] = tree.unflatten(list(map(primal, given)))
+    if not kwargs and list(argnums) == list(range(len(args))):
+        return mine, {}, leaves
+    chosen = dict(zip(argnums, mine, strict=True))
+    others = [a for i, a in enumerate(args) if i not in chosen]
+    rest, frame = flatten((others, dict(kwargs)))
+    fixed, keywords = frame.unflatten(list(map(constant, rest)))
+    theirs = iter(fixed)
+    arguments = [chosen[i] if i in chosen else next(theirs) for i in range(len(args))]
+    return arguments, keywords, leaves
 
 
 def _called(
@@ -336,15 +323,6 @@ def _detached(outputs: Sequence[Any], *, own: bool) -> list[Any]:
         (x.detach().clone() if own else x.detach()) if isinstance(x, torch.Tensor) else x
         for x in outputs
     ]
-
-
-def _edge(output: torch.Tensor) -> Edge | None:
-    if not output.requires_grad:
-        return None
-    if type(output) is torch.Tensor and output.grad_fn is not None:
-        return output.grad_fn, output.output_nr  # quicker
-    edge = gradient_edge(output)
-    return edge.node, edge.output_nr
 
 
 def _check_layouts(leaves: Sequence[Any], tree: Tree) -> None:

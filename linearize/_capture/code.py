@@ -9,6 +9,7 @@ import dataclasses
 import dis
 import functools
 import os
+import re
 import sysconfig
 import threading
 import types
@@ -22,9 +23,6 @@ _ATTRIBUTE = frozenset(
     ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM", "LOAD_SUPER_METHOD")
 )
 _LOADS = _GLOBAL | _FREE | _ATTRIBUTE
-_STORES = frozenset(("STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_ATTR"))
-_CONSTANTS = frozenset(("LOAD_CONST", "LOAD_SMALL_INT"))
-_COPIES = frozenset(("COPY", "SWAP"))
 _COMPARES = frozenset(("COMPARE_OP", "CONTAINS_OP"))
 #: Methods that tell nothing of what they are called on, if nobody looks at what they return.
 _NOTING = frozenset(("append", "add", "extend", "update"))
@@ -42,6 +40,8 @@ class Code:
 
     Attributes
     ----------
+    code
+        The code object.
     globals
         Names of global variables.
     free
@@ -58,6 +58,7 @@ class Code:
         Whether it belongs to Python itself or to an installed package.
     """
 
+    code: types.CodeType
     globals: tuple[str, ...]
     free: frozenset[str]
     attributes: frozenset[str]
@@ -67,53 +68,29 @@ class Code:
     installed: bool
 
 
-class _Same:
-    """A code object that is equal to itself only: Python takes 0.0 for -0.0 in constants."""
-
-    __slots__ = ("code",)
-
-    def __init__(self, code: types.CodeType) -> None:
-        self.code = code
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.code is other.code
-
-    def __hash__(self) -> int:
-        return id(self.code)
-
-
-_KNOWN: cachetools.LRUCache[_Same, Code] = cachetools.LRUCache(4096)
-_LOCK = threading.Lock()
-
-
+@cachetools.cached(cachetools.LRUCache(4096), key=id, lock=threading.Lock())
 def read_by(code: types.CodeType) -> Code:
-    """Return what a code object reads."""
-    key = _Same(code)
-    with _LOCK:
-        known = _KNOWN.get(key)
-    if known is None:
-        known = _look(code)
-        with _LOCK:
-            _KNOWN[key] = known
-    return known
+    """Return what a code object reads.
 
-
-def _look(code: types.CodeType) -> Code:
+    By identity: Python takes 0.0 for -0.0 in constants. What is known of it keeps it.
+    """
     loads: dict[str, set[str]] = {"global": set(), "free": set(), "attribute": set()}
     modules: set[str] = set()
     compares = False
     for one in _with_nested(code):
         found = list(dis.get_instructions(one))
+        letters = "".join(map(_letter, found))
         for i, instruction in enumerate(found):
             name = instruction.opname
             compares = compares or name in _COMPARES
             if name == "IMPORT_NAME":
                 modules.add(instruction.argval)
-            elif name in _LOADS and not _only_writes(found, i):
+            elif name in _LOADS and not _only_writes(found, letters, i):
                 kind = "global" if name in _GLOBAL else "free" if name in _FREE else "attribute"
                 loads[kind].add(instruction.argval)
     named = (loads["global"] & _ANY_GLOBAL) | ((loads["global"] | loads["attribute"]) & _ANY)
     return Code(
+        code=code,
         globals=tuple(sorted(loads["global"])),
         free=frozenset(loads["free"]),
         attributes=frozenset(loads["attribute"]),
@@ -131,59 +108,38 @@ def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _with_nested(constant)
 
 
-def _only_writes(code: Sequence[dis.Instruction], i: int) -> bool:
+def _only_writes(code: Sequence[dis.Instruction], letters: str, i: int) -> bool:
     """Whether what is loaded is only counted up, appended to or written into.
 
     A function that counts its runs would otherwise be another one after each run.
     """
-    return _counts(code, i) or _counts_entry(code, i) or _sets_entry(code, i) or _notes(code, i)
+    counted = _COUNTS.match(letters, i + 1)
+    if counted and code[counted.end() - 1].argval == code[i].argval:
+        return True
+    return bool(_SETS_ENTRY.match(letters, i + 1)) or _notes(code, i)
 
 
-def _is_constant(code: Sequence[dis.Instruction], i: int) -> bool:
-    return i < len(code) and code[i].opname in _CONSTANTS
+def _letter(step: dis.Instruction) -> str:
+    """Return what a step does, in one letter."""
+    name = step.opname
+    if name == "BINARY_OP":
+        return "[" if step.argrepr == "[]" else "+" if step.argrepr.endswith("=") else "."
+    return _LETTERS.get(name, "l" if name.startswith("LOAD_") else ".")
 
 
-def _adds(code: Sequence[dis.Instruction], i: int) -> bool:
-    return i < len(code) and code[i].opname == "BINARY_OP" and code[i].argrepr.endswith("=")
-
-
-def _after_copies(code: Sequence[dis.Instruction], i: int) -> int:
-    while i < len(code) and code[i].opname in _COPIES:
-        i += 1
-    return i
-
-
-def _counts(code: Sequence[dis.Instruction], i: int) -> bool:
-    """`name += 1`, `x.name += 1`."""
-    if not (_is_constant(code, i + 1) and _adds(code, i + 2)):
-        return False
-    end = _after_copies(code, i + 3)
-    return end < len(code) and code[end].opname in _STORES and code[end].argval == code[i].argval
-
-
-def _counts_entry(code: Sequence[dis.Instruction], i: int) -> bool:
-    """`name[0] += 1`."""
-    if not _is_constant(code, i + 1):
-        return False
-    at = _after_copies(code, i + 2)
-    gets = at < len(code) and (
-        code[at].opname == "BINARY_SUBSCR"
-        or (code[at].opname == "BINARY_OP" and code[at].argrepr == "[]")
-    )
-    if not (gets and _is_constant(code, at + 1) and _adds(code, at + 2)):
-        return False
-    end = _after_copies(code, at + 3)
-    return end < len(code) and code[end].opname == "STORE_SUBSCR"
-
-
-def _sets_entry(code: Sequence[dis.Instruction], i: int) -> bool:
-    """`name[key] = ...`."""
-    return (
-        i + 2 < len(code)
-        and code[i + 1].opname.startswith("LOAD_")
-        and code[i + 1].opname not in ("LOAD_ATTR", "LOAD_METHOD")
-        and code[i + 2].opname == "STORE_SUBSCR"
-    )
+#: `k` is a constant, `c` what only moves things about, `l` any other load of a variable.
+_LETTERS = {
+    **dict.fromkeys(("LOAD_CONST", "LOAD_SMALL_INT"), "k"),
+    **dict.fromkeys(("COPY", "SWAP"), "c"),
+    **dict.fromkeys(("LOAD_ATTR", "LOAD_METHOD"), "."),
+    **dict.fromkeys(("STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_ATTR"), "="),
+    "BINARY_SUBSCR": "[",
+    "STORE_SUBSCR": "]",
+}
+#: `name += 1`, `x.name += 1`.
+_COUNTS = re.compile(r"k\+c*=")
+#: `name[0] += 1`, `name[key] = ...`.
+_SETS_ENTRY = re.compile(r"kc*\[k\+c*\]|[kl]\]")
 
 
 def _notes(code: Sequence[dis.Instruction], i: int) -> bool:

@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from .._programs.program import Operation
 from .._spaces.space import TensorSpec
-from .._torch.graphs import forward_class, input_metadata
+from .._torch.graphs import forward_class
 from .._torch.ranks import collective_kind, group_of
 from ..errors import UnsupportedError
-from .contexts import ContextRecord
+from .contexts import ContextRecord, input_specs, output_specs
 from .custom import CustomNode
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
@@ -102,7 +102,22 @@ def _all_to_all(parts: Tensors, like: Sequence[Sequence[int]], group: Any) -> li
 # -- what PyTorch calls it --------------------------------------------------------------------
 
 
-def _summed(op: Any, name: str, group: Any) -> float:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+    """What is known of a call: its context, what it takes and gives, and its other arguments."""
+
+    ctx: Any
+    group: Any
+    takes: Sequence[TensorSpec]
+    gives: Sequence[TensorSpec]
+    settings: Sequence[Any] | None
+
+    def factor(self, place: int, name: str) -> float:
+        """Return that of a reduction which the context does not keep: one of the arguments."""
+        return summed(self.settings and self.settings[place], name, self.group)
+
+
+def summed(op: Any, name: str, group: Any) -> float:
     """Return the factor of a sum or an average."""
     text = str(getattr(op, "op", op)).rpartition(".")[2].lower()
     if text in ("sum", "avg"):
@@ -118,15 +133,14 @@ def _scaled(exchange: Exchange, factor: float) -> Exchange:
     return exchange if factor == 1 else lambda ts: [t * factor for t in exchange(ts)]
 
 
-def _pair_all_reduce(ctx: Any, group: Any) -> Pair:
-    op = ctx.op if hasattr(ctx, "op") else ctx.reduce_op
-    factor = _summed(op, "all_reduce", group)
+def all_reducing(op: Any, group: Any) -> Pair:
+    """Return what sums over all ranks."""
+    factor = summed(op, "all_reduce", group)
     both = _scaled(lambda ts: [_all_reduce(ts[0], group)], factor)
     return Pair(("all_reduce", "all_reduce"), both, both)
 
 
-def _pair_broadcast(ctx: Any, group: Any) -> Pair:
-    source = ctx.src
+def _broadcasting(source: int, group: Any) -> Pair:
     return Pair(
         ("broadcast", "reduce"),
         lambda ts: [_broadcast(ts[0], source, group)],
@@ -134,11 +148,7 @@ def _pair_broadcast(ctx: Any, group: Any) -> Pair:
     )
 
 
-def _pair_reduce(ctx: Any, group: Any, factor: float) -> Pair:
-    return _pair_broadcast(ctx, group).turned(factor)  # PyTorch calls its target `src` too
-
-
-def _between_one_and_all(root: int, group: Any) -> Pair:
+def _scattering(root: int, group: Any) -> Pair:
     return Pair(
         ("scatter", "gather"),
         lambda ts: [_scatter(ts, root, group)],
@@ -146,15 +156,7 @@ def _between_one_and_all(root: int, group: Any) -> Pair:
     )
 
 
-def _pair_gather(ctx: Any, group: Any) -> Pair:
-    return _between_one_and_all(ctx.dst, group).turned()
-
-
-def _pair_scatter(ctx: Any, group: Any) -> Pair:
-    return _between_one_and_all(ctx.src, group)
-
-
-def _pair_all_gather(ctx: Any, group: Any) -> Pair:
+def _gathering(group: Any) -> Pair:
     return Pair(
         ("all_gather", "reduce_scatter"),
         lambda ts: _all_gather(ts[0], group),
@@ -162,11 +164,8 @@ def _pair_all_gather(ctx: Any, group: Any) -> Pair:
     )
 
 
-def _pair_reduce_scatter(ctx: Any, group: Any, factor: float) -> Pair:
-    return _pair_all_gather(ctx, group).turned(factor)
-
-
-def _pair_gathered_tensor(ctx: Any, group: Any) -> Pair:
+def gathering_whole(group: Any) -> Pair:
+    """Return what gathers parts into one tensor."""
     return Pair(
         ("all_gather", "reduce_scatter"),
         lambda ts: [torch.cat(_all_gather(ts[0], group))],
@@ -174,12 +173,12 @@ def _pair_gathered_tensor(ctx: Any, group: Any) -> Pair:
     )
 
 
-def _pair_scattered_tensor(ctx: Any, group: Any) -> Pair:
-    factor = _summed(ctx.reduce_op, "reduce_scatter", group)
-    return _pair_gathered_tensor(ctx, group).turned(factor)
+def scattering_whole(op: Any, group: Any) -> Pair:
+    """Return what sums one tensor over all ranks, and leaves each a part of it."""
+    return gathering_whole(group).turned(summed(op, "reduce_scatter", group))
 
 
-def _pair_wait(ctx: Any, group: Any) -> Pair:
+def _waiting() -> Pair:
     return Pair(("wait", "wait"), lambda ts: [ts[0].clone()], lambda ts: [ts[0].clone()])
 
 
@@ -187,7 +186,9 @@ def _chunks(t: torch.Tensor, group: Any) -> list[torch.Tensor]:
     return [c.contiguous() for c in t.chunk(dist.get_world_size(group))]
 
 
-def _pair_all_to_all(takes: Sequence[TensorSpec], gives: Sequence[TensorSpec], group: Any) -> Pair:
+def _exchanging(c: _Call) -> Pair:
+    takes, gives, group = c.takes, c.gives, c.group
+
     def sized(specs: Sequence[TensorSpec], ts: Tensors, own: Sequence[TensorSpec]) -> Any:
         more = ts[0].shape[len(own[0].shape) :]  # several elements at once stand last
         return [(*s.shape, *more) for s in specs]
@@ -199,7 +200,8 @@ def _pair_all_to_all(takes: Sequence[TensorSpec], gives: Sequence[TensorSpec], g
     )
 
 
-def _pair_all_to_all_single(ctx: Any, group: Any, takes: TensorSpec, gives: TensorSpec) -> Pair:
+def _exchanging_whole(c: _Call) -> Pair:
+    ctx, group = c.ctx, c.group
     count = dist.get_world_size(group)
 
     def sizes(given: Any, spec: TensorSpec) -> list[int]:
@@ -208,7 +210,7 @@ def _pair_all_to_all_single(ctx: Any, group: Any, takes: TensorSpec, gives: Tens
     swapped = collective_kind(forward_class(ctx)) == "_AlltoAllSingle"  # it keeps them so
     first, second = ctx.input_split_sizes, ctx.output_split_sizes
     sent, received = (second, first) if swapped else (first, second)
-    sent, received = sizes(sent, takes), sizes(received, gives)
+    sent, received = sizes(sent, c.takes[0]), sizes(received, c.gives[0])
 
     def exchanged(t: torch.Tensor, out: list[int], into: list[int]) -> list[torch.Tensor]:
         result = t.new_empty(sum(into), *t.shape[1:])
@@ -235,21 +237,37 @@ _BEFORE = {
     "_AlltoAllSingle": 4,
     "_AllGatherBase": 1,
 }
-_PAIRS: dict[str, Callable[[Any, Any], Pair]] = {
-    "_AllReduce": _pair_all_reduce,
-    "_Broadcast": _pair_broadcast,
-    "_Gather": _pair_gather,
-    "_Scatter": _pair_scatter,
-    "_AllGather": _pair_all_gather,
-    "_AllGatherBase": _pair_gathered_tensor,
-    "wait_tensor": _pair_wait,
-    "_wrap_tensor_autograd": _pair_wait,
-    "all_reduce": _pair_all_reduce,
-    "all_gather_into_tensor": _pair_gathered_tensor,
-    "reduce_scatter_tensor": _pair_scattered_tensor,
+_PAIRS: dict[str, Callable[[_Call], Pair]] = {
+    "_AllReduce": lambda c: all_reducing(c.ctx.op, c.group),
+    "_Broadcast": lambda c: _broadcasting(c.ctx.src, c.group),
+    # PyTorch calls its target `src` too.
+    "_Reduce": lambda c: _broadcasting(c.ctx.src, c.group).turned(c.factor(1, "reduce")),
+    "_Gather": lambda c: _scattering(c.ctx.dst, c.group).turned(),
+    "_Scatter": lambda c: _scattering(c.ctx.src, c.group),
+    "_AllGather": lambda c: _gathering(c.group),
+    "_AllGatherBase": lambda c: gathering_whole(c.group),
+    "_Reduce_Scatter": lambda c: _gathering(c.group).turned(c.factor(0, "reduce_scatter")),
+    "_AlltoAll": _exchanging,
+    "_AlltoAllSingle": _exchanging_whole,
+    "wait_tensor": lambda c: _waiting(),
+    "_wrap_tensor_autograd": lambda c: _waiting(),
+    "all_reduce": lambda c: all_reducing(c.ctx.reduce_op, c.group),
+    "all_gather_into_tensor": lambda c: gathering_whole(c.group),
+    "reduce_scatter_tensor": lambda c: scattering_whole(c.ctx.reduce_op, c.group),
+    "all_to_all_single": _exchanging_whole,
 }
-#: Those whose reduction their context does not keep, and where among the arguments it is.
-_REDUCTIONS = {"_Reduce": (1, _pair_reduce), "_Reduce_Scatter": (0, _pair_reduce_scatter)}
+
+
+def _pair(kind: str, call: _Call) -> Pair:
+    make = _PAIRS.get(kind)
+    if make is None:
+        raise UnsupportedError(
+            f"{kind}: this is not supported inside f (if it is of a DTensor, or of a module "
+            "that fully_shard was applied to, compute with to_local()); use all_reduce, "
+            "all_gather, reduce_scatter, all_to_all, broadcast, reduce, gather or scatter of "
+            "torch.distributed.nn.functional, or a custom Function with a jvp and a backward"
+        )
+    return make(call)
 
 
 def group_of_context(ctx: Any) -> Any:
@@ -267,26 +285,13 @@ class CollectiveNode:
     It keeps nothing of the graph.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_where",
-        "group",
-        "inputs",
-        "names",
-        "outputs",
-        "pair",
-        "settings",
-        "takes",
-    )
     has_jvp = True
     has_backward = True
     takes_batches = False
 
     def __init__(self, ctx: Any, record: ContextRecord) -> None:
         kind = collective_kind(forward_class(ctx))
-        edges = [edge for edge in ctx.next_functions if edge[0] is not None]
-        self.inputs = tuple([_spec(input_metadata(node)[nr]) for node, nr in edges])
-        self.outputs = tuple(map(_spec, input_metadata(ctx)))
+        self.inputs, self.outputs = input_specs(ctx), output_specs(ctx)
         #: All that is handed in, and where the inputs stand in it.
         self.takes = self.inputs[:1]
         self._where: tuple[int, ...] = (0,)
@@ -296,34 +301,13 @@ class CollectiveNode:
             needs = enumerate(ctx.needs_input_grad)
             self._where = tuple([i - before for i, need in needs if need])
         self.group = group_of_context(ctx)
-        self.pair = self._pair(kind, ctx, record)
+        self.pair = _pair(kind, _Call(ctx, self.group, self.takes, self.outputs, record.settings))
         self.names = self.pair.names
         self.settings = tuple(
             (name, repr(value))
             for name, value in sorted(vars(ctx).items())
             if name not in ("group", "group_name")
         )
-
-    def _pair(self, kind: str, ctx: Any, record: ContextRecord) -> Pair:
-        group = self.group
-        if kind in _REDUCTIONS:
-            place, make = _REDUCTIONS[kind]
-            given = None if record.settings is None else record.settings[place]
-            name = kind.strip("_").lower()
-            return make(ctx, group, _summed(given, name, group))
-        if kind == "_AlltoAll":
-            return _pair_all_to_all(self.takes, self.outputs, group)
-        if kind in ("_AlltoAllSingle", "all_to_all_single"):
-            return _pair_all_to_all_single(ctx, group, self.takes[0], self.outputs[0])
-        make_one = _PAIRS.get(kind)
-        if make_one is None:
-            raise UnsupportedError(
-                f"{kind}: this is not supported inside f (if it is of a DTensor, or of a module "
-                "that fully_shard was applied to, compute with to_local()); use all_reduce, "
-                "all_gather, reduce_scatter, all_to_all, broadcast, reduce, gather or scatter of "
-                "torch.distributed.nn.functional, or a custom Function with a jvp and a backward"
-            )
-        return make_one(ctx, group)
 
     @property
     def name(self) -> str:
@@ -376,10 +360,6 @@ _calls = threading.local()
 def calls_so_far() -> int:
     """Return how many collectives this thread has begun in products."""
     return int(getattr(_calls, "count", 0))
-
-
-def _spec(meta: Any) -> TensorSpec:
-    return TensorSpec(tuple(meta.shape), meta.dtype, meta.device)
 
 
 def _zeros(spec: TensorSpec, more: tuple[int, ...]) -> torch.Tensor:

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .._programs.residuals import Residual
 from .._spaces.nested import leaves
-from .._spaces.space import TensorSpec
+from .._spaces.space import TensorSpec, tensor_spec
 from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
-from .._torch.graphs import forward_class, has_outputs
-from .._torch.names import batched_or_wrapped
+from .._torch.graphs import forward_class, has_outputs, input_metadata, library_name
 from .._torch.ranks import collective_kind, group_of, members
-from .._torch.sharded import groups_of, is_sharded, mesh_of, own_function
+from .._torch.sharded import WAITING, groups_of, is_sharded, mesh_of, own_function
 from ..errors import UnsupportedError
+from .state import Stamp, stamps
 
 
 @dataclasses.dataclass(slots=True)
@@ -32,9 +32,9 @@ class ContextRecord:
     inputs: tuple[TensorSpec | None, ...] | None = None
     #: The arguments that are no tensors, of collectives only.
     settings: tuple[Any, ...] | None = None
-    versions: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
+    versions: Sequence[Stamp] = ()
     #: Tensors among the attributes, with their versions when `apply` had returned.
-    attributes: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
+    attributes: Sequence[Stamp] = ()
     saved_for_forward: tuple[Residual | None, ...] | None = None
     #: What was given to `save_for_forward`, and to `mark_dirty`.
     given: tuple[weakref.ref[torch.Tensor] | None, ...] = ()
@@ -69,7 +69,12 @@ class ContextRecords:
 
     def watching(self) -> ContextWatcher:
         """Return the context manager inside which contexts are recorded."""
-        return ContextWatcher(self._created, self._saved, self._materialize, self._dirtied)
+        told: dict[str, Callable[..., None]] = {
+            "save_for_forward": self._saved,
+            "set_materialize_grads": self._materialize,
+            "mark_dirty": self._dirtied,
+        }
+        return ContextWatcher(self._created, told)
 
     def get(self, ctx: Any) -> ContextRecord:
         """Return the record of `ctx`, an empty one if none was made."""
@@ -120,11 +125,7 @@ class ContextRecords:
         self.pending = [ref for ref, ctx in contexts if ctx is not None and not has_outputs(ctx)]
         for _, ctx in contexts:
             if ctx is not None and has_outputs(ctx):
-                self._records[ctx].attributes = tuple(
-                    (weakref.ref(t), t._version)
-                    for t in attributes(ctx)
-                    if not t.is_inference() and not batched_or_wrapped(t)
-                )
+                self._records[ctx].attributes = stamps(map(weakref.ref, attributes(ctx)))
 
     def _created(self, ctx: Any, arguments: tuple[Any, ...] | None) -> None:
         cls = forward_class(ctx)
@@ -133,7 +134,7 @@ class ContextRecords:
             return
         if any(map(is_sharded, arguments or ())):
             raise UnsupportedError(
-                f"{function_name(cls)}: a custom Function was called inside f with a DTensor, and "
+                f"{custom_name(cls)}: a custom Function was called inside f with a DTensor, and "
                 "its methods would have to be told how gradients lie on the mesh; call it with "
                 "to_local(), and make a DTensor of what it returns (DTensor.from_local)"
             )
@@ -158,28 +159,24 @@ class ContextRecords:
                 if isinstance(a, torch.Tensor) and not a.is_inference()
             )
 
-    def _saved(self, ctx: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
+    def _saved(self, ctx: Any, *tensors: torch.Tensor | None) -> None:
         # Aliases without history: a saved output would otherwise hold its own node alive.
-        source = f"{function_name(forward_class(ctx))} (save_for_forward)"
+        source = f"{custom_name(forward_class(ctx))} (save_for_forward)"
         record = self._records.setdefault(ctx, ContextRecord())
         record.saved_for_forward = tuple(
             None if t is None else Residual(t.detach(), source) for t in tensors
         )
         record.given = tuple(None if t is None else weakref.ref(t) for t in tensors)
-        _expect_steps(record, record.dirty)
+        _expect_steps(record)
 
-    def _dirtied(self, ctx: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+    def _dirtied(self, ctx: Any, *tensors: torch.Tensor) -> None:
         record = self._records.setdefault(ctx, ContextRecord())
         record.dirty = tuple(map(weakref.ref, tensors))
-        _expect_steps(record, record.dirty)
+        _expect_steps(record)
 
     def _materialize(self, ctx: Any, value: bool) -> None:
         if not own_function(forward_class(ctx)):
             self._records.setdefault(ctx, ContextRecord()).materialize = value
-
-
-#: Functions that only wait for what another one has begun.
-_IDENTITIES = frozenset({"wait_tensor", "_wrap_tensor_autograd"})
 
 
 def is_collective(ctx: Any) -> bool:
@@ -189,16 +186,43 @@ def is_collective(ctx: Any) -> bool:
 
 def is_identity(ctx: Any) -> bool:
     """Whether a context is that of a Function which only waits."""
-    return collective_kind(forward_class(ctx)) in _IDENTITIES
+    return collective_kind(forward_class(ctx)) in WAITING
 
 
-def _expect_steps(record: ContextRecord, dirty: tuple[weakref.ref[torch.Tensor], ...]) -> None:
+def _expect_steps(record: ContextRecord) -> None:
     """Let for the step that PyTorch adds to the version of what `forward` marked as changed."""
-    marked = [t for t in (ref() for ref in dirty) if t is not None]
+    marked = [t for t in (ref() for ref in record.dirty) if t is not None]
     for r, ref in zip(record.saved_for_forward or (), record.given, strict=True):
         t = None if ref is None else ref()
         if r is not None and r.version is not None and any(t is m for m in marked):
             r.version += 1
+
+
+def metadata_spec(meta: Any) -> TensorSpec:
+    """Return what a node expects at one of its places."""
+    return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
+
+
+def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Do what the autograd engine does to a gradient before it hands it on."""
+    if grad.shape != spec.shape:
+        grad = grad.sum_to_size(spec.shape)
+    if grad.is_complex() and not spec.dtype.is_complex:
+        grad = torch.view_as_real(grad.resolve_conj()).select(-1, 0)
+    if grad.dtype != spec.dtype or grad.device != spec.device:
+        grad = grad.to(device=spec.device, dtype=spec.dtype)
+    return grad
+
+
+def input_specs(ctx: Any) -> tuple[TensorSpec, ...]:
+    """Return what is known of the arguments of `forward` that required grad, in order."""
+    edges = [(node, nr) for node, nr in ctx.next_functions if node is not None]
+    return tuple([metadata_spec(input_metadata(node)[nr]) for node, nr in edges])
+
+
+def output_specs(ctx: Any) -> tuple[TensorSpec, ...]:
+    """Return what is known of the results of `forward`."""
+    return tuple(map(metadata_spec, input_metadata(ctx)))
 
 
 def attributes(ctx: Any) -> list[torch.Tensor]:
@@ -212,9 +236,6 @@ def attributes(ctx: Any) -> list[torch.Tensor]:
     return found
 
 
-def function_name(cls: Any) -> str:
+def custom_name(cls: Any) -> str:
     """Return the name of a custom Function, or of the operator that it was made for."""
-    name: str = cls.__name__
-    if name.startswith("GeneratedBackwardFor_"):
-        return name.removeprefix("GeneratedBackwardFor_")
-    return str(cls.__qualname__).replace("<locals>.", "")
+    return library_name(cls) or str(cls.__qualname__).replace("<locals>.", "")

@@ -14,13 +14,12 @@ import torch
 
 from .._spaces.compare import close
 from .._spaces.sharding import Layout
-from .._torch.graphs import Node, forward_class, is_custom
+from .._torch.graphs import Node, beneath, children, forward_class, is_custom
 from .._torch.ranks import device_of, members
 from .._torch.sharded import copies_given, copies_taken, own_function, summed, takes_parts
 from ..errors import UnsupportedError
-from .graph import Graph
+from .graph import Graph, Layouts
 
-Layouts: TypeAlias = Sequence[Layout | None]
 #: The process groups over which numbers are the same.
 Groups: TypeAlias = tuple[Any, ...]
 
@@ -95,13 +94,8 @@ def _alike(
 
 def _reached(graph: Graph, roots: Sequence[Node]) -> list[Node]:
     """Return the nodes that plain gradients come to, conversions included, but not behind them."""
-    seen: dict[Node, None] = {}
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node in seen or node not in graph.places:
-            continue
-        seen[node] = None
-        if not is_conversion(node):
-            stack.extend(n for n, _ in node.next_functions if n is not None)
-    return list(seen)
+
+    def below(node: Node) -> list[Node]:
+        return [] if is_conversion(node) else [n for n in children(node) if n in graph.places]
+
+    return list(beneath([n for n in roots if n in graph.places], below=below))

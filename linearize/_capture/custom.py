@@ -20,14 +20,13 @@ from .._programs.residuals import Residual, first_freed
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     forward_class,
-    input_metadata,
     materialized_arguments,
     packed_by_hooks,
 )
 from .._torch.modes import without_inference_mode
 from .._torch.names import pytree
 from ..errors import FunctionContractError, StalenessError
-from .contexts import ContextRecord, attributes, function_name
+from .contexts import ContextRecord, attributes, custom_name, fitted, input_specs, output_specs
 from .methods import gives_backward, gives_jvp
 from .registered import registered_jvp
 
@@ -40,33 +39,11 @@ class CustomNode:
     may keep things on its context.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_attributes",
-        "_count",
-        "_fixed",
-        "_lock",
-        "_others",
-        "_owners",
-        "_packed",
-        "_pinned",
-        "_places",
-        "_record",
-        "_saved",
-        "_unusable",
-        "cls",
-        "ctx",
-        "inputs",
-        "name",
-        "outputs",
-        "positions",
-    )
-
     def __init__(self, ctx: Any, record: ContextRecord, owners: Sequence[Any] = ()) -> None:
         self.ctx = ctx
         self._owners = tuple(owners)
         self.cls = forward_class(ctx)
-        self.name = function_name(self.cls)
+        self.name = custom_name(self.cls)
         self._record = record
         self._lock = threading.RLock()
         needs: Sequence[bool] = self.ctx.needs_input_grad
@@ -74,11 +51,8 @@ class CustomNode:
         self.positions = tuple(i for i, need in enumerate(needs) if need)
         #: Arguments that are not tensors.
         self._others = tuple(i for i, spec in enumerate(record.inputs or ()) if spec is None)
-        edges = [edge for edge in ctx.next_functions if edge[0] is not None]
-        self.inputs = tuple(_received(input_metadata(node)[nr]) for node, nr in edges)
-        self.outputs: tuple[TensorSpec | None, ...] = tuple(
-            _received(meta) for meta in input_metadata(ctx)
-        )
+        self.inputs = input_specs(ctx)
+        self.outputs: tuple[TensorSpec | None, ...] = output_specs(ctx)
         self._saved: list[Residual] = []
         self._unusable = ""
         #: What a hook unpacked (a checkpoint computes it again each time), kept once it was.
@@ -154,21 +128,8 @@ class CustomNode:
         )
 
     def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Call the user's `backward` once.
-
-        Parameters
-        ----------
-        grads
-            One cotangent per output; None where undefined.
-
-        Returns
-        -------
-        list
-            One cotangent per input; None where undefined.
-        """
-        result = self._guarded(self._call_backward, grads)
-        if not isinstance(result, tuple):
-            result = tuple(result) if isinstance(result, list) else (result,)
+        """Call the user's `backward` once: cotangents of all outputs to those of all inputs."""
+        result = _as_tuple(self._guarded(self._call_backward, grads))
         count = self._count
         if len(result) > count and all(r is None for r in result[count:]):
             result = result[:count]
@@ -192,23 +153,11 @@ class CustomNode:
     def jvp(
         self, tangents: Sequence[torch.Tensor | None], wanted: Sequence[bool]
     ) -> list[torch.Tensor | None]:
-        """Call the user's `jvp` once.
+        """Call the user's `jvp` once: tangents of all inputs to those of all outputs.
 
-        Parameters
-        ----------
-        tangents
-            One tangent per input; None where there is none.
-        wanted
-            Which outputs have a tangent that is used.
-
-        Returns
-        -------
-        list
-            One tangent per output; None for outputs that are not wanted.
+        `wanted` tells which outputs have a tangent that is used; the others get None.
         """
-        result = self._guarded(self._call_jvp, tangents)
-        if not isinstance(result, tuple):
-            result = tuple(result) if isinstance(result, list) else (result,)
+        result = _as_tuple(self._guarded(self._call_jvp, tangents))
         if len(result) != len(self.outputs):
             raise FunctionContractError(
                 f"{self.name}.jvp returned {len(result)} tangents, expected {len(self.outputs)} "
@@ -324,8 +273,9 @@ class CustomNode:
             self._check()
             owned = self._attributes
             versions = [None if r.version is None else r.counter._version for r in owned]
-            if self._packed:
-                self._pin()
+            if self._packed:  # what hooks unpacked before is not unpacked again
+                self.unpack()
+                self.ctx.saved_for_forward = self._pinned
             try:
                 return call(given)
             finally:
@@ -367,12 +317,6 @@ class CustomNode:
         """Have hooks unpack what was saved, once; a checkpoint computes it again each time."""
         if self._packed and self._pinned is None:
             self._pinned = tuple(None if t is None else t.detach() for t in self.ctx.saved_tensors)
-
-    def _pin(self) -> None:
-        """Hand out what hooks unpacked before, instead of having it unpacked again."""
-        self.unpack()
-        if self._pinned is not None:
-            self.ctx.saved_for_forward = self._pinned
 
     def _stamp(self) -> None:
         if not vars(self.ctx):
@@ -430,9 +374,7 @@ class CustomNode:
                     f"{self.name}.backward returned gradient {i} of shape {tuple(t.shape)}, "
                     f"expected {spec.shape}"
                 ) from None
-        if t.is_complex() and not spec.dtype.is_complex:
-            t = t.real
-        return t.to(device=spec.device, dtype=spec.dtype)
+        return fitted(t, spec)
 
     def _exact(self, t: Any, spec: TensorSpec | None, i: int) -> torch.Tensor:
         if not isinstance(t, torch.Tensor) or t.layout is not torch.strided:
@@ -463,14 +405,14 @@ def _written_by_methods(t: torch.Tensor) -> bool:
     return ref is not None and ref() is t
 
 
+def _as_tuple(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
 def _kind(t: Any) -> str:
     if isinstance(t, torch.Tensor) and t.layout != torch.strided:
         return f"a tensor of layout {t.layout}"
     return f"a {type(t).__name__}"
-
-
-def _received(meta: Any) -> TensorSpec:
-    return TensorSpec(tuple(meta.shape), meta.dtype, meta.device)
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

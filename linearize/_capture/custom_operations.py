@@ -81,16 +81,9 @@ Direction: TypeAlias = tuple[
 
 
 def direction_of(node: CustomNode, method: str, chosen: Sequence[bool]) -> Direction:
-    """Return one of the two methods as a function that takes all of its arguments.
+    """Return one of the two methods, "backward" or "jvp", as a function of all of its arguments.
 
-    Parameters
-    ----------
-    node
-        Of the Function.
-    method
-        "backward" or "jvp".
-    chosen
-        Which results of `forward` have a gradient, or a tangent that is used.
+    `chosen` tells which results of `forward` have a gradient, or a tangent that is used.
     """
     inputs = list(node.inputs)
     outputs = [s if s is not None else _NOTHING for s in node.outputs]

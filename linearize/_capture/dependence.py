@@ -1,4 +1,4 @@
-"""Whether a value depends on the primals, or on the very tensors behind them."""
+"""What is said of the graph that f left: on what the value depends, and hooks that do not run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any, TypeVar
 import torch
 
 from .._spaces.space import differentiable
-from .._torch.graphs import Node, accumulators, gradient_edge, leaf_variable, let_die_in_turn
-from ..errors import IndependenceWarning, UnsupportedError
-from .graph import Edge
+from .._torch.graphs import accumulators, beneath, leaf_variable
+from .._torch.hooks import HookWatcher
+from ..errors import IgnoredHookWarning, IndependenceWarning, UnsupportedError
+from .graph import Edge, Graph, edge_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _DERIVATIVE = "_linearize_derivative"
+#: What `Module.register_full_backward_hook` puts around a module.
+_MODULE_HOOK = "BackwardHookFunctionBackward"
 
 
 def derivative(f: F) -> F:
@@ -43,13 +46,16 @@ def check_not_behind(
     """
     if not any(isinstance(x, torch.Tensor) and x.requires_grad for x in given):
         return
-    seen, variables = _below(edges)
+    roots = [edge for edge in edges if edge is not None]
+    nodes = list(beneath([node for node, _ in roots]))
+    seen = {*roots, *(edge for node in nodes for edge in node.next_functions)}
+    variables = {id(leaf_variable(node)) for node in nodes}
     primals = [(x, f"primal{path}") for x, path in zip(given, paths, strict=True)]
     chosen = [(x, name) for x, name in primals if differentiable(x)]
     for (t, name), node in zip(chosen, accumulators(aliases), strict=True):
         if not t.requires_grad or (node, 0) in seen:
             continue
-        behind = id(t) in variables if t.is_leaf else _edge(t) in seen
+        behind = id(t) in variables if t.is_leaf else edge_of(t) in seen
         if behind:
             raise read_behind(name, t)
 
@@ -76,6 +82,21 @@ def warn_independent(what: str) -> None:
     )
 
 
+def warn_of_hooks(graph: Graph, watcher: HookWatcher) -> None:
+    """Warn if f registered a gradient hook in a graph: the products do not run it."""
+    inside = next((n for n in graph.order if watcher.hooks(n)), None) if watcher.any else None
+    if inside is None:
+        inside = next((n for n in graph.custom if n.name() == _MODULE_HOOK), None)
+    if inside is not None:
+        warnings.warn(
+            f"f registers a gradient hook (at {graph.label(inside)}): the products do not run it. "
+            "Write what it does to gradients as a custom torch.autograd.Function, or filter this "
+            "warning if it only looks",
+            IgnoredHookWarning,
+            stacklevel=2,
+        )
+
+
 def _outside() -> int:
     """Return how many frames lie between `warn_independent` and code outside of the package."""
     package = __name__.partition(".")[0] + "."
@@ -83,29 +104,3 @@ def _outside() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
         frame, count = frame.f_back, count + 1
     return count
-
-
-def _edge(t: torch.Tensor) -> Edge:
-    edge = gradient_edge(t)
-    return edge.node, edge.output_nr
-
-
-def _below(edges: Sequence[Edge | None]) -> tuple[set[Edge], set[int]]:
-    """Return all edges below some, and the identities of the leaf tensors in which they end."""
-    seen: set[Edge] = set()
-    visited: set[Node] = set()
-    variables: set[int] = set()
-    todo = [edge for edge in edges if edge is not None]
-    while todo:
-        edge = todo.pop()
-        seen.add(edge)
-        node = edge[0]
-        if node in visited:
-            continue
-        visited.add(node)
-        variable = leaf_variable(node)
-        if variable is not None:
-            variables.add(id(variable))
-        todo += [(child, nr) for child, nr in node.next_functions if child is not None]
-    let_die_in_turn(visited)
-    return seen, variables

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -15,15 +15,19 @@ from .._torch.graphs import (
     AccumulateGrad,
     Node,
     accumulators,
+    beneath,
+    children,
     forward_class,
+    gradient_edge,
     is_custom,
     leaf_variable,
     let_die_in_turn,
+    node_number,
     saved_changed,
     saved_tensors,
     some_custom,
 )
-from .._torch.ranks import device_of, order_of, summed_over
+from .._torch.ranks import device_of, summed_over
 from .._torch.sharded import local_of, own_function
 from ..errors import UnsupportedError
 from .collectives import CollectiveNode, OpaqueNode
@@ -63,11 +67,6 @@ class Graph:
         Nodes that do not show all that they do, with the reasons.
     """
 
-    __slots__ = (
-        *("_trace", "constants", "custom", "hidden", "keys", "kinds", "layouts", "leaves"),
-        *("meshes", "order", "places", "roots", "unseen"),
-    )
-
     def __init__(
         self,
         roots: Sequence[Edge | None],
@@ -80,9 +79,8 @@ class Graph:
         records = ContextRecords() if records is None else records
         # Other ranks may wait for a collective from which nothing comes to the value here.
         shared = records.communicating()
-        above = [edge[0] for edge in roots if edge is not None]
         ends = _Ends(leaves)
-        self.order, reaches = _walked([*above, *shared], ends, shared)
+        self.order, reaches = _walked([*_nodes(roots), *shared], ends, shared)
         self.leaves = ends.nodes()
         #: The leaf tensors that it leads to besides the primals.
         self.constants = [
@@ -178,11 +176,11 @@ def _latest_first(order: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
     On all ranks collectives come in one order then, however else their graphs differ.
     """
     ends = set(leaves)
-    found = sorted(order, key=lambda n: 1 if n in ends else -order_of(n))
+    found = sorted(order, key=lambda n: 1 if n in ends else -node_number(n))
     places = {node: i for i, node in enumerate(found)}
     for node, place in places.items():
-        below = () if node in ends else node.next_functions
-        if any(places.get(n, place + 1) <= place for n, _ in below if n is not None):
+        below = [] if node in ends else children(node)
+        if any(places.get(n, place + 1) <= place for n in below):
             raise UnsupportedError(
                 f"{node.name()}: f communicates, and runs operations in several threads, so that "
                 "the order of its collectives is not known; run them in one thread"
@@ -190,20 +188,13 @@ def _latest_first(order: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
     return found
 
 
-def between(
-    roots: Sequence[Node], leaves: Sequence[Node], always: Sequence[Node] = ()
-) -> list[Node]:
-    """Return the nodes on paths from `roots` to `leaves`, in topological order.
-
-    Those of `always`, and what leads to them, whether or not they lead to a leaf.
-    """
-    return _walked(roots, _Ends(leaves), always)[0]
+def between(roots: Sequence[Node], leaves: Sequence[Node]) -> list[Node]:
+    """Return the nodes on paths from `roots` to `leaves`, in topological order."""
+    return _walked(roots, _Ends(leaves), ())[0]
 
 
 class _Ends:
     """The leaves in which a walk ends, each known by its node or by its tensor."""
-
-    __slots__ = ("_places", "found", "leaves")
 
     def __init__(self, leaves: Sequence[Node | torch.Tensor]) -> None:
         self.leaves = list(leaves)
@@ -229,10 +220,11 @@ class _Ends:
 
 
 def _walked(
-    roots: Sequence[Node], ends: _Ends, always: Sequence[Node] = ()
+    roots: Sequence[Node], ends: _Ends, always: Sequence[Node]
 ) -> tuple[list[Node], dict[Node, bool]]:
     """Return the nodes between, and of all nodes below the roots whether they lead to a leaf.
 
+    Those of `always`, and what leads to them, count as if they led to one.
     Iterative, because graphs are deeper than Python's recursion limit.
     """
     post_order: list[Node] = []
@@ -284,28 +276,28 @@ def as_seed(cotangent: torch.Tensor) -> torch.Tensor:
     return seed
 
 
+def edge_of(t: torch.Tensor) -> Edge | None:
+    """Return where the gradient of a tensor goes, None if it goes nowhere."""
+    if not t.requires_grad:
+        return None
+    if type(t) is torch.Tensor and t.grad_fn is not None:
+        return t.grad_fn, t.output_nr  # quicker
+    edge = gradient_edge(t)
+    return edge.node, edge.output_nr
+
+
 def other_leaves(edges: Sequence[Edge | None], leaves: Sequence[Node]) -> list[torch.Tensor]:
     """Return the leaf tensors that a graph leads to besides `leaves`."""
-    variables = map(leaf_variable, _beneath(edges, leaves))
+    variables = map(leaf_variable, beneath(_nodes(edges), leaves))
     return [t for t in variables if t is not None and not hasattr(t, _SEED)]
 
 
 def in_graph(edges: Sequence[Edge | None]) -> list[torch.Tensor]:
     """Return the leaf tensors that a graph leads to, and those that its nodes keep."""
-    nodes = list(_beneath(edges, ()))
-    let_die_in_turn(nodes)
+    nodes = list(beneath(_nodes(edges)))
     leaves = [t for t in map(leaf_variable, nodes) if t is not None]
     return [*leaves, *(t for node in nodes for t in saved_tensors(node))]
 
 
-def _beneath(edges: Sequence[Edge | None], ends: Sequence[Node]) -> Iterator[Node]:
-    """Yield the nodes of a graph, `ends` and what is below them left out."""
-    seen: set[Node] = set(ends)
-    stack = [edge[0] for edge in edges if edge is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(child for child, _ in node.next_functions if child is not None)
+def _nodes(edges: Iterable[Edge | None]) -> list[Node]:
+    return [edge[0] for edge in edges if edge is not None]

@@ -23,7 +23,7 @@ import torch
 
 from .._spaces.compare import exact
 from .._spaces.space import TensorSpec
-from .._torch.graphs import METADATA, Node, saved_names
+from .._torch.graphs import Node, input_metadata, saved_names
 from .._torch.names import BITS, has_memory, is_wrapped_number, native_method
 from .graph import Graph
 from .repeated import may_repeat
@@ -41,11 +41,6 @@ Place: TypeAlias = tuple[int, str, int | None]
 class Matcher:
     """Tells whether a graph has the structure of another one, which has a signature."""
 
-    __slots__ = (
-        *("_facts", "_inner", "_kinds", "_numbers", "_places", "_saved", "_sizes", "_specs"),
-        "_static",
-    )
-
     def __init__(self, graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> None:
         self._specs = specs
         ends, order = set(graph.leaves), graph.order
@@ -58,17 +53,12 @@ class Matcher:
         self._static = [(i, _reader(others)) for i, (_, others) in read if others]
         #: Where each saved tensor comes from.
         self._places: list[Place] = []
-        tensors: list[torch.Tensor | None] = []
         for i, get in self._saved:
             for name, value in zip(names[type(order[i])][0], get(order[i]), strict=True):
-                if isinstance(value, (tuple, list)):
-                    self._places += [(i, name, k) for k in range(len(value))]
-                    tensors += value
-                else:
-                    self._places.append((i, name, None))
-                    tensors.append(value)
+                several = range(len(value)) if isinstance(value, (tuple, list)) else [None]
+                self._places += [(i, name, k) for k in several]
         #: Which tensors may stand for numbers, and the bytes of an entry of each.
-        there = [t for t in tensors if t is not None]
+        there = [t for t in self._read(graph) if t is not None]
         self._numbers = [k for k, t in enumerate(there) if not t.dim()]
         self._sizes = [t.element_size() for t in there]
         self._facts = [fact() for fact in self._asked(graph, [])]
@@ -92,10 +82,7 @@ class Matcher:
     ) -> dict[Place, torch.Tensor | None] | None:
         """Return what a graph of the same structure saved, by its places; None for another one.
 
-        Parameters
-        ----------
-        graph, specs
-            As above; no hooks have packed what it saved.
+        No hooks must have packed it.
         """
         if specs != self._specs or list(map(type, graph.order)) != self._kinds:
             return None
@@ -127,7 +114,7 @@ class Matcher:
             return roots, list(map(places.get, graph.leaves))
 
         def received() -> Any:
-            found = list(map(METADATA, nodes))
+            found = list(map(input_metadata, nodes))
             return list(map(len, found)), list(map(_SPEC, chain.from_iterable(found)))
 
         def static() -> Any:

@@ -7,7 +7,6 @@ with them. That is no node of f's graph, and the same at all points.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from .._spaces.space import TensorSpec
@@ -18,10 +17,10 @@ from .collectives import (
     Collective,
     CollectiveNode,
     Pair,
-    _pair_all_reduce,
-    _pair_gathered_tensor,
-    _pair_scattered_tensor,
-    _summed,
+    all_reducing,
+    gathering_whole,
+    scattering_whole,
+    summed,
 )
 
 
@@ -36,8 +35,6 @@ class MeshCollective(CollectiveNode):
     factor
         Of an all-reduce that sums what it takes: what it is multiplied by, of others 0.
     """
-
-    __slots__ = ("factor",)
 
     def __init__(
         self, kind: str, args: Sequence[Any], takes: TensorSpec, gives: TensorSpec
@@ -55,12 +52,12 @@ class MeshCollective(CollectiveNode):
     def _told(self, kind: str, more: Sequence[Any]) -> Pair:
         group = self.group
         if kind == "all_reduce":
-            self.factor = _summed(more[0], kind, group)
-            return _pair_all_reduce(SimpleNamespace(op=more[0]), group)
+            self.factor = summed(more[0], kind, group)
+            return all_reducing(more[0], group)
         if kind == "all_gather_into_tensor":
-            return _pair_gathered_tensor(None, group)
+            return gathering_whole(group)
         if kind == "reduce_scatter_tensor":
-            return _pair_scattered_tensor(SimpleNamespace(reduce_op=more[0]), group)
+            return scattering_whole(more[0], group)
         if kind == "shard_dim_alltoall":
             gathered, cut = more[:2]
             return Pair(

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .classes import has_code, is_own
 from .state import PLAIN
 
 Module: TypeAlias = torch.nn.Module
@@ -40,9 +41,6 @@ _TENSOR, _REF = torch.Tensor, weakref.ref
 class Tree:
     """A module with those inside it.
 
-    `is_own` tells whether all code that reads attributes of a class's objects can be seen,
-    `has_code` whether some of it can.
-
     Attributes
     ----------
     tokens
@@ -53,9 +51,7 @@ class Tree:
         Whether some have running statistics, which PyTorch moves without raising their version.
     """
 
-    def __init__(
-        self, root: Module, is_own: Callable[[type], bool], has_code: Callable[[type], bool]
-    ) -> None:
+    def __init__(self, root: Module) -> None:
         self._tokens: list[Any] = []
         #: By module, name of a dict and key: what is not plain.
         self._others: list[tuple[weakref.ref[Module], str, Any]] = []

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import array
 import collections
+import contextvars
 import enum
 import functools
 import io
 import logging
+import mmap
 import operator
 import random
 import re
@@ -30,15 +32,21 @@ from typing import Any, TypeAlias
 import torch
 
 from .._text.labels import function_name
-from .._torch.names import MOVING_STATISTICS, CustomOpDef, holds_tensors, operator_functions
+from .._torch.names import (
+    MOVING_STATISTICS,
+    OPAQUE,
+    CustomOpDef,
+    holds_tensors,
+    operator_functions,
+)
 from .classes import (
     TRUSTED,
     has_code,
     has_foreign_code,
-    installed_class,
     is_foreign,
-    is_generated,
     is_own,
+    once_per_class,
+    read_of,
     slots_of,
 )
 from .code import is_installed, read_by
@@ -57,35 +65,22 @@ _DESCRIPTORS: tuple[type, ...] = (
 #: What f writes to, waits for or draws from, and objects that stay what they are.
 _LEFT_ALONE: tuple[type, ...] = (
     *(logging.Logger, logging.Handler, logging.LoggerAdapter, io.IOBase),
-    *(threading.Thread, threading.Event, threading.Barrier, threading.local),
+    *(threading.Thread, threading.Event, threading.Barrier),
     *(threading.Condition, threading.Semaphore, type(threading.Lock()), type(threading.RLock())),
     *(enum.Enum, re.Pattern, random.Random, torch.Generator),
     *_DESCRIPTORS,
 )
 _LEFT_ALONE_PACKAGES = frozenset(
-    "asyncio concurrent contextlib contextvars multiprocessing queue threading".split()
+    "asyncio concurrent contextlib multiprocessing queue threading".split()
 )
-#: What stands in a class and is not read by code that can be seen.
-_BORING = frozenset(
-    "__module__ __doc__ __dict__ __weakref__ __qualname__ __annotations__ __annotate__ "
-    "__annotate_func__ __annotations_cache__ __firstlineno__ __static_attributes__ "
-    "__orig_bases__ __parameters__ __abstractmethods__ _abc_impl __repr__ __str__ __slots__ "
-    "__match_args__ __dataclass_fields__ __dataclass_params__ __hash__ __reduce__".split()
+#: What is in memory that others write to too.
+_SHARED_MODULES = frozenset(
+    f"multiprocessing.{name}" for name in ("managers", "shared_memory", "sharedctypes")
 )
-#: What of it is read when an object is made.
-_MAKING = frozenset("__init__ __new__ __post_init__ __init_subclass__ __set_name__".split())
-#: Methods that dataclasses are given, which read all fields.
-_COMPARING = frozenset("__eq__ __lt__ __le__ __gt__ __ge__".split())
 
 
 class Reach:
-    """What the code of a function can reach.
-
-    Parameters
-    ----------
-    f
-        The function.
-    """
+    """What the code of a function can reach."""
 
     def __init__(self, f: Callable[..., Any]) -> None:
         self._f = f
@@ -147,7 +142,7 @@ class _Walk:
             if len(seen) > _MOST:
                 self.unseen = f"{_text(where)} (more than {_MOST} things)"
                 return
-            _look_of(kind)(self, x, where)
+            (_KNOWN.get(kind) or _look_of(kind))(self, x, where)
 
     def sees_all(self) -> bool:
         """Whether f can read no tensors but those that were met, which tell their changes."""
@@ -277,17 +272,9 @@ class _Walk:
         self.tokens.append(type(f).__name__)
         self._stack.append((f.__wrapped__, where))
 
-    def _property(self, p: property, where: Where) -> None:
-        self._stack.append((p.fget, where))
-
-    def _cached_property(self, p: functools.cached_property[Any], where: Where) -> None:
-        self._stack.append((p.func, where))
-
-    def _static(self, m: Any, where: Where) -> None:
-        self._stack.append((m.__func__, where))
-
-    def _reference(self, r: weakref.ref[Any], where: Where) -> None:
-        self._stack.append((r(), where))
+    def look_at(self, x: Any, where: Where) -> None:
+        """Look at something later."""
+        self._stack.append((x, where))
 
     def _python_module(self, m: types.ModuleType, where: Where) -> None:
         self.tokens.append(m.__name__)
@@ -304,26 +291,15 @@ class _Walk:
 
     def _code_of(self, cls: type, where: Where, *, makes: bool = False) -> None:
         """Look at what code can read of a class, if it is not an installed one."""
-        names, stack, tokens = self._names, self._stack, self.tokens
+        tokens = self.tokens
         tokens.append(weakref.ref(cls))
         self._beside = self._beside or has_foreign_code(cls)
         if (id(cls), makes) in self._classes or not has_code(cls):
             return
         self._classes[id(cls), makes] = cls
-        installed = [base for base in cls.__mro__ if installed_class(base)]
-        for base in cls.__mro__:
-            if base in installed:
-                continue
-            for name, value in list(vars(base).items()):
-                if name in _BORING or (name in _MAKING and not makes):
-                    continue
-                if name in _COMPARING and is_generated(base) and not self._reach.compares:
-                    continue
-                # Methods of a known name may be called from code that is not looked at.
-                special = name[:2] == "__" or any(name in vars(b) for b in installed)
-                if name in names or special:
-                    tokens.append(name)
-                    stack.append((value, (where, name)))
+        for name, value in read_of(cls, self._names, makes=makes, compares=self._reach.compares):
+            tokens.append(name)
+            self._stack.append((value, (where, name)))
         tokens.append(_END)
 
     def _object(self, x: Any, where: Where) -> None:
@@ -341,6 +317,14 @@ class _Walk:
             self._attributes(x, own, where)
         elif not found:
             (self._fixed if _stays(kind) else self._hidden)(x, where)
+
+    def _of_context(self, x: Any, where: Where) -> None:
+        """Look at what is here of something of which f may read another thread's in one."""
+        self._beside = True
+        if isinstance(x, contextvars.ContextVar):
+            self._stack.append((x.get(None), where))
+        else:
+            self._object(x, where)
 
     def _attributes(self, x: Any, own: dict[str, Any], where: Where) -> None:
         self._named(own, where, any_name=self._reach.any_name or not is_own(type(x)))
@@ -412,6 +396,13 @@ _STATELESS = (
 )
 
 _Look: TypeAlias = Callable[[_Walk, Any, Where], None]
+
+
+def _through(inner: Callable[[Any], Any]) -> _Look:
+    """Return what looks at something inside in place of what is around it."""
+    return lambda walk, x, where: walk.look_at(inner(x), where)
+
+
 #: By exact type, for speed.
 _KNOWN: dict[type, _Look] = {
     types.FunctionType: _Walk._function,
@@ -432,13 +423,15 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     (torch.nn.Module, _Walk._torch_module),
     (torch.jit.ScriptFunction, _Walk._script_function),
     (functools.partial, _Walk._partial),
-    (functools.cached_property, _Walk._cached_property),
-    (property, _Walk._property),
-    ((staticmethod, classmethod), _Walk._static),
+    (functools.cached_property, _through(operator.attrgetter("func"))),
+    (property, _through(operator.attrgetter("fget"))),
+    ((staticmethod, classmethod), _through(operator.attrgetter("__func__"))),
     (type(functools.lru_cache(len)), _Walk._wrapper),
-    (weakref.ref, _Walk._reference),
+    (weakref.ref, _through(operator.call)),
     (CustomOpDef, _Walk._operator),
     ((operator.attrgetter, operator.methodcaller), _Walk._getter),
+    ((*OPAQUE, mmap.mmap), _Walk._hidden),
+    ((contextvars.ContextVar, threading.local), _Walk._of_context),
     (_LEFT_ALONE, _Walk._fixed),
     (type, _Walk._class),
     (types.ModuleType, _Walk._python_module),
@@ -446,22 +439,17 @@ _KINDS: tuple[tuple[type | tuple[type, ...], _Look], ...] = (
     ((list, tuple, set, frozenset, deque, KeysView, ValuesView, ItemsView), _Walk._sequence),
     ((bytearray, memoryview, array.array), _Walk._buffer),
 )
-_LOOKS: weakref.WeakKeyDictionary[type, _Look] = weakref.WeakKeyDictionary()
 _TREES: weakref.WeakKeyDictionary[torch.nn.Module, Tree] = weakref.WeakKeyDictionary()
 
 
+@once_per_class
 def _look_of(kind: type) -> _Look:
-    """Return how things of a type are looked at."""
-    look = _KNOWN.get(kind) or _LOOKS.get(kind)
-    if look is None:
-        look = _LOOKS[kind] = _found_look(kind)
-    return look
-
-
-def _found_look(kind: type) -> _Look:
+    """Return how things of a type are looked at, if it is none of the known ones."""
     package = kind.__module__.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return _Walk._ours
+    if kind.__module__ in _SHARED_MODULES:
+        return _Walk._hidden
     if package in _LEFT_ALONE_PACKAGES or kind.__module__ == "torch._ops":
         return _Walk._fixed
     for base, look in _KINDS:
@@ -475,9 +463,9 @@ def _tree(root: torch.nn.Module) -> Tree:
     try:
         known = _TREES.get(root)
         if known is None or not known.still_describes(root):
-            known = _TREES[root] = Tree(root, is_own, has_code)
+            known = _TREES[root] = Tree(root)
     except TypeError:  # it has no hash
-        known = Tree(root, is_own, has_code)
+        known = Tree(root)
     return known
 
 

@@ -5,20 +5,17 @@ The memo must know which tensors a value came from, beside the arguments: `Reads
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .._torch.hooks import HookWatcher
 from .._torch.modes import DispatchMode, lazy_bits_respected
-from .._torch.names import MOVING_STATISTICS, batched_or_wrapped, pytree
-from ..errors import IgnoredHookWarning
+from .._torch.names import MOVING_STATISTICS, RUNS_BACKWARD, pytree, statistics_of
 from .contexts import ContextRecords
-from .graph import Graph
+from .state import Stamp, stamps
 
 
 class Reads(TorchFunctionMode):
@@ -53,7 +50,7 @@ class Reads(TorchFunctionMode):
             args, kwargs = self._held_still(func, args, kwargs or {})
         if self._thaw and not getattr(func, "__name__", "").endswith("_"):
             args, kwargs = pytree.tree_map(_thawed, (args, kwargs))
-        if func in _RUNS_BACKWARD:
+        if func in RUNS_BACKWARD:
             # Python code that runs inside is out of this mode's sight.
             with _DeepReads(self):
                 return func(*args, **(kwargs or {}))
@@ -70,15 +67,15 @@ class Reads(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Take note of running statistics; hand copies on where they do not move now."""
-        first, flag, moves = MOVING_STATISTICS[func]
-        given = dict(enumerate(args)) | kwargs
-        moves = given.get(5, given.get(flag, moves))
-        for place in (first, first + 1, "running_mean", "running_var"):
-            t = given.get(place)
+        found, moves = statistics_of(func, args, kwargs)
+        still: dict[int | str, torch.Tensor] = {}
+        for place, t in found.items():
             if isinstance(t, torch.Tensor):
                 self._moving[id(t)] = t
-                given[place] = t if moves else t.clone()
-        return tuple(given[i] for i in range(len(args))), {k: given[k] for k in kwargs}
+                if not moves:
+                    still[place] = t.clone()
+        held = tuple([still.get(i, a) for i, a in enumerate(args)])
+        return held, {k: still.get(k, a) for k, a in kwargs.items()}
 
     def note_compiled(self, items: Iterable[Any], moving: Iterable[torch.Tensor]) -> None:
         """Take note of what compiled code reads, and of running statistics among it."""
@@ -89,43 +86,13 @@ class Reads(TorchFunctionMode):
         """Return tensors that PyTorch writes to without raising their version."""
         return list(self._moving.values())
 
-    def stamps(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
+    def stamps(self) -> list[Stamp]:
         """Return the tensors still alive with their versions now."""
         return stamps(self._seen.values())
 
 
-def stamps(refs: Iterable[weakref.ref[torch.Tensor]]) -> list[tuple[Any, int]]:
-    """Return those tensors that are still alive with their versions now."""
-    alive = ((ref, ref()) for ref in refs)
-    return [
-        (ref, t._version)
-        for ref, t in alive
-        if t is not None and not batched_or_wrapped(t) and not t.is_inference()
-    ]
-
-
-_RUNS_BACKWARD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
 #: Looked up once: this runs at each operation of f.
 _TENSOR, _REF, _SEQUENCES = torch.Tensor, weakref.ref, (list, tuple)
-
-
-def warn_of_hooks(graph: Graph, watcher: HookWatcher) -> None:
-    """Warn if f registered a gradient hook in a graph: the products do not run it."""
-    inside = next((n for n in graph.order if watcher.hooks(n)), None) if watcher.any else None
-    if inside is None:
-        inside = next((n for n in graph.custom if n.name() == _MODULE_HOOK), None)
-    if inside is not None:
-        warnings.warn(
-            f"f registers a gradient hook (at {graph.label(inside)}): the products do not run it. "
-            "Write what it does to gradients as a custom torch.autograd.Function, or filter this "
-            "warning if it only looks",
-            IgnoredHookWarning,
-            stacklevel=2,
-        )
-
-
-#: What `Module.register_full_backward_hook` puts around a module.
-_MODULE_HOOK = "BackwardHookFunctionBackward"
 
 
 def _thawed(x: Any) -> Any:
@@ -145,31 +112,3 @@ class _DeepReads(DispatchMode):
         self._reads.note(args)
         with lazy_bits_respected():
             return func(*args, **(kwargs or {}))
-
-
-def scripted_state(f: Any, arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Yield parameters and buffers of TorchScript modules in reach, which run out of sight."""
-    todo: list[Any] = [f, *(x for x in arguments if not isinstance(x, torch.Tensor))]
-    seen: set[int] = set()
-    while todo and len(seen) < 200:
-        thing = todo.pop()
-        if id(thing) in seen or isinstance(thing, (torch.Tensor, type)):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, torch.nn.Module):
-            for module in thing.modules():
-                if isinstance(module, torch.jit.ScriptModule):
-                    yield from module.parameters()
-                    yield from module.buffers()
-        elif callable(thing):
-            cells = getattr(thing, "__closure__", None) or ()
-            todo.extend(cell.cell_contents for cell in cells if _filled(cell))
-            todo.extend(getattr(thing, name, None) for name in ("__self__", "func"))
-            todo.extend(getattr(thing, "__dict__", {}).values())
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a closure over a name that has no value yet
-        return False

@@ -52,6 +52,17 @@ def register_jvp(op: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def registered_jvp(cls: Any) -> Callable[..., Any] | None:
-    """Return the jvp registered for the operator that a Function was made for."""
+    """Return the jvp registered for the operator that a Function was made for.
+
+    Parameters
+    ----------
+    cls
+        The Function.
+
+    Returns
+    -------
+    callable or None
+        None if there is none.
+    """
     operator = operator_of(cls) if _REGISTERED else None
     return None if operator is None else _REGISTERED.get(operator)

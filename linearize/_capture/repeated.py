@@ -33,22 +33,9 @@ def _positions(indices: Sequence[torch.Tensor | None], shape: Sequence[int]) -> 
     return place
 
 
-def _indexed(node: Any, shape: Sequence[int]) -> torch.Tensor | None:
-    return None if node._saved_accumulate else _positions(node._saved_indices, shape)
-
-
-def _put(node: Any, shape: Sequence[int]) -> torch.Tensor | None:
-    count = max(torch.Size(shape).numel(), 1)
-    return None if node._saved_accumulate else node._saved_index % count
-
-
 def _along(node: Any, shape: Sequence[int]) -> torch.Tensor:
     index: torch.Tensor = node._saved_index
     return index % max(shape[signed(node._saved_dim)], 1) if shape else index
-
-
-def _scattered(node: Any, shape: Sequence[int]) -> torch.Tensor:
-    return _on_grid(signed(node._saved_dim), node._saved_index, shape)
 
 
 def _on_grid(dim: int, index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -60,13 +47,13 @@ def _on_grid(dim: int, index: torch.Tensor, shape: Sequence[int]) -> torch.Tenso
     return _positions(grid, shape)
 
 
-#: By the node's name: the places that it writes to; None if it adds.
-_PLACES: dict[str, Callable[[Any, Sequence[int]], torch.Tensor | None]] = {
+#: By the node's name: the places that it writes to.
+_PLACES: dict[str, Callable[[Any, Sequence[int]], torch.Tensor]] = {
     "IndexCopyBackward0": _along,
-    "IndexPutBackward0": _indexed,
-    "PutBackward0": _put,
-    "ScatterBackward0": _scattered,
-    "UnsafeIndexPutBackward0": _indexed,
+    "IndexPutBackward0": lambda n, shape: _positions(n._saved_indices, shape),
+    "PutBackward0": lambda n, shape: n._saved_index % max(math.prod(shape), 1),
+    "ScatterBackward0": lambda n, shape: _on_grid(signed(n._saved_dim), n._saved_index, shape),
+    "UnsafeIndexPutBackward0": lambda n, shape: _positions(n._saved_indices, shape),
 }
 
 
@@ -78,12 +65,16 @@ def may_repeat(kind: type) -> bool:
 def repeats(node: Node) -> bool:
     """Whether a node puts several entries at one place, and it matters which of them stays."""
     places = _PLACES.get(type(node).__name__)
-    if places is None or node.next_functions[1][0] is None:
+    adds = getattr(node, "_saved_accumulate", False)
+    if places is None or adds or node.next_functions[1][0] is None:
         return False
     (meta,) = input_metadata(node)
     with unobserved(), recomputed_apart():
-        found = places(node, tuple(meta.shape))
-        return found is not None and bool(found.unique().numel() < found.numel())
+        return _some_equal(places(node, tuple(meta.shape)))
+
+
+def _some_equal(places: torch.Tensor) -> bool:
+    return bool(places.unique().numel() < places.numel())
 
 
 def read_repeatedly(name: str, args: Sequence[Any], shape: Sequence[int]) -> bool:
@@ -96,7 +87,7 @@ def read_repeatedly(name: str, args: Sequence[Any], shape: Sequence[int]) -> boo
         else:
             count = shape[args[0]] if name == "index_select" and shape else math.prod(shape)
             found = args[-1] % max(count, 1)
-        return bool(found.unique().numel() < found.numel())
+        return _some_equal(found)
 
 
 def left_to_chance(entries: torch.Tensor) -> bool:

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .._programs.origins import Number
+from .._torch.graphs import Node, unpacked
 from .._torch.names import is_wrapped_number
 
 #: For each attribute of a kind of node, the arguments of the node whose gradients it scales.
@@ -37,7 +39,7 @@ _SCALING: dict[str, Scaling] = {
     "LerpBackward0": {"_saved_weight": (0, 1)},
 }
 #: Kinds that scale by 1 - the number too.
-WITH_REST = frozenset({"LerpBackward0"})
+_WITH_REST = frozenset({"LerpBackward0"})
 _NONE: Scaling = {}
 _KINDS = frozenset((float, int, complex))
 
@@ -50,16 +52,9 @@ def scaling(kind: type) -> Scaling:
 def scales(
     known: Scaling, wanted: Sequence[bool], read: Callable[[str], Any]
 ) -> list[tuple[str, Any]]:
-    """Return the numbers of a node that only scale, by their attributes.
+    """Return the numbers of a node that only scale, by their attributes, which `read` reads.
 
-    Parameters
-    ----------
-    known
-        What may scale in nodes of its kind.
-    wanted
-        Which arguments have a gradient.
-    read
-        Gives what the node has saved.
+    `known` are those that may in nodes of its kind; `wanted` says which arguments have a gradient.
     """
     found = []
     for name, arguments in known.items():
@@ -72,3 +67,22 @@ def scales(
             if type(value) in _KINDS and not one:
                 found.append((name, value))
     return found
+
+
+def scales_at(node: Node, place: int) -> list[tuple[Number, Any]]:
+    """Return the numbers of a built-in node that only scale, with the names of their places."""
+    known = scaling(type(node))
+    wanted = [target is not None for target, _ in node.next_functions]
+
+    def read(name: str) -> Any:
+        raw = f"_raw{name}"  # what a hook has packed may be unpacked once only
+        return unpacked(node, name, raw) if hasattr(type(node), raw) else getattr(node, name)
+
+    try:
+        found = scales(known, wanted, read) if known else ()
+    except RuntimeError:
+        return []
+    numbers = [(Number(place, name), value) for name, value in found]
+    if node.name() in _WITH_REST:
+        numbers += [(Number(place, name, rest=True), 1 - value) for name, value in found]
+    return numbers

@@ -13,12 +13,12 @@ themselves: graphs that differ only there have the same program but for these nu
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.origins import Literal, Number, Origin, Saved
+from .._programs.origins import Literal, Origin, Saved
 from .._spaces.compare import exact
 from .._spaces.space import TensorSpec
 from .._torch.aot import Reading, named_by_piece, reading_of, saved_by_piece
@@ -38,7 +38,7 @@ from .._torch.sharded import is_sharded, lies, local_of, settings_of
 from ..errors import LinearizeError
 from .graph import Graph
 from .repeated import may_repeat, repeats
-from .scales import WITH_REST, Scaling, scales, scaling
+from .scales import Scaling, scales, scaling
 
 #: Nodes with state that cannot be read from Python and is not told by shapes and dtypes.
 _HIDDEN_STATE = frozenset(
@@ -67,7 +67,7 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
     afterwards: what these depend on is not part of it.
     """
     places, custom, keys = graph.places, graph.custom, graph.keys
-    saved = _Seen()
+    saved: list[Placed] = []
     numbers: list[Scale] = []
 
     def described(node: Node) -> Any:
@@ -101,7 +101,7 @@ def signature(graph: Graph, specs: Sequence[Sequence[TensorSpec]]) -> tuple[Any,
     ends = set(graph.leaves)
     try:
         nodes = tuple([places[n] if n in ends else described(n) for n in graph.order])
-        shared = saved.shared()
+        shared = _shared(saved)
     except (HiddenError, RuntimeError, TypeError):  # recording has the words for what is wrong
         return None
     leaves = tuple(places.get(leaf) for leaf in graph.leaves)
@@ -135,22 +135,16 @@ def arguments(graph: Graph, node: Node) -> tuple[Any, ...]:
 def node_key(graph: Graph, node: Node) -> tuple[Any, ...]:
     """Return what the derivative of a built-in node depends on, besides numbers and `arguments`.
 
-    Looked at once, when the graph is new.
-
-    Raises
-    ------
-    HiddenError
-        If that cannot be seen.
-    RuntimeError
-        If a tensor that it saved was changed in place.
+    Looked at once, when the graph is new. A `HiddenError` if that cannot be seen; a `RuntimeError`
+    if a tensor that it saved was changed in place.
     """
     known = graph.keys.get(node)
     if known is None:
-        known = graph.keys[node] = _node_key(node, _Seen())
+        known = graph.keys[node] = _node_key(node, [])
     return known
 
 
-def _node_key(node: Node, seen: _Seen) -> tuple[Any, ...]:
+def _node_key(node: Node, seen: list[Placed]) -> tuple[Any, ...]:
     """Return a node's key; add the tensors that it saved to those `seen`.
 
     The numbers of the node that only scale come last, and stand nowhere else.
@@ -186,10 +180,12 @@ def _node_key(node: Node, seen: _Seen) -> tuple[Any, ...]:
     if apart and tensors:  # of those kinds that save one tensor under a name
         names = zip(tensors, layouts, strict=True)
         layouts = tuple([x[:-1] if name in apart else x for (name, _), x in names])
-    return type(node), wanted, expected(node), others, layouts, seen.add(saved), lying, numbers
+    placed = _placed(saved)
+    seen += placed
+    return type(node), wanted, expected(node), others, layouts, _shared(placed), lying, numbers
 
 
-def _piece_key(reading: Reading, node: Any, seen: _Seen) -> tuple[Any, ...]:
+def _piece_key(reading: Reading, node: Any, seen: list[Placed]) -> tuple[Any, ...]:
     """Return the key of a compiled piece's node: its pullback, and the sizes that it takes."""
     if packed_by_hooks(node):
         raise HiddenError(node.name())
@@ -197,13 +193,17 @@ def _piece_key(reading: Reading, node: Any, seen: _Seen) -> tuple[Any, ...]:
     wanted = tuple([target is not None for target, _ in node.next_functions])
     given = tuple(node.needs_input_grad), tuple(map(exact, node.symints))
     layouts = tuple([_layout(t) for t in saved])
-    return reading.key, wanted, expected(node), given, layouts, seen.add(saved)
+    placed = _placed(saved)
+    seen += placed
+    return reading.key, wanted, expected(node), given, layouts, _shared(placed)
 
 
 #: What is no DTensor.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 #: A number that only scales: the place of the node, its attribute, and what is exact of it.
 Scale: TypeAlias = tuple[int, str, Any]
+#: A tensor that a node saved, and where its storage begins.
+Placed: TypeAlias = tuple[torch.Tensor | None, int]
 #: Where `expected` stands in a node's key.
 _EXPECTED = 2
 
@@ -211,49 +211,28 @@ _EXPECTED = 2
 def shared_memory(tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
     """Return which tensors share memory, and how they lie to each other.
 
-    Returns
-    -------
-    tuple
-        For each piece of memory on which there are several: their places among `tensors`, and
-        by how many bytes each begins after the first of them. Not where in memory that is, nor
-        anything of tensors that lie apart, be it on one storage: that may change from point to
-        point.
+    For each piece of memory on which there are several: their places among `tensors`, and by how
+    many bytes each begins after the first of them. Not where in memory that is, nor anything of
+    tensors that lie apart, be it on one storage: that may change from point to point.
     """
-    return _Seen().add(tensors)
+    return _shared(_placed(tensors))
 
 
-class _Seen:
-    """Tensors that nodes saved, and where the storage of each begins."""
-
-    __slots__ = ("_beginnings", "_tensors")
-
-    def __init__(self) -> None:
-        self._tensors: list[torch.Tensor | None] = []
-        self._beginnings: list[int] = []
-
-    def add(self, tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
-        """Take in the tensors of one node; return which of them share memory."""
-        beginnings = [_beginning(t) for t in tensors]
-        self._tensors += tensors
-        self._beginnings += beginnings
-        return _shared(tensors, beginnings) if len(tensors) > 1 else ()
-
-    def shared(self) -> tuple[Any, ...]:
-        """Return which of all share memory."""
-        return _shared(self._tensors, self._beginnings)
+def _placed(tensors: Iterable[torch.Tensor | None]) -> list[Placed]:
+    return [(t, _beginning(t)) for t in tensors]
 
 
-def _shared(tensors: Sequence[torch.Tensor | None], beginnings: Sequence[int]) -> tuple[Any, ...]:
-    if len(set(beginnings)) == len(beginnings):
+def _shared(placed: Sequence[Placed]) -> tuple[Any, ...]:
+    if len(placed) < 2 or len({begin for _, begin in placed}) == len(placed):
         return ()
     storages: dict[int, list[int]] = {}
-    for i, begin in enumerate(beginnings):
+    for i, (_, begin) in enumerate(placed):
         if begin:
             storages.setdefault(begin, []).append(i)
     found: list[tuple[tuple[int, int], ...]] = []
     for group in storages.values():
         if len(group) > 1:
-            found.extend(_overlapping([(i, *_extent(tensors[i])) for i in group]))
+            found.extend(_overlapping([(i, *_extent(placed[i][0])) for i in group]))
     return tuple(sorted(found, key=min))
 
 
@@ -342,43 +321,16 @@ def _layout(t: torch.Tensor | None) -> Any:
 def saved_by(node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
     """Return what a built-in node saved, with the names by which it is found again."""
     reading = reading_of(node)
-    if reading is not None:
-        return _saved_by_piece(reading, node, place)
-    if not is_generated(type(node)):
+    if reading is None and not is_generated(type(node)):
         return []
-    tensors, _ = saved_names(type(node))
     try:
+        if reading is not None:
+            saved = [(t, Saved(place, name, i)) for name, i, t in named_by_piece(node)]
+            return [*saved, *((t, Literal(t)) for t in reading.constants)]
         return [
             (t, Saved(place, name, i, ready=not t.requires_grad))
-            for name, i, t in _saved(node, tensors)
+            for name, i, t in _saved(node, saved_names(type(node))[0])
             if t is not None
         ]
-    except (HiddenError, RuntimeError):
-        return []
-
-
-def scales_at(node: Node, place: int) -> list[tuple[Number, Any]]:
-    """Return the numbers of a built-in node that only scale, with the names of their places."""
-    known = scaling(type(node))
-    wanted = [target is not None for target, _ in node.next_functions]
-
-    def read(name: str) -> Any:
-        raw = f"_raw{name}"  # what a hook has packed may be unpacked once only
-        return unpacked(node, name, raw) if hasattr(type(node), raw) else getattr(node, name)
-
-    try:
-        found = scales(known, wanted, read) if known else ()
-    except RuntimeError:
-        return []
-    numbers = [(Number(place, name), value) for name, value in found]
-    if node.name() in WITH_REST:
-        numbers += [(Number(place, name, rest=True), 1 - value) for name, value in found]
-    return numbers
-
-
-def _saved_by_piece(reading: Reading, node: Node, place: int) -> list[tuple[torch.Tensor, Origin]]:
-    try:
-        saved = [(t, Saved(place, name, i)) for name, i, t in named_by_piece(node)]
     except RuntimeError:  # whoever reads has the words for it
         return []
-    return [*saved, *((t, Literal(t)) for t in reading.constants)]

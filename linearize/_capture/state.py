@@ -5,11 +5,15 @@ from __future__ import annotations
 import operator
 import struct
 import weakref
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import torch
 
-from .._torch.names import MOVING_STATISTICS
+from .._torch.names import MOVING_STATISTICS, batched_or_wrapped
+
+#: A tensor, and its version at some time.
+Stamp: TypeAlias = tuple["weakref.ref[torch.Tensor]", int]
 
 #: What carries no tensors beside its numbers.
 PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -62,10 +66,19 @@ class State:
             return False
         return all(map(operator.is_, mine, theirs)) or all(map(_alike, mine, theirs))
 
-    def stamps(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
+    def stamps(self) -> list[Stamp]:
         """Return the tensors still alive with their versions now."""
-        alive = ((ref, ref()) for ref in self.tensors)
-        return [(ref, t._version) for ref, t in alive if t is not None and not t.is_inference()]
+        return stamps(self.tensors)
+
+
+def stamps(refs: Iterable[weakref.ref[torch.Tensor]]) -> list[Stamp]:
+    """Return those tensors that are still alive with their versions now."""
+    alive = ((ref, ref()) for ref in refs)
+    return [
+        (ref, t._version)
+        for ref, t in alive
+        if t is not None and not batched_or_wrapped(t) and not t.is_inference()
+    ]
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -9,16 +9,19 @@ other threads for instance, have no line: better none than a wrong one.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .._spaces.nested import leaves
 from .._text.labels import Line, Locator, at_line
 from .._torch.graphs import (
     Node,
+    beneath,
+    children,
     history,
     is_custom,
     let_die_in_turn,
@@ -26,9 +29,9 @@ from .._torch.graphs import (
     node_number,
 )
 from .._torch.modes import functorch_active
+from .._torch.names import RUNS_BACKWARD
 from .contexts import ContextRecords
 
-_RUNS_BACKWARD = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 #: Where a node's metadata have its line.
 _KEY = "linearize.line"
 
@@ -44,9 +47,7 @@ class Trace(TorchFunctionMode):
         self.locate = Locator(stop)
         self._records = records
         #: Numbers given and lines of calls inside transforms, whose nodes cannot be reached.
-        self._first: list[int] = []
-        self._after: list[int] = []
-        self._hidden: list[Line] = []
+        self._hidden: list[tuple[range, Line]] = []
         #: How many nodes were seen.
         self._count = 0
 
@@ -57,7 +58,7 @@ class Trace(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        old = _reachable(_tensors((args, kwargs))) if func in _RUNS_BACKWARD else None
+        old = set(beneath(history(_tensors((args, kwargs))))) if func in RUNS_BACKWARD else None
         first = next_node_number()
         result = func(*args, **(kwargs or {}))
         after = next_node_number()
@@ -75,8 +76,7 @@ class Trace(TorchFunctionMode):
         What the call was given it may have changed. In a backward pass, which other threads may
         do, all nodes are new that are not among `old`.
         """
-        found = [result] if isinstance(result, torch.Tensor) else list(_tensors(result))
-        nodes = history(found or _tensors(given))
+        nodes = history(_tensors(result) or _tensors(given))
         made = []
         while nodes:
             node = nodes.pop()
@@ -87,13 +87,11 @@ class Trace(TorchFunctionMode):
             metadata[_KEY] = line
             made.append(node)
             if len(made) < len(numbers) or old is not None:
-                nodes += [child for child, _ in node.next_functions if child is not None]
+                nodes += children(node)
         let_die_in_turn(made, self._count)
         self._count += len(made)
         if len(made) < len(numbers) and functorch_active():
-            self._first.append(numbers.start)
-            self._after.append(numbers.stop)
-            self._hidden.append(line)
+            self._hidden.append((numbers, line))
 
     def line(self, node: Node) -> Line | None:
         """Return the line that made a node, None if it was not seen."""
@@ -103,9 +101,9 @@ class Trace(TorchFunctionMode):
         line: Line | None = metadata.get(_KEY)
         if line is None and self._hidden:
             number = node_number(node)
-            i = bisect.bisect_right(self._first, number) - 1
-            if i >= 0 and number < self._after[i]:
-                line = self._hidden[i]
+            i = bisect.bisect_right(self._hidden, number, key=lambda known: known[0].start) - 1
+            if i >= 0 and number in self._hidden[i][0]:
+                line = self._hidden[i][1]
         return line
 
     def label(self, node: Node) -> str:
@@ -113,24 +111,5 @@ class Trace(TorchFunctionMode):
         return at_line(node.name(), self.line(node))
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for x in tree:
-            yield from _tensors(x)
-    elif isinstance(tree, dict):
-        yield from _tensors(tuple(tree.values()))
-
-
-def _reachable(tensors: Iterable[torch.Tensor]) -> set[Node]:
-    """Return all nodes below some tensors."""
-    seen: set[Node] = set()
-    todo = history(tensors)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += [child for child, _ in node.next_functions if child is not None]
-    let_die_in_turn(seen)
-    return seen
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [x for x in leaves((tree,)) if isinstance(x, torch.Tensor)]

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from .._capture.dependence import derivative, read_behind
-from .._capture.graph import Edge, other_leaves
+from .._capture.graph import edge_of, other_leaves
 from .._spaces.space import differentiable
-from .._torch.graphs import gradient_edge
 from .._torch.names import pytree
 from ..errors import StructureError
 from .sight import Sight
@@ -60,9 +59,7 @@ def _look_behind(
     value: torch.Tensor, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
 ) -> None:
     """Raise or warn if a function lost its inputs; these are aliases of what it was given."""
-    others = (
-        {_place(t): t for t in other_leaves([_edge(value)], [])} if value.requires_grad else {}
-    )
+    others = {_place(t): t for t in other_leaves([edge_of(value)], [])}
     for i, (x, g) in enumerate(zip(inputs, grads, strict=True)):
         behind = others.get(_place(x))
         if g is None and behind is not None and behind is not x:
@@ -72,11 +69,6 @@ def _look_behind(
 def _place(t: torch.Tensor) -> tuple[object, ...]:
     """Return where the numbers of a tensor are."""
     return t.data_ptr(), t.shape, t.dtype, t.device
-
-
-def _edge(t: torch.Tensor) -> Edge:
-    edge = gradient_edge(t)
-    return edge.node, edge.output_nr
 
 
 def check_scalar(value: Any) -> None:

@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .._capture.contexts import function_name
+from .._capture.contexts import custom_name
 from .._capture.dependence import warn_independent
 from .._capture.graph import as_seed, between
 from .._torch.contexts import applied_late, calls_watched, contexts_told
 from .._torch.graphs import (
     Node,
     accumulators,
+    beneath,
+    children,
     forward_class,
     gradient_edge,
     is_custom,
-    is_vmapped,
     packed_by_hooks,
+    vmapped,
 )
 from .._torch.modes import functions_as_they_are, functorch_active, set_grad_mode
 from .._torch.names import pytree, unwrapped
@@ -142,7 +144,8 @@ class Sight:
         self, ctx: Any, backward: Callable[..., Any], cotangents: tuple[torch.Tensor | None, ...]
     ) -> Any:
         """Run one custom Function's backward, and see that its derivative is all there."""
-        watch = _Watch(self, strict=True, wary=packed_by_hooks(ctx) or is_vmapped(ctx))
+        wary = packed_by_hooks(ctx) or vmapped(forward_class(ctx)) is not None
+        watch = _Watch(self, strict=True, wary=wary)
         with watch:
             result = backward(*cotangents)
         with functions_as_they_are():
@@ -150,7 +153,7 @@ class Sight:
                 watch.left or self._hidden(ctx) or self._missing(ctx, result, cotangents, watch)
             )
         if reason:
-            name = function_name(forward_class(ctx))
+            name = custom_name(forward_class(ctx))
             raise UnsupportedError(
                 f"{name} has no second derivative that can be seen: {reason}; write its backward "
                 "in PyTorch operations on the inputs and outputs that it saved, or as a Function "
@@ -176,7 +179,7 @@ class Sight:
         """Return in which way a gradient is not what its history says."""
         given = [u for u in cotangents if u is not None and u.requires_grad]
         starts = {gradient_edge(u).node for u in given}
-        below = {child for child, _ in ctx.next_functions if child is not None}
+        below = set(children(ctx))
         for r in result if isinstance(result, (tuple, list)) else (result,):
             if not isinstance(r, _TENSOR) or not _continuous(r) or not r.numel():
                 continue
@@ -278,7 +281,7 @@ class _Watch(TorchFunctionMode):
             return
         with functions_as_they_are():
             if any(isinstance(t, _TENSOR) and self._sight.descends(t) for t in arguments or ()):
-                self._sight.unseen = function_name(forward_class(ctx))
+                self._sight.unseen = custom_name(forward_class(ctx))
 
     def _continues(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
         """Whether an operation under `no_grad` is one to get a history, as without.
@@ -388,14 +391,4 @@ def _is_outside(x: Any) -> bool:
 
 def _leads_to(start: Node, ends: set[Node], stops: set[Node]) -> bool:
     """Whether a graph leads from a node to one of `ends`, without going beyond `stops`."""
-    seen: set[Node] = set()
-    todo = [start]
-    while todo:
-        node = todo.pop()
-        if node in ends:
-            return True
-        if node in seen or node in stops:
-            continue
-        seen.add(node)
-        todo += [child for child, _ in node.next_functions if child is not None]
-    return False
+    return any(node in ends for node in beneath([start], stops - ends))

@@ -13,10 +13,12 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd.graph import GradientEdge
 
+from .._capture.contexts import fitted as fitted
+from .._capture.contexts import metadata_spec as metadata_spec
 from .._capture.custom import CustomNode
 from .._capture.graph import Edge, Graph
 from .._programs.program import Operation
-from .._spaces.space import TensorSpec, tensor_spec
+from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, input_metadata, outside_backward, saved_tensors
 from ..errors import LinearizeError, StalenessError, UnsupportedError
 from .node_formulas import differentiable, mended
@@ -40,22 +42,6 @@ class SpreadError(LinearizeError):
     def __init__(self, nodes: Iterable[Node]) -> None:
         super().__init__()
         self.nodes = frozenset(nodes)
-
-
-def metadata_spec(meta: Any) -> TensorSpec:
-    """Return what a node expects at one of its places."""
-    return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
-
-
-def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """Do what the autograd engine does to a gradient before it hands it on."""
-    if grad.shape != spec.shape:
-        grad = grad.sum_to_size(spec.shape)
-    if grad.is_complex() and not spec.dtype.is_complex:
-        grad = torch.view_as_real(grad.resolve_conj()).select(-1, 0)
-    if grad.dtype != spec.dtype or grad.device != spec.device:
-        grad = grad.to(device=spec.device, dtype=spec.dtype)
-    return grad
 
 
 def sums_to(spec: TensorSpec, target: TensorSpec) -> bool:

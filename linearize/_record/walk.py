@@ -18,7 +18,8 @@ from cachetools.keys import hashkey
 from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
-from .._capture.signature import HiddenError, arguments, node_key, saved_by, scales_at
+from .._capture.scales import scales_at
+from .._capture.signature import HiddenError, arguments, node_key, saved_by
 from .._programs.origins import Number, Origin, Saved
 from .._programs.program import Emitter, Equation, Operation
 from .._programs.values import Constant, Var

@@ -6,6 +6,7 @@ of a graph node. A `Site` is such a string that also knows lines of f.
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import sys
@@ -112,6 +113,7 @@ _STANDARD = _folder(os.__file__)
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_users(file: str) -> bool:
     if file.startswith(_OTHERS):
         return False
@@ -129,7 +131,6 @@ class Locator:
 
     def __init__(self, stop: CodeType) -> None:
         self._stop = stop
-        self._users: dict[str, bool] = {}
         self._known: dict[tuple[CodeType, int], Line] = {}
 
     def __call__(self) -> Line | None:
@@ -139,15 +140,11 @@ class Locator:
             code = frame.f_code
             if code is self._stop:
                 return None
-            file = code.co_filename
-            users = self._users.get(file)
-            if users is None:
-                users = self._users[file] = _is_users(file)
-            if users:
+            if _is_users(code.co_filename):
                 key = code, frame.f_lineno
                 line = self._known.get(key)
                 if line is None:
-                    line = self._known[key] = Line(file, frame.f_lineno, code.co_qualname)
+                    line = self._known[key] = Line(code.co_filename, key[1], code.co_qualname)
                 return line
             frame = frame.f_back
         return None

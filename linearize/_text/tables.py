@@ -9,6 +9,8 @@ from collections.abc import Sequence
 #: Characters that neither XML nor HTML may contain.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
+#: So many sizes are listed.
+_MOST_SIZES = 25
 #: The style of tables, bars and notes; colours follow the reader's scheme.
 STYLE = """
 .lz { --lz-ink: #1f2328; --lz-faint: #59636e; --lz-line: #d1d9e0; --lz-bar: #4a82c3;
@@ -95,9 +97,9 @@ def _scaled(count: float, units: Sequence[str]) -> str:
     return f"{count:.3g} {unit}"
 
 
-def fewer(sizes: Sequence[tuple[str, int]], limit: int = 25) -> list[tuple[str, int]]:
+def fewer(sizes: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     """Return the first sizes, and what the others amount to."""
-    shown, rest = list(sizes[:limit]), sizes[limit:]
+    shown, rest = list(sizes[:_MOST_SIZES]), sizes[_MOST_SIZES:]
     if rest:
         shown.append((f"{len(rest):,} more", sum(n for _, n in rest)))
     return shown
@@ -136,7 +138,7 @@ def as_html(
     return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
-def bars(rows: Sequence[tuple[object, int]], head: tuple[str, str] = ("", "bytes")) -> str:
+def bars(rows: Sequence[tuple[object, int]], head: tuple[str, str]) -> str:
     """Return a bar chart of bytes as HTML."""
     most = max((n for _, n in rows), default=0) or 1
     cells = [

@@ -87,25 +87,16 @@ def reading_of(node: Any) -> Reading | None:
     if not isinstance(node, BackwardCFunction):
         return None
     cls: Any = node._forward_cls  # type: ignore[attr-defined]
-    known = _READINGS.get(cls)
-    if known is None:
-        if not is_piece(cls):
-            return None
-        try:
-            known = read(cls, "a compiled function")
-        except UnreadableError:
-            return None
-    return known if isinstance(known, Reading) else None
+    if not is_piece(cls):
+        return None
+    try:
+        return read(cls, "a compiled function")
+    except UnreadableError:
+        return None
 
 
 def read(cls: Any, name: str) -> Reading:
-    """Read the pullback of a class that AOTAutograd made.
-
-    Raises
-    ------
-    UnreadableError
-        If it cannot be read.
-    """
+    """Read the pullback of a class that AOTAutograd made; `UnreadableError` if that cannot be."""
     known = _READINGS.get(cls)
     if known is None:
         try:
@@ -216,13 +207,7 @@ SAVED_BY_PIECES = {
 
 
 def saved_by_piece(node: Any) -> list[torch.Tensor]:
-    """Return the tensors that the node of a compiled piece saved.
-
-    Raises
-    ------
-    RuntimeError
-        If one was changed in place.
-    """
+    """Return the tensors that a compiled piece's node saved; `RuntimeError` if one was changed."""
     return [*node.saved_tensors, *node._tensors_no_vc_check]
 
 

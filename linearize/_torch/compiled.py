@@ -20,37 +20,23 @@ import torch
 from . import contexts, hooks
 from .contexts import eager_compiled_functions
 from .modes import COMPILING, Hidden
-from .pieces import WATCHING, CompiledCalls, Looking, Piece, watching
+from .pieces import WATCHING, CompiledCalls, Looking, Piece
 from .ranks import distributed
-
-
-class _Watch:
-    """Counts who wants to be asked; in other threads all is as ever."""
-
-    lock = threading.Lock()
-    users = 0
-
-    @classmethod
-    def begin(cls, frames: Any, calls: CompiledCalls) -> None:
-        with cls.lock:
-            if cls.users == 0:
-                frames._callback_from_stance, frames._maybe_set_eval_frame = _asked, _entered
-            cls.users += 1
-        WATCHING.__dict__.setdefault("stack", []).append(calls)
-
-    @classmethod
-    def end(cls, frames: Any) -> None:
-        WATCHING.stack.pop()
-        with cls.lock:
-            cls.users -= 1
-            if cls.users == 0:
-                frames._callback_from_stance, frames._maybe_set_eval_frame = _THEIRS
-
+from .watching import Installed
 
 _FRAMES: Any = torch._C._dynamo.eval_frame
 
 #: What stands in PyTorch's module: who asks for a compiler, and who sets it.
 _THEIRS: tuple[Any, Any] = None, None
+
+
+def _put(asked: Any, entered: Any) -> None:
+    frames = _module()
+    frames._callback_from_stance, frames._maybe_set_eval_frame = asked, entered
+
+
+#: Counts who wants to be asked; in other threads all is as ever.
+_ASKING = Installed(lambda: _put(_asked, _entered), lambda: _put(*_THEIRS))
 
 
 @contextlib.contextmanager
@@ -59,16 +45,16 @@ def compiled_functions(calls: CompiledCalls) -> Iterator[None]:
 
     `torch._dynamo` is costly to import; where it is not loaded nothing can be compiled.
     """
-    frames = _frames()
-    if frames is None or distributed():
+    if _frames() is None or distributed():
         with eager_compiled_functions():
             yield
         return
-    _Watch.begin(frames, calls)
-    try:
-        yield
-    finally:
-        _Watch.end(frames)
+    with _ASKING:
+        WATCHING.entered.append(calls)
+        try:
+            yield
+        finally:
+            WATCHING.entered.pop()
 
 
 def compiled(f: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
@@ -76,9 +62,11 @@ def compiled(f: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[...
 
     That all of it be one graph is not asked for, whatever the settings say.
     """
-    owner = getattr(f, "__self__", None)
-    applies = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
-    if applies or hasattr(f, "_torchdynamo_orig_callable") or hasattr(f, "_orig_mod"):
+    if (
+        contexts.function_of(f) is not None
+        or hasattr(f, "_torchdynamo_orig_callable")
+        or hasattr(f, "_orig_mod")
+    ):
         return f
     importlib.import_module("torch._dynamo.eval_frame")
     if _frames() is None:
@@ -118,7 +106,7 @@ def _leave_alone(functions: Sequence[Any]) -> None:
 def _asked(callback: Any) -> Any:
     """Stand for what says which compiler looks at a function that is called now."""
     chosen = _THEIRS[0](callback)
-    calls = watching()
+    calls: CompiledCalls | None = WATCHING.innermost
     if calls is None or chosen is None or chosen is False:
         return chosen
     caller = sys._getframe(1)
@@ -128,14 +116,14 @@ def _asked(callback: Any) -> Any:
         calls.pieces[Piece(_called(caller), reason)] = None
         return None
     if calls.away is None and caller.f_code.co_name == "compile_wrapper":
-        calls.frame, calls.away = id(caller), Hidden(calls.hidden)
+        calls.frame, calls.away = id(caller), Hidden(calls.reads)
     # What is to be compiled as a whole must be compiled, says PyTorch; its graph runs as it is.
     return _compiler(backend, reason)
 
 
 def _entered(callback: Any) -> Any:
     """Stand for what sets it: at the begin of the call, and once more at its end."""
-    calls = watching()
+    calls: CompiledCalls | None = WATCHING.innermost
     if calls is not None and calls.away is not None and calls.frame == id(sys._getframe(1)):
         if calls.away.entered:
             calls.away.leave()
@@ -192,8 +180,8 @@ class _Apart:
         COMPILING.add(threading.get_ident())
         try:
             with (
-                contexts.ContextWatcher.none(),
-                hooks.HookWatcher.none(),
+                contexts.no_contexts_watched(),
+                hooks.no_hooks_watched(),
                 warnings.catch_warnings(action="ignore"),
             ):
                 return self._convert(*given)

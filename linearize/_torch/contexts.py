@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd import function as autograd_function
@@ -17,33 +16,17 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from .aot import is_piece
 from .modes import NOTHING
+from .watching import Installed, ThreadStack
+
+#: Told of a context and the arguments of its `forward`.
+OnCreate: TypeAlias = Callable[[Any, tuple[Any, ...] | None], None]
 
 
-class _Eager:
-    """Has compiled functions run eagerly; the stance is one for all threads, so users are counted.
-
-    A class and no generator: what interrupts the way out of a generator keeps it from its end.
-    """
-
-    lock = threading.Lock()
-    users = 0
-    stance: Any = None
-
-    def __enter__(self) -> None:
-        cls = _Eager
-        with cls.lock:
-            if cls.users == 0:
-                cls.stance = torch.compiler.set_stance("force_eager")
-                cls.stance.__enter__()
-            cls.users += 1
-
-    def __exit__(self, *exc: object) -> None:
-        cls = _Eager
-        with cls.lock:
-            cls.users -= 1
-            if cls.users == 0:
-                cls.stance.__exit__(None, None, None)
-                cls.stance = None
+#: Has compiled functions run eagerly; the stance is one for all threads.
+_STANCE = contextlib.ExitStack()
+_EAGER = Installed(
+    lambda: _STANCE.enter_context(torch.compiler.set_stance("force_eager")), _STANCE.close
+)
 
 
 def eager_compiled_functions() -> contextlib.AbstractContextManager[None]:
@@ -51,12 +34,12 @@ def eager_compiled_functions() -> contextlib.AbstractContextManager[None]:
 
     `torch._dynamo` is costly to import; where it is not loaded nothing can be compiled.
     """
-    return _Eager() if "torch._dynamo" in sys.modules else NOTHING
+    return _EAGER if "torch._dynamo" in sys.modules else NOTHING
 
 
 def _checkpointed(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
     """Stand for `CheckpointFunction.apply` while a watcher is active in this thread."""
-    if ContextWatcher.current() is None:
+    if _WATCHERS.innermost is None:
         return _APPLY.__get__(None, CheckpointFunction)(function, preserve, *args)
     return checkpoint(
         function,
@@ -85,108 +68,69 @@ class ContextWatcher:
     Parameters
     ----------
     on_create
-        Called with `(context, arguments)`; arguments is None where they cannot be seen.
-    on_save_for_forward
-        Called with `(context, tensors)`.
-    on_materialize
-        Called with `(context, flag)`.
-    on_mark_dirty
-        Called with `(context, tensors)`.
+        Called with a context and its arguments, None where they cannot be seen.
+    on_call
+        By the names of these methods: called with a context and what the method was given.
     """
 
-    _lock = threading.Lock()
-    _users = 0
-    _hooked = False
-    _local = threading.local()
-    _save_for_forward: Callable[..., None] = FunctionCtx.save_for_forward
-    _set_materialize: Callable[..., None] = FunctionCtx.set_materialize_grads
-    _mark_dirty: Callable[..., None] = FunctionCtx.mark_dirty
+    def __init__(self, on_create: OnCreate, on_call: Mapping[str, Callable[..., None]]) -> None:
+        self.on_create = [on_create]
+        self.on_call = on_call
 
-    def __init__(
-        self,
-        on_create: Callable[[Any, tuple[Any, ...] | None], None],
-        on_save_for_forward: Callable[[Any, tuple[Any, ...]], None],
-        on_materialize: Callable[[Any, bool], None],
-        on_mark_dirty: Callable[[Any, tuple[Any, ...]], None],
-    ) -> None:
-        self.on_create = on_create
-        self.on_save_for_forward = on_save_for_forward
-        self.on_materialize = on_materialize
-        self.on_mark_dirty = on_mark_dirty
-
-    def __enter__(self) -> ContextWatcher:
-        cls = ContextWatcher
-        with cls._lock:
-            if cls._users == 0:
-                CheckpointFunction.apply = staticmethod(_checkpointed)  # type: ignore[method-assign]
-                if _APPLY_ASKS:
-                    autograd_function._is_setup_context_defined = _asked
-                else:
-                    cls._hook()
-            cls._users += 1
-        stack = cls._local.__dict__.setdefault("stack", [])
-        stack.append(self)
-        return self
+    def __enter__(self) -> None:
+        _WATCHING.__enter__()
+        _WATCHERS.entered.append(self)
 
     def __exit__(self, *exc: object) -> None:
-        cls = ContextWatcher
-        cls._local.stack.pop()
-        with cls._lock:
-            cls._users -= 1
-            if cls._users == 0:
-                del CheckpointFunction.apply
-                if _APPLY_ASKS:
-                    autograd_function._is_setup_context_defined = _ASKED
-                cls._unhook()
+        _WATCHERS.entered.pop()
+        _WATCHING.__exit__()
+
+
+#: The watchers of each thread.
+_WATCHERS = ThreadStack()
+no_contexts_watched = _WATCHERS.emptied
+
+
+class _Hooks:
+    """What stands in the place of PyTorch's own functions, the methods of contexts if need be."""
+
+    on_contexts = False
+
+    @classmethod
+    def put(cls) -> None:
+        CheckpointFunction.apply = staticmethod(_checkpointed)  # type: ignore[method-assign]
+        if _APPLY_ASKS:
+            autograd_function._is_setup_context_defined = _asked
+        else:
+            cls.expect()
+
+    @classmethod
+    def remove(cls) -> None:
+        del CheckpointFunction.apply
+        if _APPLY_ASKS:
+            autograd_function._is_setup_context_defined = _ASKED
+        if cls.on_contexts:
+            cls.on_contexts = False
+            del BackwardCFunction.__init__
+            for name, method in _OWN.items():
+                setattr(FunctionCtx, name, method)
+            if _APPLY_CODE is None:
+                torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
 
     @classmethod
     def expect(cls) -> None:
         """Make ready for a context that is about to be made."""
-        with cls._lock:
-            if cls._users:
-                cls._hook()
-
-    @classmethod
-    def _hook(cls) -> None:
-        if cls._hooked:
+        if cls.on_contexts:
             return
-        cls._hooked = True
+        cls.on_contexts = True
         BackwardCFunction.__init__ = _created  # type: ignore[method-assign]
-        FunctionCtx.save_for_forward = _saving  # type: ignore[method-assign]
-        FunctionCtx.set_materialize_grads = _materializing  # type: ignore[method-assign]
-        FunctionCtx.mark_dirty = _dirtying  # type: ignore[method-assign]
+        for name, method in _TELLING.items():
+            setattr(FunctionCtx, name, method)
         if _APPLY_CODE is None:
             torch.autograd.Function.apply = classmethod(_applied)  # type: ignore[assignment,method-assign]
 
-    @classmethod
-    def _unhook(cls) -> None:
-        if not cls._hooked:
-            return
-        cls._hooked = False
-        del BackwardCFunction.__init__
-        FunctionCtx.save_for_forward = cls._save_for_forward  # type: ignore[method-assign]
-        FunctionCtx.set_materialize_grads = cls._set_materialize  # type: ignore[method-assign]
-        FunctionCtx.mark_dirty = cls._mark_dirty  # type: ignore[method-assign]
-        if _APPLY_CODE is None:
-            torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
 
-    @classmethod
-    @contextlib.contextmanager
-    def none(cls) -> Iterator[None]:
-        """Have no watcher in this thread for a while."""
-        stack = cls._local.__dict__.setdefault("stack", [])
-        stack.append(None)
-        try:
-            yield
-        finally:
-            stack.pop()
-
-    @classmethod
-    def current(cls) -> ContextWatcher | None:
-        """Return the innermost watcher of this thread."""
-        stack = cls._local.__dict__.get("stack")
-        return stack[-1] if stack else None
-
+_WATCHING = Installed(_Hooks.put, _Hooks.remove)
 
 _APPLY: Any = torch.autograd.Function.__dict__["apply"]
 #: The Python part of `Function.apply`; None where there is none (from PyTorch 2.15 on).
@@ -199,19 +143,26 @@ _APPLY_ASKS = _APPLY_CODE is not None and "_is_setup_context_defined" in _APPLY_
 
 
 def _asked(method: Any) -> Any:
-    if ContextWatcher.current() is not None:
+    if _WATCHERS.innermost is not None:
         caller = sys._getframe(1)  # `apply`, or the compiler
         if not is_piece(caller.f_locals.get("cls") if caller.f_code is _APPLY_CODE else None):
-            ContextWatcher.expect()
+            with _WATCHING.lock:
+                _Hooks.expect()
     return _ASKED(method)
+
+
+def function_of(f: Any) -> Any:
+    """Return the custom Function that a method belongs to, such as `F.apply`; None for none."""
+    owner = getattr(f, "__self__", None)
+    own = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+    return owner if own else None
 
 
 def applied_late(f: Callable[..., Any]) -> Callable[..., Any]:
     """Return `F.apply` such that a watcher sees its arguments, anything else as it is."""
-    owner = getattr(f, "__self__", None)
-    own = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
-    if _APPLY_CODE is None and own and getattr(f, "__name__", "") == "apply":
-        return lambda *args, **kwargs: owner.apply(*args, **kwargs)  # type: ignore[union-attr]
+    owner = function_of(f) if _APPLY_CODE is None else None
+    if owner is not None and getattr(f, "__name__", "") == "apply":
+        return lambda *args, **kwargs: owner.apply(*args, **kwargs)
     return f
 
 
@@ -228,7 +179,7 @@ def _applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _created(self: Any) -> None:
-    watcher = ContextWatcher.current()
+    watcher = _WATCHERS.innermost
     if watcher is None or is_piece(type(self)._forward_cls):
         return
     # The C++ part of `Function.apply` makes the context; its Python part is the caller and
@@ -240,32 +191,28 @@ def _created(self: Any) -> None:
         # An operator that takes lists goes past the Python part, if it was made before.
         given = frame.f_locals
         arguments = (*given["flat_args"], given["metadata"]) if "flat_args" in given else None
-    watcher.on_create(self, arguments)
+    for told in watcher.on_create:
+        told(self, arguments)
 
 
-def _saving(self: Any, *tensors: torch.Tensor) -> None:
-    ContextWatcher._save_for_forward(self, *tensors)
-    watcher = ContextWatcher.current()
-    if watcher is not None:
-        watcher.on_save_for_forward(self, tensors)
+def _telling(name: str) -> Callable[..., None]:
+    """Return a method of contexts that tells the watcher of its calls."""
+    own: Callable[..., None] = getattr(FunctionCtx, name)
+
+    def called(self: Any, *given: Any, **named: Any) -> None:
+        own(self, *given, **named)
+        watcher = _WATCHERS.innermost
+        if watcher is not None:
+            watcher.on_call[name](self, *given, **named)
+
+    return called
 
 
-def _materializing(self: Any, value: bool) -> None:
-    ContextWatcher._set_materialize(self, value)
-    watcher = ContextWatcher.current()
-    if watcher is not None:
-        watcher.on_materialize(self, value)
-
-
-def _dirtying(self: Any, *tensors: torch.Tensor) -> None:
-    ContextWatcher._mark_dirty(self, *tensors)
-    watcher = ContextWatcher.current()
-    if watcher is not None:
-        watcher.on_mark_dirty(self, tensors)
-
-
+_TOLD = ("save_for_forward", "set_materialize_grads", "mark_dirty")
+_OWN = {name: getattr(FunctionCtx, name) for name in _TOLD}
+_TELLING = {name: _telling(name) for name in _TOLD}
 #: What runs in the place of PyTorch's own functions.
-HOOKS = (_checkpointed, _asked, _applied, _created, _saving, _materializing, _dirtying)
+HOOKS = (_checkpointed, _asked, _applied, _created, *_TELLING.values())
 
 
 def _contexts_keep_nodes() -> bool:
@@ -314,20 +261,14 @@ def calls_watched(ctx: Any, watch: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def contexts_told(told: Callable[[Any, tuple[Any, ...] | None], None]) -> Iterator[None]:
+def contexts_told(told: OnCreate) -> Iterator[None]:
     """Have somebody else told too of the contexts that the watcher of this thread is told of."""
-    watcher = ContextWatcher.current()
+    watcher = _WATCHERS.innermost
     if watcher is None:
         yield
         return
-    before = watcher.on_create
-
-    def both(ctx: Any, arguments: tuple[Any, ...] | None) -> None:
-        before(ctx, arguments)
-        told(ctx, arguments)
-
-    watcher.on_create = both
+    watcher.on_create.append(told)
     try:
         yield
     finally:
-        watcher.on_create = before
+        watcher.on_create.remove(told)

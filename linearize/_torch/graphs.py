@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import operator
@@ -15,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.graph import Node as Node
 
 from .aot import SAVED_BY_PIECES, is_piece
-from .modes import NOTHING, subclasses_ignored, unobserved
+from .modes import NOTHING, functions_as_they_are, subclasses_ignored, unobserved
 from .names import OpOverload
 
 T = TypeVar("T")
@@ -48,6 +49,11 @@ def some_custom(kinds: set[type]) -> bool:
     return custom
 
 
+def children(node: Node) -> list[Node]:
+    """Return the nodes that the gradients of a node go to."""
+    return [child for child, _ in node.next_functions if child is not None]
+
+
 class _Children:
     """Lets the nodes below a graph node die one after the other, not one inside the other."""
 
@@ -76,27 +82,37 @@ _SHALLOW = 2000
 
 
 def let_die_in_turn(nodes: Collection[Node], others: int = 0) -> None:
-    """Prepare nodes of a deep graph, seen from Python, for their end.
+    """Prepare nodes of a deep graph, seen from Python, for their end; `others` were seen before.
 
-    Parameters
-    ----------
-    nodes
-        Of the graph.
-    others
-        How many more of its nodes were seen before.
-
-    Notes
-    -----
     A node that Python has seen keeps its Python object, and then PyTorch (2.13) destroys what
     is below it recursively: from some ten thousand nodes on the stack overflows. The nodes'
     metadata, which go first, hand over what is below to a loop.
     """
     if len(nodes) + others > _SHALLOW:
         for node in nodes:
-            below = [child for child, _ in node.next_functions if child is not None]
+            below = children(node)
             if below:
                 metadata: Any = node.metadata
                 metadata["linearize"] = _Children(below)
+
+
+def beneath(
+    roots: Iterable[Node],
+    ends: Iterable[Node] = (),
+    below: Callable[[Node], Iterable[Node]] = children,
+) -> Iterator[Node]:
+    """Yield some nodes of a graph and all below them, each once, but for `ends` and their own."""
+    seen = set(ends)
+    stack = list(roots)
+    try:
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen.add(node)
+                yield node
+                stack += below(node)
+    finally:
+        let_die_in_turn(seen)
 
 
 def pulled_back(
@@ -133,7 +149,7 @@ def _own(t: torch.Tensor, taken: set[int]) -> torch.Tensor:
 
 def has_outputs(node: Any) -> bool:
     """Whether the call that made a custom node has returned."""
-    return len(node._input_metadata) > 0
+    return len(input_metadata(node)) > 0
 
 
 def forward_class(node: Node) -> Any:
@@ -163,7 +179,7 @@ def history(tensors: Iterable[torch.Tensor]) -> list[Node]:
     A view that must not be used any more, as PyTorch would say, counts as having none.
     """
     nodes = []
-    with torch._C.DisableTorchFunction():
+    with functions_as_they_are():
         for t in tensors:
             try:
                 node = t.grad_fn
@@ -179,7 +195,7 @@ def node_of(t: torch.Tensor) -> Node | None:
 
     A view that must not be used any more, as PyTorch would say, has no such place.
     """
-    with torch._C.DisableTorchFunction():
+    with functions_as_they_are():
         try:
             return gradient_edge(t).node if t.requires_grad else None
         except RuntimeError:
@@ -191,14 +207,8 @@ def leaf_variable(node: Node) -> torch.Tensor | None:
     return getattr(node, "variable", None)
 
 
-#: The same, for many nodes at once.
-METADATA: Callable[[Node], Sequence[Any]] = operator.attrgetter("_input_metadata")
-
-
-def input_metadata(node: Any) -> Sequence[Any]:
-    """Return shape, dtype and device of each gradient that the node receives."""
-    metadata: Sequence[Any] = node._input_metadata
-    return metadata
+#: Shape, dtype and device of each gradient that a node receives.
+input_metadata: Callable[[Any], Sequence[Any]] = operator.attrgetter("_input_metadata")
 
 
 def outside_backward(do: Callable[[], T]) -> T:
@@ -210,21 +220,8 @@ def outside_backward(do: Callable[[], T]) -> T:
     """
     if torch._C._current_graph_task_id() == -1:
         return do()
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            outcome.append(do())
-        except BaseException as error:  # handed on below
-            failure.append(error)
-
-    thread = threading.Thread(target=body, name="linearize")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    with concurrent.futures.ThreadPoolExecutor(1, "linearize") as other:
+        return other.submit(do).result()
 
 
 def walking(do: Callable[[], T]) -> T:
@@ -280,18 +277,20 @@ class PackedError(RuntimeError):
 def unpacked(node: Node, name: str, raw: str) -> Any:
     """Return a saved tensor, or a sequence of them, given the names of both its forms.
 
-    Raises
-    ------
-    PackedError
-        If it was packed by a hook, which may compute anything.
-    RuntimeError
-        If it was changed in place, or freed.
+    A `PackedError` if a hook packed it, which may compute anything; another `RuntimeError` if it
+    was changed in place, or freed.
     """
-    packed = getattr(node, raw)
-    for one in packed if isinstance(packed, (tuple, list)) else (packed,):
-        if getattr(one, "unpack_hook", None) is not None:
-            raise PackedError(f"{name} was packed by a hook")
+    if _by_hooks(_several(getattr(node, raw))):
+        raise PackedError(f"{name} was packed by a hook")
     return getattr(node, name)
+
+
+def _several(packed: Any) -> Sequence[Any]:
+    return packed if isinstance(packed, (tuple, list)) else (packed,)
+
+
+def _by_hooks(packed: Iterable[Any]) -> bool:
+    return any(getattr(raw, "unpack_hook", None) is not None for raw in packed)
 
 
 def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
@@ -301,9 +300,7 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
     """
     for name in saved_names(type(node))[0]:
         for raw in _packed(node, name):
-            if raw is None or getattr(raw, "unpack_hook", None) is not None:
-                continue
-            t = getattr(raw, "data", None)
+            t = None if _by_hooks((raw,)) else getattr(raw, "data", None)
             if isinstance(t, torch.Tensor):
                 yield t
 
@@ -311,8 +308,7 @@ def saved_tensors(node: Node) -> Iterator[torch.Tensor]:
 def saved_changed(node: Node) -> bool:
     """Whether a tensor that a built-in node keeps was changed in place after it was saved."""
     for name in saved_names(type(node))[0]:
-        packed = _packed(node, name)
-        if any(getattr(raw, "unpack_hook", None) is not None for raw in packed):
+        if _by_hooks(_packed(node, name)):
             continue
         try:
             getattr(node, name)
@@ -325,10 +321,9 @@ def saved_changed(node: Node) -> bool:
 def _packed(node: Node, name: str) -> Sequence[Any]:
     """Return what a node saved under a name, as it lies there; nothing if f has freed it."""
     try:
-        packed = getattr(node, SAVED_BY_PIECES.get(name, f"_raw{name}"))
+        return _several(getattr(node, SAVED_BY_PIECES.get(name, f"_raw{name}")))
     except RuntimeError:
         return ()
-    return packed if isinstance(packed, (tuple, list)) else (packed,)
 
 
 def recomputed_once() -> contextlib.AbstractContextManager[Any]:
@@ -370,19 +365,18 @@ def node_number(node: Node) -> int:
 
 def packed_by_hooks(node: Any) -> bool:
     """Whether what a custom node saved was packed by saved-tensor hooks."""
-    return any(
-        getattr(raw, "unpack_hook", None) is not None for raw in node._raw_saved_tensors or ()
-    )
+    return _by_hooks(node._raw_saved_tensors or ())
 
 
-def is_vmapped(node: Any) -> bool:
-    """Whether a custom node is of a Function that `torch.vmap` generated of another."""
-    return str(forward_class(node).__name__).startswith("Vmapped")
+def library_name(cls: Any) -> str | None:
+    """Return the name of the `torch.library` operator that a Function was made for."""
+    name, prefix = str(cls.__name__), "GeneratedBackwardFor_"
+    return name.removeprefix(prefix) if name.startswith(prefix) else None
 
 
 def only_raises(cls: Any) -> bool:
     """Whether a Function was made for a `torch.library` operator without autograd."""
-    if not cls.__name__.startswith("GeneratedBackwardFor_"):
+    if library_name(cls) is None:
         return False
     infos = (x._backward_fn for x in _enclosed(cls.backward) if hasattr(x, "_backward_fn"))
     return next(infos, True) is None
@@ -390,7 +384,7 @@ def only_raises(cls: Any) -> bool:
 
 def operator_of(cls: Any) -> OpOverload | None:
     """Return the `torch.library` operator that a Function was made for, None for other ones."""
-    if not cls.__name__.startswith("GeneratedBackwardFor_"):
+    if library_name(cls) is None:
         return None
     return next((x for x in _enclosed(cls.forward) if isinstance(x, OpOverload)), None)
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from .graphs import Node, node_of
+from .watching import Installed, ThreadStack
 
 _INIT: Any = RemovableHandle.__init__
 _ENTER: Any = saved_tensors_hooks.__enter__
@@ -29,56 +27,26 @@ class HookWatcher:
     whose gradients hooks of tensors are given.
     """
 
-    _lock = threading.Lock()
-    _users = 0
-    _local = threading.local()
-
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.some_on_nodes = False
         self._since: Unhooked | None = None
 
     def __enter__(self) -> HookWatcher:
-        cls = HookWatcher
         self._since = Unhooked()
-        with cls._lock:
-            if cls._users == 0:
-                saved_tensors_hooks.__enter__ = _entered  # type: ignore[method-assign]
-            cls._users += 1
-        cls._local.__dict__.setdefault("stack", []).append(self)
+        _WATCHING.__enter__()
+        _WATCHERS.entered.append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        cls = HookWatcher
-        cls._local.stack.pop()
-        self._since = None
-        with cls._lock:
-            cls._users -= 1
-            if cls._users == 0:
-                saved_tensors_hooks.__enter__ = _ENTER  # type: ignore[method-assign]
+        _WATCHERS.entered.pop()
+        self._since = None  # which the frames of an error in f would hold
+        _WATCHING.__exit__()
 
     def since(self) -> Unhooked:
         """Return what goes on looking out for hooks, when f has returned."""
         assert self._since is not None
         return self._since
-
-    @classmethod
-    def active(cls) -> list[HookWatcher]:
-        """Return the watchers of this thread."""
-        stack: list[HookWatcher] = cls._local.__dict__.get("stack", [])
-        return stack
-
-    @classmethod
-    @contextlib.contextmanager
-    def none(cls) -> Iterator[None]:
-        """Have no watcher in this thread for a while."""
-        local = cls._local.__dict__
-        stack = local.get("stack", [])
-        local["stack"] = []
-        try:
-            yield
-        finally:
-            local["stack"] = stack
 
     @property
     def any(self) -> bool:
@@ -90,6 +58,11 @@ class HookWatcher:
         return node in self.nodes or (self.some_on_nodes and _has_hooks(node))
 
 
+#: The watchers of each thread.
+_WATCHERS = ThreadStack()
+no_hooks_watched = _WATCHERS.emptied
+
+
 class Unhooked:
     """Knows whether a hook was registered since it was made, by whichever thread.
 
@@ -99,17 +72,11 @@ class Unhooked:
     """
 
     __slots__ = ("_before",)
-    _lock = threading.RLock()
-    _users = 0
     _hooks = 0
 
     def __init__(self) -> None:
-        cls = Unhooked
-        with cls._lock:
-            if cls._users == 0:
-                RemovableHandle.__init__ = _made  # type: ignore[method-assign]
-            cls._users += 1
-        self._before = cls._hooks - (_AROUND(False) is not None)
+        _LOOKING.__enter__()
+        self._before = Unhooked._hooks - (_AROUND(False) is not None)
 
     @property
     def still(self) -> bool:
@@ -119,11 +86,7 @@ class Unhooked:
     def __del__(self) -> None:
         if sys.is_finalizing():
             return
-        cls = Unhooked
-        with cls._lock:
-            cls._users -= 1
-            if cls._users == 0:
-                RemovableHandle.__init__ = _INIT  # type: ignore[method-assign]
+        _LOOKING.__exit__()
 
 
 def _entered(self: saved_tensors_hooks) -> None:
@@ -138,7 +101,7 @@ def _made(self: RemovableHandle, hooks_dict: Any, *, extra_dict: Any = None) -> 
     caller = sys._getframe(1)
     if caller.f_code in (_OF_TENSOR, _OF_NODE):
         Unhooked._hooks += 1
-    watchers = HookWatcher.active()
+    watchers: list[HookWatcher] = _WATCHERS.entered
     if not watchers:
         return
     if caller.f_code is _OF_TENSOR:
@@ -165,5 +128,12 @@ def _nothing(*_: Any) -> None:
     """Change no gradient."""
 
 
+def _put(cls: Any, name: str, own: Any, theirs: Any) -> Installed:
+    """Return what stands in the place of a method."""
+    return Installed(lambda: setattr(cls, name, own), lambda: setattr(cls, name, theirs))
+
+
+_WATCHING = _put(saved_tensors_hooks, "__enter__", _entered, _ENTER)
+_LOOKING = _put(RemovableHandle, "__init__", _made, _INIT)
 #: What runs in the place of PyTorch's own functions.
 HOOKS = (_made,)

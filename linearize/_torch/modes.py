@@ -49,10 +49,16 @@ set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
 functions_overridden: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
 
 
-def functions_as_they_are() -> contextlib.AbstractContextManager[Any]:
-    """Hide PyTorch's Python functions from those who watch or replace them."""
-    disabled: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunction()
-    return disabled
+#: Hides PyTorch's Python functions from those who watch or replace them.
+functions_as_they_are: Callable[[], contextlib.AbstractContextManager[Any]]
+functions_as_they_are = torch._C.DisableTorchFunction
+
+#: Lets operations on tensor subclasses return plain tensors, as C++ code sees them.
+subclasses_ignored: Callable[[], contextlib.AbstractContextManager[Any]]
+subclasses_ignored = torch._C.DisableTorchFunctionSubclass
+
+#: Suspends dispatch modes.
+unobserved: Callable[[], contextlib.AbstractContextManager[Any]] = _disable_current_modes
 
 
 def undisturbed() -> bool:
@@ -129,11 +135,6 @@ def batch_marker() -> torch.Tensor:
     return _add_batch_dim(numbers, 0, innermost.level())
 
 
-def subclasses_ignored() -> contextlib.AbstractContextManager[Any]:
-    """Let operations on tensor subclasses return plain tensors, as C++ code sees them."""
-    return torch._C.DisableTorchFunctionSubclass()
-
-
 def without_subclass(t: torch.Tensor) -> torch.Tensor:
     """Return `t` without history as a plain tensor on the same memory."""
     if type(t) is torch.Tensor:
@@ -145,31 +146,20 @@ def without_subclass(t: torch.Tensor) -> torch.Tensor:
 
 def without_inference_mode() -> contextlib.AbstractContextManager[None]:
     """Leave inference mode, without grad mode, which leaving alone would switch on."""
-    return _no_inference() if torch.is_inference_mode_enabled() else NOTHING
+    return _outside_inference(grad=False) if torch.is_inference_mode_enabled() else NOTHING
 
 
-@contextlib.contextmanager
-def _no_inference() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def grad_enabled() -> contextlib.AbstractContextManager[Any]:
+def grad_enabled() -> contextlib.AbstractContextManager[None]:
     """Run with a graph, whatever the modes around; where there is nothing to do, at no cost."""
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return NOTHING
-    return _grad_enabled()
+    return _outside_inference(grad=True)
 
 
 @contextlib.contextmanager
-def _grad_enabled() -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad():
+def _outside_inference(*, grad: bool) -> Iterator[None]:
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield
-
-
-def unobserved() -> contextlib.AbstractContextManager[Any]:
-    """Suspend dispatch modes."""
-    return _disable_current_modes()
 
 
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
@@ -198,21 +188,21 @@ _LESS_EXCLUDED: dict[int, Any] = {}
 
 
 class Hidden:
-    """Function modes that are taken off this thread's stack for a while; others stay."""
+    """A function mode that is taken off this thread's stack for a while; others stay."""
 
-    def __init__(self, modes: Sequence[Any]) -> None:
-        self._modes = modes
+    def __init__(self, mode: Any) -> None:
+        self._mode = mode
         self._stack: list[Any] = []
         self.entered = False
 
     def enter(self) -> None:
-        """Take them off."""
+        """Take it off."""
         self.entered = True
         self._stack = _popped()
-        _pushed([m for m in self._stack if not any(m is x for x in self._modes)])
+        _pushed([m for m in self._stack if m is not self._mode])
 
     def leave(self) -> None:
-        """Put them back where they were."""
+        """Put it back where it was."""
         _popped()
         _pushed(self._stack)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -33,6 +33,10 @@ def holds_tensors(script: Any) -> bool:
     return any(n.hasAttribute("value") and n.kindOf("value") == "t" for n in constants)
 
 
+#: What may hold tensors in C, where Python does not see them.
+OPAQUE: tuple[Any, ...] = (torch._C.ScriptMethod, torch.ScriptObject, torch.futures.Future)
+
+
 def operator_functions(op: CustomOpDef) -> list[Any]:
     """Return the Python functions that a custom operator was made of."""
     names = ("_init_fn", "_backend_fns", "_setup_context_fn", "_backward_fn", "_vmap_fn")
@@ -58,17 +62,11 @@ def key_string(path: KeyPath) -> str:
     return str(pytree.keystr(path))
 
 
-def reachable_elsewhere(t: torch.Tensor, aliases: int, holders: int = 1) -> bool:
+def reachable_elsewhere(t: torch.Tensor, aliases: int, holders: int) -> bool:
     """Whether somebody else holds `t` or its memory; never wrongly denied.
 
-    Parameters
-    ----------
-    t
-        A tensor.
-    aliases
-        How many tensors on the same storage the caller holds, `t` included.
-    holders
-        By how many references the caller holds `t`.
+    The caller holds so many tensors on the same storage (`aliases`, `t` included), and `t` by so
+    many references (`holders`).
     """
     count = _references(t) - holders + 1
     storage = t.untyped_storage()
@@ -125,14 +123,15 @@ def has_memory(t: torch.Tensor) -> bool:
 
 def unwrapped(t: torch.Tensor) -> torch.Tensor:
     """Return the tensor inside of one of `torch.func`'s transforms, any other as it is."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+    while batched_or_wrapped(t):
         t = torch._C._functorch.get_unwrapped(t)
     return t
 
 
-def batched_or_wrapped(t: torch.Tensor) -> bool:
-    """Whether `t` belongs to a `torch.func` transform (a batched or tracked tensor)."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
+#: Whether a tensor belongs to a `torch.func` transform (a batched or tracked tensor).
+batched_or_wrapped: Callable[[torch.Tensor], bool] = (
+    torch._C._functorch.is_functorch_wrapped_tensor
+)
 
 
 def decompositions(op: Any) -> Callable[..., Any] | None:
@@ -163,6 +162,8 @@ _SMALLER = {
 }
 
 
+#: Functions that run a backward pass.
+RUNS_BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward))
 #: Functions with running statistics: the place of the first of both, and the name of the flag, the
 #: sixth argument, by which they move, with its default.
 MOVING_STATISTICS: dict[Any, tuple[int, str, bool]] = {
@@ -174,3 +175,13 @@ MOVING_STATISTICS: dict[Any, tuple[int, str, bool]] = {
     torch.cudnn_batch_norm: (3, "training", False),
     torch.miopen_batch_norm: (3, "training", False),
 }
+
+
+def statistics_of(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[int | str, Any], bool]:
+    """Return the running statistics that such a function is given, and whether they move."""
+    first, flag, moves = MOVING_STATISTICS[func]
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    places = (first, first + 1, "running_mean", "running_var")
+    return {p: given[p] for p in places if p in given}, bool(given.get(5, given.get(flag, moves)))

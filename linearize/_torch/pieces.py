@@ -12,7 +12,6 @@ import importlib
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,10 +20,11 @@ from torch._guards import detect_fake_mode
 
 from .aot import UnreadableError, is_piece, read
 from .modes import DispatchMode, Hidden
-from .names import MOVING_STATISTICS
+from .names import MOVING_STATISTICS, statistics_of
+from .watching import ThreadStack
 
-#: Who watches calls of compiled functions in a thread, the innermost last.
-WATCHING = threading.local()
+#: Who watches calls of compiled functions.
+WATCHING = ThreadStack()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,16 +49,12 @@ class Piece:
 class CompiledCalls:
     """What is to know of calls of compiled functions in one run of f, and the pieces that ran.
 
-    Modes that are `hidden` compiled functions must not see: they would be compiled into them.
-    `noted` is given what compiled code reads, and those running statistics among it that move.
+    Compiled functions must not see who notes the `reads` of f: it would be compiled into them.
+    It is told what compiled code reads, and those running statistics among it that move.
     """
 
-    def __init__(
-        self,
-        hidden: Sequence[Any] = (),
-        noted: Callable[[Sequence[Any], Sequence[torch.Tensor]], None] | None = None,
-    ) -> None:
-        self.hidden, self._noted = hidden, noted
+    def __init__(self, reads: Any = None) -> None:
+        self.reads = reads
         self.pieces: dict[Piece, None] = {}
         #: The frame of the outermost call of a compiled function, and what it does not see.
         self.frame = 0
@@ -67,14 +63,8 @@ class CompiledCalls:
     def ran(self, piece: Piece, arguments: Sequence[Any], moving: Sequence[torch.Tensor]) -> None:
         """Take note of a piece that is about to run."""
         self.pieces[piece] = None
-        if self._noted is not None:
-            self._noted(arguments, moving)
-
-
-def watching() -> CompiledCalls | None:
-    """Return who watches calls of compiled functions in this thread."""
-    stack = WATCHING.__dict__.get("stack")
-    return stack[-1] if stack else None
+        if self.reads is not None:
+            self.reads.note_compiled(arguments, moving)
 
 
 class Looking:
@@ -146,7 +136,7 @@ def _noted(
     run = _bare(run)
 
     def called(*arguments: Any) -> Any:
-        calls = watching()
+        calls: CompiledCalls | None = WATCHING.innermost
         if calls is None:
             return run(*arguments)
         calls.ran(piece, arguments, [arguments[i] for i in statistics or ()])
@@ -172,13 +162,9 @@ def _statistics(graph: Any) -> dict[int, bool]:
     found: dict[int, bool] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in MOVING_STATISTICS:
-            first, flag, default = MOVING_STATISTICS[node.target]
-            given = dict(enumerate(node.args)) | node.kwargs
-            moves = bool(given.get(5, given.get(flag, default)))
-            for key in (first, first + 1, "running_mean", "running_var"):
-                if given.get(key) in places:
-                    place = places[given[key]]
-                    found[place] = found.get(place, False) or moves
+            given, moves = statistics_of(node.target, node.args, node.kwargs)
+            for place in (places[x] for x in given.values() if x in places):
+                found[place] = found.get(place, False) or moves
     return found
 
 
@@ -225,9 +211,9 @@ def _unfit_for(backend: Any, module: Any, inputs: Sequence[Any]) -> str:
 
     It runs once without numbers for that.
     """
-    if type(backend).__name__ == "_TorchCompileInductorWrapper" and any(
-        isinstance(t, torch.Tensor) and t.is_complex() for t in (*inputs, *_values(module.graph))
-    ):
+    tensors = (*inputs, *(n.meta.get("example_value") for n in module.graph.nodes))
+    inductor = type(backend).__name__ == "_TorchCompileInductorWrapper"
+    if inductor and any(isinstance(t, torch.Tensor) and t.is_complex() for t in tensors):
         return "Inductor has no complex numbers"
     fake: Any = detect_fake_mode(inputs)
     if fake is None:
@@ -258,11 +244,6 @@ def _constants_allowed(fake: Any) -> Iterator[None]:
         yield
     finally:
         fake.allow_non_fake_inputs = before
-
-
-def _values(graph: Any) -> Iterator[Any]:
-    for node in graph.nodes:
-        yield node.meta.get("example_value")
 
 
 def _said(error: Exception) -> str:

@@ -7,20 +7,21 @@ import functools
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..errors import DistributedError, MissingDerivativeError, UnsupportedError
+from .graphs import library_name
 from .modes import NOTHING, DispatchMode
 from .sharded import own_function
+from .watching import Installed, ThreadStack
 
 _FUNCTIONAL = "torch.distributed._functional_collectives"
 _FSDP = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
-_GENERATED = "GeneratedBackwardFor_"
 
 
 def distributed() -> bool:
@@ -36,9 +37,8 @@ def collective_kind(cls: Any) -> str:
     """
     if str(cls.__module__).startswith("torch.distributed."):
         return "" if own_function(cls) else str(cls.__name__)
-    name = str(cls.__name__)
-    for library in ("_c10d_functional_autograd", "_c10d_functional"):
-        prefix = f"{_GENERATED}{library}_"
+    name = library_name(cls) or ""
+    for prefix in ("_c10d_functional_autograd_", "_c10d_functional_"):
         if name.startswith(prefix):
             return name.removeprefix(prefix).removesuffix("_default")
     return ""
@@ -109,7 +109,7 @@ class _Alone(DispatchMode):
 
 def alone(message: str) -> contextlib.AbstractContextManager[Any]:
     """Have what communicates inside raise a `MissingDerivativeError` in its place."""
-    return _Alone(message) if distributed() else contextlib.nullcontext()
+    return _Alone(message) if distributed() else NOTHING
 
 
 _failed = threading.local()
@@ -136,11 +136,6 @@ def fail_if_told() -> None:
 def store() -> Any:
     """Return what all ranks can write to and read from, without communicating."""
     return dist.distributed_c10d._get_default_store()
-
-
-def order_of(node: Any) -> int:
-    """Return a number that is higher for nodes that were made later, in one thread."""
-    return int(node._sequence_nr())
 
 
 #: What process groups do to tensors in place, so that autograd does not learn of it.
@@ -175,60 +170,56 @@ class _Watch:
     that write in place refuse what requires grad, as autograd would not learn of it.
     """
 
-    _lock = threading.Lock()
-    _users = 0
-    _local = threading.local()
-    _given: ClassVar[dict[str, Any]] = {}
-    _wrap: Any = None
-    _fsdp: Any = None
-    _gathering: Any = None
-
-    @classmethod
-    def active(cls) -> bool:
-        return bool(getattr(cls._local, "depth", 0))
-
     def __enter__(self) -> None:
-        cls = _Watch
-        module: Any = importlib.import_module(_FUNCTIONAL)
-        with cls._lock:
-            if cls._users == 0:
-                cls._wrap, module._maybe_wrap_tensor = module._maybe_wrap_tensor, _waited
-                own = vars(dist.ProcessGroup)
-                cls._given = {name: own[name] for name in _UNSEEN if name in own}
-                for name in cls._given:
-                    setattr(dist.ProcessGroup, name, _refusing(name))
-                cls._fsdp = getattr(sys.modules.get(_FSDP), "FSDPParamGroup", None)
-                if cls._fsdp is not None:
-                    cls._gathering = cls._fsdp.pre_forward
-                    cls._fsdp.pre_forward = _not_gathering
-            cls._users += 1
-        cls._local.depth = getattr(cls._local, "depth", 0) + 1
+        _IN_PLACE.__enter__()
+        _WATCHES.entered.append(self)
 
     def __exit__(self, *exc: object) -> None:
-        cls = _Watch
-        cls._local.depth -= 1
-        with cls._lock:
-            cls._users -= 1
-            if cls._users == 0:
-                module: Any = sys.modules[_FUNCTIONAL]
-                module._maybe_wrap_tensor = cls._wrap
-                for name, method in cls._given.items():
-                    setattr(dist.ProcessGroup, name, method)
-                if cls._fsdp is not None:
-                    cls._fsdp.pre_forward = cls._gathering
+        _WATCHES.entered.pop()
+        _IN_PLACE.__exit__()
 
 
-def _waited(t: torch.Tensor) -> Any:
-    if not _Watch.active():
-        return _Watch._wrap(t)
-    if t.requires_grad and not collective_kind(getattr(t.grad_fn, "_forward_cls", object)):
-        raise UnsupportedError(
-            "a functional collective for which PyTorch has no derivative (broadcast, say) was "
-            "called inside f with a tensor that requires grad; use torch.distributed.nn.functional"
-        )
-    with torch.no_grad():
-        torch.ops._c10d_functional.wait_tensor(t.detach())
-    return t
+_WATCHES = ThreadStack()
+#: What is replaced while somebody watches: where it stands, its name, and what stands there else.
+_THEIRS: list[tuple[Any, str, Any]] = []
+
+
+def _replace() -> None:
+    module: Any = importlib.import_module(_FUNCTIONAL)
+    group = dist.ProcessGroup
+    ours = {(module, "_maybe_wrap_tensor"): _waited(module._maybe_wrap_tensor)}
+    ours |= {(group, name): _refusing(name) for name in _UNSEEN if name in vars(group)}
+    sharding = getattr(sys.modules.get(_FSDP), "FSDPParamGroup", None)
+    if sharding is not None:
+        ours[sharding, "pre_forward"] = _not_gathering(sharding.pre_forward)
+    for (where, name), own in ours.items():
+        _THEIRS.append((where, name, vars(where)[name]))
+        setattr(where, name, own)
+
+
+def _restore() -> None:
+    while _THEIRS:
+        setattr(*_THEIRS.pop())
+
+
+_IN_PLACE = Installed(_replace, _restore)
+
+
+def _waited(wrap: Callable[..., Any]) -> Callable[..., Any]:
+    def called(t: torch.Tensor) -> Any:
+        if not _WATCHES.entered:
+            return wrap(t)
+        if t.requires_grad and not collective_kind(getattr(t.grad_fn, "_forward_cls", object)):
+            raise UnsupportedError(
+                "a functional collective for which PyTorch has no derivative (broadcast, say) was "
+                "called inside f with a tensor that requires grad; use "
+                "torch.distributed.nn.functional"
+            )
+        with torch.no_grad():
+            torch.ops._c10d_functional.wait_tensor(t.detach())
+        return t
+
+    return called
 
 
 def _refusing(name: str) -> Any:
@@ -236,7 +227,7 @@ def _refusing(name: str) -> Any:
 
     @functools.wraps(method)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _Watch.active() and torch.is_grad_enabled() and any(map(_requires_grad, args)):
+        if _WATCHES.entered and torch.is_grad_enabled() and any(map(_requires_grad, args)):
             raise UnsupportedError(
                 f"torch.distributed ({name}) was called inside f with a tensor that depends on a "
                 "primal, or on something else that requires grad: autograd does not see it, and "
@@ -248,17 +239,23 @@ def _refusing(name: str) -> Any:
     return called
 
 
-def _not_gathering(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Take the place of what gathers the parameters of a module before its forward."""
-    if _Watch.active():
-        raise UnsupportedError(
-            "f calls a module that fully_shard was applied to: it computes with parameters that "
-            "are gathered out of sight of autograd and freed afterwards, so that there is no "
-            "derivative by what is sharded, and nothing to run products with; instead, make its "
-            "parameters DTensors (torch.distributed.tensor.distribute_tensor, Shard(0)), call the "
-            "module with them by torch.func.functional_call, and let operations on DTensors gather"
-        )
-    return _Watch._gathering(self, *args, **kwargs)
+def _not_gathering(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what takes the place of what gathers the parameters of a module for its forward."""
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _WATCHES.entered:
+            raise UnsupportedError(
+                "f calls a module that fully_shard was applied to: it computes with parameters "
+                "that are gathered out of sight of autograd and freed afterwards, so that there "
+                "is no derivative by what is sharded, and nothing to run products with; instead, "
+                "make its parameters DTensors (torch.distributed.tensor.distribute_tensor, "
+                "Shard(0)), call the module with them by torch.func.functional_call, and let "
+                "operations on DTensors gather"
+            )
+        return method(self, *args, **kwargs)
+
+    return called
 
 
 def _requires_grad(x: Any) -> bool:

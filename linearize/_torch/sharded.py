@@ -172,7 +172,7 @@ def copies_given(ctx: Any) -> tuple[Any, ...] | None:
 
 def settings_of(ctx: Any) -> tuple[Any, ...]:
     """Return what the backward of a Function of DTensor's own depends on, but its argument."""
-    return tuple(sorted(((k, v) for k, v in vars(ctx).items()), key=lambda pair: pair[0]))
+    return tuple(sorted(vars(ctx).items()))
 
 
 def mesh_of(ctx: Any) -> Any:

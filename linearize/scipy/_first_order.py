@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 
 from .._capture.contexts import ContextRecords
-from .._capture.graph import in_graph
+from .._capture.graph import edge_of, in_graph
 from .._capture.reach import Reach
-from .._capture.reads import Reads, stamps
-from .._capture.state import State
+from .._capture.reads import Reads
+from .._capture.state import State, stamps
 from .._derivatives.gradient import check_scalar
 from .._points.memo import Stamp, changed, numbers
 from .._spaces.space import differentiable
-from .._torch.graphs import gradient_edge
 from .._torch.names import pytree
 from ._operators import Array
 
@@ -94,7 +93,7 @@ class FirstOrder:
             with watching as reads:
                 value = self._f(x)
             check_scalar(value)
-            hidden = () if reads is None else _kept_in_graph(value)
+            hidden = () if reads is None else in_graph([edge_of(value)])
             gradient = (
                 torch.autograd.grad(value, leaves, allow_unused=True)
                 if value.requires_grad
@@ -108,8 +107,3 @@ class FirstOrder:
         if reads is not None:
             read += [*reads.stamps(), *stamps(map(weakref.ref, hidden)), *numbers(reads.moving())]
         return Slope(value.item(), self._ravel(parts), state, read)
-
-
-def _kept_in_graph(value: torch.Tensor) -> list[torch.Tensor]:
-    edge = gradient_edge(value) if value.requires_grad else None
-    return in_graph([edge and (edge.node, edge.output_nr)])

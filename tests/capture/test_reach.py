@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import array
+import contextvars
 import dataclasses
 import enum
 import functools
 import gc
 import itertools
+import mmap
+import multiprocessing
 import operator
 import random
+import sys
 import threading
 import types
 import warnings
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -400,6 +404,77 @@ def read_in_another_thread() -> Case:
     return f, scale.fill_
 
 
+def in_a_default_dict() -> Case:
+    table: defaultdict[str, Any] = defaultdict(float, scale=1.0)
+    return lambda x: x * table["scale"], lambda v: table.update(scale=v)
+
+
+def by_a_method_of_a_dict() -> Case:
+    table: dict[str, Any] = {"scale": 1.0}
+    get = table.get
+    return lambda x: x * get("scale"), lambda v: table.update(scale=v)
+
+
+class Row(list[float]):
+    scale: Any
+
+
+def attribute_of_a_list() -> Case:
+    row = Row()
+    row.scale = 1.0
+    return lambda x: x * row.scale, lambda v: setattr(row, "scale", v)
+
+
+class Incomparable(nn.Module):
+    scale: Any = 1.0
+
+    def __eq__(self, other: object) -> bool:  # and so it has no hash
+        return False
+
+
+def a_module_without_a_hash() -> Case:
+    module = Incomparable()
+    return lambda x: x * module.scale, lambda v: setattr(module, "scale", v)
+
+
+def imported_when_it_runs() -> Case:
+    module = sys.modules["settings_of_an_import"] = types.ModuleType("settings_of_an_import")
+    module.scale = 1.0  # type: ignore[attr-defined]
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        import settings_of_an_import as settings  # type: ignore[import-not-found]
+
+        return x * settings.scale
+
+    return f, lambda v: setattr(module, "scale", v)
+
+
+def beside_a_variable_without_a_value() -> Case:
+    scale: Any = 1.0
+
+    def change(value: Any) -> None:
+        nonlocal scale, later
+        scale = later = value
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x * scale if scale < 2 else x * later
+
+    if scale > 1:
+        later = 1.0
+    return f, change
+
+
+def a_context_variable() -> Case:
+    scale: contextvars.ContextVar[Any] = contextvars.ContextVar("scale", default=1.0)
+    return lambda x: x * scale.get(), scale.set
+
+
+def of_this_thread() -> Case:
+    local = threading.local()
+    local.scale = 1.0
+    return lambda x: x * local.scale, lambda v: setattr(local, "scale", v)
+
+
 CASES = [
     value
     for name, value in list(globals().items())
@@ -626,9 +701,21 @@ def test_a_static_argument_changed_in_place_is_seen(make: Any, change: Any, keyw
 # -- what cannot be looked into ------------------------------------------------------------------
 
 
+def counted_entry(held: Any) -> float:
+    held[0] += 2
+    return float(held[0] - 1)
+
+
+def counted_number(held: Any) -> float:
+    held.value += 2.0
+    return float(held.value - 1)
+
+
 def hidden() -> dict[str, Any]:
     """Objects whose state cannot be seen, each with a function of it."""
     return {
+        "memory map": (mmap.mmap(-1, 1), counted_entry),
+        "shared number": (multiprocessing.Value("d", 0.0), counted_number),
         "iterator": (itertools.cycle([1.0, 3.0]), next),
         "generator": ((s for s in (1.0, 3.0, 5.0)), next),
         "list iterator": (iter([1.0, 3.0, 5.0]), next),
@@ -664,6 +751,41 @@ def test_a_trace_that_holds_a_tensor_is_not_trusted() -> None:
     plain = torch.jit.trace(lambda x: x.sin(), X)
     lin = lz.Linearizer(lambda x: plain(x))
     assert lin.at(x) is lin.at(x)
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(2, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift.tan()
+
+
+def by_a_traced_method() -> tuple[torch.Tensor, Callable[..., Any]]:
+    module = torch.jit.trace(Shifted(), X)
+    method = module.forward
+    return module.shift, lambda x: method(x)
+
+
+def by_a_future() -> tuple[torch.Tensor, Callable[..., Any]]:
+    shift = torch.zeros(2, dtype=torch.float64)
+    future: Any = torch.futures.Future()
+    future.set_result(shift)
+    return shift, lambda x: x + future.value().tan()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [by_a_traced_method, by_a_future])
+def test_what_holds_a_tensor_in_c_is_not_trusted(make: Any) -> None:
+    """Operations on the tensor itself are out of sight, and no node of the graph keeps it."""
+    shift, f = make()
+    lin = lz.Linearizer(f)
+    x = X.clone()
+    torch.testing.assert_close(lin.at(x).value, x)
+    shift.fill_(torch.pi / 4)
+    with pytest.warns(MemoWarning, match="method|future"):
+        torch.testing.assert_close(lin.at(x).value, x + 1)
 
 
 class Contrary:
