@@ -197,11 +197,11 @@ class Plan:
     ) -> Sequence[torch.Tensor | None]:
         """Apply the map to a stack for which nothing is bound yet."""
         executor = self._running[1]
-        if not executor.gains_by_stacks:
+        stacks = stacks_of(executor)
+        if not stacks.gain:
             return self._looped(arguments)
         if count < 2 or executor.program.is_opaque():  # user code is not called to try something
             return mapped()
-        stacks = stacks_of(executor)
         if count not in stacks.known:
             if not stacks.due(count):
                 return mapped()

@@ -19,8 +19,7 @@ from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 from . import stacked_products as stacked_products  # registers its rules
-from .mapping import LARGE
-from .stacking import Vectorizer, later, naming_rule, rank, rule
+from .stacking import LARGE, Vectorizer, later, naming_rule, rank, rule
 
 
 def vectorized(program: Program, numbers: Numbers, count: int) -> Program | None:

@@ -1,20 +1,27 @@
-"""Putting a dimension more in front of all values of a program."""
+"""Putting a dimension more in front of all values of a program.
+
+By the rule of an operation, or by `torch.vmap` where it has none.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
+from .._execute.mapped import Slot, apply_to, by_entry, call_again
 from .._programs.aten import schema_of
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Program
-from .._programs.values import Constant, Var
+from .._programs.values import Constant, Value, Var
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
-from .mapping import Mapped
+
+#: From how many numbers in one entry on a kernel is called for each entry.
+LARGE = 1 << 13
 
 
 class Vectorizer:
@@ -130,6 +137,54 @@ class Vectorizer:
         args = map_leaves(renamed, eq.args), map_leaves(renamed, eq.kwargs)
         op = Mapped(eq.op, *args)
         self.e.equations.append(Equation(op, op.given, {}, outs, eq.source))
+
+
+class Mapped:
+    """An operation mapped over the first dimension of its variables."""
+
+    def __init__(self, op: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self.op = op
+        self.dims: list[int | None] = []
+        given: list[Any] = []
+
+        def place(x: Any) -> Any:
+            if not isinstance(x, Value):
+                return x
+            given.append(x)
+            self.dims.append(0 if isinstance(x, Var) else None)
+            return Slot(len(given) - 1)
+
+        self.template = map_leaves(place, (list(args), kwargs))
+        self.given = tuple(given)
+
+    def __repr__(self) -> str:
+        return f"each {self.op}"
+
+    def __call__(self, *given: Any) -> tuple[Any, ...]:
+        """Apply it; returns all results."""
+        if self.by_hand(given):
+            count = next(len(t) for t, d in zip(given, self.dims, strict=True) if d == 0)
+            out = by_entry(self.op, self.template, given, self.dims, count)
+            return out if isinstance(out, tuple) else (out,)
+        there: list[bool] = []
+        again = functools.partial(call_again, self.op)
+
+        def one(*tensors: Any) -> tuple[Any, ...]:
+            out = apply_to(again, self.template, tensors)
+            results = out if isinstance(out, (tuple, list)) else (out,)
+            there[:] = [t is not None for t in results]
+            return tuple(t for t in results if t is not None)
+
+        found = iter(torch.vmap(one, tuple(self.dims))(*given))
+        return tuple(next(found) if here else None for here in there)
+
+    def by_hand(self, given: Sequence[Any]) -> bool:
+        """Whether entries are so large that a kernel for each beats simpler operations on all."""
+        schema = schema_of(self.op) if isinstance(self.op, OpOverload) else None
+        if schema is None or schema.pointwise or not schema.name.endswith("_backward"):
+            return False
+        stacks = (t for t, d in zip(given, self.dims, strict=True) if d == 0)
+        return any(t[0].numel() >= LARGE for t in stacks)
 
 
 Rule: TypeAlias = Callable[[Vectorizer, Equation, TensorSpec], "Var | None"]

@@ -18,11 +18,18 @@ import torch
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.schedule import Portable
-from .._execute.thresholds import MOST_STACKS, STACK_AT, STACK_BYTES, STACK_BYTES_MULTIPLIED
+from .._execute.thresholds import (
+    LARGE_ENTRY,
+    MOST_STACKS,
+    STACK_AT,
+    STACK_BYTES,
+    STACK_BYTES_MULTIPLIED,
+)
+from .._programs.aten import may_alias
 from .._programs.numbers import Numbers
 from .._programs.origins import Literal, Saved
 from .._programs.price import multiplies
-from .._programs.program import Program
+from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
 from .._programs.values import Constant
 from .._spaces.budget import memory_budget
@@ -93,10 +100,17 @@ class Stack(Portable):
 class Stacks:
     """What is known of the stacks that one program was asked for, at any point.
 
-    Programs by the lengths of stacks; None where there is none, or a wrong one.
+    Attributes
+    ----------
+    gain
+        Whether several arguments are taken together faster than one after the other.
+    known
+        Programs by the lengths of stacks; None where there is none, or a wrong one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, program: Program) -> None:
+        slower = _mostly_opaque(program) or _fills_caches(program)
+        self.gain = program.communicates() or not slower  # all ranks do the same
         self.known: dict[int, Stack | None] = {}
         self._counts: Counter[int] = Counter()
 
@@ -119,5 +133,19 @@ def stacks_of(executor: Executor) -> Stacks:
     """Return what is known of the stacks of a program."""
     found = _STACKS.get(executor)
     if found is None:
-        found = _STACKS[executor] = Stacks()
+        found = _STACKS[executor] = Stacks(executor.program)
     return found
+
+
+def _mostly_opaque(program: Program) -> bool:
+    """Whether there is no more to do than to call user code that does not take batches."""
+    user = program.opaque()
+    built_in = (eq.op for eq in program.equations if not isinstance(eq.op, Operation))
+    alone = bool(user) and not any(op.takes_batches for op in user)
+    return alone and sum(not may_alias(op) for op in built_in) <= len(user)
+
+
+def _fills_caches(program: Program) -> bool:
+    """Whether values are so large that the processor's caches do not hold several of them."""
+    values = (v for eq in program.equations for v in eq.outputs if v is not None)
+    return any(v.spec.device.type == "cpu" and v.spec.numel >= LARGE_ENTRY for v in values)
