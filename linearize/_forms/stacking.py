@@ -49,27 +49,21 @@ class Vectorizer:
 
     def equation(self, eq: Equation) -> None:
         self.e.source = eq.source
-        rule = RULES.get(eq.op)
-        if eq.op in NAMING_RULES and NAMING_RULES[eq.op](self, eq):
-            return
         mark = len(self.e.equations)
         wanted = [v for v in eq.outputs if v is not None]
-        out = wanted[0] if len(wanted) == 1 else None
-        found = None
-        if out is not None:
-            if rule is not None:
-                found = rule(self, eq, out.spec)
-            elif (
-                len(eq.outputs) == 1
-                and isinstance(eq.op, OpOverload)
-                and schema_of(eq.op).pointwise
-            ):
-                found = self.pointwise(eq, out.spec)
-        if found is not None and out is not None:
-            self.names[out] = found
-            return
-        del self.e.equations[mark:]
-        self.mapped(eq)
+        found = self.by_rule(eq, wanted[0].spec) if wanted else ()
+        if len(found) != len(wanted):
+            del self.e.equations[mark:]
+            found = self.mapped(eq)
+        self.names.update(zip(wanted, found, strict=True))
+
+    def by_rule(self, eq: Equation, out: TensorSpec) -> Sequence[Var]:
+        """Return the results that are used; not as many where the rule does not hold."""
+        rule = RULES.get(eq.op)
+        if rule is None and len(eq.outputs) == 1 and isinstance(eq.op, OpOverload):
+            rule = Vectorizer.pointwise if schema_of(eq.op).pointwise else None
+        found = None if rule is None else rule(self, eq, out)
+        return [found] if isinstance(found, Var) else found or ()
 
     # -- what rules are made of -------------------------------------------------------------
 
@@ -126,17 +120,15 @@ class Vectorizer:
         shape = (self.count, *v.spec.shape[len(dims) + 1 :])
         return self.emit(aten.sum.dim_IntList, (v, dims), shape)
 
-    def mapped(self, eq: Equation) -> None:
-        """Map an operation over the stack."""
+    def mapped(self, eq: Equation) -> list[Var]:
+        """Map an operation over the stack; return the results that are used."""
         outs = tuple(None if v is None else Var(self.spec(v.spec)) for v in eq.outputs)
-        self.names.update((v, o) for v, o in zip(eq.outputs, outs, strict=True) if v and o)
-
-        def renamed(x: Any) -> Any:
-            return self.names[x] if isinstance(x, Var) else x
-
-        args = map_leaves(renamed, eq.args), map_leaves(renamed, eq.kwargs)
-        op = Mapped(eq.op, *args)
+        args, kwargs = map_leaves(
+            lambda x: self.names[x] if isinstance(x, Var) else x, (eq.args, eq.kwargs)
+        )
+        op = Mapped(eq.op, args, kwargs)
         self.e.equations.append(Equation(op, op.given, {}, outs, eq.source))
+        return [v for v in outs if v is not None]
 
 
 class Mapped:
@@ -187,7 +179,8 @@ class Mapped:
         return any(t[0].numel() >= LARGE for t in stacks)
 
 
-Rule: TypeAlias = Callable[[Vectorizer, Equation, TensorSpec], "Var | None"]
+#: Gives the result, or all results that are used; None if it does not hold.
+Rule: TypeAlias = Callable[[Vectorizer, Equation, TensorSpec], Var | Sequence[Var] | None]
 RULES: dict[Any, Rule] = {}
 
 
@@ -196,21 +189,6 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
 
     def register(fn: Rule) -> Rule:
         RULES.update(dict.fromkeys(ops, fn))
-        return fn
-
-    return register
-
-
-#: Of operations with several results, which the rule names itself; it returns whether it did.
-NamingRule: TypeAlias = Callable[[Vectorizer, Equation], bool]
-NAMING_RULES: dict[Any, NamingRule] = {}
-
-
-def naming_rule(op: Any) -> Callable[[NamingRule], NamingRule]:
-    """Register the rule of an operation with several results."""
-
-    def register(fn: NamingRule) -> NamingRule:
-        NAMING_RULES[op] = fn
         return fn
 
     return register

@@ -59,8 +59,8 @@ class Stack(Portable):
         self.compared = 0
 
     @staticmethod
-    def of(program: Program, binding: Binding, count: int) -> Stack | None:
-        """Make the program for `count` arguments, None if there is none."""
+    def of(program: Program, binding: Binding, count: int) -> Stack:
+        """Make the program for `count` arguments."""
         stand_ins = {
             c: Constant(c.spec, Saved(i, ""), c.source)
             for i, c in enumerate(program.constants)
@@ -75,8 +75,7 @@ class Stack(Portable):
 
         moved = program.with_equations([eq.renamed(stand_in) for eq in program.equations])
         with torch.inference_mode(False), torch.no_grad():
-            made = vectorized(moved, numbers, count)
-        return None if made is None else Stack(made)
+            return Stack(vectorized(moved, numbers, count))
 
     def bind(self, binding: Binding) -> Binding:
         """Compute the numbers of a point of those of the program for one argument."""
@@ -105,7 +104,7 @@ class Stacks:
     gain
         Whether several arguments are taken together faster than one after the other.
     known
-        Programs by the lengths of stacks; None where there is none, or a wrong one.
+        Programs by the lengths of stacks; None where one was found to be wrong.
     """
 
     def __init__(self, program: Program) -> None:
@@ -119,7 +118,7 @@ class Stacks:
         self._counts[count] += 1
         return self._counts[count] >= STACK_AT
 
-    def keep(self, count: int, stack: Stack | None) -> None:
+    def keep(self, count: int, stack: Stack) -> None:
         """Remember a program; only those of few lengths are kept."""
         if len(self.known) >= MOST_STACKS:
             self.known = {}
