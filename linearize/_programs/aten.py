@@ -163,6 +163,8 @@ class Schema:
     pointwise: bool
     #: Whether it is pointwise, be it without the tag that says so.
     by_entry: bool
+    may_alias: bool
+    returns_several: bool
 
     @property
     def into_out(self) -> bool:
@@ -191,7 +193,12 @@ def schema_of(op: OpOverload) -> Schema:
     name = op._schema.name.partition("::")[2]
     pointwise = torch.Tag.pointwise in op.tags
     by_entry = pointwise or name in _UNTAGGED_POINTWISE
-    return Schema(name, writes, bool(op.is_view), pointwise, by_entry)
+    returns = op._schema.returns
+    # Composite operations (`reshape`) return a view where they can, without saying so.
+    aliases = name in _MAYBE_VIEW or any(r.alias_info is not None for r in returns)
+    several = len(returns) != 1 or str(returns[0].type) == "List[Tensor]"
+    is_view = bool(op.is_view)
+    return Schema(name, writes, is_view, pointwise, by_entry, is_view or aliases, several)
 
 
 def at_random(op: OpOverload) -> bool:
@@ -245,47 +252,19 @@ def functional_variant(op: OpOverload) -> OpOverload | None:
     return None
 
 
-_COPYING = {aten.clone.default, aten._to_copy.default}
+_MAYBE_VIEW = frozenset(
+    "reshape resolve_conj resolve_neg contiguous _unsafe_view lift_fresh _reshape_alias".split()
+)
 
 
 def may_alias(op: Callable[..., Any]) -> bool:
     """Whether an operation's result may share memory with its argument."""
-    return not isinstance(op, OpOverload) or _may_alias(op)
-
-
-@functools.cache  # of PyTorch's own operations: others go with their point
-def _may_alias(op: OpOverload) -> bool:
-    if op in _COPYING:
-        return False
-    if schema_of(op).is_view:
-        return True
-    aliases = any(r.alias_info is not None for r in op._schema.returns)
-    # Composite operations (`reshape`) return a view where they can, without saying so.
-    return aliases or op.name() in _MAYBE_VIEW
-
-
-_MAYBE_VIEW = frozenset(
-    {
-        "aten::reshape",
-        "aten::resolve_conj",
-        "aten::resolve_neg",
-        "aten::contiguous",
-        "aten::_unsafe_view",
-        "aten::lift_fresh",
-        "aten::_reshape_alias",
-    }
-)
+    return not isinstance(op, OpOverload) or schema_of(op).may_alias
 
 
 def returns_several(op: Callable[..., Any]) -> bool:
     """Whether an operation returns a tuple or list, be it of one tensor."""
-    return not isinstance(op, OpOverload) or _returns_several(op)
-
-
-@functools.cache
-def _returns_several(op: OpOverload) -> bool:
-    returns = op._schema.returns
-    return len(returns) != 1 or str(returns[0].type) == "List[Tensor]"
+    return not isinstance(op, OpOverload) or schema_of(op).returns_several
 
 
 #: What permutes dimensions.
