@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .._programs.aten import may_alias, returns_several
+from .._programs.aten import returns_several
 from .._programs.program import Equation, Operation, Program, op_name
-from .._programs.values import Value, Var
+from .._programs.values import Value
 from .._spaces.compare import close
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
@@ -22,6 +22,7 @@ from .._torch.modes import functions_as_they_are, functions_overridden, functorc
 from ..errors import LinearizeError
 from .binding import Binding, BoundProgram, unread_after
 from .mapped import Slot, call, filled
+from .memory import shared_results
 from .thresholds import WRITE_OUT_AT, WRITE_OUT_SOON
 from .written import Bound, generate_bound
 
@@ -126,7 +127,7 @@ class Executor:
         self._inputs = [slots[v] for v in program.inputs]
         self._outputs = [-1 if v is None else slots[v] for v in program.outputs]
         #: Which results may share memory with an argument, a residual or a user's tensor.
-        self.copies = _shared(program)
+        self.copies = shared_results(program)
         self._verified = False
         self._function: Bound | None = None
         #: How often it ran.
@@ -338,30 +339,3 @@ def _prepared(program: Program, slots: dict[Any, int]) -> list[_Step]:
     for step, gone in zip(steps, program.last_uses(), strict=True):
         step.free = [slots[v] for v in gone]
     return steps
-
-
-def _shared(program: Program) -> list[bool]:
-    """Return which results may share memory with something that is not only theirs."""
-    #: For each variable, the one whose memory it may share; None for foreign memory.
-    root: dict[Var, Var | None] = dict.fromkeys(program.inputs)
-    for eq in program.equations:
-        for out in eq.outputs:
-            if out is not None:
-                root[out] = _root(eq, out, root)
-    found: list[bool] = []
-    taken: set[Var | None] = set()
-    for out in program.outputs:
-        owner = None if out is None else root[out]
-        found.append(out is not None and (owner is None or owner in taken))
-        taken.add(owner)
-    return found
-
-
-def _root(eq: Equation, out: Var, root: dict[Var, Var | None]) -> Var | None:
-    """Return the variable whose memory a result may share, None for foreign memory."""
-    if isinstance(eq.op, Operation):
-        return None if eq.op.may_alias else out
-    if not may_alias(eq.op):
-        return out
-    roots = {root[v] for v in eq.inputs()}
-    return next(iter(roots)) if len(roots) == 1 and not eq.constants() else None

@@ -13,11 +13,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import may_alias, returns_several
+from .._programs.aten import returns_several
 from .._programs.program import Equation, Operation, Program
 from .._programs.values import Constant, Var
 from .._torch.names import aten
 from .binding import unread_after
+from .memory import owners
 from .quickest import quickest
 from .writer import Writer
 
@@ -157,22 +158,14 @@ class _BoundWriter(_Writer):
             lines.append(f"if {undefined}: return executor.resume(binding, {i + 1}, {{{values}}})")
         return lines
 
-    def _groups(self) -> tuple[dict[Var, int], dict[int, int]]:
-        """Return which variables may share memory, and when each group is last read.
-
-        Group 0 is memory that is not the program's own.
-        """
-        group: dict[Var, int] = dict.fromkeys(self.program.inputs, 0)
-        for i, eq in enumerate(self.program.equations):
-            place = i + 1
-            if may_alias(eq.op):
-                places = {group[v] for v in eq.inputs()}
-                foreign = len(places) != 1 or bool(eq.constants())
-                place = 0 if foreign else places.pop()
-            group.update((v, place) for v in eq.outputs if v is not None)
+    def _groups(self) -> tuple[dict[Var, int | None], dict[int | None, int]]:
+        """Return which equation made the memory of each variable, and when that is last read."""
+        # By equations, as two results of one operation may be the same tensor.
+        made = {v: i for i, eq in enumerate(self.program.equations) for v in eq.outputs if v}
+        group = {v: None if o is None else made[o] for v, o in owners(self.program).items()}
         last = {v: i for i, gone in enumerate(self.gone) for v in gone}
         last.update((v, len(self.gone)) for v in self.program.outputs if v is not None)
-        end: dict[int, int] = {}
+        end: dict[int | None, int] = {}
         for v, place in group.items():
             end[place] = max(end.get(place, -1), last.get(v, -1))
         return group, end
@@ -194,12 +187,9 @@ class _BoundWriter(_Writer):
         if not isinstance(x, Var) or out is None or x.spec != out.spec or x in rest:
             return False
         place = self.group[x]
-        if place == 0 or self.group_end[place] != i:
+        if place is None or self.group_end[place] != i or x not in self.gone[i]:
             return False
         # The operands beside it must not lie in the same memory, shifted.
         beside = {self.group[y] for y in rest if isinstance(y, Var)}
-        return place not in beside and x in self.gone[i] and self.is_whole(x, place)
-
-    def is_whole(self, x: Var, place: int) -> bool:
-        """Whether a variable is what an operation computed, not a view of that."""
-        return x in self.program.equations[place - 1].outputs
+        # And it must be what an operation computed, not a view of that.
+        return place not in beside and x in self.program.equations[place].outputs
