@@ -11,10 +11,11 @@ import torch
 from .._execute.binding import BoundProgram
 from .._programs.aten import COPIES, may_alias
 from .._programs.numbers import Numbers
+from .._programs.price import PRODUCTS, arithmetic
 from .._programs.program import Equation, Operation
 from .._programs.values import Constant, Value, Var
 from .._spaces.nested import map_leaves
-from .._torch.names import OpOverload, aten
+from .._torch.names import OpOverload
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,18 +64,14 @@ def cost_of(program: BoundProgram) -> Cost:
     )
 
 
-_DOTS = {aten.mv: 0, aten.dot: 0, aten.vdot: 0, aten.addmv: 1}
-
-
 def _flops(eq: Equation, numbers: Numbers) -> int:
     if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
         return 0
     packet = eq.op.overloadpacket
     if eq.kind in COPIES:
         return 0
-    if packet in _DOTS:
-        factor: Value = eq.args[_DOTS[packet]]
-        return 2 * factor.spec.numel
+    if packet in PRODUCTS:
+        return int(arithmetic(eq))
     from torch.utils.flop_counter import flop_registry  # not needed to compute products
 
     formula: Any = flop_registry.get(packet)

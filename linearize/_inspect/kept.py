@@ -6,6 +6,7 @@ The objects here are made of numbers and names only: to hold one keeps no tensor
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -250,10 +251,11 @@ def _identity(t: torch.Tensor) -> Any:
 
 
 def summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
+    """Return the sum for each key, the largest first."""
+    total: Counter[str] = Counter()
     for key, n in pairs:
-        total[key] = total.get(key, 0) + n
-    return dict(sorted(total.items(), key=lambda item: -item[1]))
+        total[key] += n
+    return dict(total.most_common())
 
 
 def _text(lines: Sequence[Line]) -> str:
