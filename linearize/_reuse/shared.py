@@ -114,12 +114,9 @@ class Structures:
 
     Attributes
     ----------
-    recorded, reused
-        How many points were recorded, and how many took over a structure.
-    dense
-        How many matrices took the place of programs.
-    compiled
-        How many programs were compiled.
+    counts
+        How many points were "recorded", and how many took over a structure ("reused"); how many
+        matrices took the place of programs ("dense"), and how many of these were "compiled".
     pulls_much
         Whether a point was asked for more pullbacks than PyTorch's engine gives.
     why
@@ -135,10 +132,7 @@ class Structures:
         self._policy = policy
         self._lock = threading.Lock()
         self._known: list[Structure] = []
-        self.recorded = 0
-        self.reused = 0
-        self.dense = 0
-        self.compiled = 0
+        self.counts = dict.fromkeys(("recorded", "reused", "dense", "compiled"), 0)
         self.pulls_much = False
         self.why: Counter[str] = Counter()
         self.forms: MutableMapping[Executor, Segments | None] = weakref.WeakKeyDictionary()
@@ -200,22 +194,12 @@ class Structures:
     @property
     def met(self) -> bool:
         """Whether there was a point already whose programs were asked for."""
-        return self.recorded + self.reused > 0
+        return self.counts["recorded"] + self.counts["reused"] > 0
 
-    def count(self, *, reused: bool) -> None:
-        """Count a point."""
+    def count(self, what: str, more: int = 1) -> None:
+        """Count one more, or as many, of what is counted."""
         with self._lock:
-            if reused:
-                self.reused += 1
-            else:
-                self.recorded += 1
-
-    def count_again(self, why: str) -> None:
-        """Count a point as recorded after all: it took over a part of what it needs."""
-        with self._lock:
-            self.reused -= 1
-            self.recorded += 1
-            self.why[why] += 1
+            self.counts[what] += more
 
     def note(self, why: str) -> None:
         """Take note of why a point was recorded although others had been."""
@@ -226,13 +210,3 @@ class Structures:
         """Return the structure that was met last."""
         with self._lock:
             return self._known[0] if self._known else None
-
-    def count_dense(self) -> None:
-        """Count a matrix."""
-        with self._lock:
-            self.dense += 1
-
-    def count_compiled(self) -> None:
-        """Count a compiled program."""
-        with self._lock:
-            self.compiled += 1
