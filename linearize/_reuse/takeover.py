@@ -191,21 +191,19 @@ class Comparison:
         return balance.holds(max(tolerance(s.dtype) for s in (*self._outs, *self._ins)))
 
     def _expected(self, present: tuple[bool, ...], called: frozenset[int]) -> Tensors | None:
+        """Return what the graph gives, None if it gives nothing that could be compared."""
         key = present, called
         if key not in self._known:
             cotangents = [u if here else None for u, here in zip(self._u, present, strict=True)]
-            self._known[key] = self._asked(cotangents, called)
+            try:
+                found = engine_pullback(self._graph, cotangents, self._stand_ins, called)
+            except RuntimeError as error:  # it saved something that was changed, and is not needed
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                found = None
+            finite = found is not None and all(t is None or t.isfinite().all() for t in found)
+            self._known[key] = found if finite else None
         return self._known[key]
-
-    def _asked(self, cotangents: Tensors, called: frozenset[int]) -> Tensors | None:
-        """Return what the graph gives, None if it gives nothing that could be compared."""
-        try:
-            found = engine_pullback(self._graph, cotangents, self._stand_ins, called)
-        except RuntimeError as error:  # it saved something that was changed, and is not needed
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return None
-        return found if _finite(found) else None
 
     def _run(
         self,
@@ -237,10 +235,6 @@ def _drawn(
         s.random(generator if layout is None else torch.Generator().manual_seed(i))
         for i, (s, layout) in enumerate(zip(specs, known, strict=True))
     ]
-
-
-def _finite(tensors: Tensors) -> bool:
-    return all(t is None or bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def first_parting(fresh: BoundProgram, taken: BoundProgram) -> str:
