@@ -30,6 +30,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -49,13 +50,14 @@ from .._programs.numbers import Numbers
 from .._programs.price import matrix_price, price, price_of_many
 from .._programs.program import Emitter, Program
 from .._programs.values import Var
-from .._simplify.copies import merge_copies
 from .._spaces.space import TensorSpec
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import aten
-from .._transpose.transpose import transpose
 from ..errors import LinearizeError
 from .banded import Banded
+
+#: From a program and its numbers to its transpose.
+Transpose: TypeAlias = Callable[[Program, Numbers], Program]
 
 _DTYPES = frozenset({torch.float32, torch.float64})
 
@@ -80,6 +82,8 @@ class Dense:
         Of the matrix: the real numbers that come out of the pushforward, by those that go in.
     taken
         Called when the matrix takes the place of a program for the first time.
+    transpose
+        Gives the transpose of a program.
 
     Attributes
     ----------
@@ -91,12 +95,13 @@ class Dense:
         Of the pushforward, if there is one; a band of diagonals, if it is no more.
     """
 
-    def __init__(self, spec: TensorSpec, taken: Callable[[], None]) -> None:
+    def __init__(self, spec: TensorSpec, taken: Callable[[], None], transpose: Transpose) -> None:
         self.spec = spec
         self.count = 0
         self.due = max(MATRIX_FROM, min(spec.shape) // 2)
         self.matrix: torch.Tensor | Banded | None = None
         self._taken: Callable[[], None] | None = taken
+        self._transpose = transpose
         self._given: torch.Tensor | None = None
         self._refused = False
         self._lock = threading.Lock()
@@ -107,10 +112,13 @@ class Dense:
         outs: Sequence[TensorSpec],
         limit: int,
         taken: Callable[[], None],
+        transpose: Transpose,
     ) -> Dense | None:
         """Return what stands ready for a map, None if its matrix is too large or of no use."""
         spec = _spec(tuple(ins), tuple(outs))
-        return None if spec is None or not 0 < spec.nbytes <= limit else Dense(spec, taken)
+        if spec is None or not 0 < spec.nbytes <= limit:
+            return None
+        return Dense(spec, taken, transpose)
 
     def again(self, program: Program) -> int:
         """Return at how many products a matrix pays that won where this program was run before."""
@@ -170,7 +178,7 @@ class Dense:
         """Return the matrix of the pushforward, from the fewest unit vectors."""
         if sum(reals(s) for s in program.specs) < sum(reals(v.spec) for v in program.inputs):
             try:
-                program, forward = program.made(transpose), not forward
+                program, forward = program.made(self._transpose), not forward
             except LinearizeError:
                 return None
         columns = _columns(program, self.spec)
@@ -218,12 +226,11 @@ def _around(
     """Return the product with a matrix, or its transpose, as a program like another one."""
     columns = [v.spec for v in program.inputs]
     wanted = [True] * len(program.specs)
-    name = f"matrix of {program.name}"
     spec, multiply = _multiply(matrix, forward=forward)
     numbers = Numbers()
-    made = matrix_program(spec, multiply, columns, program.specs, wanted, name, numbers)
+    made = matrix_program(spec, multiply, columns, program.specs, wanted, program.name, numbers)
     made = Program(made.inputs, made.equations, made.outputs, made.specs, program.name)
-    return BoundProgram.of(merge_copies(made), numbers)
+    return BoundProgram.of(made, numbers)
 
 
 def _columns(program: BoundProgram, like: TensorSpec) -> torch.Tensor:

@@ -14,23 +14,25 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._check.proof import Proof
 from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
 from .._execute.mapped import stack_results
 from .._execute.shortcut import Closable, short_way
 from .._execute.thresholds import MOST_STACKS, STACK_COMPARED
-from .._programs.numbers import Pool
-from .._simplify.passes import simplify
 from .._spaces.compare import all_close, close, rounding
 from .._torch.modes import functorch_active
 from ..errors import CompilationWarning
 from .compiled import Compiled, Options, compiled
-from .dense import can_be_looked_at, can_be_trusted, numbers_at_hand, random_arguments
+from .dense import Dense, can_be_looked_at, can_be_trusted, numbers_at_hand, random_arguments
 from .segments import Segments
 from .stacks import Stack, at_once, stacks_of
-from .succession import Form, Succession, pays
+from .succession import Form, Succession
 
+Results: TypeAlias = Sequence[torch.Tensor | None]
+#: Runs a map for the first time, and tells whether all is checked that had to be before that.
+Owed: TypeAlias = Callable[
+    [Executor, Binding, Sequence[torch.Tensor]], tuple[list[torch.Tensor | None], bool]
+]
 #: What was compiled, by what runs it otherwise; None where that failed or does not pay.
 CompiledForms: TypeAlias = MutableMapping[Executor, Segments | None]
 
@@ -44,10 +46,10 @@ class Plan:
         What is run.
     succession
         Decides when another form takes over.
-    proof
-        What is to be checked before the first result is handed out.
-    whole
-        Whether no argument is zero.
+    simplified
+        Gives the simplified program, None if it saves too little to be tried.
+    owed
+        Runs the map as long as something is to be checked before a result is handed out.
     forward
         Whether the map is a pushforward, else its matrix is a transpose.
     forms
@@ -59,8 +61,6 @@ class Plan:
         these are not computed before it is worth it.
     taken
         Called when another program has taken over; gives what runs it for other points too.
-    pool
-        What is known of the point's numbers.
     """
 
     def __init__(
@@ -69,14 +69,13 @@ class Plan:
         binding: Binding,
         *,
         succession: Succession,
-        proof: Proof | None = None,
-        whole: bool = True,
+        simplified: Callable[[BoundProgram], BoundProgram | None],
+        owed: Owed | None = None,
         forward: bool = True,
         forms: CompiledForms | None = None,
         counted: Callable[[], None] = lambda: None,
         better: Callable[[], tuple[Executor, Binding] | None] | None = None,
         taken: Callable[[BoundProgram], Executor | None] = lambda _: None,
-        pool: Pool | None = None,
     ) -> None:
         #: What runs, what runs inside of transforms, and the numbers. One reference, so that a
         #: change is seen as a whole.
@@ -84,14 +83,13 @@ class Plan:
         #: What a matrix took the place of: it spreads an infinity or a NaN to all results.
         self._exact: tuple[Executor, Binding] | None = None
         self._succession = succession
-        self._proof = proof
-        self._whole = whole
+        self._simplify = simplified
+        self._owed = owed
         self._forward = forward
         self._forms: CompiledForms = {} if forms is None else forms
         self._counted = counted
         self._better = better
         self._taken = taken
-        self._pool = pool
         self._lock = threading.Lock()
         #: What runs stacks of each size.
         self._stacked: dict[int, tuple[Executor, Binding]] = {}
@@ -118,11 +116,11 @@ class Plan:
         run, executor, binding = self._running
         if self._succession.quiet:
             return run(arguments, binding)
-        proof = self._proof  # another thread may settle it
-        if proof is not None:
-            results = proof.run(executor, binding, arguments, self._whole)
-            if proof.settled:
-                self._proof = None
+        owed = self._owed  # another thread may settle it
+        if owed is not None:
+            results, settled = owed(executor, binding, arguments)
+            if settled:
+                self._owed = None
             return results
         form = self._succession.due(executor.runs)
         if form is not None and _undisturbed() and self._lock.acquire(blocking=False):
@@ -261,38 +259,42 @@ class Plan:
 
     def _try(self, form: Form, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run as before, and try another form, once."""
+        _, executor, binding = self._running
+        tape: list[Any] = []
+        results = executor(arguments, binding, tape)
+        given = self._succession.begins(form)
+        if given is None:
+            return results
         if form is Form.SIMPLIFIED:
-            return self._simplified(arguments)
-        return self._compiled(arguments) if form is Form.COMPILED else self._made_dense(arguments)
+            self._try_simplified(arguments, tape, results)
+        elif form is Form.COMPILED:
+            self._try_compiled(given, arguments, tape, results)
+        else:
+            self._try_dense(given, arguments, results)
+        return results
 
-    def _simplified(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def _try_simplified(
+        self, arguments: Sequence[torch.Tensor], tape: list[Any], results: Results
+    ) -> None:
         """Take the simplified program, a new one or one that another point left.
 
         It must save something and give the same, as precisely: a sum of large terms that cancel
         may lose digits when a factor goes to each term.
         """
-        tape: list[object] = []
-        _, executor, old = self._running
-        if self._succession.settled:
-            return executor(arguments, old)
-        self._succession.simplifies()
-        results = executor(arguments, old, tape)
         better, self._better = self._better, None
         if better is not None:
             known = better()
             if known is not None and self._gives(*known, arguments, tape, results):
                 self._run(*known)
-            return results
-        before = bound(executor.program, old)
+            return
         with torch.inference_mode(False), torch.no_grad():
-            after = before.made(simplify, pool=self._pool)
-        worth = pays(before.program, after.program)
-        smaller = Executor(after.program) if worth else executor
-        if worth and self._gives(smaller, after.binding, arguments, tape, results):
-            self._take(smaller, after)
-        else:
-            self._succession.learned.simplifies = False
-        return results
+            after = self._simplify(self.program())
+        if after is not None:
+            smaller = Executor(after.program)
+            if self._gives(smaller, after.binding, arguments, tape, results):
+                self._take(smaller, after)
+                return
+        self._succession.learned.simplifies = False
 
     def _gives(
         self,
@@ -300,7 +302,7 @@ class Plan:
         binding: Binding,
         arguments: Sequence[torch.Tensor],
         tape: list[Any],
-        expected: Sequence[torch.Tensor | None],
+        expected: Results,
     ) -> bool:
         """Whether a program gives what another one gave; user code is not called again."""
         found, function = executor.first(arguments, binding, tape)
@@ -309,19 +311,18 @@ class Plan:
             executor.adopt(function)
         return same
 
-    def _made_dense(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def _try_dense(
+        self, dense: Dense, arguments: Sequence[torch.Tensor], results: Results
+    ) -> None:
         """Take the matrix if that costs less and gives the same."""
         _, executor, old = self._running
-        results = executor(arguments, old)
-        dense = self._succession.writes_out()
-        if dense is None:
-            return results
+        learned = self._succession.learned
         with torch.inference_mode(False), torch.no_grad():
-            before = bound(executor.program, old)
+            before = self.program()
             after = dense.program(before, forward=self._forward)
-            self._succession.learned.matrix = False
+            learned.matrix = False
             if after is None:
-                return results
+                return
             smaller, binding = Executor(after.program), after.binding
             probe = random_arguments(before)
             # A result that is not finite is left to the program anyway.
@@ -331,12 +332,11 @@ class Plan:
             ):
                 if dense.spreads:
                     if not numbers_at_hand(dense.spec.device):
-                        return results
+                        return
                     self._exact = executor, old
-                self._succession.learned.matrix = True
+                learned.matrix = True
                 self._take(smaller, after)
                 dense.taken()
-        return results
 
     def _take(self, executor: Executor, after: BoundProgram) -> None:
         after.binding.follow(self.binding)
@@ -351,36 +351,33 @@ class Plan:
         self._running = executor, executor, binding
         self._stacked = {}
 
-    def _compiled(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def _try_compiled(
+        self,
+        options: Options,
+        arguments: Sequence[torch.Tensor],
+        tape: list[Any],
+        results: Results,
+    ) -> None:
         """Take the program compiled if that gives the same; one serves all points."""
         _, executor, binding = self._running
-        tape: list[object] = []
-        results = executor(arguments, binding, tape)
-        options = self._succession.compiles()
-        if options is None:
-            return results
         if executor not in self._forms:
-            segments = self._forms[executor] = self._made_segments(
-                executor, binding, options, arguments, tape, results
-            )
-            if segments is not None:
+            self._forms[executor] = self._made_segments(options, arguments, tape, results)
+            if self._forms[executor] is not None:
                 self._counted()
         segments = self._forms[executor]
         if segments is not None:
             run = Compiled.at(segments, executor, options, arguments[0].device)
             self._running = run, executor, binding
-        return results
 
     def _made_segments(
         self,
-        executor: Executor,
-        binding: Binding,
         options: Options,
         arguments: Sequence[torch.Tensor],
         tape: list[Any],
-        expected: Sequence[torch.Tensor | None],
+        expected: Results,
     ) -> Segments | None:
-        """Return a program compiled, None if that does not pay or does not give the same."""
+        """Return the program compiled, None if that does not pay or does not give the same."""
+        _, executor, binding = self._running
         with torch.inference_mode(False), torch.no_grad():
             segments = compiled(
                 executor.program, executor.copies, binding, options, self._not_compiled

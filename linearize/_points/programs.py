@@ -408,7 +408,7 @@ class PointPrograms:
         with self.lock:
             if self._dense is None:
                 outs, ins = self._specs
-                self._dense = Dense.of(ins, outs, limit, self._count_dense)
+                self._dense = Dense.of(ins, outs, limit, self._count_dense, transpose)
             return self._dense
 
     @property
