@@ -175,13 +175,11 @@ class Executor:
         User code is not called: its results are on the tape. The function that is returned beside
         the results, if there is one, is for `adopt` if these are right.
         """
-        function = None if binding.ops or functions_overridden() else self._written()
-        if function is not None:
+        if self._write_out_at and not (binding.ops or functions_overridden()):
             binding.check()
-            try:
-                return function(binding, arguments, self), function
-            except TypeError:  # an operation's quicker name does not take these arguments
-                pass
+            written = self._written_out(arguments, binding)
+            if written is not None:
+                return written
         return self(arguments, binding, tape, replay=True), None
 
     def adopt(self, function: Bound) -> None:
@@ -189,8 +187,15 @@ class Executor:
         self._function = function
         self._write_out_at = 0
 
-    def _written(self) -> Bound | None:
-        return generate_bound(self.program, self.copies) if self._write_out_at else None
+    def _written_out(
+        self, arguments: Sequence[torch.Tensor], binding: Binding
+    ) -> tuple[list[torch.Tensor | None], Bound] | None:
+        """Write the program out as a function; return what that gives, and the function."""
+        function = generate_bound(self.program, self.copies)
+        try:
+            return None if function is None else (function(binding, arguments, self), function)
+        except TypeError:  # an operation's quicker name does not take these arguments
+            return None
 
     def resume(
         self, binding: Binding, start: int, known: dict[int, torch.Tensor | None]
@@ -209,7 +214,7 @@ class Executor:
         self.runs += 1
         if last:
             self._write_out_at = 0
-            self._write_out(arguments, binding, results, tape)
+            self._adopt_if_equal(arguments, binding, results, tape)
         return results
 
     def _begin(self, arguments: Sequence[torch.Tensor], binding: Binding) -> list[Any]:
@@ -279,7 +284,7 @@ class Executor:
             for t, copy in zip(results, self.copies, strict=True)
         ]
 
-    def _write_out(
+    def _adopt_if_equal(
         self,
         arguments: Sequence[torch.Tensor],
         binding: Binding,
@@ -287,22 +292,16 @@ class Executor:
         tape: list[Any] | None,
     ) -> None:
         """Write the program out as a function, and use it if it gives the same."""
-        function = generate_bound(self.program, self.copies)
-        if function is None:
-            return
         if tape is not None:  # user code is not called again
             ops: Any = [lambda *_, out=out, **__: out for out in tape]
             binding = Binding(binding.residuals, ops, binding.guards)
-        try:
-            again = function(binding, arguments, self)
-        except TypeError:  # an operation's quicker name does not take these arguments
-            return
-        if all(
+        written = self._written_out(arguments, binding)
+        if written is not None and all(
             (a is None) == (b is None)
             and (a is None or b is None or (a.dtype == b.dtype and close(a, b)))
-            for a, b in zip(again, results, strict=True)
+            for a, b in zip(written[0], results, strict=True)
         ):
-            self._function = function
+            self._function = written[1]
 
 
 def runner(

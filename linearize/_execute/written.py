@@ -13,10 +13,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import returns_several
+from .._programs.aten import functional_variant, operations, returns_several
 from .._programs.program import Equation, Operation, Program
 from .._programs.values import Constant, Var
-from .._torch.names import aten
 from .binding import unread_after
 from .memory import owners
 from .quickest import quickest
@@ -30,19 +29,16 @@ Bound: TypeAlias = Callable[[Any, Sequence[torch.Tensor], Any], list[Any]]
 #: Longer programs would take Python's compiler too long.
 LONGEST = 20_000
 
-#: Operations that can write into their first argument; True if the first two can be swapped.
-_IN_PLACE: dict[Any, tuple[Any, bool]] = {
-    aten.mul.Tensor: (aten.mul_.Tensor, True),
-    aten.mul.Scalar: (aten.mul_.Scalar, False),
-    aten.div.Tensor: (aten.div_.Tensor, False),
-    aten.div.Scalar: (aten.div_.Scalar, False),
-    aten.add.Tensor: (aten.add_.Tensor, True),
-    aten.sub.Tensor: (aten.sub_.Tensor, False),
-    aten.neg.default: (aten.neg_.default, False),
-    aten.addcmul.default: (aten.addcmul_.default, False),
-    aten.addmm.default: (aten.addmm_.default, False),
-    aten.baddbmm.default: (aten.baddbmm_.default, False),
+#: What writes into its first operand, by the operation that does the same without.
+_IN_PLACE = {
+    functional_variant(op): op
+    for op in operations(
+        "mul_.Tensor mul_.Scalar div_.Tensor div_.Scalar add_.Tensor sub_.Tensor neg_ addcmul_ "
+        "addmm_ baddbmm_"
+    )
 }
+#: Those whose first two operands can be swapped.
+_SWAPPING = frozenset(operations("mul.Tensor add.Tensor"))
 
 
 def generate(program: Program, copies: Sequence[bool]) -> Function | None:
@@ -172,14 +168,13 @@ class _BoundWriter(_Writer):
 
     def in_place(self, i: int, eq: Equation) -> tuple[Any, tuple[Any, ...]] | None:
         """Return an operation that writes into an operand which is needed no more."""
-        known = None if self.ops else _IN_PLACE.get(eq.op)
-        if known is None:
+        op = None if self.ops else _IN_PLACE.get(eq.op)  # type: ignore[call-overload]
+        if op is None:
             return None
-        op, swaps = known
         (first, *rest), out = eq.args, eq.outputs[0]
         if self.is_free(i, first, rest, out):
             return op, eq.args
-        if swaps and not eq.kwargs and self.is_free(i, rest[0], [first], out):
+        if eq.op in _SWAPPING and not eq.kwargs and self.is_free(i, rest[0], [first], out):
             return op, (rest[0], first)
         return None
 

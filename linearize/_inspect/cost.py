@@ -15,7 +15,6 @@ from .._programs.price import PRODUCTS, arithmetic
 from .._programs.program import Equation, Operation
 from .._programs.values import Constant, Value, Var
 from .._spaces.nested import map_leaves
-from .._torch.names import OpOverload
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,11 +64,9 @@ def cost_of(program: BoundProgram) -> Cost:
 
 
 def _flops(eq: Equation, numbers: Numbers) -> int:
-    if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
+    if may_alias(eq.op) or eq.kind in COPIES:
         return 0
-    packet = eq.op.overloadpacket
-    if eq.kind in COPIES:
-        return 0
+    packet = getattr(eq.op, "overloadpacket", None)
     if packet in PRODUCTS:
         return int(arithmetic(eq))
     from torch.utils.flop_counter import flop_registry  # not needed to compute products
@@ -88,7 +85,7 @@ def _flops(eq: Equation, numbers: Numbers) -> int:
 
 
 def _traffic(eq: Equation, numbers: Numbers) -> int:
-    if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
+    if may_alias(eq.op):
         return 0
     read = sum(_nbytes(x, numbers) for x in dict.fromkeys(eq.reads()))
     return read + sum(v.spec.nbytes for v in eq.outputs if v is not None)

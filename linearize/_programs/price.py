@@ -81,7 +81,7 @@ def multiplies(program: Program) -> bool:
 
 def _price(eq: Equation) -> float:
     m = machine(_device(eq))
-    if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
+    if may_alias(eq.op):
         return _start(eq, m)
     read = sum(x.spec.nbytes for x in dict.fromkeys(eq.reads()))
     written = sum(v.spec.nbytes for v in eq.outputs if v is not None)
