@@ -159,22 +159,17 @@ def _compile(
 class Compiled:
     """Runs a compiled program at one point, and as it was (`executor`) inside of transforms.
 
-    With `replays` its stretches run from CUDA graphs.
+    Its stretches may run from CUDA graphs.
     """
 
-    __slots__ = ("_executor", "_replays", "segments")
+    __slots__ = ("_executor", "_replays", "_segments")
 
-    def __init__(self, segments: Segments, executor: Executor, replays: Replays | None) -> None:
-        self.segments, self._executor, self._replays = segments, executor, replays
-
-    @staticmethod
-    def at(
-        segments: Segments, executor: Executor, options: Options, device: torch.device
-    ) -> Compiled:
-        """Return what runs it with arguments on a device."""
+    def __init__(
+        self, segments: Segments, executor: Executor, options: Options, device: torch.device
+    ) -> None:
+        self._segments, self._executor = segments, executor
         replaying = replayed(executor.program, options)
-        replays = Replays(capture_on_cuda(device), device) if replaying else None
-        return Compiled(segments, executor, replays)
+        self._replays = Replays(capture_on_cuda(device), device) if replaying else None
 
     def __call__(
         self, arguments: Sequence[torch.Tensor], binding: Binding
@@ -182,7 +177,7 @@ class Compiled:
         """Run the program."""
         if functorch_active():
             return self._executor(arguments, binding)
-        return self.segments(arguments, binding, self._replays)
+        return self._segments(arguments, binding, self._replays)
 
 
 def _alone(function: Function) -> Function:

@@ -366,7 +366,7 @@ class Plan:
                 self._counted()
         segments = self._forms[executor]
         if segments is not None:
-            run = Compiled.at(segments, executor, options, arguments[0].device)
+            run = Compiled(segments, executor, options, arguments[0].device)
             self._running = run, executor, binding
 
     def _made_segments(

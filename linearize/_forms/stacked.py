@@ -121,22 +121,16 @@ def _flip(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     return s.e.emit(eq.op, args, s.spec(out))
 
 
-@rule(aten.sum.default, aten.mean.default)
-def _total(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    x = eq.args[0]
-    if eq.kwargs or not rank(x):
-        return None
-    op = aten.sum.dim_IntList if eq.op is aten.sum.default else aten.mean.dim
-    return s.e.emit(op, (s.names[x], list(range(1, rank(x) + 1))), s.spec(out))
+_BY_DIMENSIONS = {aten.sum.default: aten.sum.dim_IntList, aten.mean.default: aten.mean.dim}
 
 
-@rule(aten.sum.dim_IntList, aten.mean.dim)
+@rule(*_BY_DIMENSIONS, *_BY_DIMENSIONS.values())
 def _sum(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    x, dims, *rest = eq.args
+    x, dims, *rest = (*eq.args, None) if eq.op in _BY_DIMENSIONS else eq.args
     if not rank(x):
         return None
-    dims = later(dims or range(rank(x)), rank(x))
-    return s.e.emit(eq.op, (s.names[x], dims, *rest), s.spec(out), **eq.kwargs)
+    args = s.names[x], later(dims or range(rank(x)), rank(x)), *rest
+    return s.e.emit(_BY_DIMENSIONS.get(eq.op, eq.op), args, s.spec(out), **eq.kwargs)
 
 
 @rule(aten.linalg_cross.default)

@@ -46,9 +46,7 @@ class Residual:
 
     def replace(self, tensor: torch.Tensor) -> None:
         """Keep another tensor with the same numbers, as it is now."""
-        self.tensor = self.counter = tensor
-        self.version = tensor._version
-        self.size = _storage_bytes(tensor)
+        self.take(Residual(tensor))
 
     def take(self, other: Residual) -> None:
         """Keep the tensor of another one, with the version that it had then."""

@@ -7,6 +7,7 @@ whichever function they come from.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import Counter
@@ -75,22 +76,16 @@ class Shared:
 
     def keep(self, policy: Hashable, structure: Structure) -> None:
         """Remember a structure."""
-        try:
-            with self._lock:
-                self._known[hashkey(policy, structure.signature)] = structure
-                if structure.common is not None:
-                    self._families[hashkey(policy, structure.signature[:-1])] = structure
-        except (TypeError, ValueError):  # no hash, or too large
-            return
+        with self._lock, contextlib.suppress(TypeError, ValueError):  # no hash, or too large
+            self._known[hashkey(policy, structure.signature)] = structure
+            if structure.common is not None:
+                self._families[hashkey(policy, structure.signature[:-1])] = structure
 
     def drop(self, policy: Hashable, structure: Structure) -> None:
         """Forget a structure."""
-        try:
-            with self._lock:
-                self._known.pop(hashkey(policy, structure.signature), None)
-                self._families.pop(hashkey(policy, structure.signature[:-1]), None)
-        except TypeError:  # no hash: it is not here
-            return
+        with self._lock, contextlib.suppress(TypeError):  # no hash: it is not here
+            self._known.pop(hashkey(policy, structure.signature), None)
+            self._families.pop(hashkey(policy, structure.signature[:-1]), None)
 
     def clear(self) -> None:
         """Forget all."""
