@@ -49,8 +49,8 @@ from .watched import Watched
 
 #: The names of the two directions.
 PULLBACK, PUSHFORWARD = "pullback", "pushforward"
-#: What is held against the graph, and as what.
-_COMPARED = {d: d for d in (PULLBACK, PUSHFORWARD)} | {RECORDED: PULLBACK}
+#: What is held against the graph.
+_COMPARED = (PULLBACK, PUSHFORWARD, RECORDED)
 
 
 class PointPrograms:
@@ -327,10 +327,11 @@ class PointPrograms:
         assert self._graph is not None
         if self._comparison is None:
             self._comparison = Comparison(self._graph, *self._specs)
-        compare = getattr(self._comparison, _COMPARED[direction])
         called = frozenset(c.place for c in template.unseen)
         with torch.no_grad():  # also where a backward pass with a graph asks for a product
-            same = compare(template.executor, binding, present, called)
+            same = self._comparison(
+                template.executor, binding, present, called, forward=direction == PUSHFORWARD
+            )
         if same:
             template.verified.set()
         if same is False:
@@ -350,8 +351,9 @@ class PointPrograms:
         turned = direction == PUSHFORWARD
         right = self._among_ranks(fresh.made(transpose)) if turned else fresh
         called = frozenset(c.place for c in template.unseen)
-        compare = functools.partial(getattr(self._comparison, _COMPARED[direction]), called=called)
-        for nearer, given in ((fresh, self._comparison.pullback), (right, compare)):
+        pulled = functools.partial(self._comparison, forward=False)
+        compare = functools.partial(self._comparison, called=called, forward=turned)
+        for nearer, given in ((fresh, pulled), (right, compare)):
             if not given(Executor(nearer.program), nearer.binding, (True,) * len(nearer.inputs)):
                 return  # what is recorded here is no nearer to the graph: both are rounding
         where = ""

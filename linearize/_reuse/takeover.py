@@ -150,38 +150,33 @@ class Comparison:
         self._v = _drawn(self._ins, ins, generator)
         self._known: dict[Any, Tensors | None] = {}
 
-    def pullback(
+    def __call__(
         self,
         executor: Executor,
         binding: Binding,
         present: Sequence[bool],
         called: frozenset[int] = frozenset(),
+        *,
+        forward: bool,
     ) -> bool | None:
-        """Whether a pullback is that of the graph; None if that cannot be told.
+        """Whether a program is what the graph says; None if that cannot be told.
 
-        Custom Functions at the places `called` are part of it.
+        A pullback gives the same, a pushforward (`forward`) is adjoint to it for one pair. Custom
+        Functions at the places `called` are part of it.
         """
-        expected = self._expected(tuple(present), called)
+        there = (True,) * len(self._outs) if forward else tuple(present)
+        expected = self._expected(there, called)
         if expected is None:
             return None
-        got = self._run(executor, binding, self._u, present)
+        got = self._run(executor, binding, self._v if forward else self._u, present)
+        if forward:
+            return self._are_adjoint(got, expected, present)
         return all(
             close(s.or_zeros(a), s.or_zeros(b))
             for a, b, s in zip(got, expected, self._ins, strict=True)
         )
 
-    def pushforward(
-        self,
-        executor: Executor,
-        binding: Binding,
-        present: Sequence[bool],
-        called: frozenset[int] = frozenset(),
-    ) -> bool | None:
-        """Whether a pushforward is adjoint to the pullback of the graph, for one pair."""
-        expected = self._expected((True,) * len(self._outs), called)
-        if expected is None:
-            return None
-        got = self._run(executor, binding, self._v, present)
+    def _are_adjoint(self, got: Tensors, expected: Tensors, present: Sequence[bool]) -> bool:
         balance = Balance()
         balance.add(1, self._u, got)
         chosen = [v if here else None for v, here in zip(self._v, present, strict=True)]
