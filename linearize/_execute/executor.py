@@ -138,13 +138,11 @@ class Executor:
         arguments: Sequence[torch.Tensor],
         binding: Binding | None = None,
         tape: list[Any] | None = None,
-        *,
-        replay: bool = False,
     ) -> list[torch.Tensor | None]:
         """Run the program on one tensor per input; return one per output, None for zero.
 
         The binding can be left out if the program has no constants. The results of user code come
-        into the tape in order; with `replay` they are taken from there instead.
+        into the tape in order, for `Binding.replaying`.
         """
         if binding is None:
             binding = Binding((), self.program.opaque())
@@ -160,7 +158,7 @@ class Executor:
                 return self._interpreted(self._begin(arguments, binding), binding, 0)
             return self._counted(arguments, binding)
         binding.check()
-        return self._interpreted(self._begin(arguments, binding), binding, 0, tape, replay=replay)
+        return self._interpreted(self._begin(arguments, binding), binding, 0, tape)
 
     @property
     def function(self) -> Bound | None:
@@ -180,7 +178,9 @@ class Executor:
             written = self._written_out(arguments, binding)
             if written is not None:
                 return written
-        return self(arguments, binding, tape, replay=True), None
+        binding = binding.replaying(tape)
+        binding.check()
+        return self._interpreted(self._begin(arguments, binding), binding, 0), None
 
     def adopt(self, function: Bound) -> None:
         """Run the program, or an equal one, by a function that was found to give the same."""
@@ -234,8 +234,6 @@ class Executor:
         binding: Binding,
         start: int,
         tape: list[Any] | None = None,
-        *,
-        replay: bool = False,
     ) -> list[torch.Tensor | None]:
         """Run the program from an equation on; `values` has a place for each value."""
         batching = functorch_active()
@@ -254,19 +252,17 @@ class Executor:
                     args[i] = value
                     if value is None:
                         undefined = True
-            if step.opaque and tape is not None and replay:
-                out: Any = tape.pop(0)
-            elif undefined:
+            if undefined:
                 # A custom Function returned None: an undefined tangent, which is zero.
-                out = step.with_undefined(op, values)
+                out: Any = step.with_undefined(op, values)
             elif batching:
                 out = call(op, args, keywords)
             else:
                 out = op(*args, **keywords)
-            if step.opaque and not replay:
+            if step.opaque:
                 binding.check_unread(step.unread)
-            if step.opaque and tape is not None and not replay:
-                tape.append(out)
+                if tape is not None:
+                    tape.append(out)
             if not self._verified:
                 step.verify(out)
             if step.many:
@@ -293,8 +289,7 @@ class Executor:
     ) -> None:
         """Write the program out as a function, and use it if it gives the same."""
         if tape is not None:  # user code is not called again
-            ops: Any = [lambda *_, out=out, **__: out for out in tape]
-            binding = Binding(binding.residuals, ops, binding.guards)
+            binding = binding.replaying(tape)
         written = self._written_out(arguments, binding)
         if written is not None and all(
             (a is None) == (b is None)

@@ -141,7 +141,7 @@ def _passes(op: OpOverload, template: Any, given: Sequence[torch.Tensor]) -> boo
         return False  # its parts may have no rule either, which raises or warns
     generator = torch.Generator().manual_seed(3)
     shared = [not batched_or_wrapped(t) for t in given]
-    specs = [TensorSpec(tuple(t.shape), t.dtype, t.device) for t in given]
+    specs = [TensorSpec.of(t) for t in given]
     with outside_transforms():
         rows = [
             [

@@ -8,7 +8,6 @@ before it: the simplified program, that one compiled, the matrix. `succession` s
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
@@ -21,7 +20,6 @@ from .._execute.shortcut import Closable, short_way
 from .._execute.thresholds import MOST_STACKS, STACK_COMPARED
 from .._spaces.compare import all_close, close, rounding
 from .._torch.modes import functorch_active
-from ..errors import CompilationWarning
 from .compiled import Compiled, Options, compiled
 from .dense import Dense, can_be_looked_at, can_be_trusted, numbers_at_hand, random_arguments
 from .segments import Segments
@@ -361,42 +359,16 @@ class Plan:
         """Take the program compiled if that gives the same; one serves all points."""
         _, executor, binding = self._running
         if executor not in self._forms:
-            self._forms[executor] = self._made_segments(options, arguments, tape, results)
-            if self._forms[executor] is not None:
+            again = binding.replaying(tape)
+            with torch.inference_mode(False), torch.no_grad():
+                made = compiled(executor, again, options, arguments, results)
+            self._forms[executor] = made
+            if made is not None:
                 self._counted()
         segments = self._forms[executor]
         if segments is not None:
             run = Compiled(segments, executor, options, arguments[0].device)
             self._running = run, executor, binding
-
-    def _made_segments(
-        self,
-        options: Options,
-        arguments: Sequence[torch.Tensor],
-        tape: list[Any],
-        expected: Results,
-    ) -> Segments | None:
-        """Return the program compiled, None if that does not pay or does not give the same."""
-        _, executor, binding = self._running
-        with torch.inference_mode(False), torch.no_grad():
-            segments = compiled(
-                executor.program, executor.copies, binding, options, self._not_compiled
-            )
-            # User code is not called again.
-            ops: Any = [lambda *_, k=k: tape[k] for k in range(len(binding.ops))]
-            taped = Binding(binding.residuals, ops, binding.guards)
-            if segments is None or all_close(segments(arguments, taped), expected, rounding):
-                return segments
-        self._not_compiled("what was compiled does not give the same")
-        return None
-
-    def _not_compiled(self, reason: str) -> None:
-        _, executor, _ = self._running
-        warnings.warn(
-            f"{executor.program.name}: torch.compile failed, the program runs as it was: {reason}",
-            CompilationWarning,
-            stacklevel=2,
-        )
 
 
 def _gives_stack(

@@ -16,6 +16,7 @@ from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.written import generate
 from .._programs.program import Equation, Operation, Program
+from .._programs.residuals import check_memory
 from .._programs.values import Var, last_uses
 from ..errors import LinearizeError
 
@@ -104,7 +105,7 @@ class Segments:
                     [binding.residuals[k] for k in part.residuals], [binding.ops[part.number]]
                 )
                 found: Sequence[Any] = part.executor(given, own)  # type: ignore[arg-type]
-                binding.check_memory()
+                check_memory(binding.watched())
             else:
                 # A custom Function returned None, which is zero.
                 pairs = zip(given, part.inputs, strict=True)

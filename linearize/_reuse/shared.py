@@ -111,13 +111,13 @@ class Structures:
     ----------
     counts
         How many points were "recorded", and how many took over a structure ("reused"); how many
-        matrices took the place of programs ("dense"), and how many of these were "compiled".
+        matrices took the place of programs ("dense"), and how many programs were "compiled".
     pulls_much
         Whether a point was asked for more pullbacks than PyTorch's engine gives.
     why
         Why points were recorded although others had been, and how many.
     forms
-        What came of it, by what runs them otherwise: who did not ask for it does not run it.
+        Compiled programs, by what runs them otherwise: who did not ask for one does not run it.
     """
 
     #: How many are kept; each is a few kilobytes per operation.

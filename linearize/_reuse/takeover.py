@@ -210,7 +210,7 @@ class Comparison:
         chosen = [t for t, here in zip(arguments, present, strict=True) if here]
         ops = [self._replaced(op) for op in binding.ops]
         with unobserved(), torch.inference_mode(False), torch.no_grad():
-            return executor(chosen, Binding(binding.residuals, ops, binding.guards))
+            return executor(chosen, binding.with_ops(ops))
 
     def _replaced(self, op: Any) -> Operation:
         node: OpaqueNode | None = getattr(op, "node", None)
