@@ -192,7 +192,7 @@ class Plan:
         mapped: Callable[[], Sequence[torch.Tensor]],
     ) -> Sequence[torch.Tensor | None]:
         """Apply the map to a stack for which nothing is bound yet."""
-        executor = self._running[1]
+        _, executor, binding = self._running
         stacks = stacks_of(executor)
         if not stacks.gain:
             return self._looped(arguments)
@@ -206,9 +206,8 @@ class Plan:
                     self._try(Form.SIMPLIFIED, [t[0] for t in arguments])
                 finally:
                     self._lock.release()
-            executor = self._running[1]
+            _, executor, binding = self._running
             stacks = stacks_of(executor)
-        binding = self._running[2]
         if count not in stacks.known:
             stacks.keep(count, Stack.of(executor.program, binding, count))
         stack = stacks.known.get(count)
@@ -216,17 +215,17 @@ class Plan:
             return mapped()
         if len(self._stacked) >= MOST_STACKS:
             self._stacked.clear()
-        bound_stack = stack.bind(binding)
-        if stack.compared < STACK_COMPARED:
-            expected = mapped()
-            if not _gives_stack(stack, bound_stack, arguments, expected):
-                stacks.known[count] = None
-                return expected
+        ready = stack.executor, stack.bind(binding)
+        if stack.compared >= STACK_COMPARED:
+            self._stacked[count] = ready
+            return self.stacked(arguments, mapped)
+        expected = mapped()
+        if _gives_stack(*ready, arguments, expected):
             stack.compared += 1
-            self._stacked[count] = stack.executor, bound_stack
-            return expected
-        self._stacked[count] = stack.executor, bound_stack
-        return self.stacked(arguments, mapped)
+            self._stacked[count] = ready
+        else:
+            stacks.known[count] = None
+        return expected
 
     def _looped(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         rows = [self(row) for row in zip(*(t.unbind() for t in arguments), strict=True)]
@@ -372,7 +371,7 @@ class Plan:
 
 
 def _gives_stack(
-    stack: Stack,
+    executor: Executor,
     binding: Binding,
     arguments: Sequence[torch.Tensor],
     expected: Sequence[torch.Tensor],
@@ -380,7 +379,7 @@ def _gives_stack(
     """Whether a program for stacks gives what mapping over them does."""
     try:
         with torch.no_grad():
-            results = stack.executor(arguments, binding)
+            results = executor(arguments, binding)
     except RuntimeError as error:  # what PyTorch maps need not be possible in another way
         if isinstance(error, torch.OutOfMemoryError):
             raise
