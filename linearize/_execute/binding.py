@@ -82,12 +82,9 @@ class Binding:
         return self._all
 
     def check_unread(self, places: Iterable[int]) -> None:
-        """Raise `StalenessError` if user code spoiled what is still to be read.
+        """Raise `StalenessError` if user code spoiled what is still to be read, at some places.
 
-        Parameters
-        ----------
-        places
-            Of those residuals. Others may have been a workspace of its own.
+        Other residuals may have been a workspace of its own.
         """
         check_memory(self._all)
         for place in places:

@@ -103,7 +103,7 @@ class Dense:
         self._taken: Callable[[], None] | None = taken
         self._transpose = transpose
         self._given: torch.Tensor | None = None
-        self._refused = False
+        self._tried = False
         self._lock = threading.Lock()
 
     @staticmethod
@@ -122,7 +122,7 @@ class Dense:
 
     def again(self, program: Program) -> int:
         """Return at how many products a matrix pays that won where this program was run before."""
-        saved = price(program) - self._price
+        saved = price(program) - matrix_price(self.spec)
         mapped = MATRIX_COMPARED + len(program.equations) * MATRIX_MAPPED
         writing = price_of_many(program, min(self.spec.shape)) + mapped
         return max(MATRIX_AGAIN_FROM, math.ceil(writing / saved)) if saved > 0 else NEVER
@@ -137,8 +137,8 @@ class Dense:
     def program(self, program: BoundProgram, *, forward: bool) -> BoundProgram | None:
         """Return the product with the matrix as a program, None if it is not worth it."""
         with self._lock:
-            if self.matrix is None and not self._refused:
-                self._refused = True
+            if not self._tried:
+                self._tried = True
                 if _is_strided(program) and self.pays(program.program):
                     matrix = self._given
                     if matrix is None:
@@ -166,13 +166,9 @@ class Dense:
                 self._taken()
                 self._taken = None
 
-    @property
-    def _price(self) -> float:
-        return matrix_price(self.spec)
-
     def pays(self, program: Program) -> bool:
         """Whether a product with the matrix is enough cheaper than a program."""
-        return self._price <= MATRIX_SHARE * price(program)
+        return matrix_price(self.spec) <= MATRIX_SHARE * price(program)
 
     def _written_out(self, program: BoundProgram, forward: bool) -> torch.Tensor | None:
         """Return the matrix of the pushforward, from the fewest unit vectors."""

@@ -117,10 +117,7 @@ class Succession:
     def due(self, runs: int) -> Form | None:
         """Count a product, and return the form that is to be tried at it.
 
-        Parameters
-        ----------
-        runs
-            How often the program has run, at this point and others.
+        `runs` says how often the program has run, at this point and others.
         """
         dense: Dense | None = self._coming[Form.MATRIX]
         if dense is not None:

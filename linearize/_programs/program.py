@@ -51,10 +51,7 @@ class Operation:
     def moved(self, counterpart: Callable[[Any], Any]) -> Operation | None:
         """Return the same operation at another point, None if that is not possible.
 
-        Parameters
-        ----------
-        counterpart
-            Gives, for what the operation holds of its graph, the same of another.
+        `counterpart` gives, for what the operation holds of its graph, the same of another.
         """
         return None if self.of_point else self
 
@@ -231,13 +228,7 @@ class Program:
         return Program(self.inputs, equations, outs, self.specs, self.name, self.fixed)
 
     def restricted(self, present: Sequence[bool]) -> Program:
-        """Return the program for arguments of which some are zero.
-
-        Parameters
-        ----------
-        present
-            For each input, whether it remains one; the others are zero.
-        """
+        """Return the program for arguments of which only those `present` are not zero."""
         zero = {v for v, here in zip(self.inputs, present, strict=True) if not here}
         same: dict[Var, Var] = {}
         kept: list[Equation] = []

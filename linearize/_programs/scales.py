@@ -98,14 +98,9 @@ def _marks(program: Program) -> Iterator[tuple[Any, bool]]:
 
 
 def with_numbers(program: Program, changing: frozenset[Where]) -> Program:
-    """Return a program that reads some of the numbers in it at each point.
+    """Return a program, as it was recorded, that reads some of its numbers at each point.
 
-    Parameters
-    ----------
-    program
-        As it was recorded.
-    changing
-        Which numbers, of those of `scales_of`.
+    These are among `scales_of` the program.
     """
     moved: dict[Origin, Origin] = {}
     constants: dict[Any, Constant] = {}

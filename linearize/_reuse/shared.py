@@ -52,14 +52,8 @@ class Shared:
     ) -> Structure | None:
         """Return a structure that somebody else met; what is found out about it serves all.
 
-        Parameters
-        ----------
-        policy
-            What its programs depend on besides the graph.
-        signature
-            Of the graph.
-        fits
-            Whether a structure is that of the graph in what the signature does not tell.
+        `policy` is what its programs depend on besides the graph; `fits` tells whether it is that
+        of the graph in what the signature does not tell.
         """
         try:
             key = hashkey(policy, signature)
@@ -145,17 +139,7 @@ class Structures:
     def find(
         self, of: tuple[Any, ...], fits: Fits = lambda _: True, *, shared: bool = False
     ) -> Structure | None:
-        """Return the structure with a signature.
-
-        Parameters
-        ----------
-        of
-            The signature.
-        fits
-            Whether a structure is that of the graph in what the signature does not tell.
-        shared
-            Whether to take what others left too.
-        """
+        """Return the structure with a signature; if `shared`, one that others left will do."""
         with self._lock:
             known = list(self._known)
         found = next((s for s in known if s.signature == of and fits(s)), None)

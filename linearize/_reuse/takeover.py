@@ -70,16 +70,8 @@ def engine_pullback(
 ) -> Tensors:
     """Return what arrives at the leaves of a graph, calling one node after the other.
 
-    Parameters
-    ----------
-    graph
-        The graph.
-    cotangents
-        One for each root; None for zero.
-    stand_ins
-        What is called in the place of custom Functions.
-    places
-        Where custom Functions stand that are called all the same.
+    There is a cotangent for each root, None for zero. Of custom Functions, stand-ins are called,
+    except at `places`.
     """
     pending: dict[Node, dict[int, torch.Tensor]] = {}
 
@@ -130,12 +122,7 @@ def engine_pullback(
 class Comparison:
     """Compares programs with a graph, for one random cotangent and one random tangent.
 
-    Parameters
-    ----------
-    graph
-        The graph.
-    out_specs, in_specs
-        What its roots and its leaves take.
+    `out_specs` and `in_specs` say what its roots and its leaves take.
     """
 
     def __init__(
