@@ -54,11 +54,13 @@ class _Step:
         self.op = eq.op
         #: The place among the program's opaque operations.
         self.place = -1
-        #: Arguments, with slots for what is known at run time.
-        self.call = map_leaves(placed, (list(eq.args), eq.kwargs))
         #: Positional arguments that are a value; whether values stand elsewhere too.
         self.plain = [(i, slots[x]) for i, x in enumerate(eq.args) if isinstance(x, Value)]
         self.nested = len(self.plain) < len(eq.reads())
+        #: Arguments; in nested ones slots stand for what is known at run time.
+        self.call: Any = list(eq.args), eq.kwargs
+        if self.nested:
+            self.call = map_leaves(placed, self.call)
         #: The variables among the values, which can be undefined; a residual cannot.
         self.variables = [(slots[v], v.spec) for v in eq.inputs()]
         self.outs: list[int] = []
@@ -88,7 +90,15 @@ class _Step:
             values = list(values)
             for slot, spec in missing.items():
                 values[slot] = spec.zeros()
-        return call(op, *filled(self.call, values))
+        return call(op, *self.arguments(values))
+
+    def arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments of a call."""
+        template, keywords = filled(self.call, values) if self.nested else self.call
+        args = list(template)
+        for i, slot in self.plain:
+            args[i] = values[slot]
+        return args, keywords
 
 
 class Executor:
@@ -243,7 +253,7 @@ class Executor:
             op = step.op if step.place < 0 else ops[step.place]
             undefined = False
             if step.nested:
-                args, keywords = filled(step.call, values)
+                args, keywords = step.arguments(values)
                 undefined = any(values[slot] is None for slot, _ in step.variables)
             else:
                 args = template.copy()

@@ -6,7 +6,6 @@ The objects here are made of numbers and names only: to hold one keeps no tensor
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -18,6 +17,7 @@ from .._programs.program import Operation
 from .._spaces.memory import dense_parts
 from .._text.labels import Line, lines_of, name_of, named
 from .._text.tables import as_html, as_text, clipped, code, framed, size
+from .cost import summed
 
 #: How lines of f become known.
 HINT = "Lines of f are known with Linearizer(f, trace=True)."
@@ -248,14 +248,6 @@ def _identity(t: torch.Tensor) -> Any:
         return id(t)
     memory = t.untyped_storage().data_ptr() or id(t)
     return memory, t.storage_offset(), t.dtype, tuple(t.shape), t.stride(), t.is_conj()
-
-
-def summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Return the sum for each key, the largest first."""
-    total: Counter[str] = Counter()
-    for key, n in pairs:
-        total[key] += n
-    return dict(total.most_common())
 
 
 def _text(lines: Sequence[Line]) -> str:

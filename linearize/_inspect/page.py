@@ -9,9 +9,9 @@ import torch
 from .._execute.binding import BoundProgram
 from .._simplify.passes import explain, simplify
 from .._text.tables import STYLE, as_html, bars, code, escaped, fewer, shortened
-from .cost import Cost, cost_of
+from .cost import Cost, cost_of, cost_table, operations_as_html
 from .drawing import draw
-from .summary import Summary, cost_table, operations_as_html
+from .summary import Summary
 
 #: The most residuals that are listed, and the most lines of a program that are printed.
 _ROWS, _LINES = 200, 400

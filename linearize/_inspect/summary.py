@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from .._execute.binding import BoundProgram
-from .._text.tables import as_html, as_text, bars, code, fewer, framed, number, size
+from .._text.tables import as_html, as_text, bars, code, fewer, framed, size
 from ..errors import ClosedError, LinearizeError
-from .cost import Cost, cost_of
-from .kept import HINT, Residuals, summed
+from .cost import Cost, cost_of, cost_table, known_of, operation_table, operations_as_html
+from .kept import HINT, Residuals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Summary:
     @property
     def operations(self) -> dict[str, dict[str, int]]:
         """How often each operation occurs in each program, the most frequent first."""
-        return {k: c.operations for k, c in _known(self.costs).items()}
+        return {k: c.operations for k, c in known_of(self.costs).items()}
 
     def __str__(self) -> str:
         residuals = self.residuals
@@ -81,35 +81,6 @@ class Summary:
 
     def __repr__(self) -> str:
         return f"<Summary of {self.name}: {self.residuals._headline()}>"
-
-
-def _known(costs: Mapping[str, Cost | str]) -> dict[str, Cost]:
-    return {k: c for k, c in costs.items() if isinstance(c, Cost)}
-
-
-def cost_table(costs: Mapping[str, Cost | str]) -> tuple[list[str], list[list[str]]]:
-    """Return the names of columns, and a row of cells for each program."""
-    head = ["", "equations", "flops", "bytes moved", "peak bytes", "opaque calls"]
-    rows = [
-        [k, number(c.equations), number(c.flops), size(c.traffic), size(c.peak), str(c.calls)]
-        for k, c in _known(costs).items()
-    ]
-    return head, rows
-
-
-def operation_table(costs: Mapping[str, Cost | str]) -> tuple[list[str], list[list[str]]]:
-    """Return the names of columns, and a row of cells for each operation."""
-    kinds = {k: c.operations for k, c in _known(costs).items()}
-    total = summed(pair for ops in kinds.values() for pair in ops.items())
-    rows = [[op, *(str(ops.get(op, 0)) for ops in kinds.values())] for op in total]
-    return ["operation", *kinds], rows
-
-
-def operations_as_html(costs: Mapping[str, Cost | str]) -> str:
-    """Return how often each operation occurs in each program."""
-    head, rows = operation_table(costs)
-    cells = [[code(op), *counts] for op, *counts in rows]
-    return as_html(head, cells, right=range(1, len(head)))
 
 
 def costs(programs: Mapping[str, Callable[[], BoundProgram]]) -> dict[str, Cost | str]:

@@ -45,8 +45,7 @@ class Origin:
         self.args = args
         self.kwargs = dict(kwargs or {})
         inputs = self.inputs()
-        marked = has_marks((self.args, self.kwargs))
-        self.static: bool = not marked and all(o.static for o in inputs)
+        self.static: bool = all(o.static for o in inputs) and not has_marks((args, self.kwargs))
         self.portable: bool = all(o.portable for o in inputs)
 
     def inputs(self) -> list[Origin]:
