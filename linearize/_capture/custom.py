@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .._programs.residuals import Residual, first_freed
+from .._programs.residuals import Residual, check_memory
 from .._spaces.space import TensorSpec
 from .._torch.graphs import (
     forward_class,
@@ -288,9 +288,7 @@ class CustomNode:
         for kept in (self._fixed, self._attributes):
             if not kept:
                 continue
-            freed = first_freed(kept)
-            if freed is not None:
-                freed.check_memory()
+            check_memory(kept)
             for r in kept:
                 changed = r.version is not None and r.counter._version != r.version
                 if changed and not _written_by_methods(r.tensor):
@@ -299,12 +297,10 @@ class CustomNode:
     def _settle(self, owned: list[Residual], versions: list[int | None]) -> None:
         """After a call: what a method changed on its own context is its own affair."""
         for kept in (self._fixed, owned):
-            freed = first_freed(kept) if kept else None
-            if freed is not None:
-                try:
-                    freed.check_memory()
-                except StalenessError as error:
-                    self._unusable = str(error)
+            try:
+                check_memory(kept)
+            except StalenessError as error:
+                self._unusable = str(error)
         if owned:
             for r, version in zip(owned, versions, strict=True):
                 if version is not None and r.counter._version != version:

@@ -145,7 +145,7 @@ class Proof:
 
             return call
 
-        watched = Binding(binding.residuals, [seen(op) for op in binding.ops], binding.guards)
+        watched = binding.with_ops([seen(op) for op in binding.ops])
         results = executor(arguments, watched)
         balance.add(1, trial.cotangents, results)
         balance.add(-1, trial.results, arguments)

@@ -11,7 +11,7 @@ from .._programs.guards import guards
 from .._programs.numbers import Numbers, Pool
 from .._programs.origins import Here
 from .._programs.program import Emitter, Equation, Operation, Program, printed
-from .._programs.residuals import Residual, first_freed
+from .._programs.residuals import Residual, check_memory
 from .._programs.values import Constant, Var
 from .._spaces.memory import total_bytes
 from .._spaces.space import TensorSpec
@@ -55,6 +55,15 @@ class Binding:
         """Watch what was read before too, as far as somebody else can change it."""
         self.guard_by([*guards(before.residuals, self.residuals), *before.guards])
 
+    def with_ops(self, ops: Sequence[Operation]) -> Binding:
+        """Return the same numbers with others in place of the opaque operations."""
+        return Binding(self.residuals, ops, self.guards)
+
+    def replaying(self, tape: Sequence[Any]) -> Binding:
+        """Return the same numbers with user code that is not called: it gives what it gave."""
+        ops: Any = [lambda *_, out=out, **__: out for out in tape]
+        return self.with_ops(ops)
+
     @staticmethod
     def of(program: Program, numbers: Numbers) -> Binding:
         """Return the numbers that a program reads."""
@@ -66,29 +75,20 @@ class Binding:
             if r.version is not None and r.counter._version != r.version:
                 r.check()
         if self.ops:  # user code was seen to free memory that it does not own
-            self.check_memory()
+            check_memory(self._all)
 
     def watched(self) -> tuple[Residual, ...]:
         """Return the residuals that must not have changed."""
         return self._all
 
     def check_unread(self, places: Iterable[int]) -> None:
-        """Raise `StalenessError` if user code spoiled what is still to be read.
+        """Raise `StalenessError` if user code spoiled what is still to be read, at some places.
 
-        Parameters
-        ----------
-        places
-            Of those residuals. Others may have been a workspace of its own.
+        Other residuals may have been a workspace of its own.
         """
-        self.check_memory()
+        check_memory(self._all)
         for place in places:
             self.residuals[place].check()
-
-    def check_memory(self) -> None:
-        """Raise `StalenessError` if the memory of a residual was freed."""
-        freed = first_freed(self._all)
-        if freed is not None:
-            freed.check_memory()
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are kept alive; one may come several times."""
@@ -157,8 +157,7 @@ class BoundProgram:
     def with_opaque(self, stand_in: Callable[[Equation], Operation]) -> BoundProgram:
         """Return the program with something in place of its opaque operations."""
         ops = [stand_in(eq) for eq in self.equations if isinstance(eq.op, Operation)]
-        binding = Binding(self.binding.residuals, ops, self.binding.guards)
-        return bound(self.program, binding)
+        return bound(self.program, self.binding.with_ops(ops))
 
     def residuals(self) -> list[Residual]:
         """Return the tensors that the program reads, each once."""

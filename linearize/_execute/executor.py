@@ -7,35 +7,24 @@ nothing that is kept or owned by somebody else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from .._programs.aten import may_alias, returns_several
+from .._programs.aten import returns_several
 from .._programs.program import Equation, Operation, Program, op_name
-from .._programs.values import Value, Var
+from .._programs.values import Value
 from .._spaces.compare import close
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.modes import functions_as_they_are, functions_overridden, functorch_active
 from ..errors import LinearizeError
 from .binding import Binding, BoundProgram, unread_after
-from .mapped import call
-from .thresholds import LARGE_ENTRY, WRITE_OUT_AT, WRITE_OUT_SOON
+from .mapped import Slot, call, filled
+from .memory import shared_results
+from .thresholds import WRITE_OUT_AT, WRITE_OUT_SOON
 from .written import Bound, generate_bound
-
-
-class _Slot:
-    """Stands in an argument list for a value that is known at run time."""
-
-    __slots__ = ("index", "spec")
-
-    def __init__(self, index: int, spec: TensorSpec | None) -> None:
-        self.index = index
-        #: Of a variable, which can be undefined; a residual cannot.
-        self.spec = spec
 
 
 class _Step:
@@ -54,36 +43,26 @@ class _Step:
         "place",
         "plain",
         "source",
-        "tail",
         "unread",
+        "variables",
     )
 
-    def __init__(self, eq: Equation, slots: dict[Any, _Slot]) -> None:
+    def __init__(self, eq: Equation, slots: dict[Any, int]) -> None:
         def placed(x: Any) -> Any:
-            return slots[x] if isinstance(x, Value) else x
+            return Slot(slots[x]) if isinstance(x, Value) else x
 
         self.op = eq.op
         #: The place among the program's opaque operations.
         self.place = -1
-        #: Positional arguments that are a value, and those that contain one.
-        self.plain: list[tuple[int, int]] = []
-        self.nested: list[tuple[int, Any]] = []
-        self.tail: dict[str, Any] = {}
-        args: list[Any] = []
-        for i, x in enumerate(eq.args):
-            if isinstance(x, Value):
-                x = slots[x]
-                self.plain.append((i, x.index))
-            elif isinstance(x, (list, tuple)):
-                x = map_leaves(placed, x)
-                if _contains(x):
-                    self.nested.append((i, x))
-            args.append(x)
-        kwargs = map_leaves(placed, eq.kwargs) if eq.kwargs else {}
-        if kwargs:
-            self.tail = {k: a for k, a in kwargs.items() if isinstance(a, _Slot) or _contains(a)}
-            kwargs = {k: a for k, a in kwargs.items() if k not in self.tail}
-        self.call = (args, kwargs)
+        #: Positional arguments that are a value; whether values stand elsewhere too.
+        self.plain = [(i, slots[x]) for i, x in enumerate(eq.args) if isinstance(x, Value)]
+        self.nested = len(self.plain) < len(eq.reads())
+        #: Arguments; in nested ones slots stand for what is known at run time.
+        self.call: Any = list(eq.args), eq.kwargs
+        if self.nested:
+            self.call = map_leaves(placed, self.call)
+        #: The variables among the values, which can be undefined; a residual cannot.
+        self.variables = [(slots[v], v.spec) for v in eq.inputs()]
         self.outs: list[int] = []
         self.opaque = isinstance(eq.op, Operation)
         self.communicates = eq.communicates
@@ -102,23 +81,24 @@ class _Step:
                     f"{TensorSpec.of(t)}, the linear program expects {v.spec}; please report this"
                 )
 
-    def with_undefined(
-        self, op: Callable[..., Any], args: list[Any], keywords: dict[str, Any]
-    ) -> Any:
+    def with_undefined(self, op: Callable[..., Any], values: Sequence[Any]) -> Any:
         """Run the operation with some values undefined; all undefined gives undefined."""
-        template, _ = self.call
-        positional = all(map(_all_undefined, template, args)) and not self.communicates
-        if positional and all(_all_undefined(a, keywords[k]) for k, a in self.tail.items()):
+        missing = {slot: spec for slot, spec in self.variables if values[slot] is None}
+        if not self.communicates and all(slot in missing for slot, _ in self.variables):
             return (None,) * len(self.outs) if self.many else None
-        if self.opaque:
-            return call(op, args, {})
-        return _with_zeros(self, args, keywords)
+        if not self.opaque:  # user code is told, for others it is zero
+            values = list(values)
+            for slot, spec in missing.items():
+                values[slot] = spec.zeros()
+        return call(op, *self.arguments(values))
 
-
-def _contains(a: Any) -> bool:
-    if isinstance(a, (list, tuple)):
-        return any(isinstance(x, _Slot) or _contains(x) for x in a)
-    return False
+    def arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments of a call."""
+        template, keywords = filled(self.call, values) if self.nested else self.call
+        args = list(template)
+        for i, slot in self.plain:
+            args[i] = values[slot]
+        return args, keywords
 
 
 class Executor:
@@ -132,7 +112,6 @@ class Executor:
     __slots__ = (
         "__weakref__",
         "_function",
-        "_gains",
         "_inputs",
         "_outputs",
         "_size",
@@ -147,45 +126,33 @@ class Executor:
     def __init__(self, program: Program, *, final: bool = True) -> None:
         self.program = program
         self._write_out_at = WRITE_OUT_SOON if final else WRITE_OUT_AT
-        slots: dict[Any, _Slot] = {c: _Slot(i, None) for i, c in enumerate(program.constants)}
+        slots: dict[Any, int] = {c: i for i, c in enumerate(program.constants)}
         for v in program.inputs:
             if v in slots:
                 program.check()
-            slots[v] = _Slot(len(slots), v.spec)
+            slots[v] = len(slots)
         self._steps = _prepared(program, slots)
         self._size = len(slots)
         program.check_outputs(slots)
-        self._inputs = [slots[v].index for v in program.inputs]
-        self._outputs = [-1 if v is None else slots[v].index for v in program.outputs]
+        self._inputs = [slots[v] for v in program.inputs]
+        self._outputs = [-1 if v is None else slots[v] for v in program.outputs]
         #: Which results may share memory with an argument, a residual or a user's tensor.
-        self.copies = _shared(program)
+        self.copies = shared_results(program)
         self._verified = False
-        self._gains: bool | None = None
         self._function: Bound | None = None
         #: How often it ran.
         self.runs = 0
-
-    @property
-    def gains_by_stacks(self) -> bool:
-        """Whether several arguments are taken together faster than one after the other."""
-        if self._gains is None:
-            program = self.program
-            slower = _mostly_opaque(program) or _fills_caches(program)
-            self._gains = program.communicates() or not slower  # all ranks do the same
-        return self._gains
 
     def __call__(
         self,
         arguments: Sequence[torch.Tensor],
         binding: Binding | None = None,
         tape: list[Any] | None = None,
-        *,
-        replay: bool = False,
     ) -> list[torch.Tensor | None]:
         """Run the program on one tensor per input; return one per output, None for zero.
 
         The binding can be left out if the program has no constants. The results of user code come
-        into the tape in order; with `replay` they are taken from there instead.
+        into the tape in order, for `Binding.replaying`.
         """
         if binding is None:
             binding = Binding((), self.program.opaque())
@@ -201,7 +168,7 @@ class Executor:
                 return self._interpreted(self._begin(arguments, binding), binding, 0)
             return self._counted(arguments, binding)
         binding.check()
-        return self._interpreted(self._begin(arguments, binding), binding, 0, tape, replay=replay)
+        return self._interpreted(self._begin(arguments, binding), binding, 0, tape)
 
     @property
     def function(self) -> Bound | None:
@@ -216,22 +183,29 @@ class Executor:
         User code is not called: its results are on the tape. The function that is returned beside
         the results, if there is one, is for `adopt` if these are right.
         """
-        function = None if binding.ops or functions_overridden() else self._written()
-        if function is not None:
+        if self._write_out_at and not (binding.ops or functions_overridden()):
             binding.check()
-            try:
-                return function(binding, arguments, self), function
-            except TypeError:  # an operation's quicker name does not take these arguments
-                pass
-        return self(arguments, binding, tape, replay=True), None
+            written = self._written_out(arguments, binding)
+            if written is not None:
+                return written
+        binding = binding.replaying(tape)
+        binding.check()
+        return self._interpreted(self._begin(arguments, binding), binding, 0), None
 
     def adopt(self, function: Bound) -> None:
         """Run the program, or an equal one, by a function that was found to give the same."""
         self._function = function
         self._write_out_at = 0
 
-    def _written(self) -> Bound | None:
-        return generate_bound(self.program, self.copies) if self._write_out_at else None
+    def _written_out(
+        self, arguments: Sequence[torch.Tensor], binding: Binding
+    ) -> tuple[list[torch.Tensor | None], Bound] | None:
+        """Write the program out as a function; return what that gives, and the function."""
+        function = generate_bound(self.program, self.copies)
+        try:
+            return None if function is None else (function(binding, arguments, self), function)
+        except TypeError:  # an operation's quicker name does not take these arguments
+            return None
 
     def resume(
         self, binding: Binding, start: int, known: dict[int, torch.Tensor | None]
@@ -250,7 +224,7 @@ class Executor:
         self.runs += 1
         if last:
             self._write_out_at = 0
-            self._write_out(arguments, binding, results, tape)
+            self._adopt_if_equal(arguments, binding, results, tape)
         return results
 
     def _begin(self, arguments: Sequence[torch.Tensor], binding: Binding) -> list[Any]:
@@ -270,8 +244,6 @@ class Executor:
         binding: Binding,
         start: int,
         tape: list[Any] | None = None,
-        *,
-        replay: bool = False,
     ) -> list[torch.Tensor | None]:
         """Run the program from an equation on; `values` has a place for each value."""
         batching = functorch_active()
@@ -279,29 +251,28 @@ class Executor:
         for step in self._steps[start:] if start else self._steps:
             template, keywords = step.call
             op = step.op if step.place < 0 else ops[step.place]
-            args = template.copy()
             undefined = False
-            for i, slot in step.plain:
-                value = values[slot]
-                args[i] = value
-                if value is None:
-                    undefined = True
-            if step.nested or step.tail:
-                keywords = dict(keywords)
-                undefined |= _fill(step, args, keywords, values)
-            if step.opaque and tape is not None and replay:
-                out: Any = tape.pop(0)
-            elif undefined:
+            if step.nested:
+                args, keywords = step.arguments(values)
+                undefined = any(values[slot] is None for slot, _ in step.variables)
+            else:
+                args = template.copy()
+                for i, slot in step.plain:
+                    value = values[slot]
+                    args[i] = value
+                    if value is None:
+                        undefined = True
+            if undefined:
                 # A custom Function returned None: an undefined tangent, which is zero.
-                out = step.with_undefined(op, args, keywords)
+                out: Any = step.with_undefined(op, values)
             elif batching:
                 out = call(op, args, keywords)
             else:
                 out = op(*args, **keywords)
-            if step.opaque and not replay:
+            if step.opaque:
                 binding.check_unread(step.unread)
-            if step.opaque and tape is not None and not replay:
-                tape.append(out)
+                if tape is not None:
+                    tape.append(out)
             if not self._verified:
                 step.verify(out)
             if step.many:
@@ -319,7 +290,7 @@ class Executor:
             for t, copy in zip(results, self.copies, strict=True)
         ]
 
-    def _write_out(
+    def _adopt_if_equal(
         self,
         arguments: Sequence[torch.Tensor],
         binding: Binding,
@@ -327,22 +298,15 @@ class Executor:
         tape: list[Any] | None,
     ) -> None:
         """Write the program out as a function, and use it if it gives the same."""
-        function = generate_bound(self.program, self.copies)
-        if function is None:
-            return
         if tape is not None:  # user code is not called again
-            ops: Any = [lambda *_, out=out, **__: out for out in tape]
-            binding = Binding(binding.residuals, ops, binding.guards)
-        try:
-            again = function(binding, arguments, self)
-        except TypeError:  # an operation's quicker name does not take these arguments
-            return
-        if all(
+            binding = binding.replaying(tape)
+        written = self._written_out(arguments, binding)
+        if written is not None and all(
             (a is None) == (b is None)
             and (a is None or b is None or (a.dtype == b.dtype and close(a, b)))
-            for a, b in zip(again, results, strict=True)
+            for a, b in zip(written[0], results, strict=True)
         ):
-            self._function = function
+            self._function = written[1]
 
 
 def runner(
@@ -353,7 +317,7 @@ def runner(
     return lambda arguments: executor(arguments, binding)
 
 
-def _prepared(program: Program, slots: dict[Any, _Slot]) -> list[_Step]:
+def _prepared(program: Program, slots: dict[Any, int]) -> list[_Step]:
     """Return the steps of a program; the places of what they make come into `slots`."""
     steps: list[_Step] = []
     opaque = 0
@@ -375,90 +339,7 @@ def _prepared(program: Program, slots: dict[Any, _Slot]) -> list[_Step]:
             if out in slots:
                 program.check()
             step.outs.append(len(slots))
-            slots[out] = _Slot(len(slots), out.spec)
+            slots[out] = len(slots)
     for step, gone in zip(steps, program.last_uses(), strict=True):
-        step.free = [slots[v].index for v in gone]
+        step.free = [slots[v] for v in gone]
     return steps
-
-
-def _shared(program: Program) -> list[bool]:
-    """Return which results may share memory with something that is not only theirs."""
-    #: For each variable, the one whose memory it may share; None for foreign memory.
-    root: dict[Var, Var | None] = dict.fromkeys(program.inputs)
-    for eq in program.equations:
-        for out in eq.outputs:
-            if out is not None:
-                root[out] = _root(eq, out, root)
-    found: list[bool] = []
-    taken: set[Var | None] = set()
-    for out in program.outputs:
-        owner = None if out is None else root[out]
-        found.append(out is not None and (owner is None or owner in taken))
-        taken.add(owner)
-    return found
-
-
-def _root(eq: Equation, out: Var, root: dict[Var, Var | None]) -> Var | None:
-    """Return the variable whose memory a result may share, None for foreign memory."""
-    if isinstance(eq.op, Operation):
-        return None if eq.op.may_alias else out
-    if not may_alias(eq.op):
-        return out
-    roots = {root[v] for v in eq.inputs()}
-    return next(iter(roots)) if len(roots) == 1 and not eq.constants() else None
-
-
-def _mostly_opaque(program: Program) -> bool:
-    """Whether there is no more to do than to call user code that does not take batches."""
-    user = [eq for eq in program.equations if isinstance(eq.op, Operation)]
-    rest = [eq for eq in program.equations if not isinstance(eq.op, Operation)]
-    alone = all(not eq.op.takes_batches for eq in user if isinstance(eq.op, Operation))
-    return bool(user) and alone and sum(not may_alias(eq.op) for eq in rest) <= len(user)
-
-
-def _fills_caches(program: Program) -> bool:
-    """Whether values are so large that the processor's caches do not hold several of them."""
-    values = (v for eq in program.equations for v in eq.outputs if v is not None)
-    return any(
-        v.spec.device.type == "cpu" and math.prod(v.spec.shape) >= LARGE_ENTRY for v in values
-    )
-
-
-def _fill(step: _Step, args: list[Any], keywords: dict[str, Any], values: list[Any]) -> bool:
-    undefined = False
-
-    def value(x: Any) -> Any:
-        nonlocal undefined
-        if isinstance(x, _Slot):
-            undefined |= values[x.index] is None
-            return values[x.index]
-        return x
-
-    for i, a in step.nested:
-        args[i] = map_leaves(value, a)
-    for k, a in step.tail.items():
-        keywords[k] = map_leaves(value, a)
-    return undefined
-
-
-def _with_zeros(step: _Step, args: list[Any], keywords: dict[str, Any]) -> Any:
-    """Run an operation some of whose variables are undefined, that is zero."""
-
-    def fill(placed: Any, now: Any) -> Any:
-        if isinstance(placed, _Slot):
-            return placed.spec.zeros() if placed.spec is not None and now is None else now
-        if isinstance(placed, (list, tuple)):
-            return type(placed)(fill(p, n) for p, n in zip(placed, now, strict=True))
-        return now
-
-    template, _ = step.call
-    filled = [fill(p, n) for p, n in zip(template, args, strict=True)]
-    return call(step.op, filled, {k: fill(step.tail.get(k), v) for k, v in keywords.items()})
-
-
-def _all_undefined(placed: Any, now: Any) -> bool:
-    if isinstance(placed, _Slot):
-        return now is None or placed.spec is None
-    if isinstance(placed, (list, tuple)) and _contains(placed):
-        return all(_all_undefined(p, n) for p, n in zip(placed, now, strict=True))
-    return True

@@ -54,7 +54,7 @@ def call(op: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) ->
     given: list[Any] = []
     template = map_leaves(lambda x: _slot(x, given), (list(args), kwargs))
     if isinstance(op, Operation) and op.communicates and batch_size() is not None:
-        return _Communicated.apply(op, template, batch_marker(), *given)  # type: ignore[no-untyped-call]
+        return _Batched.apply(op, template, *given, batch_marker())  # type: ignore[no-untyped-call]
     if not any(batched_or_wrapped(t) for t in given):
         return op(*args, **kwargs)
     if isinstance(op, Operation) and op.takes_batches:
@@ -82,7 +82,7 @@ def _is_sparse(x: Any) -> bool:
 
 
 class Slot:
-    """Stands for a tensor among an operation's arguments."""
+    """Stands for a tensor among an operation's arguments, whatever it is at a call."""
 
     __slots__ = ("index",)
 
@@ -100,11 +100,14 @@ def _slot(x: Any, given: list[Any]) -> Any:
     return Slot(len(given) - 1)
 
 
-def apply_to(op: Callable[..., Any], template: Any, tensors: Sequence[Any]) -> Any:
-    def fill(x: Any) -> Any:
-        return tensors[x.index] if isinstance(x, Slot) else x
+def filled(template: Any, values: Sequence[Any]) -> Any:
+    """Return nested arguments with values in place of slots."""
+    return map_leaves(lambda x: values[x.index] if isinstance(x, Slot) else x, template)
 
-    args, kwargs = map_leaves(fill, template)
+
+def apply_to(op: Callable[..., Any], template: Any, tensors: Sequence[Any]) -> Any:
+    """Call an operation with tensors in place of slots."""
+    args, kwargs = filled(template, tensors)
     return op(*args, **kwargs)
 
 
@@ -138,7 +141,7 @@ def _passes(op: OpOverload, template: Any, given: Sequence[torch.Tensor]) -> boo
         return False  # its parts may have no rule either, which raises or warns
     generator = torch.Generator().manual_seed(3)
     shared = [not batched_or_wrapped(t) for t in given]
-    specs = [TensorSpec(tuple(t.shape), t.dtype, t.device) for t in given]
+    specs = [TensorSpec.of(t) for t in given]
     with outside_transforms():
         rows = [
             [
@@ -168,12 +171,6 @@ def _results(out: Any) -> tuple[torch.Tensor, ...]:
     return tuple(t for t in leaves((out,)) if isinstance(t, torch.Tensor))
 
 
-def entries(tensors: Sequence[Any], dims: Dims, count: int) -> list[list[Any]]:
-    """Return what each entry of the batch is called with."""
-    pairs = list(zip(tensors, dims, strict=True))
-    return [[t if d is None else t.select(d, i) for t, d in pairs] for i in range(count)]
-
-
 # -- rules of our own, and entry by entry ---------------------------------------------------
 
 
@@ -190,46 +187,38 @@ class _Batched(torch.autograd.Function):
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, op: Callable[..., Any], template: Any, *given: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, op: Any, template: Any, *given: Any) -> Any:
         dims, count = in_dims[2:], info.batch_size
-        if op in _RULES:
-            pairs = zip(given, dims, strict=True)
-            stacked = [
-                t.expand(count, *t.shape) if d is None else t.movedim(d, 0) for t, d in pairs
-            ]
+        communicates = isinstance(op, Operation) and op.communicates
+        if not communicates and op not in _RULES:
+            out = by_entry(functools.partial(call_again, op), template, given, dims, count)
+            whole = isinstance(out, torch.Tensor)
+            return out, 0 if whole else tuple([None if t is None else 0 for t in out])
+        stacked = [
+            t.expand(count, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(given, dims, strict=True)
+        ]
+        if not communicates:
             return apply_to(_RULES[op], template, stacked), 0
-        again = functools.partial(call_again, op)
-        outs = [apply_to(again, template, row) for row in entries(given, dims, count)]
-        if isinstance(outs[0], torch.Tensor):
-            return torch.stack(outs), 0
-        columns = [stack_results(column) for column in zip(*outs, strict=True)]
-        return tuple(columns), tuple(None if t is None else 0 for t in columns)
-
-
-class _Communicated(torch.autograd.Function):
-    """A collective, once for all entries of a batch: so do all ranks, whatever is zero on one."""
-
-    @staticmethod
-    def forward(op: Any, template: Any, marker: Any, *tensors: Any) -> Any:
-        return tuple(apply_to(op, template, tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, op: Any, template: Any, marker: Any, *given: Any) -> Any:
-        count = info.batch_size
-        if any(map(batched_or_wrapped, given)):
+        if any(map(batched_or_wrapped, given[:-1])):
             raise UnsupportedError(
                 f"{op.name}: f communicates, and its products are mapped over two dimensions; "
                 "flatten these to one"
             )
-        stacked = [
-            t.expand(count, *t.shape) if d is None else t.movedim(d, 0)
-            for t, d in zip(given, in_dims[3:], strict=True)
-        ]
+        # Once for all entries of a batch: so do all ranks, whatever is zero on one.
         return tuple(apply_to(lambda *args: op.stacked(count, args), template, stacked)), 0
+
+
+def by_entry(
+    op: Callable[..., Any], template: Any, given: Sequence[Any], dims: Dims, count: int
+) -> Any:
+    """Call an operation for each entry of a batch, and stack its result or results."""
+    pairs = list(zip(given, dims, strict=True))
+    rows = ([t if d is None else t.select(d, i) for t, d in pairs] for i in range(count))
+    outs = [apply_to(op, template, row) for row in rows]
+    if isinstance(outs[0], torch.Tensor):
+        return torch.stack(outs)
+    return tuple([stack_results(column) for column in zip(*outs, strict=True)])
 
 
 def call_again(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -245,32 +234,18 @@ def stack_results(column: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.stack([torch.zeros_like(like) if t is None else t for t in column])
 
 
-def _as_strided(
-    x: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
-) -> torch.Tensor:
-    """Read all entries at once; each counts from its own beginning."""
+def _strided(op: OpOverload, *given: Any) -> torch.Tensor:
+    """Read or write all entries at once; each counts from its own beginning."""
+    x, *written = (t for t in given if isinstance(t, torch.Tensor))
+    size, stride, *offset = given[1 + len(written) :]
     x = x.contiguous()
-    where = ([len(x), *size], [x[0].numel(), *stride], offset or 0)
-    result: torch.Tensor = call(aten.as_strided.default, (x, *where), {})
-    return result
-
-
-def _as_strided_scatter(
-    x: torch.Tensor,
-    src: torch.Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    offset: int | None = None,
-) -> torch.Tensor:
-    """Write all entries at once; each counts from its own beginning."""
-    x = x.contiguous()
-    where = ([len(x), *size], [x[0].numel(), *stride], offset or 0)
-    result: torch.Tensor = call(aten.as_strided_scatter.default, (x, src, *where), {})
+    where = [len(x), *size], [x[0].numel(), *stride], (offset[0] if offset else None) or 0
+    result: torch.Tensor = call(op, (x, *written, *where), {})
     return result
 
 
 #: Operations on arguments all stacked along their first dimension.
 _RULES: dict[Any, Callable[..., torch.Tensor]] = {
-    aten.as_strided.default: _as_strided,
-    aten.as_strided_scatter.default: _as_strided_scatter,
+    op: functools.partial(_strided, op)
+    for op in (aten.as_strided.default, aten.as_strided_scatter.default)
 }

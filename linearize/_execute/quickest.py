@@ -10,68 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .._torch.names import aten, bare, native_function, native_method
+from .._programs.aten import operations, schema_of
+from .._torch.names import bare, native_function, native_method
 
-#: By name, and fetched from where PyTorch keeps them: what stands in `torch` itself other packages
-#: replace by functions of their own.
-_FUNCTIONS = {
-    "add": "Tensor",
-    "addcmul": "default",
-    "addmm": "default",
-    "baddbmm": "default",
-    "bmm": "default",
-    "cat": "default",
-    "clone": "default",
-    "conj_physical": "default",
-    "convolution": "default",
-    "cos": "default",
-    "div": "Tensor Scalar",
-    "dot": "default",
-    "exp": "default",
-    "flip": "default",
-    "gather": "default",
-    "index_add": "default",
-    "index_select": "default",
-    "matmul": "default",
-    "mean": "dim",
-    "mm": "default",
-    "mul": "Tensor Scalar",
-    "mv": "default",
-    "neg": "default",
-    "permute": "default",
-    "reciprocal": "default",
-    "reshape": "default",
-    "roll": "default",
-    "scatter_add": "default",
-    "select": "int",
-    "sin": "default",
-    "squeeze": "dim dims",
-    "stack": "default",
-    "sub": "Tensor",
-    "sum": "default dim_IntList",
-    "t": "default",
-    "transpose": "int",
-    "unbind": "int",
-    "unsqueeze": "default",
-    "where": "self",
-}
-_METHODS = {
-    "add_": "Tensor",
-    "addcmul_": "default",
-    "addmm_": "default",
-    "baddbmm_": "default",
-    "div_": "Tensor Scalar",
-    "expand": "default",
-    "mul_": "Tensor Scalar",
-    "neg_": "default",
-    "sub_": "Tensor",
-    "view": "default",
-}
+#: Fetched from where PyTorch keeps them: what stands in `torch` itself other packages replace by
+#: functions of their own.
+_FUNCTIONS = operations(
+    "add.Tensor addcmul addmm baddbmm bmm cat clone conj_physical convolution cos div.Tensor "
+    "div.Scalar dot exp flip gather index_add index_select matmul mean.dim mm mul.Tensor "
+    "mul.Scalar mv neg permute reciprocal reshape roll scatter_add select.int sin squeeze.dim "
+    "squeeze.dims stack sub.Tensor sum sum.dim_IntList t transpose.int unbind.int unsqueeze "
+    "where.self"
+)
+_METHODS = operations(
+    "add_.Tensor addcmul_ addmm_ baddbmm_ div_.Tensor div_.Scalar expand mul_.Tensor mul_.Scalar "
+    "neg_ sub_.Tensor view"
+)
 _QUICK: dict[Any, Callable[..., Any]] = {
-    getattr(getattr(aten, name), overload): fetch(name)
-    for fetch, table in ((native_function, _FUNCTIONS), (native_method, _METHODS))
-    for name, overloads in table.items()
-    for overload in overloads.split()
+    op: fetch(schema_of(op).name)
+    for fetch, ops in ((native_function, _FUNCTIONS), (native_method, _METHODS))
+    for op in ops
 }
 
 

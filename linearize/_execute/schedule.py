@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
 
 from .._programs.origins import Literal, Origin, Saved, ordered
 from .._programs.program import Program
+from .._spaces.nested import map_leaves
 from .._torch.modes import functions_as_they_are, functions_overridden
 from .quickest import quickest
 from .thresholds import WRITE_OUT_NUMBERS_AT
@@ -60,8 +61,9 @@ class Schedule:
             if isinstance(o, Literal):
                 values[o] = o.tensor
             elif o.op is not None:
-                args = [_replaced(a, values) for a in o.args]
-                kwargs = {k: _replaced(a, values) for k, a in o.kwargs.items()}
+                args, kwargs = map_leaves(
+                    lambda x: values[x] if isinstance(x, Origin) else x, (o.args, o.kwargs)
+                )
                 values[o] = o.op(*args, **kwargs)
             for x in self._gone.get(o, ()):
                 del values[x]
@@ -85,14 +87,6 @@ class Schedule:
                 lines.append(f" del {', '.join(names[x] for x in self._gone[o])}")
         lines.append(f" return [{', '.join(names[o] for o in self._wanted)}]")
         return w.function(lines, "origins")
-
-
-def _replaced(tree: Any, values: Mapping[Origin, Any]) -> Any:
-    if isinstance(tree, Origin):
-        return values[tree]
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_replaced(x, values) for x in tree)
-    return tree
 
 
 class Portable:

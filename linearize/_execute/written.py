@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .._programs.aten import may_alias, returns_several
+from .._programs.aten import functional_variant, operations, returns_several
 from .._programs.program import Equation, Operation, Program
 from .._programs.values import Constant, Var
-from .._torch.names import aten
 from .binding import unread_after
+from .memory import owners
 from .quickest import quickest
 from .writer import Writer
 
@@ -29,19 +29,16 @@ Bound: TypeAlias = Callable[[Any, Sequence[torch.Tensor], Any], list[Any]]
 #: Longer programs would take Python's compiler too long.
 LONGEST = 20_000
 
-#: Operations that can write into their first argument; True if the first two can be swapped.
-_IN_PLACE: dict[Any, tuple[Any, bool]] = {
-    aten.mul.Tensor: (aten.mul_.Tensor, True),
-    aten.mul.Scalar: (aten.mul_.Scalar, False),
-    aten.div.Tensor: (aten.div_.Tensor, False),
-    aten.div.Scalar: (aten.div_.Scalar, False),
-    aten.add.Tensor: (aten.add_.Tensor, True),
-    aten.sub.Tensor: (aten.sub_.Tensor, False),
-    aten.neg.default: (aten.neg_.default, False),
-    aten.addcmul.default: (aten.addcmul_.default, False),
-    aten.addmm.default: (aten.addmm_.default, False),
-    aten.baddbmm.default: (aten.baddbmm_.default, False),
+#: What writes into its first operand, by the operation that does the same without.
+_IN_PLACE = {
+    functional_variant(op): op
+    for op in operations(
+        "mul_.Tensor mul_.Scalar div_.Tensor div_.Scalar add_.Tensor sub_.Tensor neg_ addcmul_ "
+        "addmm_ baddbmm_"
+    )
 }
+#: Those whose first two operands can be swapped.
+_SWAPPING = frozenset(operations("mul.Tensor add.Tensor"))
 
 
 def generate(program: Program, copies: Sequence[bool]) -> Function | None:
@@ -157,36 +154,27 @@ class _BoundWriter(_Writer):
             lines.append(f"if {undefined}: return executor.resume(binding, {i + 1}, {{{values}}})")
         return lines
 
-    def _groups(self) -> tuple[dict[Var, int], dict[int, int]]:
-        """Return which variables may share memory, and when each group is last read.
-
-        Group 0 is memory that is not the program's own.
-        """
-        group: dict[Var, int] = dict.fromkeys(self.program.inputs, 0)
-        for i, eq in enumerate(self.program.equations):
-            place = i + 1
-            if may_alias(eq.op):
-                places = {group[v] for v in eq.inputs()}
-                foreign = len(places) != 1 or bool(eq.constants())
-                place = 0 if foreign else places.pop()
-            group.update((v, place) for v in eq.outputs if v is not None)
+    def _groups(self) -> tuple[dict[Var, int | None], dict[int | None, int]]:
+        """Return which equation made the memory of each variable, and when that is last read."""
+        # By equations, as two results of one operation may be the same tensor.
+        made = {v: i for i, eq in enumerate(self.program.equations) for v in eq.outputs if v}
+        group = {v: None if o is None else made[o] for v, o in owners(self.program).items()}
         last = {v: i for i, gone in enumerate(self.gone) for v in gone}
         last.update((v, len(self.gone)) for v in self.program.outputs if v is not None)
-        end: dict[int, int] = {}
+        end: dict[int | None, int] = {}
         for v, place in group.items():
             end[place] = max(end.get(place, -1), last.get(v, -1))
         return group, end
 
     def in_place(self, i: int, eq: Equation) -> tuple[Any, tuple[Any, ...]] | None:
         """Return an operation that writes into an operand which is needed no more."""
-        known = None if self.ops else _IN_PLACE.get(eq.op)
-        if known is None:
+        op = None if self.ops else _IN_PLACE.get(eq.op)  # type: ignore[call-overload]
+        if op is None:
             return None
-        op, swaps = known
         (first, *rest), out = eq.args, eq.outputs[0]
         if self.is_free(i, first, rest, out):
             return op, eq.args
-        if swaps and not eq.kwargs and self.is_free(i, rest[0], [first], out):
+        if eq.op in _SWAPPING and not eq.kwargs and self.is_free(i, rest[0], [first], out):
             return op, (rest[0], first)
         return None
 
@@ -194,12 +182,9 @@ class _BoundWriter(_Writer):
         if not isinstance(x, Var) or out is None or x.spec != out.spec or x in rest:
             return False
         place = self.group[x]
-        if place == 0 or self.group_end[place] != i:
+        if place is None or self.group_end[place] != i or x not in self.gone[i]:
             return False
         # The operands beside it must not lie in the same memory, shifted.
         beside = {self.group[y] for y in rest if isinstance(y, Var)}
-        return place not in beside and x in self.gone[i] and self.is_whole(x, place)
-
-    def is_whole(self, x: Var, place: int) -> bool:
-        """Whether a variable is what an operation computed, not a view of that."""
-        return x in self.program.equations[place - 1].outputs
+        # And it must be what an operation computed, not a view of that.
+        return place not in beside and x in self.program.equations[place].outputs

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +22,15 @@ from .._programs.aten import may_alias, schema_of
 from .._programs.price import machine
 from .._programs.program import Equation, Program
 from .._programs.values import Var
-from .._spaces.compare import close, rounding
+from .._spaces.compare import all_close, close, rounding
 from .._torch.modes import functorch_active
 from .._torch.names import OpOverload
-from ..errors import LinearizeError, OptionError
+from ..errors import CompilationWarning, LinearizeError, OptionError
 from .cuda_graphs import Replays, capture_on_cuda
 from .segments import Segments, Stretch
 
 _LOCK = threading.Lock()
+_DIFFERS = "what was compiled does not give the same"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,40 +59,51 @@ class Options:
         return Options(rest, bool(rest.pop("cudagraph", True)))
 
 
-class CompilationFailure(LinearizeError):  # noqa: N818 (raised inside the package only)
-    """Raised where a program cannot be compiled."""
-
-
 def compiled(
-    program: Program,
-    copies: Sequence[bool],
+    executor: Executor,
     binding: Binding,
     options: Options,
-    failed: Callable[[str], None],
+    arguments: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor | None],
 ) -> Segments | None:
-    """Return a program with its stretches compiled, None if that does not make them quicker.
+    """Return a program with its stretches compiled, None if that does not pay or is wrong.
 
-    Each is compared with what it replaces, on random inputs and the numbers of one point; `failed`
-    is told why, if the compiler fails or its result is wrong.
+    Each is compared with what it replaces, on random inputs and the numbers of one point, and the
+    whole with what the program gave there. If the compiler fails, or its result is wrong, there is
+    a `CompilationWarning`.
     """
+    program = executor.program
     try:
-        segments = Segments(program, copies)
+        segments = Segments(program, executor.copies)
     except LinearizeError as error:
-        failed(str(error))
+        _warn(program, str(error))
         return None
     generator = torch.Generator().manual_seed(8)
     gained = 0
-    try:
-        with _LOCK:
-            for stretch in segments.stretches:
-                if _suits(stretch) and worth(stretch.program):
-                    residuals = [binding.residuals[k].tensor for k in stretch.residuals]
-                    inputs = [v.spec.random(generator) for v in stretch.inputs]
-                    _compile(stretch, residuals, inputs, options)
-                    gained += 1
-    except CompilationFailure as reason:
-        failed(str(reason))
-    return segments if gained or replayed(program, options) else None
+    with _LOCK:
+        for stretch in segments.stretches:
+            if _suits(stretch) and worth(stretch.program):
+                residuals = [binding.residuals[k].tensor for k in stretch.residuals]
+                inputs = [v.spec.random(generator) for v in stretch.inputs]
+                fault = _compile(stretch, residuals, inputs, options)
+                if fault:
+                    _warn(program, fault)
+                    break
+                gained += 1
+    if not gained and not replayed(program, options):
+        return None
+    if all_close(segments(arguments, binding), expected, rounding):
+        return segments
+    _warn(program, _DIFFERS)
+    return None
+
+
+def _warn(program: Program, reason: str) -> None:
+    warnings.warn(
+        f"{program.name}: torch.compile failed, the program runs as it was: {reason}",
+        CompilationWarning,
+        stacklevel=2,
+    )
 
 
 def replayed(program: Program, options: Options) -> bool:
@@ -138,8 +151,8 @@ def _compile(
     residuals: list[torch.Tensor],
     inputs: list[torch.Tensor],
     options: Options,
-) -> None:
-    """Compile a stretch, and use that if it gives the same."""
+) -> str:
+    """Compile a stretch, and use that if it gives the same; return why not, else nothing."""
     settings = {"dynamic": False, "fullgraph": True, **options.torch}
     eager = stretch.function
     quicker = _alone(torch.compile(eager, **settings))
@@ -149,32 +162,27 @@ def _compile(
             found = quicker(residuals, inputs)
         except Exception as error:  # whatever a compiler may raise
             reason = " ".join(str(error).split())[:300]
-            raise CompilationFailure(f"{type(error).__name__}: {reason}") from error
-        for a, b in zip(found, expected, strict=True):
-            if not close(a, b, rounding):
-                raise CompilationFailure("what was compiled does not give the same")
+            return f"{type(error).__name__}: {reason}"
+        if not all(close(a, b, rounding) for a, b in zip(found, expected, strict=True)):
+            return _DIFFERS
     stretch.function = quicker
+    return ""
 
 
 class Compiled:
     """Runs a compiled program at one point, and as it was (`executor`) inside of transforms.
 
-    With `replays` its stretches run from CUDA graphs.
+    Its stretches may run from CUDA graphs.
     """
 
-    __slots__ = ("_executor", "_replays", "segments")
+    __slots__ = ("_executor", "_replays", "_segments")
 
-    def __init__(self, segments: Segments, executor: Executor, replays: Replays | None) -> None:
-        self.segments, self._executor, self._replays = segments, executor, replays
-
-    @staticmethod
-    def at(
-        segments: Segments, executor: Executor, options: Options, device: torch.device
-    ) -> Compiled:
-        """Return what runs it with arguments on a device."""
+    def __init__(
+        self, segments: Segments, executor: Executor, options: Options, device: torch.device
+    ) -> None:
+        self._segments, self._executor = segments, executor
         replaying = replayed(executor.program, options)
-        replays = Replays(capture_on_cuda(device), device) if replaying else None
-        return Compiled(segments, executor, replays)
+        self._replays = Replays(capture_on_cuda(device), device) if replaying else None
 
     def __call__(
         self, arguments: Sequence[torch.Tensor], binding: Binding
@@ -182,7 +190,7 @@ class Compiled:
         """Run the program."""
         if functorch_active():
             return self._executor(arguments, binding)
-        return self.segments(arguments, binding, self._replays)
+        return self._segments(arguments, binding, self._replays)
 
 
 def _alone(function: Function) -> Function:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,25 +18,8 @@ from .._execute.written import Function
 from .segments import Stretch
 
 
-class Captured(Protocol):
-    """What a device makes of a function: it runs again, from the same memory to the same."""
-
-    def replay(self) -> None:
-        """Run again, without waiting."""
-
-    def begin(self) -> None:
-        """Wait, on the device, for the run before."""
-
-    def end(self, used: Sequence[torch.Tensor]) -> None:
-        """Mark the end of a run, on the device, which used these buffers."""
-
-
-#: Runs a function once and returns how to replay that, and its results.
-Capture = Callable[[Callable[[], list[Any]]], tuple[Captured, list[Any]]]
-
-
 class CudaGraph:
-    """A captured function on CUDA."""
+    """A captured function on CUDA: it runs again, from the same memory to the same."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
         self._graph = graph
@@ -44,7 +27,7 @@ class CudaGraph:
         self._done: torch.cuda.Event | None = None
 
     def replay(self) -> None:
-        """Run again on the current stream."""
+        """Run again on the current stream, without waiting."""
         self._graph.replay()
 
     def begin(self) -> None:
@@ -61,10 +44,14 @@ class CudaGraph:
         self._done.record(stream)
 
 
+#: Runs a function once and returns how to replay that, and its results.
+Capture: TypeAlias = Callable[[Callable[[], list[Any]]], tuple[CudaGraph, list[Any]]]
+
+
 def capture_on_cuda(device: torch.device) -> Capture:
     """Return what captures functions on a device."""
 
-    def capture(function: Callable[[], list[Any]]) -> tuple[Captured, list[Any]]:
+    def capture(function: Callable[[], list[Any]]) -> tuple[CudaGraph, list[Any]]:
         with torch.cuda.device(device):
             graph = torch.cuda.CUDAGraph()
             mine = torch.cuda.Stream()

@@ -30,6 +30,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -49,12 +50,13 @@ from .._programs.numbers import Numbers
 from .._programs.price import matrix_price, price, price_of_many
 from .._programs.program import Emitter, Program
 from .._programs.values import Var
-from .._simplify.copies import merge_copies
 from .._spaces.space import TensorSpec
 from .._torch.modes import being_traced, functorch_active
-from .._transpose.transpose import transpose
 from ..errors import LinearizeError
 from .banded import Banded
+
+#: From a program and its numbers to its transpose.
+Transpose: TypeAlias = Callable[[Program, Numbers], Program]
 
 _DTYPES = frozenset({torch.float32, torch.float64})
 
@@ -79,6 +81,8 @@ class Dense:
         Of the matrix: the real numbers that come out of the pushforward, by those that go in.
     taken
         Called when the matrix takes the place of a program for the first time.
+    transpose
+        Gives the transpose of a program.
 
     Attributes
     ----------
@@ -90,14 +94,15 @@ class Dense:
         Of the pushforward, if there is one; a band of diagonals, if it is no more.
     """
 
-    def __init__(self, spec: TensorSpec, taken: Callable[[], None]) -> None:
+    def __init__(self, spec: TensorSpec, taken: Callable[[], None], transpose: Transpose) -> None:
         self.spec = spec
         self.count = 0
         self.due = max(MATRIX_FROM, min(spec.shape) // 2)
         self.matrix: torch.Tensor | Banded | None = None
         self._taken: Callable[[], None] | None = taken
+        self._transpose = transpose
         self._given: torch.Tensor | None = None
-        self._refused = False
+        self._tried = False
         self._lock = threading.Lock()
 
     @staticmethod
@@ -106,14 +111,17 @@ class Dense:
         outs: Sequence[TensorSpec],
         limit: int,
         taken: Callable[[], None],
+        transpose: Transpose,
     ) -> Dense | None:
         """Return what stands ready for a map, None if its matrix is too large or of no use."""
         spec = _spec(tuple(ins), tuple(outs))
-        return None if spec is None or not 0 < spec.nbytes <= limit else Dense(spec, taken)
+        if spec is None or not 0 < spec.nbytes <= limit:
+            return None
+        return Dense(spec, taken, transpose)
 
     def again(self, program: Program) -> int:
         """Return at how many products a matrix pays that won where this program was run before."""
-        saved = price(program) - self._price
+        saved = price(program) - matrix_price(self.spec)
         mapped = MATRIX_COMPARED + len(program.equations) * MATRIX_MAPPED
         writing = price_of_many(program, min(self.spec.shape)) + mapped
         return max(MATRIX_AGAIN_FROM, math.ceil(writing / saved)) if saved > 0 else NEVER
@@ -128,8 +136,8 @@ class Dense:
     def program(self, program: BoundProgram, *, forward: bool) -> BoundProgram | None:
         """Return the product with the matrix as a program, None if it is not worth it."""
         with self._lock:
-            if self.matrix is None and not self._refused:
-                self._refused = True
+            if not self._tried:
+                self._tried = True
                 if _is_strided(program) and self.pays(program.program):
                     matrix = self._given
                     if matrix is None:
@@ -157,19 +165,15 @@ class Dense:
                 self._taken()
                 self._taken = None
 
-    @property
-    def _price(self) -> float:
-        return matrix_price(self.spec)
-
     def pays(self, program: Program) -> bool:
         """Whether a product with the matrix is enough cheaper than a program."""
-        return self._price <= MATRIX_SHARE * price(program)
+        return matrix_price(self.spec) <= MATRIX_SHARE * price(program)
 
     def _written_out(self, program: BoundProgram, forward: bool) -> torch.Tensor | None:
         """Return the matrix of the pushforward, from the fewest unit vectors."""
         if sum(reals(s) for s in program.specs) < sum(reals(v.spec) for v in program.inputs):
             try:
-                program, forward = program.made(transpose), not forward
+                program, forward = program.made(self._transpose), not forward
             except LinearizeError:
                 return None
         columns = _columns(program, self.spec)
@@ -217,12 +221,11 @@ def _around(
     """Return the product with a matrix, or its transpose, as a program like another one."""
     columns = [v.spec for v in program.inputs]
     wanted = [True] * len(program.specs)
-    name = f"matrix of {program.name}"
     spec, multiply = _multiply(matrix, forward=forward)
     numbers = Numbers()
-    made = matrix_program(spec, multiply, columns, program.specs, wanted, name, numbers)
+    made = matrix_program(spec, multiply, columns, program.specs, wanted, program.name, numbers)
     made = Program(made.inputs, made.equations, made.outputs, made.specs, program.name)
-    return BoundProgram.of(merge_copies(made), numbers)
+    return BoundProgram.of(made, numbers)
 
 
 def _columns(program: BoundProgram, like: TensorSpec) -> torch.Tensor:

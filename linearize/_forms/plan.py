@@ -8,29 +8,29 @@ before it: the simplified program, that one compiled, the matrix. `succession` s
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
-from .._check.proof import Proof
 from .._execute.binding import Binding, BoundProgram, bound
 from .._execute.executor import Executor
 from .._execute.mapped import stack_results
 from .._execute.shortcut import Closable, short_way
 from .._execute.thresholds import MOST_STACKS, STACK_COMPARED
-from .._programs.numbers import Pool
-from .._simplify.passes import simplify
 from .._spaces.compare import all_close, close, rounding
 from .._torch.modes import functorch_active
-from ..errors import CompilationWarning
 from .compiled import Compiled, Options, compiled
-from .dense import can_be_looked_at, can_be_trusted, numbers_at_hand, random_arguments
+from .dense import Dense, can_be_looked_at, can_be_trusted, numbers_at_hand, random_arguments
 from .segments import Segments
 from .stacks import Stack, at_once, stacks_of
-from .succession import Form, Succession, pays
+from .succession import Form, Succession
 
+Results: TypeAlias = Sequence[torch.Tensor | None]
+#: Runs a map for the first time, and tells whether all is checked that had to be before that.
+Owed: TypeAlias = Callable[
+    [Executor, Binding, Sequence[torch.Tensor]], tuple[list[torch.Tensor | None], bool]
+]
 #: What was compiled, by what runs it otherwise; None where that failed or does not pay.
 CompiledForms: TypeAlias = MutableMapping[Executor, Segments | None]
 
@@ -44,10 +44,10 @@ class Plan:
         What is run.
     succession
         Decides when another form takes over.
-    proof
-        What is to be checked before the first result is handed out.
-    whole
-        Whether no argument is zero.
+    simplified
+        Gives the simplified program, None if it saves too little to be tried.
+    owed
+        Runs the map as long as something is to be checked before a result is handed out.
     forward
         Whether the map is a pushforward, else its matrix is a transpose.
     forms
@@ -59,8 +59,6 @@ class Plan:
         these are not computed before it is worth it.
     taken
         Called when another program has taken over; gives what runs it for other points too.
-    pool
-        What is known of the point's numbers.
     """
 
     def __init__(
@@ -69,14 +67,13 @@ class Plan:
         binding: Binding,
         *,
         succession: Succession,
-        proof: Proof | None = None,
-        whole: bool = True,
+        simplified: Callable[[BoundProgram], BoundProgram | None],
+        owed: Owed | None = None,
         forward: bool = True,
         forms: CompiledForms | None = None,
         counted: Callable[[], None] = lambda: None,
         better: Callable[[], tuple[Executor, Binding] | None] | None = None,
         taken: Callable[[BoundProgram], Executor | None] = lambda _: None,
-        pool: Pool | None = None,
     ) -> None:
         #: What runs, what runs inside of transforms, and the numbers. One reference, so that a
         #: change is seen as a whole.
@@ -84,14 +81,13 @@ class Plan:
         #: What a matrix took the place of: it spreads an infinity or a NaN to all results.
         self._exact: tuple[Executor, Binding] | None = None
         self._succession = succession
-        self._proof = proof
-        self._whole = whole
+        self._simplify = simplified
+        self._owed = owed
         self._forward = forward
         self._forms: CompiledForms = {} if forms is None else forms
         self._counted = counted
         self._better = better
         self._taken = taken
-        self._pool = pool
         self._lock = threading.Lock()
         #: What runs stacks of each size.
         self._stacked: dict[int, tuple[Executor, Binding]] = {}
@@ -118,11 +114,11 @@ class Plan:
         run, executor, binding = self._running
         if self._succession.quiet:
             return run(arguments, binding)
-        proof = self._proof  # another thread may settle it
-        if proof is not None:
-            results = proof.run(executor, binding, arguments, self._whole)
-            if proof.settled:
-                self._proof = None
+        owed = self._owed  # another thread may settle it
+        if owed is not None:
+            results, settled = owed(executor, binding, arguments)
+            if settled:
+                self._owed = None
             return results
         form = self._succession.due(executor.runs)
         if form is not None and _undisturbed() and self._lock.acquire(blocking=False):
@@ -196,12 +192,12 @@ class Plan:
         mapped: Callable[[], Sequence[torch.Tensor]],
     ) -> Sequence[torch.Tensor | None]:
         """Apply the map to a stack for which nothing is bound yet."""
-        executor = self._running[1]
-        if not executor.gains_by_stacks:
+        _, executor, binding = self._running
+        stacks = stacks_of(executor)
+        if not stacks.gain:
             return self._looped(arguments)
         if count < 2 or executor.program.is_opaque():  # user code is not called to try something
             return mapped()
-        stacks = stacks_of(executor)
         if count not in stacks.known:
             if not stacks.due(count):
                 return mapped()
@@ -210,9 +206,8 @@ class Plan:
                     self._try(Form.SIMPLIFIED, [t[0] for t in arguments])
                 finally:
                     self._lock.release()
-            executor = self._running[1]
+            _, executor, binding = self._running
             stacks = stacks_of(executor)
-        binding = self._running[2]
         if count not in stacks.known:
             stacks.keep(count, Stack.of(executor.program, binding, count))
         stack = stacks.known.get(count)
@@ -220,17 +215,17 @@ class Plan:
             return mapped()
         if len(self._stacked) >= MOST_STACKS:
             self._stacked.clear()
-        bound_stack = stack.bind(binding)
-        if stack.compared < STACK_COMPARED:
-            expected = mapped()
-            if not _gives_stack(stack, bound_stack, arguments, expected):
-                stacks.known[count] = None
-                return expected
+        ready = stack.executor, stack.bind(binding)
+        if stack.compared >= STACK_COMPARED:
+            self._stacked[count] = ready
+            return self.stacked(arguments, mapped)
+        expected = mapped()
+        if _gives_stack(*ready, arguments, expected):
             stack.compared += 1
-            self._stacked[count] = stack.executor, bound_stack
-            return expected
-        self._stacked[count] = stack.executor, bound_stack
-        return self.stacked(arguments, mapped)
+            self._stacked[count] = ready
+        else:
+            stacks.known[count] = None
+        return expected
 
     def _looped(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         rows = [self(row) for row in zip(*(t.unbind() for t in arguments), strict=True)]
@@ -261,38 +256,42 @@ class Plan:
 
     def _try(self, form: Form, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Run as before, and try another form, once."""
+        _, executor, binding = self._running
+        tape: list[Any] = []
+        results = executor(arguments, binding, tape)
+        given = self._succession.begins(form)
+        if given is None:
+            return results
         if form is Form.SIMPLIFIED:
-            return self._simplified(arguments)
-        return self._compiled(arguments) if form is Form.COMPILED else self._made_dense(arguments)
+            self._try_simplified(arguments, tape, results)
+        elif form is Form.COMPILED:
+            self._try_compiled(given, arguments, tape, results)
+        else:
+            self._try_dense(given, arguments, results)
+        return results
 
-    def _simplified(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def _try_simplified(
+        self, arguments: Sequence[torch.Tensor], tape: list[Any], results: Results
+    ) -> None:
         """Take the simplified program, a new one or one that another point left.
 
         It must save something and give the same, as precisely: a sum of large terms that cancel
         may lose digits when a factor goes to each term.
         """
-        tape: list[object] = []
-        _, executor, old = self._running
-        if self._succession.settled:
-            return executor(arguments, old)
-        self._succession.simplifies()
-        results = executor(arguments, old, tape)
         better, self._better = self._better, None
         if better is not None:
             known = better()
             if known is not None and self._gives(*known, arguments, tape, results):
                 self._run(*known)
-            return results
-        before = bound(executor.program, old)
+            return
         with torch.inference_mode(False), torch.no_grad():
-            after = before.made(simplify, pool=self._pool)
-        worth = pays(before.program, after.program)
-        smaller = Executor(after.program) if worth else executor
-        if worth and self._gives(smaller, after.binding, arguments, tape, results):
-            self._take(smaller, after)
-        else:
-            self._succession.learned.simplifies = False
-        return results
+            after = self._simplify(self.program())
+        if after is not None:
+            smaller = Executor(after.program)
+            if self._gives(smaller, after.binding, arguments, tape, results):
+                self._take(smaller, after)
+                return
+        self._succession.learned.simplifies = False
 
     def _gives(
         self,
@@ -300,7 +299,7 @@ class Plan:
         binding: Binding,
         arguments: Sequence[torch.Tensor],
         tape: list[Any],
-        expected: Sequence[torch.Tensor | None],
+        expected: Results,
     ) -> bool:
         """Whether a program gives what another one gave; user code is not called again."""
         found, function = executor.first(arguments, binding, tape)
@@ -309,19 +308,18 @@ class Plan:
             executor.adopt(function)
         return same
 
-    def _made_dense(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def _try_dense(
+        self, dense: Dense, arguments: Sequence[torch.Tensor], results: Results
+    ) -> None:
         """Take the matrix if that costs less and gives the same."""
         _, executor, old = self._running
-        results = executor(arguments, old)
-        dense = self._succession.writes_out()
-        if dense is None:
-            return results
+        learned = self._succession.learned
         with torch.inference_mode(False), torch.no_grad():
-            before = bound(executor.program, old)
+            before = self.program()
             after = dense.program(before, forward=self._forward)
-            self._succession.learned.matrix = False
+            learned.matrix = False
             if after is None:
-                return results
+                return
             smaller, binding = Executor(after.program), after.binding
             probe = random_arguments(before)
             # A result that is not finite is left to the program anyway.
@@ -331,12 +329,11 @@ class Plan:
             ):
                 if dense.spreads:
                     if not numbers_at_hand(dense.spec.device):
-                        return results
+                        return
                     self._exact = executor, old
-                self._succession.learned.matrix = True
+                learned.matrix = True
                 self._take(smaller, after)
                 dense.taken()
-        return results
 
     def _take(self, executor: Executor, after: BoundProgram) -> None:
         after.binding.follow(self.binding)
@@ -351,59 +348,30 @@ class Plan:
         self._running = executor, executor, binding
         self._stacked = {}
 
-    def _compiled(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Take the program compiled if that gives the same; one serves all points."""
-        _, executor, binding = self._running
-        tape: list[object] = []
-        results = executor(arguments, binding, tape)
-        options = self._succession.compiles()
-        if options is None:
-            return results
-        if executor not in self._forms:
-            segments = self._forms[executor] = self._made_segments(
-                executor, binding, options, arguments, tape, results
-            )
-            if segments is not None:
-                self._counted()
-        segments = self._forms[executor]
-        if segments is not None:
-            run = Compiled.at(segments, executor, options, arguments[0].device)
-            self._running = run, executor, binding
-        return results
-
-    def _made_segments(
+    def _try_compiled(
         self,
-        executor: Executor,
-        binding: Binding,
         options: Options,
         arguments: Sequence[torch.Tensor],
         tape: list[Any],
-        expected: Sequence[torch.Tensor | None],
-    ) -> Segments | None:
-        """Return a program compiled, None if that does not pay or does not give the same."""
-        with torch.inference_mode(False), torch.no_grad():
-            segments = compiled(
-                executor.program, executor.copies, binding, options, self._not_compiled
-            )
-            # User code is not called again.
-            ops: Any = [lambda *_, k=k: tape[k] for k in range(len(binding.ops))]
-            taped = Binding(binding.residuals, ops, binding.guards)
-            if segments is None or all_close(segments(arguments, taped), expected, rounding):
-                return segments
-        self._not_compiled("what was compiled does not give the same")
-        return None
-
-    def _not_compiled(self, reason: str) -> None:
-        _, executor, _ = self._running
-        warnings.warn(
-            f"{executor.program.name}: torch.compile failed, the program runs as it was: {reason}",
-            CompilationWarning,
-            stacklevel=2,
-        )
+        results: Results,
+    ) -> None:
+        """Take the program compiled if that gives the same; one serves all points."""
+        _, executor, binding = self._running
+        if executor not in self._forms:
+            again = binding.replaying(tape)
+            with torch.inference_mode(False), torch.no_grad():
+                made = compiled(executor, again, options, arguments, results)
+            self._forms[executor] = made
+            if made is not None:
+                self._counted()
+        segments = self._forms[executor]
+        if segments is not None:
+            run = Compiled(segments, executor, options, arguments[0].device)
+            self._running = run, executor, binding
 
 
 def _gives_stack(
-    stack: Stack,
+    executor: Executor,
     binding: Binding,
     arguments: Sequence[torch.Tensor],
     expected: Sequence[torch.Tensor],
@@ -411,7 +379,7 @@ def _gives_stack(
     """Whether a program for stacks gives what mapping over them does."""
     try:
         with torch.no_grad():
-            results = stack.executor(arguments, binding)
+            results = executor(arguments, binding)
     except RuntimeError as error:  # what PyTorch maps need not be possible in another way
         if isinstance(error, torch.OutOfMemoryError):
             raise

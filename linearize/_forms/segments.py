@@ -16,23 +16,29 @@ from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.written import generate
 from .._programs.program import Equation, Operation, Program
+from .._programs.residuals import check_memory
 from .._programs.values import Var, last_uses
 from ..errors import LinearizeError
 
 
-class Stretch:
-    """Built-in operations, one after the other: as a program of their own, and what runs it."""
+class Part:
+    """What is run in one go, as a program of its own; its constants by their places."""
 
-    __slots__ = ("function", "inputs", "outputs", "program", "residuals")
+    def __init__(self, program: Program, places: dict[Any, int]) -> None:
+        self.program = program
+        self.inputs, self.outputs = program.inputs, program.outputs
+        self.residuals = [places[c] for c in program.constants]
+
+
+class Stretch(Part):
+    """Built-in operations, one after the other, and what runs them."""
 
     def __init__(self, program: Program, copies: Sequence[bool], places: dict[Any, int]) -> None:
+        super().__init__(program, places)
         function = generate(program, copies)
         if function is None:
             raise LinearizeError("the program is too long to be written out")
         self.function = function
-        self.program = program
-        self.inputs, self.outputs = program.inputs, program.outputs
-        self.residuals = [places[c] for c in program.constants]
 
 
 #: Runs a stretch: its number, the stretch, residuals and inputs to results.
@@ -41,18 +47,16 @@ Runner: TypeAlias = Callable[
 ]
 
 
-class _Call:
-    """One opaque operation."""
-
-    __slots__ = ("executor", "inputs", "number", "outputs", "residuals")
+class _Call(Part):
+    """One opaque operation, and its number among these."""
 
     def __init__(self, eq: Equation, number: int, places: dict[Any, int]) -> None:
-        inputs = list(dict.fromkeys(eq.inputs()))
         outputs = [v for v in eq.outputs if v is not None]
-        program = Program(inputs, [eq], outputs, [v.spec for v in outputs], eq.name)
-        self.executor = Executor(program)
-        self.inputs, self.outputs = inputs, outputs
-        self.residuals = [places[c] for c in program.constants]
+        specs = [v.spec for v in outputs]
+        super().__init__(
+            Program(list(dict.fromkeys(eq.inputs())), [eq], outputs, specs, eq.name), places
+        )
+        self.executor = Executor(self.program)
         self.number = number
 
 
@@ -64,10 +68,9 @@ class Segments:
         places: dict[Any, int] = {c: i for i, c in enumerate(program.constants)}
         self.parts: list[Stretch | _Call] = []
         opaque = [id(eq) for eq in program.equations if isinstance(eq.op, Operation)]
-        numbers = {name: i for i, name in enumerate(opaque)}
         for group in _groups(program):
             if isinstance(group[0].op, Operation):
-                self.parts.append(_Call(group[0], numbers[id(group[0])], places))
+                self.parts.append(_Call(group[0], opaque.index(id(group[0])), places))
             else:
                 self.parts.append(_stretch(program, group, copies, places))
         made = {v for part in self.parts if isinstance(part, Stretch) for v in part.outputs}
@@ -102,7 +105,7 @@ class Segments:
                     [binding.residuals[k] for k in part.residuals], [binding.ops[part.number]]
                 )
                 found: Sequence[Any] = part.executor(given, own)  # type: ignore[arg-type]
-                binding.check_memory()
+                check_memory(binding.watched())
             else:
                 # A custom Function returned None, which is zero.
                 pairs = zip(given, part.inputs, strict=True)

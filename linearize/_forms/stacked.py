@@ -8,6 +8,7 @@ is mapped over it by `torch.vmap`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,17 +20,14 @@ from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
 from . import stacked_products as stacked_products  # registers its rules
-from .mapping import LARGE
-from .stacking import Vectorizer, later, naming_rule, rank, rule
+from .stacking import LARGE, Vectorizer, later, rank, rule
 
 
-def vectorized(program: Program, numbers: Numbers, count: int) -> Program | None:
+def vectorized(program: Program, numbers: Numbers, count: int) -> Program:
     """Return the program for `count` arguments at once, and let `numbers` have what it reads.
 
-    None if user code is called, which is the caller's to loop over.
+    User code is called for each of them.
     """
-    if program.is_opaque():
-        return None
     return Vectorizer(program, numbers, count).run()
 
 
@@ -123,22 +121,16 @@ def _flip(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     return s.e.emit(eq.op, args, s.spec(out))
 
 
-@rule(aten.sum.default, aten.mean.default)
-def _total(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    x = eq.args[0]
-    if eq.kwargs or not rank(x):
-        return None
-    op = aten.sum.dim_IntList if eq.op is aten.sum.default else aten.mean.dim
-    return s.e.emit(op, (s.names[x], list(range(1, rank(x) + 1))), s.spec(out))
+_BY_DIMENSIONS = {aten.sum.default: aten.sum.dim_IntList, aten.mean.default: aten.mean.dim}
 
 
-@rule(aten.sum.dim_IntList, aten.mean.dim)
+@rule(*_BY_DIMENSIONS, *_BY_DIMENSIONS.values())
 def _sum(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    x, dims, *rest = eq.args
+    x, dims, *rest = (*eq.args, None) if eq.op in _BY_DIMENSIONS else eq.args
     if not rank(x):
         return None
-    dims = later(dims or range(rank(x)), rank(x))
-    return s.e.emit(eq.op, (s.names[x], dims, *rest), s.spec(out), **eq.kwargs)
+    args = s.names[x], later(dims or range(rank(x)), rank(x)), *rest
+    return s.e.emit(_BY_DIMENSIONS.get(eq.op, eq.op), args, s.spec(out), **eq.kwargs)
 
 
 @rule(aten.linalg_cross.default)
@@ -171,16 +163,17 @@ def _softmax(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     return s.emit(aten.addcmul.default, (products, sums, r), shape, value=-1)
 
 
-@naming_rule(aten.native_layer_norm_backward.default)
-def _layer_norm(s: Vectorizer, eq: Equation) -> bool:
-    """Take the entries of a stack as further rows; tell whether that is possible."""
+@rule(aten.native_layer_norm_backward.default)
+def _layer_norm(s: Vectorizer, eq: Equation, out: TensorSpec) -> Sequence[Var] | None:
+    """Take the entries of a stack as further rows."""
     g, x, shape, mean, rstd, weight, bias, _ = eq.args
     numbers = [r for r in (x, mean, rstd, weight, bias) if r is not None]
     if not isinstance(g, Var) or g.spec.numel >= LARGE:
-        return False
+        return None
     if any(not isinstance(r, Constant) or r.spec.dtype != g.spec.dtype for r in numbers):
-        return False
+        return None
     v, (first, *affine) = s.names[g], eq.outputs
+    found = []
     if first is not None:
         # The kernel reads statistics as they lie in memory.
         means, scales = (
@@ -192,17 +185,17 @@ def _layer_norm(s: Vectorizer, eq: Equation) -> bool:
             )
             for r in (mean, rstd)
         )
-        s.names[first] = out = Var(s.spec(first.spec))
+        found.append(Var(s.spec(first.spec)))
         args = (v, s.repeated(x), shape, means, scales, weight, bias, [True, False, False])
-        s.e.equations.append(Equation(eq.op, args, {}, (out, None, None), eq.source))
+        s.e.equations.append(Equation(eq.op, args, {}, (found[0], None, None), eq.source))
     if affine[0] is not None:
         centred = s.numbers.evaluated(aten.sub.Tensor, x, mean, source=x.source)
         normal = s.numbers.evaluated(aten.mul.Tensor, centred, rstd, source=x.source)
         product = s.emit(aten.mul.Tensor, (v, normal), v.spec.shape)
-        s.names[affine[0]] = s.summed(product, len(shape))
+        found.append(s.summed(product, len(shape)))
     if affine[1] is not None:
-        s.names[affine[1]] = s.summed(v, len(shape))
-    return True
+        found.append(s.summed(v, len(shape)))
+    return found
 
 
 @rule(aten.index.Tensor)

@@ -20,11 +20,6 @@ _WIDE, _SMALL = 16, 1 << 12
 _SIMPLE, _THIN = 400, 4
 
 
-@rule(aten.mm.default)
-def _mm(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    return _matrix_product(s, *eq.args)
-
-
 def _matrix_product(s: Vectorizer, a: Any, b: Any) -> Var:
     k = s.count
     if isinstance(a, Var):
@@ -67,11 +62,6 @@ def _mv(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
     )
 
 
-@rule(aten.bmm.default)
-def _bmm(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
-    return _batch_product(s, *eq.args)
-
-
 def _batch_product(s: Vectorizer, a: Any, b: Any) -> Var:
     k = s.count
     if isinstance(a, Var):
@@ -106,6 +96,12 @@ def _sum_of_columns(s: Vectorizer, a: Constant, b: Var) -> Var:
             total = s.emit(aten.addcmul.default, (total, row, column), shape)
     assert total is not None
     return total
+
+
+@rule(aten.mm.default, aten.bmm.default)
+def _product(s: Vectorizer, eq: Equation, out: TensorSpec) -> Var | None:
+    make = _matrix_product if eq.op is aten.mm.default else _batch_product
+    return make(s, *eq.args)
 
 
 @rule(aten.addmm.default, aten.baddbmm.default)

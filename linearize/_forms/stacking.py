@@ -1,20 +1,27 @@
-"""Putting a dimension more in front of all values of a program."""
+"""Putting a dimension more in front of all values of a program.
+
+By the rule of an operation, or by `torch.vmap` where it has none.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
+from .._execute.mapped import Slot, apply_to, by_entry, call_again
 from .._programs.aten import schema_of
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Program
-from .._programs.values import Constant, Var
+from .._programs.values import Constant, Value, Var
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
-from .mapping import Mapped
+
+#: From how many numbers in one entry on a kernel is called for each entry.
+LARGE = 1 << 13
 
 
 class Vectorizer:
@@ -42,27 +49,21 @@ class Vectorizer:
 
     def equation(self, eq: Equation) -> None:
         self.e.source = eq.source
-        rule = RULES.get(eq.op)
-        if eq.op in NAMING_RULES and NAMING_RULES[eq.op](self, eq):
-            return
         mark = len(self.e.equations)
         wanted = [v for v in eq.outputs if v is not None]
-        out = wanted[0] if len(wanted) == 1 else None
-        found = None
-        if out is not None:
-            if rule is not None:
-                found = rule(self, eq, out.spec)
-            elif (
-                len(eq.outputs) == 1
-                and isinstance(eq.op, OpOverload)
-                and schema_of(eq.op).pointwise
-            ):
-                found = self.pointwise(eq, out.spec)
-        if found is not None and out is not None:
-            self.names[out] = found
-            return
-        del self.e.equations[mark:]
-        self.mapped(eq)
+        found = self.by_rule(eq, wanted[0].spec) if wanted else ()
+        if len(found) != len(wanted):
+            del self.e.equations[mark:]
+            found = self.mapped(eq)
+        self.names.update(zip(wanted, found, strict=True))
+
+    def by_rule(self, eq: Equation, out: TensorSpec) -> Sequence[Var]:
+        """Return the results that are used; not as many where the rule does not hold."""
+        rule = RULES.get(eq.op)
+        if rule is None and len(eq.outputs) == 1 and isinstance(eq.op, OpOverload):
+            rule = Vectorizer.pointwise if schema_of(eq.op).pointwise else None
+        found = None if rule is None else rule(self, eq, out)
+        return [found] if isinstance(found, Var) else found or ()
 
     # -- what rules are made of -------------------------------------------------------------
 
@@ -119,20 +120,67 @@ class Vectorizer:
         shape = (self.count, *v.spec.shape[len(dims) + 1 :])
         return self.emit(aten.sum.dim_IntList, (v, dims), shape)
 
-    def mapped(self, eq: Equation) -> None:
-        """Map an operation over the stack."""
+    def mapped(self, eq: Equation) -> list[Var]:
+        """Map an operation over the stack; return the results that are used."""
         outs = tuple(None if v is None else Var(self.spec(v.spec)) for v in eq.outputs)
-        self.names.update((v, o) for v, o in zip(eq.outputs, outs, strict=True) if v and o)
-
-        def renamed(x: Any) -> Any:
-            return self.names[x] if isinstance(x, Var) else x
-
-        args = map_leaves(renamed, eq.args), map_leaves(renamed, eq.kwargs)
-        op = Mapped(eq.op, *args)
+        args, kwargs = map_leaves(
+            lambda x: self.names[x] if isinstance(x, Var) else x, (eq.args, eq.kwargs)
+        )
+        op = Mapped(eq.op, args, kwargs)
         self.e.equations.append(Equation(op, op.given, {}, outs, eq.source))
+        return [v for v in outs if v is not None]
 
 
-Rule: TypeAlias = Callable[[Vectorizer, Equation, TensorSpec], "Var | None"]
+class Mapped:
+    """An operation mapped over the first dimension of its variables."""
+
+    def __init__(self, op: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self.op = op
+        self.dims: list[int | None] = []
+        given: list[Any] = []
+
+        def place(x: Any) -> Any:
+            if not isinstance(x, Value):
+                return x
+            given.append(x)
+            self.dims.append(0 if isinstance(x, Var) else None)
+            return Slot(len(given) - 1)
+
+        self.template = map_leaves(place, (list(args), kwargs))
+        self.given = tuple(given)
+
+    def __repr__(self) -> str:
+        return f"each {self.op}"
+
+    def __call__(self, *given: Any) -> tuple[Any, ...]:
+        """Apply it; returns all results."""
+        if self.by_hand(given):
+            count = next(len(t) for t, d in zip(given, self.dims, strict=True) if d == 0)
+            out = by_entry(self.op, self.template, given, self.dims, count)
+            return out if isinstance(out, tuple) else (out,)
+        there: list[bool] = []
+        again = functools.partial(call_again, self.op)
+
+        def one(*tensors: Any) -> tuple[Any, ...]:
+            out = apply_to(again, self.template, tensors)
+            results = out if isinstance(out, (tuple, list)) else (out,)
+            there[:] = [t is not None for t in results]
+            return tuple(t for t in results if t is not None)
+
+        found = iter(torch.vmap(one, tuple(self.dims))(*given))
+        return tuple(next(found) if here else None for here in there)
+
+    def by_hand(self, given: Sequence[Any]) -> bool:
+        """Whether entries are so large that a kernel for each beats simpler operations on all."""
+        schema = schema_of(self.op) if isinstance(self.op, OpOverload) else None
+        if schema is None or schema.pointwise or not schema.name.endswith("_backward"):
+            return False
+        stacks = (t for t, d in zip(given, self.dims, strict=True) if d == 0)
+        return any(t[0].numel() >= LARGE for t in stacks)
+
+
+#: Gives the result, or all results that are used; None if it does not hold.
+Rule: TypeAlias = Callable[[Vectorizer, Equation, TensorSpec], Var | Sequence[Var] | None]
 RULES: dict[Any, Rule] = {}
 
 
@@ -141,21 +189,6 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
 
     def register(fn: Rule) -> Rule:
         RULES.update(dict.fromkeys(ops, fn))
-        return fn
-
-    return register
-
-
-#: Of operations with several results, which the rule names itself; it returns whether it did.
-NamingRule: TypeAlias = Callable[[Vectorizer, Equation], bool]
-NAMING_RULES: dict[Any, NamingRule] = {}
-
-
-def naming_rule(op: Any) -> Callable[[NamingRule], NamingRule]:
-    """Register the rule of an operation with several results."""
-
-    def register(fn: NamingRule) -> NamingRule:
-        NAMING_RULES[op] = fn
         return fn
 
     return register

@@ -18,11 +18,18 @@ import torch
 from .._execute.binding import Binding
 from .._execute.executor import Executor
 from .._execute.schedule import Portable
-from .._execute.thresholds import MOST_STACKS, STACK_AT, STACK_BYTES, STACK_BYTES_MULTIPLIED
+from .._execute.thresholds import (
+    LARGE_ENTRY,
+    MOST_STACKS,
+    STACK_AT,
+    STACK_BYTES,
+    STACK_BYTES_MULTIPLIED,
+)
+from .._programs.aten import may_alias
 from .._programs.numbers import Numbers
 from .._programs.origins import Literal, Saved
 from .._programs.price import multiplies
-from .._programs.program import Program
+from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
 from .._programs.values import Constant
 from .._spaces.budget import memory_budget
@@ -52,8 +59,8 @@ class Stack(Portable):
         self.compared = 0
 
     @staticmethod
-    def of(program: Program, binding: Binding, count: int) -> Stack | None:
-        """Make the program for `count` arguments, None if there is none."""
+    def of(program: Program, binding: Binding, count: int) -> Stack:
+        """Make the program for `count` arguments."""
         stand_ins = {
             c: Constant(c.spec, Saved(i, ""), c.source)
             for i, c in enumerate(program.constants)
@@ -68,8 +75,7 @@ class Stack(Portable):
 
         moved = program.with_equations([eq.renamed(stand_in) for eq in program.equations])
         with torch.inference_mode(False), torch.no_grad():
-            made = vectorized(moved, numbers, count)
-        return None if made is None else Stack(made)
+            return Stack(vectorized(moved, numbers, count))
 
     def bind(self, binding: Binding) -> Binding:
         """Compute the numbers of a point of those of the program for one argument."""
@@ -93,10 +99,17 @@ class Stack(Portable):
 class Stacks:
     """What is known of the stacks that one program was asked for, at any point.
 
-    Programs by the lengths of stacks; None where there is none, or a wrong one.
+    Attributes
+    ----------
+    gain
+        Whether several arguments are taken together faster than one after the other.
+    known
+        Programs by the lengths of stacks; None where one was found to be wrong.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, program: Program) -> None:
+        slower = _mostly_opaque(program) or _fills_caches(program)
+        self.gain = program.communicates() or not slower  # all ranks do the same
         self.known: dict[int, Stack | None] = {}
         self._counts: Counter[int] = Counter()
 
@@ -105,7 +118,7 @@ class Stacks:
         self._counts[count] += 1
         return self._counts[count] >= STACK_AT
 
-    def keep(self, count: int, stack: Stack | None) -> None:
+    def keep(self, count: int, stack: Stack) -> None:
         """Remember a program; only those of few lengths are kept."""
         if len(self.known) >= MOST_STACKS:
             self.known = {}
@@ -119,5 +132,19 @@ def stacks_of(executor: Executor) -> Stacks:
     """Return what is known of the stacks of a program."""
     found = _STACKS.get(executor)
     if found is None:
-        found = _STACKS[executor] = Stacks()
+        found = _STACKS[executor] = Stacks(executor.program)
     return found
+
+
+def _mostly_opaque(program: Program) -> bool:
+    """Whether there is no more to do than to call user code that does not take batches."""
+    user = program.opaque()
+    built_in = (eq.op for eq in program.equations if not isinstance(eq.op, Operation))
+    alone = bool(user) and not any(op.takes_batches for op in user)
+    return alone and sum(not may_alias(op) for op in built_in) <= len(user)
+
+
+def _fills_caches(program: Program) -> bool:
+    """Whether values are so large that the processor's caches do not hold several of them."""
+    values = (v for eq in program.equations for v in eq.outputs if v is not None)
+    return any(v.spec.device.type == "cpu" and v.spec.numel >= LARGE_ENTRY for v in values)

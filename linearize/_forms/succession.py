@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from typing import Any
 
 from .._execute import thresholds
 from .._programs.price import price
 from .._programs.program import Program
-from .._simplify.sparse_matrices import stores_by_rows
 from .compiled import Options
 from .dense import Dense
 
@@ -68,10 +68,8 @@ class Succession:
     ----------
     simplify
         Whether the program may be simplified (any more).
-    left
-        What another point left that is to be taken over in its time.
-    now
-        The program, if something was left.
+    at
+        At which product what another point left is taken over, if it left something.
     dense
         What may become the map's matrix.
     compiling
@@ -87,33 +85,26 @@ class Succession:
         Whether there is nothing to do at a product but to run what is there.
     """
 
-    __slots__ = (
-        "_at",
-        "_dense",
-        "_products",
-        "_simplify",
-        "_soon",
-        "compiling",
-        "learned",
-        "quiet",
-    )
+    __slots__ = ("_at", "_coming", "_products", "_soon", "learned", "quiet")
 
     def __init__(
         self,
         *,
         simplify: bool,
-        left: Left | None = None,
-        now: Program | None = None,
+        at: int | None = None,
         dense: Dense | None = None,
         compiling: Options | None = None,
         soon: bool = False,
         learned: Learned | None = None,
     ) -> None:
         self.learned = learned or Learned()
-        self._simplify = simplify and self.learned.simplifies
-        self._at: int | None = None if left is None or now is None else left.due(now)
-        self._dense = dense
-        self.compiling = compiling
+        #: What has not been tried yet, with what it takes.
+        self._coming: dict[Form, Any] = {
+            Form.SIMPLIFIED: (simplify and self.learned.simplifies) or None,
+            Form.COMPILED: compiling,
+            Form.MATRIX: dense,
+        }
+        self._at = at
         self._soon = soon
         self._products = 0
         self.quiet = False
@@ -121,65 +112,41 @@ class Succession:
     @property
     def settled(self) -> bool:
         """Whether the program is not to be simplified any more."""
-        return not self._simplify
+        return self._coming[Form.SIMPLIFIED] is None
 
     def due(self, runs: int) -> Form | None:
         """Count a product, and return the form that is to be tried at it.
 
-        Parameters
-        ----------
-        runs
-            How often the program has run, at this point and others.
+        `runs` says how often the program has run, at this point and others.
         """
-        dense = self._dense
+        dense: Dense | None = self._coming[Form.MATRIX]
         if dense is not None:
             dense.count += 1
-        if self._simplify:
+        if not self.settled:
             self._products += 1
             late = runs >= thresholds.SIMPLIFY_AT - 1
             if self._at is not None:
                 late = self._products >= self._at
             return Form.SIMPLIFIED if late or self._soon else None
-        if self.compiling is not None:
+        if self._coming[Form.COMPILED] is not None:
             return Form.COMPILED
         if dense is None:
             self.quiet = True
             # Another thread may have asked for a compiled form just now.
-            self.quiet = self.compiling is None
+            self.quiet = self._coming[Form.COMPILED] is None
             return None
         return Form.MATRIX if dense.count >= dense.due else None
 
-    def simplifies(self) -> None:
-        """Take note that the simplified program is tried, now and not again."""
-        self._simplify = False
+    def begins(self, form: Form) -> Any:
+        """Take note that a form is tried, now and not again.
 
-    def compiles(self) -> Options | None:
-        """Take note that the program is compiled, now and not again; return how."""
-        options, self.compiling = self.compiling, None
-        return options
-
-    def writes_out(self) -> Dense | None:
-        """Take note that the matrix is tried, now and not again; return what makes it."""
-        dense, self._dense = self._dense, None
-        return dense
+        Returns what it takes; None if it has been tried already, by another thread.
+        """
+        given, self._coming[form] = self._coming[form], None
+        return given
 
     def compile(self, options: Options) -> None:
         """Have the map compiled at one of the next products."""
         self._soon = True
-        self.compiling = options
+        self._coming[Form.COMPILED] = options
         self.quiet = False  # last, see `due`
-
-
-def pays(before: Program, after: Program) -> bool:
-    """Whether a simplified program saves enough work or memory to be tried."""
-    if stores_by_rows(after) and not stores_by_rows(before):
-        return True  # prices do not tell how a matrix is stored
-    then, now = price(after), price(before)
-    if then <= thresholds.SIMPLIFIED_SHARE * now:
-        return True
-    kept = _kept(before)
-    return then <= now and kept > 0 and _kept(after) <= thresholds.SIMPLIFIED_SHARE * kept
-
-
-def _kept(program: Program) -> int:
-    return sum(c.spec.nbytes for c in program.constants)

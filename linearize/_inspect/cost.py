@@ -1,9 +1,10 @@
-"""What running a linear program costs, estimated from shapes."""
+"""What running a linear program costs, estimated from shapes, and tables of it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ import torch
 from .._execute.binding import BoundProgram
 from .._programs.aten import COPIES, may_alias
 from .._programs.numbers import Numbers
+from .._programs.price import PRODUCTS, arithmetic
 from .._programs.program import Equation, Operation
 from .._programs.values import Constant, Value, Var
 from .._spaces.nested import map_leaves
-from .._torch.names import OpOverload, aten
+from .._text.tables import as_html, code, number, size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,18 +65,12 @@ def cost_of(program: BoundProgram) -> Cost:
     )
 
 
-_DOTS = {aten.mv: 0, aten.dot: 0, aten.vdot: 0, aten.addmv: 1}
-
-
 def _flops(eq: Equation, numbers: Numbers) -> int:
-    if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
+    if may_alias(eq.op) or eq.kind in COPIES:
         return 0
-    packet = eq.op.overloadpacket
-    if eq.kind in COPIES:
-        return 0
-    if packet in _DOTS:
-        factor: Value = eq.args[_DOTS[packet]]
-        return 2 * factor.spec.numel
+    packet = getattr(eq.op, "overloadpacket", None)
+    if packet in PRODUCTS:
+        return int(arithmetic(eq))
     from torch.utils.flop_counter import flop_registry  # not needed to compute products
 
     formula: Any = flop_registry.get(packet)
@@ -91,7 +87,7 @@ def _flops(eq: Equation, numbers: Numbers) -> int:
 
 
 def _traffic(eq: Equation, numbers: Numbers) -> int:
-    if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
+    if may_alias(eq.op):
         return 0
     read = sum(_nbytes(x, numbers) for x in dict.fromkeys(eq.reads()))
     return read + sum(v.spec.nbytes for v in eq.outputs if v is not None)
@@ -101,12 +97,53 @@ def _nbytes(x: Value, numbers: Numbers) -> int:
     if isinstance(x, Var):
         return x.spec.nbytes
     assert isinstance(x, Constant)
-    size = numbers.residual(x).size
+    stored = numbers.residual(x).size
     # What is expanded is read from fewer numbers.
-    return min(x.spec.nbytes, size) if size else x.spec.nbytes
+    return min(x.spec.nbytes, stored) if stored else x.spec.nbytes
 
 
 def _placeholder(x: Any) -> Any:
     return (
         torch.empty(x.spec.shape, dtype=x.spec.dtype, device="meta") if isinstance(x, Var) else x
     )
+
+
+# -- tables ---------------------------------------------------------------------------------
+
+
+def known_of(costs: Mapping[str, Cost | str]) -> dict[str, Cost]:
+    """Return the costs without the texts that stand for those that cannot be had."""
+    return {k: c for k, c in costs.items() if isinstance(c, Cost)}
+
+
+def cost_table(costs: Mapping[str, Cost | str]) -> tuple[list[str], list[list[str]]]:
+    """Return the names of columns, and a row of cells for each program."""
+    head = ["", "equations", "flops", "bytes moved", "peak bytes", "opaque calls"]
+    rows = [
+        [k, number(c.equations), number(c.flops), size(c.traffic), size(c.peak), str(c.calls)]
+        for k, c in known_of(costs).items()
+    ]
+    return head, rows
+
+
+def operation_table(costs: Mapping[str, Cost | str]) -> tuple[list[str], list[list[str]]]:
+    """Return the names of columns, and a row of cells for each operation."""
+    kinds = {k: c.operations for k, c in known_of(costs).items()}
+    total = summed(pair for ops in kinds.values() for pair in ops.items())
+    rows = [[op, *(str(ops.get(op, 0)) for ops in kinds.values())] for op in total]
+    return ["operation", *kinds], rows
+
+
+def operations_as_html(costs: Mapping[str, Cost | str]) -> str:
+    """Return how often each operation occurs in each program."""
+    head, rows = operation_table(costs)
+    cells = [[code(op), *counts] for op, *counts in rows]
+    return as_html(head, cells, right=range(1, len(head)))
+
+
+def summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Return the sum for each key, the largest first."""
+    total: Counter[str] = Counter()
+    for key, n in pairs:
+        total[key] += n
+    return dict(total.most_common())

@@ -17,6 +17,7 @@ from .._programs.program import Operation
 from .._spaces.memory import dense_parts
 from .._text.labels import Line, lines_of, name_of, named
 from .._text.tables import as_html, as_text, clipped, code, framed, size
+from .cost import summed
 
 #: How lines of f become known.
 HINT = "Lines of f are known with Linearizer(f, trace=True)."
@@ -247,13 +248,6 @@ def _identity(t: torch.Tensor) -> Any:
         return id(t)
     memory = t.untyped_storage().data_ptr() or id(t)
     return memory, t.storage_offset(), t.dtype, tuple(t.shape), t.stride(), t.is_conj()
-
-
-def summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for key, n in pairs:
-        total[key] = total.get(key, 0) + n
-    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 def _text(lines: Sequence[Line]) -> str:

@@ -8,8 +8,8 @@ import torch
 
 from .._execute.binding import BoundProgram
 from .._simplify.passes import explain, simplify
-from .._text.tables import STYLE, as_html, bars, code, escaped, fewer, number, shortened, size
-from .cost import Cost, cost_of
+from .._text.tables import STYLE, as_html, bars, code, escaped, fewer, shortened
+from .cost import Cost, cost_of, cost_table, operations_as_html
 from .drawing import draw
 from .summary import Summary
 
@@ -41,14 +41,19 @@ def page(
     if simplifies:
         with torch.inference_mode(False), torch.no_grad():
             smaller = {k: p.made(simplify) for k, p in programs.items()}
+    costs: dict[str, Cost | str] = {}
+    for direction, cost in summary.costs.items():
+        costs[direction] = cost
+        if direction in smaller:
+            costs[f"{direction}, simplified"] = cost_of(smaller[direction])
     residuals = summary.residuals
     title = f"Linearization of {summary.name}"
     parts = [
         f"<h1>Linearization of {code(summary.name)}</h1><p>{code(summary.map)}</p>",
         "<h2>What a product costs</h2>",
-        _costs(summary, smaller),
+        _costs(costs, simplified=bool(smaller)),
         "<h2>Operations</h2>",
-        _wide(_operations(summary, smaller)),
+        _wide(operations_as_html(costs)),
         "<h2>Memory</h2>",
         summary._memory_html(),
     ]
@@ -79,47 +84,18 @@ def _wide(content: str) -> str:
     return f'<div class="wide">{content}</div>'
 
 
-def _costs(summary: Summary, smaller: Mapping[str, BoundProgram]) -> str:
-    head = ["program", "equations", "flops", "bytes moved", "peak bytes", "opaque calls"]
-    rows: list[list[str]] = []
-    for direction, c in summary.costs.items():
-        if isinstance(c, str):
-            continue
-        rows.append(_row(direction, c))
-        if direction in smaller:
-            rows.append(_row(f"{direction}, simplified", cost_of(smaller[direction])))
-    failed = [[k, c] for k, c in summary.costs.items() if isinstance(c, str)]
+def _costs(costs: Mapping[str, Cost | str], *, simplified: bool) -> str:
+    (_, *head), rows = cost_table(costs)
+    failed = [[k, c] for k, c in costs.items() if isinstance(c, str)]
     note = (
         "Estimated from shapes, for one product: 2mn for a product with an m×n matrix, one flop "
         "per entry for other operations; custom Functions are not estimated."
     )
-    if smaller:
+    if simplified:
         note += " From its third call on a product runs the simplified program."
     without = as_html(["not to be had", "why"], failed) if failed else ""
-    table = as_html(head, rows, right=range(1, 6))
+    table = as_html(["program", *head], rows, right=range(1, 6))
     return f'{_wide(table)}{without}<p class="lz-faint">{note}</p>'
-
-
-def _row(name: str, c: Cost) -> list[str]:
-    sizes = [number(c.flops), size(c.traffic), size(c.peak)]
-    return [name, number(c.equations), *sizes, str(c.calls)]
-
-
-def _operations(summary: Summary, smaller: Mapping[str, BoundProgram]) -> str:
-    columns: dict[str, dict[str, int]] = {}
-    for direction, kinds in summary.operations.items():
-        columns[direction] = kinds
-        if direction in smaller:
-            columns[f"{direction}, simplified"] = cost_of(smaller[direction]).operations
-    total: dict[str, int] = {}
-    for kinds in columns.values():
-        for kind, n in kinds.items():
-            total[kind] = total.get(kind, 0) + n
-    rows = [
-        [code(kind), *(str(kinds.get(kind, 0)) for kinds in columns.values())]
-        for kind in sorted(total, key=lambda k: -total[k])
-    ]
-    return as_html(["operation", *columns], rows, right=range(1, 1 + len(columns)))
 
 
 def _shown(title: str, programs: Mapping[str, BoundProgram], limit: int) -> list[str]:

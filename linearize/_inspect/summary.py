@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from .._execute.binding import BoundProgram
-from .._text.tables import as_html, as_text, bars, code, fewer, framed, number, size
+from .._text.tables import as_html, as_text, bars, code, fewer, framed, size
 from ..errors import ClosedError, LinearizeError
-from .cost import Cost, cost_of
-from .kept import HINT, Residuals, summed
+from .cost import Cost, cost_of, cost_table, known_of, operation_table, operations_as_html
+from .kept import HINT, Residuals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +37,18 @@ class Summary:
     @property
     def operations(self) -> dict[str, dict[str, int]]:
         """How often each operation occurs in each program, the most frequent first."""
-        return {k: c.operations for k, c in self.costs.items() if isinstance(c, Cost)}
+        return {k: c.operations for k, c in known_of(self.costs).items()}
 
     def __str__(self) -> str:
         residuals = self.residuals
-        lines = [f"{self.name}: {self.map}", "", as_text(*self._costs(), right=range(1, 7))]
+        lines = [
+            f"{self.name}: {self.map}",
+            "",
+            as_text(*cost_table(self.costs), right=range(1, 7)),
+        ]
         lines += [f"{k}: {c}" for k, c in self.costs.items() if isinstance(c, str)]
         lines += ["(estimated from shapes, for one product)", ""]
-        head, rows = self._operations()
+        head, rows = operation_table(self.costs)
         lines += [as_text(head, rows, right=range(1, 3)), "", residuals._headline()]
         columns, sizes = self._memory()
         lines.append(as_text(columns, [(label, size(n)) for label, n in sizes], right=(1,)))
@@ -55,14 +59,12 @@ class Summary:
         return framed(title + self._html())
 
     def _html(self) -> str:
-        parts = [as_html(*self._costs(), right=range(1, 7))]
+        parts = [as_html(*cost_table(self.costs), right=range(1, 7))]
         for direction, c in self.costs.items():
             if isinstance(c, str):
                 parts.append(as_html([direction], [[c]]))
         parts.append('<p class="lz-faint">Estimated from shapes, for one product.</p>')
-        head, rows = self._operations()
-        parts.append(as_html(head, [[code(op), *n] for op, *n in rows], right=range(1, 3)))
-        return "".join([*parts, self._memory_html()])
+        return "".join([*parts, operations_as_html(self.costs), self._memory_html()])
 
     def _memory_html(self) -> str:
         residuals = self.residuals
@@ -70,21 +72,6 @@ class Summary:
         chart = bars([(code(label), n) for label, n in sizes], (what, unit))
         hint = "" if residuals.traced else f'<p class="lz-faint">{HINT}</p>'
         return f"<p>{residuals._headline()}</p>{chart}{hint}"
-
-    def _costs(self) -> tuple[list[str], list[list[str]]]:
-        head = ["", "equations", "flops", "bytes moved", "peak bytes", "opaque calls"]
-        rows = [
-            [k, number(c.equations), number(c.flops), size(c.traffic), size(c.peak), str(c.calls)]
-            for k, c in self.costs.items()
-            if isinstance(c, Cost)
-        ]
-        return head, rows
-
-    def _operations(self) -> tuple[list[str], list[list[str]]]:
-        kinds = self.operations
-        total = summed(pair for ops in kinds.values() for pair in ops.items())
-        rows = [[op, *(str(ops.get(op, 0)) for ops in kinds.values())] for op in total]
-        return ["operation", *kinds], rows
 
     def _memory(self) -> tuple[tuple[str, str], list[tuple[str, int]]]:
         residuals = self.residuals

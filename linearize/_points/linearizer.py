@@ -248,10 +248,7 @@ class Linearizer:
         known = self._structures
         return dataclasses.replace(
             self._memo.stats(),
-            recorded=known.recorded,
-            reused=known.reused,
-            dense=known.dense,
-            compiled=known.compiled,
+            **known.counts,
             why=dict(known.why),
         )
 

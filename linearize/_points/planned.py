@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor
 from .._forms.compiled import Options
 from .._forms.dense import Dense
-from .._forms.plan import Plan
+from .._forms.plan import Owed, Plan
 from .._forms.succession import Learned, Left, Succession
 from .._programs.numbers import Pool
 from .._programs.origins import Origin
@@ -22,10 +23,12 @@ from .._programs.program import Program
 from .._programs.residuals import Residual
 from .._record.witness import Unseen
 from .._reuse.template import Template
+from .._simplify.worth import simplified
 from .._spaces.budget import ON_RANKS
 from .._spaces.space import Space
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
+from .._transpose.transpose import transpose
 from ..errors import ClosedError, CopyError
 from .lifetime import Lifetime, tidy
 from .notes import shared, value
@@ -226,8 +229,21 @@ class Planned:
             Executor(program, final=False) if template is None else template.executor,
             Binding.of(program, numbers),
             simplify=self._policy.simplify,
-            proof=self._proof(),
+            owed=self._owed(whole=all(present)),
         )
+
+    def _owed(self, *, whole: bool) -> Owed | None:
+        """Return what runs the map while its proof is owed; `whole`: no argument is zero."""
+        proof = self._proof()
+        if proof is None:
+            return None
+
+        def run(
+            executor: Executor, binding: Binding, arguments: Sequence[torch.Tensor]
+        ) -> tuple[list[torch.Tensor | None], bool]:
+            return proof.run(executor, binding, arguments, whole), proof.settled
+
+        return run
 
     def _made_plan(
         self,
@@ -249,8 +265,7 @@ class Planned:
         learned = Learned() if source is None else source.learned(self._direction, present)
         succession = Succession(
             simplify=simplify,
-            left=left,
-            now=executor.program,
+            at=None if left is None else left.due(executor.program),
             dense=self._dense(executor.program, present, learned),
             compiling=self._compiling,
             soon=self._hurry,
@@ -260,12 +275,11 @@ class Planned:
             executor,
             binding,
             succession=succession,
-            whole=all(present),
+            simplified=functools.partial(simplified, pool=self._pool),
             forward=self._direction != PULLBACK,
             forms=None if source is None else source.forms,
             counted=_nothing if source is None else source.count_compiled,
             taken=taken,
-            pool=self._pool,
             **more,
         )
 
@@ -284,7 +298,7 @@ class Planned:
             dense = source.dense(policy.dense_limit)
         else:
             sides = self._arguments.tensors, self._results.tensors
-            dense = Dense.of(*sides, policy.dense_limit, lambda: None)
+            dense = Dense.of(*sides, policy.dense_limit, lambda: None, transpose)
         if dense is not None and learned.matrix:
             if learned.again is None:  # once for all points: it goes through the program
                 learned.again = dense.again(program)

@@ -49,8 +49,8 @@ from .watched import Watched
 
 #: The names of the two directions.
 PULLBACK, PUSHFORWARD = "pullback", "pushforward"
-#: What is held against the graph, and as what.
-_COMPARED = {d: d for d in (PULLBACK, PUSHFORWARD)} | {RECORDED: PULLBACK}
+#: What is held against the graph.
+_COMPARED = (PULLBACK, PUSHFORWARD, RECORDED)
 
 
 class PointPrograms:
@@ -211,7 +211,7 @@ class PointPrograms:
         numbers = Numbers(self.pool)
         unseen: list[Unseen] = []
         program = record_pullback(graph, *self._specs, numbers, remembered=True, unseen=unseen)
-        if self._structures.recorded and self._counted is None:
+        if self._structures.counts["recorded"] and self._counted is None:
             why = reasons.of_program(program) or self._watched.differs
             latest = self._structures.latest()
             before = None if latest is None else latest.signature
@@ -296,8 +296,10 @@ class PointPrograms:
     def _anew(self, why: str) -> None:
         """Take note of why a point has to make a program that others had made."""
         if why and self._counted:
-            self._structures.count_again(why)
-            self._counted = False
+            self._structures.count("reused", -1)
+            self._structures.note(why)
+            self._counted = None
+            self._count(reused=False)
 
     def _same(self, calls: Sequence[Unseen]) -> bool:
         """Whether what does not show what it does, does here what was recorded elsewhere."""
@@ -325,10 +327,11 @@ class PointPrograms:
         assert self._graph is not None
         if self._comparison is None:
             self._comparison = Comparison(self._graph, *self._specs)
-        compare = getattr(self._comparison, _COMPARED[direction])
         called = frozenset(c.place for c in template.unseen)
         with torch.no_grad():  # also where a backward pass with a graph asks for a product
-            same = compare(template.executor, binding, present, called)
+            same = self._comparison(
+                template.executor, binding, present, called, forward=direction == PUSHFORWARD
+            )
         if same:
             template.verified.set()
         if same is False:
@@ -348,8 +351,9 @@ class PointPrograms:
         turned = direction == PUSHFORWARD
         right = self._among_ranks(fresh.made(transpose)) if turned else fresh
         called = frozenset(c.place for c in template.unseen)
-        compare = functools.partial(getattr(self._comparison, _COMPARED[direction]), called=called)
-        for nearer, given in ((fresh, self._comparison.pullback), (right, compare)):
+        pulled = functools.partial(self._comparison, forward=False)
+        compare = functools.partial(self._comparison, called=called, forward=turned)
+        for nearer, given in ((fresh, pulled), (right, compare)):
             if not given(Executor(nearer.program), nearer.binding, (True,) * len(nearer.inputs)):
                 return  # what is recorded here is no nearer to the graph: both are rounding
         where = ""
@@ -406,7 +410,7 @@ class PointPrograms:
         with self.lock:
             if self._dense is None:
                 outs, ins = self._specs
-                self._dense = Dense.of(ins, outs, limit, self._structures.count_dense)
+                self._dense = Dense.of(ins, outs, limit, self._count_dense, transpose)
             return self._dense
 
     @property
@@ -414,9 +418,12 @@ class PointPrograms:
         """What was compiled for points of the same `Linearizer`."""
         return self._structures.forms
 
+    def _count_dense(self) -> None:
+        self._structures.count("dense")
+
     def count_compiled(self) -> None:
         """Take note that a program was compiled."""
-        self._structures.count_compiled()
+        self._structures.count("compiled")
 
     def changed(self) -> bool:
         """Whether a tensor that the graph keeps was changed in place, as long as there is one.
@@ -471,7 +478,7 @@ class PointPrograms:
     def _count(self, *, reused: bool) -> None:
         if self._counted is None:
             self._counted = reused
-            self._structures.count(reused=reused)
+            self._structures.count("reused" if reused else "recorded")
 
     def _let_go_of_graph(self) -> None:
         """Let go of the graph, once everything is made of it."""

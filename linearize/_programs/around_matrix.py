@@ -66,9 +66,7 @@ def matrix_program(
             v = e.emit(aten.resolve_conj.default, (v,), spec)
             spec = TensorSpec((*spec.shape, 2), spec.dtype.to_real(), spec.device)
             v = e.emit(aten.view_as_real.default, (v,), spec)
-        flat = TensorSpec((math.prod(spec.shape),), spec.dtype, spec.device)
-        v = e.emit(aten.reshape.default, (v, [flat.shape[0]]), flat)
-        parts.append(_cast(e, v, TensorSpec(flat.shape, dtype, device)))
+        parts.append(_cast(e, _reshaped(e, v, (spec.numel,)), dtype, device))
     joined = TensorSpec((matrix.shape[1],), dtype, device)
     vector = parts[0] if len(parts) == 1 else e.emit(aten.cat.default, (parts,), joined)
     vector = multiply(e, vector)
@@ -82,10 +80,8 @@ def matrix_program(
         part = TensorSpec((end - start,), dtype, device)
         whole = end - start == matrix.shape[0]
         v = vector if whole else e.emit(aten.slice.Tensor, (vector, 0, start, end), part)
-        real = spec.dtype.to_real()
-        shape = (*spec.shape, 2) if spec.dtype.is_complex else spec.shape
-        v = e.emit(aten.reshape.default, (v, list(shape)), TensorSpec(shape, dtype, device))
-        v = _cast(e, v, TensorSpec(shape, real, spec.device))
+        v = _reshaped(e, v, (*spec.shape, 2) if spec.dtype.is_complex else spec.shape)
+        v = _cast(e, v, spec.dtype.to_real(), spec.device)
         if spec.dtype.is_complex:
             # Pairs must lie side by side, in a batched run too.
             v = e.emit(aten.clone.default, (v,), v.spec, memory_format=torch.contiguous_format)
@@ -95,7 +91,15 @@ def matrix_program(
     return Program(inputs, e.equations, outputs, list(all_rows), e.source)
 
 
-def _cast(e: Emitter, v: Var, spec: TensorSpec) -> Var:
+def _reshaped(e: Emitter, v: Var, shape: tuple[int, ...]) -> Var:
+    if v.spec.shape == shape:
+        return v
+    spec = TensorSpec(shape, v.spec.dtype, v.spec.device)
+    return e.emit(aten.reshape.default, (v, list(shape)), spec)
+
+
+def _cast(e: Emitter, v: Var, dtype: torch.dtype, device: torch.device) -> Var:
+    spec = TensorSpec(v.spec.shape, dtype, device)
     if v.spec == spec:
         return v
-    return e.emit(aten._to_copy.default, (v,), spec, dtype=spec.dtype, device=spec.device)
+    return e.emit(aten._to_copy.default, (v,), spec, dtype=dtype, device=device)

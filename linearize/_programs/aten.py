@@ -16,30 +16,27 @@ from .._spaces.nested import leaves
 from .._torch.names import OpOverload, aten
 from .values import Var
 
+
+def operations(names: str) -> list[OpOverload]:
+    """Return operations by their names; `add` stands for `add.default`."""
+    parts = (name.partition(".") for name in names.split())
+    return [getattr(getattr(aten, packet), overload or "default") for packet, _, overload in parts]
+
+
 #: Operations whose result does not depend on the numbers in their tensor argument.
 CONSTANT = frozenset(
-    op
-    for packet in (
+    operations(
         "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones "
         "new_full new_empty new_empty_strided"
-    ).split()
-    for op in (getattr(aten, packet).default,)
+    )
 )
 UNINITIALIZED = frozenset(
-    {
-        aten.empty.memory_format,
-        aten.empty_like.default,
-        aten.empty_strided.default,
-        aten.new_empty.default,
-        aten.new_empty_strided.default,
-    }
+    operations("empty.memory_format empty_like empty_strided new_empty new_empty_strided")
 )
 #: What sets entries to a constant where a mask says so.
-MASKS = frozenset({aten.where.self, aten.masked_fill.Tensor, aten.masked_fill_.Tensor})
+MASKS = frozenset(operations("where.self masked_fill.Tensor masked_fill_.Tensor"))
 #: Operations that hand the numbers of a tensor to the host.
-READS_NUMBERS = frozenset(
-    {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
-)
+READS_NUMBERS = frozenset(operations("_local_scalar_dense equal is_nonzero"))
 #: What puts the entries of one argument elsewhere, or leaves some out, by name.
 MOVES = frozenset(
     (
@@ -163,6 +160,8 @@ class Schema:
     pointwise: bool
     #: Whether it is pointwise, be it without the tag that says so.
     by_entry: bool
+    may_alias: bool
+    returns_several: bool
 
     @property
     def into_out(self) -> bool:
@@ -191,7 +190,12 @@ def schema_of(op: OpOverload) -> Schema:
     name = op._schema.name.partition("::")[2]
     pointwise = torch.Tag.pointwise in op.tags
     by_entry = pointwise or name in _UNTAGGED_POINTWISE
-    return Schema(name, writes, bool(op.is_view), pointwise, by_entry)
+    returns = op._schema.returns
+    # Composite operations (`reshape`) return a view where they can, without saying so.
+    aliases = name in _MAYBE_VIEW or any(r.alias_info is not None for r in returns)
+    several = len(returns) != 1 or str(returns[0].type) == "List[Tensor]"
+    is_view = bool(op.is_view)
+    return Schema(name, writes, is_view, pointwise, by_entry, is_view or aliases, several)
 
 
 def at_random(op: OpOverload) -> bool:
@@ -245,90 +249,39 @@ def functional_variant(op: OpOverload) -> OpOverload | None:
     return None
 
 
-_COPYING = {aten.clone.default, aten._to_copy.default}
+_MAYBE_VIEW = frozenset(
+    "reshape resolve_conj resolve_neg contiguous _unsafe_view lift_fresh _reshape_alias".split()
+)
 
 
 def may_alias(op: Callable[..., Any]) -> bool:
     """Whether an operation's result may share memory with its argument."""
-    return not isinstance(op, OpOverload) or _may_alias(op)
-
-
-@functools.cache  # of PyTorch's own operations: others go with their point
-def _may_alias(op: OpOverload) -> bool:
-    if op in _COPYING:
-        return False
-    if schema_of(op).is_view:
-        return True
-    aliases = any(r.alias_info is not None for r in op._schema.returns)
-    # Composite operations (`reshape`) return a view where they can, without saying so.
-    return aliases or op.name() in _MAYBE_VIEW
-
-
-_MAYBE_VIEW = frozenset(
-    {
-        "aten::reshape",
-        "aten::resolve_conj",
-        "aten::resolve_neg",
-        "aten::contiguous",
-        "aten::_unsafe_view",
-        "aten::lift_fresh",
-        "aten::_reshape_alias",
-    }
-)
+    return not isinstance(op, OpOverload) or schema_of(op).may_alias
 
 
 def returns_several(op: Callable[..., Any]) -> bool:
     """Whether an operation returns a tuple or list, be it of one tensor."""
-    return not isinstance(op, OpOverload) or _returns_several(op)
-
-
-@functools.cache
-def _returns_several(op: OpOverload) -> bool:
-    returns = op._schema.returns
-    return len(returns) != 1 or str(returns[0].type) == "List[Tensor]"
+    return not isinstance(op, OpOverload) or schema_of(op).returns_several
 
 
 #: What permutes dimensions.
-_PERMUTATIONS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
+_PERMUTATIONS = frozenset(operations("t transpose.int permute"))
 #: What shows a value in another shape, as the recorder and the passes write it.
-SHOWN_IN_ORDER = frozenset({aten.view.default, aten.reshape.default, aten.unsqueeze.default})
+SHOWN_IN_ORDER = frozenset(operations("view reshape unsqueeze"))
 #: The same in another shape or order.
 SHOWN = SHOWN_IN_ORDER | _PERMUTATIONS
 #: All that shows a value in another shape.
-RESHAPES = SHOWN_IN_ORDER | {
-    aten._unsafe_view.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-}
+RESHAPES = SHOWN_IN_ORDER.union(operations("_unsafe_view squeeze.dim squeeze.dims squeeze"))
 #: Views that need their argument to lie in memory as it does now, which a reshape does not.
-VIEWS_BY_STRIDES = frozenset(
-    {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
-)
+VIEWS_BY_STRIDES = frozenset(operations("view _unsafe_view _reshape_alias"))
 #: What relies on how its argument lies in memory.
-STRIDED = frozenset(
-    {
-        aten.as_strided.default,
-        aten.as_strided_scatter.default,
-        aten.view_as_complex.default,
-        aten.view_as_real.default,
-    }
-)
+STRIDED = frozenset(operations("as_strided as_strided_scatter view_as_complex view_as_real"))
 #: What may leave its argument as it is.
 IDLE = frozenset(
-    {
-        aten.alias.default,
-        aten.detach.default,
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.expand.default,
-        aten._to_copy.default,
-        aten.squeeze.dim,
-        aten.squeeze.default,
-        aten.lift_fresh.default,
-        aten.clone.default,
-    }
+    operations(
+        "alias detach view _unsafe_view reshape expand _to_copy squeeze.dim squeeze lift_fresh "
+        "clone"
+    )
 )
 #: What gives the same numbers in the same order.
 SAME_NUMBERS = IDLE | RESHAPES
@@ -350,17 +303,10 @@ def permutation(op: Any, args: Any) -> tuple[int, ...] | None:
 
 #: Operations that leave an entry as it is, or put zero in its place.
 CHOICES = frozenset(
-    {
-        aten.where.self,
-        aten.masked_fill.Scalar,
-        aten.masked_fill.Tensor,
-        aten.threshold_backward.default,
-        aten.hardtanh_backward.default,
-        aten.hardshrink_backward.default,
-        aten.softshrink_backward.default,
-        aten.tril.default,
-        aten.triu.default,
-    }
+    operations(
+        "where.self masked_fill.Scalar masked_fill.Tensor threshold_backward hardtanh_backward "
+        "hardshrink_backward softshrink_backward tril triu"
+    )
 )
 
 

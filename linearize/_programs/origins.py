@@ -45,16 +45,12 @@ class Origin:
         self.args = args
         self.kwargs = dict(kwargs or {})
         inputs = self.inputs()
-        self.static: bool = all(map(operator.attrgetter("static"), inputs)) and not has_marks(
-            (self.args, self.kwargs)
-        )
-        self.portable: bool = all(map(operator.attrgetter("portable"), inputs))
+        self.static: bool = all(o.static for o in inputs) and not has_marks((args, self.kwargs))
+        self.portable: bool = all(o.portable for o in inputs)
 
     def inputs(self) -> list[Origin]:
         """Return the origins among the arguments."""
-        found: list[Origin] = []
-        _gather((self.args, self.kwargs), found)
-        return found
+        return [x for x in leaves((self.args, self.kwargs)) if isinstance(x, Origin)]
 
 
 class Here(Origin):
@@ -203,14 +199,6 @@ def filled(shape: Sequence[int], value: Any, like: torch.Tensor) -> Origin:
     """Return the origin of a tensor filled with one number."""
     kwargs = {"dtype": like.dtype, "device": like.device}
     return Origin(aten.full.default, (list(shape), value), kwargs)
-
-
-def _gather(tree: Any, found: list[Origin]) -> None:
-    for x in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(x, Origin):
-            found.append(x)
-        elif isinstance(x, (list, tuple, dict)):
-            _gather(x, found)
 
 
 def ordered(wanted: Sequence[Origin]) -> list[Origin]:

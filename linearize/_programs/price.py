@@ -80,17 +80,17 @@ def multiplies(program: Program) -> bool:
         if not (isinstance(eq.op, OpOverload) and may_alias(eq.op)):
             passed = (v for v in (*eq.inputs(), *eq.outputs) if v is not None)
             moving += m.moved(sum(v.spec.nbytes for v in passed))
-        multiplying += _arithmetic(eq) / m.arithmetic
+        multiplying += arithmetic(eq) / m.arithmetic
     return multiplying > moving
 
 
 def _price(eq: Equation) -> float:
     m = machine(_device(eq))
-    if not isinstance(eq.op, OpOverload) or may_alias(eq.op):
+    if may_alias(eq.op):
         return _start(eq, m)
     read = sum(x.spec.nbytes for x in dict.fromkeys(eq.reads()))
     written = sum(v.spec.nbytes for v in eq.outputs if v is not None)
-    return _start(eq, m) + max(m.moved(read + written), _arithmetic(eq) / m.arithmetic)
+    return _start(eq, m) + max(m.moved(read + written), arithmetic(eq) / m.arithmetic)
 
 
 def _start(eq: Equation, m: Machine) -> float:
@@ -106,14 +106,14 @@ def _device(eq: Equation) -> torch.device:
     return torch.device("cpu")
 
 
-def _arithmetic(eq: Equation) -> float:
+def arithmetic(eq: Equation) -> float:
     """Return how many operations a matrix product or a convolution takes."""
     out = next((v.spec for v in eq.outputs if v is not None), None)
     if out is None:
         return 0
     packet = getattr(eq.op, "overloadpacket", None)
-    if packet in _PRODUCTS:
-        left = eq.args[_PRODUCTS[packet]].spec.shape
+    if packet in PRODUCTS:
+        left = eq.args[PRODUCTS[packet]].spec.shape
         return 2.0 * out.numel * int(left[-1])
     if packet is aten.convolution or packet is aten.convolution_backward:
         weight = eq.args[1 if packet is aten.convolution else 2].spec
@@ -146,7 +146,9 @@ _LAUNCHES = {
 }
 
 #: Where the left factor of a product stands.
-_PRODUCTS = {
+PRODUCTS = {
+    aten.dot: 0,
+    aten.vdot: 0,
     aten.mm: 0,
     aten.bmm: 0,
     aten.mv: 0,

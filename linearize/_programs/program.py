@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .._spaces.nested import NESTED, map_leaves
+from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
 from .._text.labels import joined
 from ..errors import LinearizeError
@@ -51,10 +51,7 @@ class Operation:
     def moved(self, counterpart: Callable[[Any], Any]) -> Operation | None:
         """Return the same operation at another point, None if that is not possible.
 
-        Parameters
-        ----------
-        counterpart
-            Gives, for what the operation holds of its graph, the same of another.
+        `counterpart` gives, for what the operation holds of its graph, the same of another.
         """
         return None if self.of_point else self
 
@@ -110,9 +107,8 @@ class Equation:
     def reads(self) -> tuple[Any, ...]:
         """Return the variables and constants among the arguments."""
         if self._reads is None:  # arguments never change once an equation is made
-            found: list[Any] = []
-            _gather_reads((*self.args, *self.kwargs.values()), found)
-            self._reads = tuple(found)
+            found = leaves((self.args, self.kwargs) if self.kwargs else self.args)
+            self._reads = tuple([x for x in found if type(x) in _READ])
         return self._reads
 
     def argument(self, i: int, default: Any, name: str = "") -> Any:
@@ -165,14 +161,6 @@ def op_name(op: Any) -> str:
     if isinstance(op, Operation):
         return op.name
     return str(op).removeprefix("aten.").removesuffix(".default")
-
-
-def _gather_reads(items: Iterable[Any], found: list[Any]) -> None:
-    for x in items:
-        if type(x) in _READ:
-            found.append(x)
-        elif isinstance(x, NESTED) and x:
-            _gather_reads(x.values() if isinstance(x, dict) else x, found)
 
 
 class Program:
@@ -240,13 +228,7 @@ class Program:
         return Program(self.inputs, equations, outs, self.specs, self.name, self.fixed)
 
     def restricted(self, present: Sequence[bool]) -> Program:
-        """Return the program for arguments of which some are zero.
-
-        Parameters
-        ----------
-        present
-            For each input, whether it remains one; the others are zero.
-        """
+        """Return the program for arguments of which only those `present` are not zero."""
         zero = {v for v, here in zip(self.inputs, present, strict=True) if not here}
         same: dict[Var, Var] = {}
         kept: list[Equation] = []
@@ -299,7 +281,7 @@ class Program:
 
     def is_opaque(self) -> bool:
         """Whether user code is called."""
-        return any(isinstance(eq.op, Operation) for eq in self.equations)
+        return bool(self.opaque())
 
     def communicates(self) -> bool:
         """Whether other ranks wait for something in it."""
@@ -309,8 +291,7 @@ class Program:
     def is_of_point(self) -> bool:
         """Whether it calls user code that belongs to one point; at each new point it is asked."""
         if self._of_point is None:
-            ops = [eq.op for eq in self.equations if isinstance(eq.op, Operation)]
-            self._of_point = any(op.of_point for op in ops)
+            self._of_point = any(op.of_point for op in self.opaque())
         return self._of_point
 
     @property

@@ -46,9 +46,7 @@ class Residual:
 
     def replace(self, tensor: torch.Tensor) -> None:
         """Keep another tensor with the same numbers, as it is now."""
-        self.tensor = self.counter = tensor
-        self.version = tensor._version
-        self.size = _storage_bytes(tensor)
+        self.take(Residual(tensor))
 
     def take(self, other: Residual) -> None:
         """Keep the tensor of another one, with the version that it had then."""
@@ -87,26 +85,20 @@ class Residual:
                 f"{self.counter._version}); linearize anew with at(...), or change a copy"
             )
 
-    def check_memory(self) -> None:
-        """Raise `StalenessError` if the tensor's memory was freed: to read it would crash."""
-        if _storage_bytes(self.tensor) != self.size:
-            raise StalenessError(
-                f"the memory of a residual {TensorSpec.of(self.tensor)} kept for "
-                f"{self.source or 'a product'} was freed after the linearization (by a custom "
-                "Function?); linearize anew with at(...)"
-            )
 
-
-def first_freed(residuals: Iterable[Residual]) -> Residual | None:
-    """Return the first residual whose memory was freed, None if there is none."""
-    for r in residuals:  # at each call of user code: as `check_memory`, in one go
-        try:
+def check_memory(residuals: Iterable[Residual]) -> None:
+    """Raise `StalenessError` if the memory of a residual was freed: to read it would crash."""
+    for r in residuals:
+        try:  # as `_storage_bytes`, in one go: it is asked at each call of user code
             size = r.tensor.untyped_storage().nbytes()
         except (NotImplementedError, RuntimeError):
             size = 0
         if size != r.size:
-            return r
-    return None
+            raise StalenessError(
+                f"the memory of a residual {TensorSpec.of(r.tensor)} kept for "
+                f"{r.source or 'a product'} was freed after the linearization (by a custom "
+                "Function?); linearize anew with at(...)"
+            )
 
 
 @functools.lru_cache(maxsize=256)

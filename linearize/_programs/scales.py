@@ -98,14 +98,9 @@ def _marks(program: Program) -> Iterator[tuple[Any, bool]]:
 
 
 def with_numbers(program: Program, changing: frozenset[Where]) -> Program:
-    """Return a program that reads some of the numbers in it at each point.
+    """Return a program, as it was recorded, that reads some of its numbers at each point.
 
-    Parameters
-    ----------
-    program
-        As it was recorded.
-    changing
-        Which numbers, of those of `scales_of`.
+    These are among `scales_of` the program.
     """
     moved: dict[Origin, Origin] = {}
     constants: dict[Any, Constant] = {}
@@ -162,12 +157,8 @@ def _dtype(v: Any, number: Any) -> Any:
     return dtype if isinstance(number, complex) or not dtype.is_complex else dtype.to_real()
 
 
-def _times(eq: Equation, v: Var, c: Constant) -> Equation:
-    return Equation(aten.mul.Tensor, (v, c), {}, eq.outputs, eq.source)
-
-
-def _over(eq: Equation, v: Var, c: Constant) -> Equation:
-    return Equation(aten.div.Tensor, (v, c), {}, eq.outputs, eq.source)
+def _by(op: Callable[..., Any]) -> Callable[[Equation, Var, Constant], Equation]:
+    return lambda eq, v, c: Equation(op, (v, c), {}, eq.outputs, eq.source)
 
 
 def _leaky(eq: Equation, v: Var, c: Constant) -> Equation:
@@ -177,13 +168,13 @@ def _leaky(eq: Equation, v: Var, c: Constant) -> Equation:
     positive = Origin(aten.gt.Scalar, (at.origin, 0))
     either = Origin(aten.where.self, (positive, one, c.origin))
     factor = Origin(aten._to_copy.default, (either,), {"dtype": v.spec.dtype})
-    return _times(eq, v, Constant(v.spec, factor, eq.source))
+    return _by(aten.mul.Tensor)(eq, v, Constant(v.spec, factor, eq.source))
 
 
 _SCALINGS: dict[Any, Callable[[Equation, Var, Constant], Equation]] = {
-    aten.mul.Tensor: _times,
-    aten.mul.Scalar: _times,
-    aten.div.Tensor: _over,
-    aten.div.Scalar: _over,
+    aten.mul.Tensor: _by(aten.mul.Tensor),
+    aten.mul.Scalar: _by(aten.mul.Tensor),
+    aten.div.Tensor: _by(aten.div.Tensor),
+    aten.div.Scalar: _by(aten.div.Tensor),
     aten.leaky_relu_backward.default: _leaky,
 }

@@ -35,8 +35,6 @@ class Constant(Value):
 
     Attributes
     ----------
-    spec
-        Its shape, dtype and device.
     origin
         How it comes about. This tells it from others, never which tensor it was somewhere.
     source
@@ -53,7 +51,7 @@ class Constant(Value):
     def __init__(
         self, spec: TensorSpec, origin: Origin, source: str = "", *, folded: bool = False
     ) -> None:
-        self.spec = spec
+        super().__init__(spec)
         self.origin = origin
         self.source = source
         self.folded = folded

@@ -7,6 +7,7 @@ whichever function they come from.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import Counter
@@ -51,14 +52,8 @@ class Shared:
     ) -> Structure | None:
         """Return a structure that somebody else met; what is found out about it serves all.
 
-        Parameters
-        ----------
-        policy
-            What its programs depend on besides the graph.
-        signature
-            Of the graph.
-        fits
-            Whether a structure is that of the graph in what the signature does not tell.
+        `policy` is what its programs depend on besides the graph; `fits` tells whether it is that
+        of the graph in what the signature does not tell.
         """
         try:
             key = hashkey(policy, signature)
@@ -75,22 +70,16 @@ class Shared:
 
     def keep(self, policy: Hashable, structure: Structure) -> None:
         """Remember a structure."""
-        try:
-            with self._lock:
-                self._known[hashkey(policy, structure.signature)] = structure
-                if structure.common is not None:
-                    self._families[hashkey(policy, structure.signature[:-1])] = structure
-        except (TypeError, ValueError):  # no hash, or too large
-            return
+        with self._lock, contextlib.suppress(TypeError, ValueError):  # no hash, or too large
+            self._known[hashkey(policy, structure.signature)] = structure
+            if structure.common is not None:
+                self._families[hashkey(policy, structure.signature[:-1])] = structure
 
     def drop(self, policy: Hashable, structure: Structure) -> None:
         """Forget a structure."""
-        try:
-            with self._lock:
-                self._known.pop(hashkey(policy, structure.signature), None)
-                self._families.pop(hashkey(policy, structure.signature[:-1]), None)
-        except TypeError:  # no hash: it is not here
-            return
+        with self._lock, contextlib.suppress(TypeError):  # no hash: it is not here
+            self._known.pop(hashkey(policy, structure.signature), None)
+            self._families.pop(hashkey(policy, structure.signature[:-1]), None)
 
     def clear(self) -> None:
         """Forget all."""
@@ -114,18 +103,15 @@ class Structures:
 
     Attributes
     ----------
-    recorded, reused
-        How many points were recorded, and how many took over a structure.
-    dense
-        How many matrices took the place of programs.
-    compiled
-        How many programs were compiled.
+    counts
+        How many points were "recorded", and how many took over a structure ("reused"); how many
+        matrices took the place of programs ("dense"), and how many programs were "compiled".
     pulls_much
         Whether a point was asked for more pullbacks than PyTorch's engine gives.
     why
         Why points were recorded although others had been, and how many.
     forms
-        What came of it, by what runs them otherwise: who did not ask for it does not run it.
+        Compiled programs, by what runs them otherwise: who did not ask for one does not run it.
     """
 
     #: How many are kept; each is a few kilobytes per operation.
@@ -135,10 +121,7 @@ class Structures:
         self._policy = policy
         self._lock = threading.Lock()
         self._known: list[Structure] = []
-        self.recorded = 0
-        self.reused = 0
-        self.dense = 0
-        self.compiled = 0
+        self.counts = dict.fromkeys(("recorded", "reused", "dense", "compiled"), 0)
         self.pulls_much = False
         self.why: Counter[str] = Counter()
         self.forms: MutableMapping[Executor, Segments | None] = weakref.WeakKeyDictionary()
@@ -156,17 +139,7 @@ class Structures:
     def find(
         self, of: tuple[Any, ...], fits: Fits = lambda _: True, *, shared: bool = False
     ) -> Structure | None:
-        """Return the structure with a signature.
-
-        Parameters
-        ----------
-        of
-            The signature.
-        fits
-            Whether a structure is that of the graph in what the signature does not tell.
-        shared
-            Whether to take what others left too.
-        """
+        """Return the structure with a signature; if `shared`, one that others left will do."""
         with self._lock:
             known = list(self._known)
         found = next((s for s in known if s.signature == of and fits(s)), None)
@@ -200,22 +173,12 @@ class Structures:
     @property
     def met(self) -> bool:
         """Whether there was a point already whose programs were asked for."""
-        return self.recorded + self.reused > 0
+        return self.counts["recorded"] + self.counts["reused"] > 0
 
-    def count(self, *, reused: bool) -> None:
-        """Count a point."""
+    def count(self, what: str, more: int = 1) -> None:
+        """Count one more, or as many, of what is counted."""
         with self._lock:
-            if reused:
-                self.reused += 1
-            else:
-                self.recorded += 1
-
-    def count_again(self, why: str) -> None:
-        """Count a point as recorded after all: it took over a part of what it needs."""
-        with self._lock:
-            self.reused -= 1
-            self.recorded += 1
-            self.why[why] += 1
+            self.counts[what] += more
 
     def note(self, why: str) -> None:
         """Take note of why a point was recorded although others had been."""
@@ -226,13 +189,3 @@ class Structures:
         """Return the structure that was met last."""
         with self._lock:
             return self._known[0] if self._known else None
-
-    def count_dense(self) -> None:
-        """Count a matrix."""
-        with self._lock:
-            self.dense += 1
-
-    def count_compiled(self) -> None:
-        """Count a compiled program."""
-        with self._lock:
-            self.compiled += 1

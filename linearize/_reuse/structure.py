@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import cachetools
+
 from .._capture.matcher import Matcher
 from .._forms.succession import Learned
 from .._programs.program import Program
@@ -28,8 +30,7 @@ RECORDED = "recorded pullback"
 
 #: The structures whose programs were found to be adjoint, the latest last, as hashes of their
 #: signatures and of what was called: a function that is linearized anew need not be checked anew.
-PROVED: dict[int, None] = {}
-_MOST_PROVED = 10_000
+PROVED: cachetools.FIFOCache[int, None] = cachetools.FIFOCache(10_000)
 _PROVED_LOCK = threading.Lock()
 
 
@@ -91,8 +92,6 @@ class Structure:
         if value and self._hash is not None:
             with _PROVED_LOCK:
                 PROVED[self._hash] = None
-                if len(PROVED) > _MOST_PROVED:
-                    del PROVED[next(iter(PROVED))]
 
     def offer(self, key: Key, template: Template) -> Template:
         """Take a template in, unless there is one; return the one that runs this program."""

@@ -70,16 +70,8 @@ def engine_pullback(
 ) -> Tensors:
     """Return what arrives at the leaves of a graph, calling one node after the other.
 
-    Parameters
-    ----------
-    graph
-        The graph.
-    cotangents
-        One for each root; None for zero.
-    stand_ins
-        What is called in the place of custom Functions.
-    places
-        Where custom Functions stand that are called all the same.
+    There is a cotangent for each root, None for zero. Of custom Functions, stand-ins are called,
+    except at `places`.
     """
     pending: dict[Node, dict[int, torch.Tensor]] = {}
 
@@ -130,12 +122,7 @@ def engine_pullback(
 class Comparison:
     """Compares programs with a graph, for one random cotangent and one random tangent.
 
-    Parameters
-    ----------
-    graph
-        The graph.
-    out_specs, in_specs
-        What its roots and its leaves take.
+    `out_specs` and `in_specs` say what its roots and its leaves take.
     """
 
     def __init__(
@@ -150,38 +137,33 @@ class Comparison:
         self._v = _drawn(self._ins, ins, generator)
         self._known: dict[Any, Tensors | None] = {}
 
-    def pullback(
+    def __call__(
         self,
         executor: Executor,
         binding: Binding,
         present: Sequence[bool],
         called: frozenset[int] = frozenset(),
+        *,
+        forward: bool,
     ) -> bool | None:
-        """Whether a pullback is that of the graph; None if that cannot be told.
+        """Whether a program is what the graph says; None if that cannot be told.
 
-        Custom Functions at the places `called` are part of it.
+        A pullback gives the same, a pushforward (`forward`) is adjoint to it for one pair. Custom
+        Functions at the places `called` are part of it.
         """
-        expected = self._expected(tuple(present), called)
+        there = (True,) * len(self._outs) if forward else tuple(present)
+        expected = self._expected(there, called)
         if expected is None:
             return None
-        got = self._run(executor, binding, self._u, present)
+        got = self._run(executor, binding, self._v if forward else self._u, present)
+        if forward:
+            return self._are_adjoint(got, expected, present)
         return all(
             close(s.or_zeros(a), s.or_zeros(b))
             for a, b, s in zip(got, expected, self._ins, strict=True)
         )
 
-    def pushforward(
-        self,
-        executor: Executor,
-        binding: Binding,
-        present: Sequence[bool],
-        called: frozenset[int] = frozenset(),
-    ) -> bool | None:
-        """Whether a pushforward is adjoint to the pullback of the graph, for one pair."""
-        expected = self._expected((True,) * len(self._outs), called)
-        if expected is None:
-            return None
-        got = self._run(executor, binding, self._v, present)
+    def _are_adjoint(self, got: Tensors, expected: Tensors, present: Sequence[bool]) -> bool:
         balance = Balance()
         balance.add(1, self._u, got)
         chosen = [v if here else None for v, here in zip(self._v, present, strict=True)]
@@ -191,21 +173,19 @@ class Comparison:
         return balance.holds(max(tolerance(s.dtype) for s in (*self._outs, *self._ins)))
 
     def _expected(self, present: tuple[bool, ...], called: frozenset[int]) -> Tensors | None:
+        """Return what the graph gives, None if it gives nothing that could be compared."""
         key = present, called
         if key not in self._known:
             cotangents = [u if here else None for u, here in zip(self._u, present, strict=True)]
-            self._known[key] = self._asked(cotangents, called)
+            try:
+                found = engine_pullback(self._graph, cotangents, self._stand_ins, called)
+            except RuntimeError as error:  # it saved something that was changed, and is not needed
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                found = None
+            finite = found is not None and all(t is None or t.isfinite().all() for t in found)
+            self._known[key] = found if finite else None
         return self._known[key]
-
-    def _asked(self, cotangents: Tensors, called: frozenset[int]) -> Tensors | None:
-        """Return what the graph gives, None if it gives nothing that could be compared."""
-        try:
-            found = engine_pullback(self._graph, cotangents, self._stand_ins, called)
-        except RuntimeError as error:  # it saved something that was changed, and is not needed
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return None
-        return found if _finite(found) else None
 
     def _run(
         self,
@@ -217,7 +197,7 @@ class Comparison:
         chosen = [t for t, here in zip(arguments, present, strict=True) if here]
         ops = [self._replaced(op) for op in binding.ops]
         with unobserved(), torch.inference_mode(False), torch.no_grad():
-            return executor(chosen, Binding(binding.residuals, ops, binding.guards))
+            return executor(chosen, binding.with_ops(ops))
 
     def _replaced(self, op: Any) -> Operation:
         node: OpaqueNode | None = getattr(op, "node", None)
@@ -237,10 +217,6 @@ def _drawn(
         s.random(generator if layout is None else torch.Generator().manual_seed(i))
         for i, (s, layout) in enumerate(zip(specs, known, strict=True))
     ]
-
-
-def _finite(tensors: Tensors) -> bool:
-    return all(t is None or bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def first_parting(fresh: BoundProgram, taken: BoundProgram) -> str:

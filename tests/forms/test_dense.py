@@ -19,6 +19,7 @@ from linearize._programs.values import Var
 from linearize._reuse.shared import SHARED
 from linearize._reuse.structure import PROVED
 from linearize._spaces.space import TensorSpec
+from linearize._transpose.transpose import transpose
 from linearize.errors import OptionError, StalenessError
 
 N = 24
@@ -166,7 +167,7 @@ def test_a_matrix_that_costs_more_is_not_taken() -> None:
 def test_the_rule_is_as_said() -> None:
     """Prices on paper: what takes 0.7 of them is taken, what takes more is not."""
     spec = TensorSpec((40,), torch.float64, X.device)
-    made = _dense.Dense.of([spec], [spec], 1 << 20, lambda: None)
+    made = _dense.Dense.of([spec], [spec], 1 << 20, lambda: None, transpose)
     assert made is not None
 
     def program(count: int) -> Program:
@@ -187,7 +188,7 @@ def test_the_rule_is_as_said() -> None:
 def test_long_vectors_wait_for_half_the_rows() -> None:
     spec = TensorSpec((300,), torch.float32, X.device)
     wide = TensorSpec((500,), torch.float32, X.device)
-    made = _dense.Dense.of([wide], [spec], 1 << 20, lambda: None)
+    made = _dense.Dense.of([wide], [spec], 1 << 20, lambda: None, transpose)
     assert made is not None
     assert made.due == 150
     assert made.spec.shape == (300, 500)

@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_leaves
 import linearize as lz
 from linearize._check import proof
 from linearize._execute.thresholds import COSTLY_AT, NEVER
-from linearize._forms import plan
-from linearize._forms.succession import Left, pays
+from linearize._forms.succession import Left
 from linearize._programs.price import price, price_of_many
 from linearize._programs.program import Emitter, Program
 from linearize._programs.values import Var
 from linearize._reuse.shared import SHARED
 from linearize._reuse.structure import PROVED
+from linearize._simplify import worth
+from linearize._simplify.worth import pays
 from linearize._spaces.compare import all_close, rounding
 from linearize._spaces.space import TensorSpec
 
@@ -109,8 +110,8 @@ def test_checking_and_simplifying_pay(case: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_what_saves_nothing_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    simplify = plan.simplify
-    monkeypatch.setattr(plan, "simplify", lambda *a: (tried.append(1), simplify(*a))[1])
+    simplify = worth.simplify
+    monkeypatch.setattr(worth, "simplify", lambda *a: (tried.append(1), simplify(*a))[1])
     x = torch.linspace(0, 1, 9, dtype=torch.float64)
     for k in range(4):
         here = lz.Linearizer(lambda x: x.cumsum(0)).at(x + k)
@@ -122,8 +123,8 @@ def test_what_saves_nothing_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) 
 def test_zeros_that_are_rounding_are_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bias of the keys has no influence: its gradient is what rounding leaves."""
     tried = []
-    simplify = plan.simplify
-    monkeypatch.setattr(plan, "simplify", lambda *a: (tried.append(1), simplify(*a))[1])
+    simplify = worth.simplify
+    monkeypatch.setattr(worth, "simplify", lambda *a: (tried.append(1), simplify(*a))[1])
     torch.manual_seed(1)
     x, q = torch.randn(6, 8), torch.randn(6, 8)
 

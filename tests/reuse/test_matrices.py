@@ -169,6 +169,36 @@ def test_a_wrong_program_for_stacks_is_seen_at_the_second_point(
             torch.testing.assert_close(here.jvp_fn.batched(eye), torch.diag(2 * x))
 
 
+def test_another_form_may_take_over_while_a_stack_is_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As another thread may have it: the program and its numbers belong together."""
+
+    def steps(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            x = x + 0.1 * (x.roll(1) - 2 * x + x.roll(-1)) - 0.05 * x * (x - x.roll(1))
+        return x
+
+    SHARED.clear()
+    lin = lz.Linearizer(steps, maxsize=0)
+    eye = torch.eye(N, dtype=torch.float64)
+    for k in range(STACK_AT + STACK_COMPARED):
+        lin.at(point(N, seed=k)).jvp_fn.batched(eye)
+    x = point(N, seed=9)
+    here, known, taken = lin.at(x), plan.stacks_of, lin.stats().dense
+
+    def meanwhile(executor: Any) -> Any:
+        found = known(executor)
+        for _ in range(40):  # the matrix takes over
+            here.jvp_fn(eye[0])
+        return found
+
+    monkeypatch.setattr(plan, "stacks_of", meanwhile)
+    J = here.jvp_fn.batched(eye)
+    assert lin.stats().dense == taken + 1
+    torch.testing.assert_close(J.T, torch.autograd.functional.jacobian(steps, x))
+
+
 def test_what_a_stack_reads_must_not_change() -> None:
     w = point(N)
     lin = lz.Linearizer(lambda x: x * w, maxsize=0)
