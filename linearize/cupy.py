@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ._points.linearization import Linearization
-from ._spaces.flat import check_flat, flat_spec
+from ._spaces.flat import check_flat
 from ._spaces.operators import LinearOperator
 from ._spaces.space import check_whole
 from .errors import SpaceError, StructureError, UnsupportedError
@@ -105,7 +105,7 @@ class Products:
             check_whole(space, "aslinearoperator")
         if real:
             operator = operator.as_real()
-        sides = [flat_spec(s).dtype for s in (operator.in_space, operator.out_space)]
+        sides = [s.vector.dtype for s in (operator.in_space, operator.out_space)]
         for dtype in sides:
             if dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
                 raise UnsupportedError(

@@ -180,7 +180,7 @@ class Curvature(SelfAdjoint):
         """Return the diagonal, if each batch is Jᵀ·H·J, by the rows of J or by its columns."""
         check_chunk_size(chunk_size)
         space, n = self.in_space, self.shape[1]
-        if any(spec.dtype.is_complex for spec in space.tensors):
+        if space.is_complex:
             return None
         total = space.ravel(None)
         for batch in progress(self._batches, self.batches, "batches"):
@@ -189,7 +189,7 @@ class Curvature(SelfAdjoint):
                 return None
             outputs = chain[1]._arguments.size
             few = 2 * outputs < n
-            chunk = self._chunk(chunk_size, outputs if few else n, adjoint=False)
+            chunk = self._chunk(chunk_size, outputs if few else n)
             diagonal = diagonal_by_rows if few else diagonal_by_columns
             total += batch.weight * diagonal(chain, chunk)
         return total

@@ -27,8 +27,8 @@ from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._points.ranks import lost
 from ._spaces.between import alike
-from ._spaces.flat import Parts, check_flat, flat_spec, join, split, zeros
-from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
+from ._spaces.flat import Parts, check_flat, zeros
+from ._spaces.operators import Apply, ChunkSize, Direction, LinearOperator, SelfAdjoint
 from ._spaces.space import Space, check_no_layouts
 from ._torch.ranks import fail_if_told
 from .errors import DistributedError, LinearizeError, UnsupportedError
@@ -197,7 +197,7 @@ def dot(space: Space, a: Any, b: Any) -> torch.Tensor:
     if space.group is None:
         return torch.vdot(_flat(space, a), _flat(space, b))
     failure: LinearizeError | None = None
-    spec = flat_spec(space)
+    spec = space.vector
     # One sum carries the number, and whether a part did not fit.
     sums = torch.zeros(2, dtype=spec.dtype, device=spec.device)
     try:
@@ -232,7 +232,7 @@ def _flat(space: Space, a: Any) -> torch.Tensor:
         check_flat(space, a, "dot")
         return a.detach()
     given = zip(space.tensors_of(a), space.tensors, strict=True)
-    return join(space, [spec.zeros() if t is None else t.detach() for t, spec in given])
+    return space.join([spec.zeros() if t is None else t.detach() for t, spec in given])
 
 
 def parted(operator: LinearOperator, group: Group = None) -> LinearOperator:
@@ -316,7 +316,7 @@ class _Whole:
         if self.group is not None:
             self.sizes = _gathered(parts.size, self.group, "the sizes of the parts")
             self.place = dist.get_rank(self.group)
-        spec = flat_spec(parts)
+        spec = parts.vector
         like = torch.empty((), dtype=spec.dtype, device=spec.device).expand(sum(self.sizes))
         self.space = Space.of_tree(like, parts.word, parts.of)
 
@@ -352,14 +352,14 @@ def _whole_product(
     (whole,) = parts
     failure: Exception | None = None
     try:
-        given = split(first.parts, first.own(whole).contiguous())
-        result = join(
-            second.parts, operator._apply(given, stacked=stacked), stacked=stacked
+        given = first.parts.split(first.own(whole).contiguous())
+        result = second.parts.join(
+            operator._apply(given, stacked=stacked), stacked=stacked
         ).detach()
     except Exception as error:
         failure = error
         result = whole.new_zeros((*whole.shape[:-1], second.parts.size)).to(
-            flat_spec(second.parts).dtype
+            second.parts.vector.dtype
         )
     return [second.joined(result, failure, f"a product with {operator!r}")]
 
@@ -370,7 +370,7 @@ def _whole_product(
 class _Reduced:
     """A map whose results are summed over the ranks, errors included."""
 
-    def __init__(self, apply: Any, space: Any, group: Group, what: str) -> None:
+    def __init__(self, apply: Apply, space: Space, group: Group, what: str) -> None:
         self._apply = apply
         self._space = space
         self._group = group
@@ -385,7 +385,7 @@ class _Reduced:
         except Exception as error:
             failure = error
             results = zeros(self._space, count if stacked else None)
-        flat = join(self._space, results, stacked=stacked).detach()
+        flat = self._space.join(results, stacked=stacked).detach()
         # One sum carries the numbers, whether a rank failed, and whether all sent as many.
         if stacked:
             counts = torch.tensor([count, -count], device=flat.device)
@@ -400,7 +400,7 @@ class _Reduced:
         _reduce(buffer, dist.ReduceOp.SUM, self._group, self._what)
         if buffer[-1].real > 0:
             _raise(failure, self._group, self._what)
-        return split(self._space, buffer[:-1].reshape(flat.shape))
+        return self._space.split(buffer[:-1].reshape(flat.shape))
 
 
 def _together(work: Callable[[], T], group: Group, what: str) -> T:
@@ -431,7 +431,7 @@ def _raise(failure: BaseException | None, group: Group, what: str) -> None:
 
 
 def _check_same(operator: LinearOperator, group: Group) -> None:
-    spec = flat_spec(operator.in_space)
+    spec = operator.in_space.vector
     own = (spec.shape, str(spec.dtype), [leaf.shape for leaf in operator.in_space.tensors])
     given = _gathered(own, group, "the input side")
     if any(other != given[0] for other in given):

@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 
 from ._capture.dependence import derivative
-from ._derivatives.blocks import Direction, matrix, row_gradients
+from ._derivatives.blocks import matrix, row_gradients
 from ._derivatives.gradient import check_scalar
 from ._derivatives.history import Point, handed_on
 from ._derivatives.sight import seen
-from ._spaces.operators import ChunkSize, check_chunk_size
+from ._spaces.operators import ChunkSize, Direction, check_chunk_size
 from ._torch.modes import eagerly
 from ._torch.names import pytree
 from .errors import OptionError, StructureError

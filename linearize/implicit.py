@@ -120,7 +120,7 @@ def _attached(
     space = Space.of_tree(x, "tangent", "x")
     if not space.tensors:
         raise StructureError(f"{name}: x: expected floating point tensors, got {describe(x)}")
-    if any(leaf.dtype.is_complex for leaf in space.tensors):
+    if space.is_complex:
         raise UnsupportedError(
             f"{name}: expected real numbers, got complex ones; let f take torch.view_as_real(x)"
         )

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from .._capture.dependence import derivative
 from .._spaces.flat import units
-from .._spaces.operators import ChunkSize, check_chunk_size
+from .._spaces.operators import ChunkSize, Direction, check_chunk_size
 from .._spaces.space import Space, TensorSpec, differentiable
 from .._torch.names import pytree
-from ..errors import MissingDerivativeError, OptionError, StructureError, UnsupportedError
+from ..errors import OptionError, StructureError, UnsupportedError
 from .gradient import gradients
 from .history import Live, Point, handed_on
 from .sight import Sight, seen
 
-Direction: TypeAlias = Literal["auto", "forward", "reverse"]
 ArgNums: TypeAlias = int | tuple[int, ...]
 
 
@@ -182,22 +181,16 @@ def matrix(
     """
     J = point.here.jacobian
     J.check_complex_linear("a Jacobian")
-    turned = not _complex(J.in_space) and _complex(J.out_space)
-    if turned and direction == "reverse":
+    if J._is_mixed and direction == "reverse":
         raise UnsupportedError(
             "a Jacobian from real to complex numbers: its rows are not what the pullback gives, "
             "which keeps real parts only; compute columns (jacfwd, forward-mode)"
         )
-    fewer: Direction = "forward" if turned or J.shape[1] < J.shape[0] else "reverse"
-    if direction != "auto":
-        blocks = _blocks(point, direction, chunk_size)
-    else:
-        try:
-            blocks = _blocks(point, fewer, chunk_size)
-        except MissingDerivativeError:
-            if turned or fewer == "reverse":
-                raise
-            blocks = _blocks(point, "reverse", chunk_size)
+
+    def found(forward: bool) -> list[torch.Tensor]:
+        return _blocks(point, forward, chunk_size)
+
+    blocks = J._by_fewer(found) if direction == "auto" else found(direction == "forward")
     here = point.here
     arguments = here.in_space.unpacked() if unpack else here.in_space
     count = len(arguments.tensors)
@@ -205,14 +198,9 @@ def matrix(
     return here.out_space.element_of(rows)
 
 
-def _complex(space: Space) -> bool:
-    return any(leaf.dtype.is_complex for leaf in space.tensors)
-
-
-def _blocks(point: Point, direction: Direction, chunk_size: ChunkSize) -> list[torch.Tensor]:
+def _blocks(point: Point, forward: bool, chunk_size: ChunkSize) -> list[torch.Tensor]:
     """Return the blocks, for each leaf of the output one for each leaf of the primals."""
     J = point.here.jacobian
-    forward = direction == "forward"
     ours, theirs = (J.in_space, J.out_space) if forward else (J.out_space, J.in_space)
     stacks = [
         torch.empty((ours.size, *leaf.shape), dtype=leaf.dtype, device=leaf.device)

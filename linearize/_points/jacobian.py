@@ -11,7 +11,7 @@ from .._execute.binding import BoundProgram
 from .._programs.program import Operation
 from .._programs.reach import is_diagonal
 from .._simplify.rowwise import rows_apart
-from .._spaces.flat import Parts, join, split, zeros
+from .._spaces.flat import Parts, zeros
 from .._spaces.maps import Apply, ChunkSize, Direction, check_chunk_size
 from .._spaces.operators import LinearOperator, SelfAdjoint
 from .._spaces.space import Space
@@ -86,7 +86,7 @@ class Jacobian(LinearOperator):
         if is_diagonal(vjp_fn.program.program):
             self.check_complex_linear("diagonal")
             ones = [torch.ones_like(t) for t in zeros(self.out_space)]
-            return join(self.in_space, run(vjp_fn, ones, stacked=False)).conj().resolve_conj()
+            return self.in_space.join(run(vjp_fn, ones, stacked=False)).conj().resolve_conj()
         if not self._apart:
             return None
         self.check_complex_linear("diagonal")
@@ -133,7 +133,7 @@ class Jacobian(LinearOperator):
         theirs = self.out_space.tensors[0]
         blocks = theirs.shape[0]
         high, wide = theirs.numel // blocks, self.in_space.size // blocks
-        chunk = self._chunk(chunk_size, high, adjoint=True)
+        chunk = self.H._chunk(chunk_size, high)
         starts = range(0, high, chunk)
         for start in progress(starts, len(starts), "rows of blocks"):
             units = torch.eye(high, dtype=theirs.dtype, device=theirs.device)[
@@ -242,7 +242,7 @@ class _Written:
             matrix = self.short()
             if matrix is None:
                 return run(product, parts, stacked=stacked)
-            return split(theirs, join(ours, parts, stacked=stacked) @ turned(matrix))
+            return theirs.split(ours.join(parts, stacked=stacked) @ turned(matrix))
 
         return apply
 

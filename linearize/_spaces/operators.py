@@ -10,7 +10,7 @@ import torch
 
 from ..errors import SpaceError, StructureError
 from . import between
-from .flat import Parts, check_flat, is_flat, join, refuse_array, split, zeros
+from .flat import Parts, check_flat, is_flat, refuse_array, zeros
 from .maps import Apply, AtOnce, ChunkSize, Direction, KnownDiagonal, LinearMap, check_chunk_size
 from .space import Space
 
@@ -257,18 +257,18 @@ class LinearOperator(LinearMap):
             return self(other)
         if other.dim() == 2:
             return self._times(other)
-        parts = self._apply(split(self.in_space, other), stacked=False)
-        return join(self.out_space, parts, stacked=False)
+        parts = self._apply(self.in_space.split(other), stacked=False)
+        return self.out_space.join(parts, stacked=False)
 
     def _times(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return the product with a matrix, several columns in each pass."""
         count = matrix.shape[1]
         if count == 0:
-            return join(self.out_space, zeros(self.out_space, 0), stacked=True).mT
+            return self.out_space.join(zeros(self.out_space, 0), stacked=True).mT
         images = []
         for rows in matrix.mT.contiguous().split(max(1, min(self._at_once(False), count))):
-            parts = split(self.in_space, rows)
-            images.append(join(self.out_space, self._several(parts, adjoint=False), stacked=True))
+            parts = self.in_space.split(rows)
+            images.append(self.out_space.join(self._several(parts), stacked=True))
         return (images[0] if len(images) == 1 else torch.cat(images)).mT
 
     def __rmatmul__(self, other: torch.Tensor) -> torch.Tensor:
@@ -471,13 +471,13 @@ def from_diagonal(space: Space, entries: Any) -> LinearOperator:
     _check_space(space, "from_diagonal")
     if isinstance(entries, torch.Tensor) and tuple(entries.shape) == (space.size,):
         check_flat(space, entries, "from_diagonal")
-        own = [t.clone() for t in split(space, entries)]
+        own = [t.clone() for t in space.split(entries)]
     else:
         given = zip(space.tensors_of(entries), space.tensors, strict=True)
         own = [s.zeros() if t is None else t.clone() for t, s in given]
 
     def entries_in_a_row(chunk_size: ChunkSize) -> torch.Tensor:
-        return join(space, own).clone()
+        return space.join(own).clone()
 
     apply, known = between.diagonal(own), entries_in_a_row
     if not any(t.is_complex() for t in own):

@@ -336,7 +336,7 @@ class Space(VectorSpace):
 
         Each complex leaf has one more dimension of length 2, as by `torch.view_as_real`.
         """
-        if not any(leaf.dtype.is_complex for leaf in self.tensors):
+        if not self.is_complex:
             return self
         check_whole(self, "as_real")
         leaves = [

@@ -39,6 +39,11 @@ class VectorSpace(abc.ABC):
         return given
 
     @property
+    def is_complex(self) -> bool:
+        """Whether some leaf is complex."""
+        return any(leaf.dtype.is_complex for leaf in self.tensors)
+
+    @property
     def vector(self) -> TensorSpec:
         """Shape, dtype and device of the flat vectors of the space.
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from .._points.jacobian import Jacobian
 from .._points.linearization import Linearization
-from .._spaces.flat import flat_spec
 from .._spaces.operators import ChunkSize, LinearOperator, SelfAdjoint, check_chunk_size
 from .._spaces.space import check_whole
 from .._spaces.specs import describe
@@ -241,10 +240,9 @@ def _chosen(
     mirrored = isinstance(A, SelfAdjoint) if symmetric is None else symmetric
     if (symmetric or direction == "symmetric") and A.shape[0] != A.shape[1]:
         raise SpaceError(f"a symmetric matrix is square, this one is {A.shape}")
-    mixed = flat_spec(A.in_space).dtype.is_complex != flat_spec(A.out_space).dtype.is_complex
-    if mixed and direction == "auto":
+    if A._is_mixed and direction == "auto":
         direction = "forward"
-    if mixed and direction != "forward":
+    if A._is_mixed and direction != "forward":
         raise UnsupportedError(
             "a sparse Jacobian: the adjoint of a map from real to complex numbers keeps real "
             'parts only; use direction="forward"'

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._spaces.flat import join, random
+from .._spaces.flat import random
 from .._spaces.space import Space, TensorSpec
 from ._coloring import Colors, count, grouped, places, split_by, star
 
@@ -111,7 +111,7 @@ class Way:
         spec = space.vector
         if spec not in self._random:
             generator = torch.Generator().manual_seed(20_011)
-            self._random[spec] = join(space, random(space, generator))
+            self._random[spec] = space.join(random(space, generator))
         return self._random[spec]
 
     def _take_from_both(
