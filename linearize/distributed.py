@@ -28,7 +28,14 @@ from ._points.linearizer import Linearizer
 from ._points.ranks import lost
 from ._spaces.between import alike
 from ._spaces.flat import Parts, check_flat, zeros
-from ._spaces.operators import Apply, ChunkSize, Direction, LinearOperator, SelfAdjoint
+from ._spaces.operators import (
+    Apply,
+    ChunkSize,
+    Direction,
+    LinearOperator,
+    SelfAdjoint,
+    operator_between,
+)
 from ._spaces.space import Space, check_no_layouts
 from ._torch.ranks import fail_if_told
 from .errors import DistributedError, LinearizeError, UnsupportedError
@@ -231,8 +238,7 @@ def _flat(space: Space, a: Any) -> torch.Tensor:
     if isinstance(a, torch.Tensor) and tuple(a.shape) == (space.size,) and not space.layouts:
         check_flat(space, a, "dot")
         return a.detach()
-    given = zip(space.tensors_of(a), space.tensors, strict=True)
-    return space.join([spec.zeros() if t is None else t.detach() for t, spec in given])
+    return space.join([t.detach() for t in space.filled(a)])
 
 
 def parted(operator: LinearOperator, group: Group = None) -> LinearOperator:
@@ -254,14 +260,12 @@ def parted(operator: LinearOperator, group: Group = None) -> LinearOperator:
         The same map. `dot` and `norm` of its spaces are those of whole vectors.
     """
     group = dist.group.WORLD if group is None else group
-    space = operator.in_space.parts_of(group)
-    if isinstance(operator, SelfAdjoint):
-        return SelfAdjoint(space, operator._apply, at_once=alike, name=operator._name)
-    return LinearOperator(
-        space,
+    return operator_between(
+        operator.in_space.parts_of(group),
         operator.out_space.parts_of(group),
         operator._apply,
         operator._apply_adjoint,
+        self_adjoint=isinstance(operator, SelfAdjoint),
         at_once=alike,
         name=operator._name,
     )
@@ -296,13 +300,15 @@ def gathered(operator: LinearOperator) -> LinearOperator:
     for space in sides:
         check_no_layouts(space, "gathered")
     first, second = (_Whole(space) for space in sides)
-    adjoint = operator.H
-    forth = functools.partial(_whole_product, operator, first, second)
-    back = functools.partial(_whole_product, adjoint, second, first)
-    name = f"gathered {operator!r}"
-    if isinstance(operator, SelfAdjoint):
-        return SelfAdjoint(first.space, forth, at_once=alike, name=name)
-    return LinearOperator(first.space, second.space, forth, back, at_once=alike, name=name)
+    return operator_between(
+        first.space,
+        second.space,
+        functools.partial(_whole_product, operator, first, second),
+        functools.partial(_whole_product, operator.H, second, first),
+        self_adjoint=isinstance(operator, SelfAdjoint),
+        at_once=alike,
+        name=f"gathered {operator!r}",
+    )
 
 
 class _Whole:

@@ -25,7 +25,7 @@ from ._capture.graph import other_leaves
 from ._derivatives.gradient import gradient_and_value
 from ._points.linearization import Linearization
 from ._spaces.flat import Parts
-from ._spaces.operators import LinearOperator, SelfAdjoint
+from ._spaces.operators import operator_between
 from ._spaces.solvers import (
     Automatic,
     Blocks,
@@ -268,12 +268,13 @@ class _System:
         self._jvp, self._vjp = here.jvp_fn, here.vjp_fn
         self._count = count
         self._size = len(space.tensors)
-        by_x = (
-            SelfAdjoint(space, self._apply_adjoint, name="∂f/∂x")
-            if symmetric
-            else LinearOperator(
-                space, here.out_space, self._apply, self._apply_adjoint, name="∂f/∂x"
-            )
+        by_x = operator_between(
+            space,
+            here.out_space,
+            self._apply_adjoint if symmetric else self._apply,
+            self._apply_adjoint,
+            self_adjoint=symmetric,
+            name="∂f/∂x",
         )
         self._inverse = checked_inverse(by_x, solving, None)
 

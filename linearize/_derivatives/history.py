@@ -263,13 +263,7 @@ class Point:
     def jvp(self, tangents: Any) -> Any:
         """Return J·v; integer outputs have a zero of their own dtype, as in `torch.func`."""
         here = self.here
-        flat = [
-            spec.or_zeros(t)
-            for t, spec in zip(
-                here.in_space.tensors_of(tangents), here.in_space.tensors, strict=True
-            )
-        ]
-        results = self._product(here.jvp_fn, "pushforward", flat)
+        results = self._product(here.jvp_fn, "pushforward", here.in_space.filled(tangents))
         others = [
             torch.zeros_like(t) if isinstance(t, torch.Tensor) else None
             for t in pytree.tree_leaves(here.value)
@@ -279,13 +273,8 @@ class Point:
     def vjp(self, cotangents: Any) -> Any:
         """Return Jᵀ·u, a tuple with one entry per primal."""
         here = self.here
-        flat = [
-            spec.or_zeros(t)
-            for t, spec in zip(
-                here.out_space.tensors_of(cotangents), here.out_space.tensors, strict=True
-            )
-        ]
-        return here.in_space.element_of(self._product(here.vjp_fn, "pullback", flat))
+        results = self._product(here.vjp_fn, "pullback", here.out_space.filled(cotangents))
+        return here.in_space.element_of(results)
 
     def _product(
         self, product: Product, name: str, flat: list[torch.Tensor]

@@ -34,6 +34,13 @@ class VectorSpace(abc.ABC):
     def element_of(self, tensors: Sequence[torch.Tensor | None]) -> Any:
         """Return a pytree with `tensors` at the differentiable leaves."""
 
+    def filled(self, element: Any) -> list[torch.Tensor]:
+        """Return the tensors of an element, zeros where `tensors_of` has None."""
+        return [
+            leaf.or_zeros(t)
+            for t, leaf in zip(self.tensors_of(element), self.tensors, strict=True)
+        ]
+
     def _element(self, given: Any) -> Any:
         """Return what stands for an element in the form that `tensors_of` takes."""
         return given
