@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -190,6 +190,9 @@ class Gram(SelfAdjoint):
             return whole
 
         return self._written.once(direction, made)
+
+    def _chains(self) -> Sequence[Sequence[Product]]:
+        return [[self._product]]
 
     def _of_columns(self, chunk_size: ChunkSize) -> torch.Tensor:
         M = self._of._written.matrix()

@@ -18,7 +18,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-Integers: TypeAlias = NDArray[np.int64]
+from ._boolean import Integers, places
+
 #: A colour for each column or row, -1 for those that need none.
 Colors: TypeAlias = Integers
 
@@ -75,12 +76,6 @@ def split_by(pattern: Any, rows: NDArray[np.bool_], columns: NDArray[np.bool_]) 
     return _best(_Columns(marked.tocsc(), 2), 0), _best(_Columns(other.T.tocsc(), 2), 0)
 
 
-def places(pattern: Any) -> tuple[Integers, Integers]:
-    """Return row and column of each entry of a CSR matrix, in its order."""
-    row = np.repeat(np.arange(pattern.shape[0]), np.diff(pattern.indptr))
-    return row, pattern.indices.astype(np.int64)
-
-
 def _best(columns: _Columns, fewest: int) -> Colors:
     """Return the best of some greedy colourings; `fewest` colours are enough."""
     best = columns.colored(range(columns.width))
@@ -122,51 +117,37 @@ class _Columns:
         self.height, self.width = csc.shape
         self.entries = csc.nnz
         self.sizes = np.diff(csc.indptr)
-        self._rows: list[int] = csc.indices.tolist()
-        self._bounds: list[int] = csc.indptr.tolist()
-        self._direct: list[bool] | None = None
-        if direct is not None:
-            self._direct = (csc.data == direct).tolist()
+        alone = np.ones(csc.nnz, dtype=bool) if direct is None else csc.data == direct
+        self._alone, self._beside = _rows(csc, alone), _rows(csc, ~alone)
 
     def colored(self, order: Iterable[int]) -> Colors:
         """Return the greedy colouring in an order of columns."""
         colors = [-1] * self.width
-        if self._direct is not None:
-            self._color_partly(order, colors, self._direct)
-            return np.array(colors, dtype=np.int64)
-        taken = [0] * self.height
-        bounds, all_rows = self._bounds, self._rows
-        for j in order:
-            rows = all_rows[bounds[j] : bounds[j + 1]]
-            forbidden = 0
-            for i in rows:
-                forbidden |= taken[i]
-            bit = ~forbidden & (forbidden + 1)
-            for i in rows:
-                taken[i] |= bit
-            if rows:
-                colors[j] = bit.bit_length() - 1
-        return np.array(colors, dtype=np.int64)
-
-    def _color_partly(self, order: Iterable[int], colors: list[int], direct: list[bool]) -> None:
-        met = [0] * self.height  # colours of columns that are had elsewhere in this row
+        met = [0] * self.height  # colours of columns in this row
         taken = [0] * self.height  # of columns that have to be alone in it
-        bounds, all_rows = self._bounds, self._rows
+        (own, first), (others, start) = self._alone, self._beside
         for j in order:
-            span = slice(bounds[j], bounds[j + 1])
-            rows, alone = all_rows[span], direct[span]
-            if True not in alone:
+            alone, beside = own[first[j] : first[j + 1]], others[start[j] : start[j + 1]]
+            if not alone:
                 continue
             forbidden = 0
-            for i, by in zip(rows, alone, strict=True):
-                forbidden |= taken[i] | met[i] if by else taken[i]
+            for i in alone:
+                forbidden |= met[i]
+            for i in beside:
+                forbidden |= taken[i]
             bit = ~forbidden & (forbidden + 1)
-            for i, by in zip(rows, alone, strict=True):
-                if by:
-                    taken[i] |= bit
-                else:
-                    met[i] |= bit
+            for i in alone:
+                met[i] |= bit
+                taken[i] |= bit
+            for i in beside:
+                met[i] |= bit
             colors[j] = bit.bit_length() - 1
+        return np.array(colors, dtype=np.int64)
+
+
+def _rows(csc: Any, chosen: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+    """Return the rows of the chosen entries, and where those of each column begin."""
+    return csc.indices[chosen].tolist(), np.append(0, np.cumsum(chosen))[csc.indptr].tolist()
 
 
 def star(pattern: Any) -> Colors:

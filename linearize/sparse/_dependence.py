@@ -29,7 +29,8 @@ from .._spaces.nested import map_leaves
 from .._text.labels import beside
 from .._torch.names import OpOverload
 from . import _declared, _probing, _reading
-from ._reading import Look, Reader, Rows, TooDenseError
+from ._boolean import Rows
+from ._reading import Look, Reader, TooDenseError
 from ._rules import rule_for
 
 

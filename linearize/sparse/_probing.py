@@ -31,6 +31,7 @@ from .._record.node_formulas import Differential
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload
+from ._boolean import marked
 from ._coloring import grouped
 
 #: Operations whose floating point constants do not decide which results are zero, by name.
@@ -317,5 +318,4 @@ def _split(
         reads = block[kinds[rows]]
         places.append(np.stack([rows, reads])[:, reads >= 0])
     row, column = np.concatenate(places, axis=1)
-    ones = np.ones(len(row), dtype=bool)
-    return sp.csr_array((ones, (row, column)), shape=(len(kinds), len(parents)))
+    return marked(row, column, (len(kinds), len(parents)))

@@ -19,7 +19,8 @@ from .._programs.values import Constant, Var
 from .._spaces.nested import map_leaves
 from .._torch.names import OpOverload
 from . import _reading
-from ._reading import Reader, Rows, TooDenseError
+from ._boolean import Rows, marked
+from ._reading import Reader, TooDenseError
 
 Rule: TypeAlias = Callable[[Reader, Equation], "list[Rows] | None"]
 
@@ -111,9 +112,7 @@ def _gathered(reader: Reader, rows: Rows, target: torch.Tensor, height: int) -> 
     index = target.reshape(-1).numpy()
     source = np.arange(index.size)
     source, index = source[index >= 0], index[index >= 0]
-    ones = np.ones(index.size, dtype=bool)
-    relation = sp.csr_array((ones, (index, source)), shape=(height, rows.shape[0]))
-    return reader.joined(relation, rows)
+    return reader.joined(marked(index, source, (height, rows.shape[0])), rows)
 
 
 def _matmul(reader: Reader, eq: Equation) -> list[Rows] | None:
@@ -147,9 +146,8 @@ def _matmul(reader: Reader, eq: Equation) -> list[Rows] | None:
         size = stack * height * count, stack * width * count
     if out.numel() > _reading.LIMIT:
         raise TooDenseError
-    ones = np.ones(out.numel(), dtype=bool)
-    places = out.reshape(-1).numpy(), into.reshape(-1).numpy()
-    return [reader.joined(sp.csr_array((ones, places), shape=size), reader.rows[v])]
+    relation = marked(out.reshape(-1).numpy(), into.reshape(-1).numpy(), size)
+    return [reader.joined(relation, reader.rows[v])]
 
 
 def _index_put(reader: Reader, eq: Equation) -> list[Rows] | None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from .._spaces.flat import random
 from .._spaces.space import Space, TensorSpec
-from ._coloring import Colors, count, grouped, places, split_by, star
+from ._boolean import Integers, places
+from ._coloring import Colors, count, grouped, split_by, star
 
 Direction: TypeAlias = Literal["auto", "forward", "reverse", "both", "symmetric"]
 DIRECTIONS = ("auto", "forward", "reverse", "both", "symmetric")
@@ -114,9 +115,7 @@ class Way:
             self._random[spec] = space.join(random(space, generator))
         return self._random[spec]
 
-    def _take_from_both(
-        self, shape: tuple[int, int], row: NDArray[np.int64], column: NDArray[np.int64]
-    ) -> None:
+    def _take_from_both(self, shape: tuple[int, int], row: Integers, column: Integers) -> None:
         height, width = shape
         by_row = np.zeros(len(row), dtype=bool)
         if self.reverse:
@@ -143,9 +142,7 @@ def _counted(products: int) -> str:
     return "1 product" if products == 1 else f"{products} products"
 
 
-def _alone(
-    colors: Colors, line: NDArray[np.int64], crossing: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+def _alone(colors: Colors, line: Integers, crossing: Integers) -> NDArray[np.bool_]:
     """Whether no other entry on the line that crosses an entry's own has its line's colour."""
     keys = crossing * (count(colors) + 1) + colors[line]
     _, which, counts = np.unique(keys, return_inverse=True, return_counts=True)
