@@ -25,7 +25,6 @@ from ._derivatives.chains import diagonal_by_columns, diagonal_by_rows
 from ._derivatives.gradient import gradient_and_value
 from ._derivatives.modules import LOSSES, Reduction, arguments, loss_function
 from ._points.jacobian import run
-from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._points.product import Product
 from ._spaces.compare import close
@@ -273,7 +272,7 @@ def hessian(
     def linearized(batch: tuple[Any, ...]) -> _Point:
         here = gradients.at(params, *batch)
         here._check_whole("curvature")
-        gradient = [t.detach() for t in _tensors(here)]
+        gradient = [t.detach() for t in here.out_space.filled(here.value)]
         return _Point((here.vjp_fn,), here.aux, lambda: gradient, here.in_space.unpacked())
 
     return _over_batches(linearized, params, batches, reduction or "sum", max_bytes, "Hessian")
@@ -372,7 +371,7 @@ def gauss_newton(
         here._check_whole("curvature")
         outer = losses.at(here.value, *targets)
         products = here.jvp_fn, outer.vjp_fn, here.vjp_fn
-        slope = _tensors(outer)
+        slope = outer.out_space.filled(outer.value)
         return _Point(
             products, outer.aux, lambda: here.vjp_fn._apply(slope), here.in_space.unpacked()
         )
@@ -426,10 +425,6 @@ def fisher(
         )
     chosen = reduction or how
     return gauss_newton(model, params, loss, batches, reduction=chosen, max_bytes=max_bytes)
-
-
-def _tensors(here: Linearization) -> Parts:
-    return [t for t in here.out_space.tensors_of(here.value) if t is not None]
 
 
 def _over_batches(

@@ -21,10 +21,9 @@ from typing import Any, Literal
 import torch
 
 from ._capture.dependence import derivative
-from ._derivatives.blocks import matrix, row_gradients
-from ._derivatives.gradient import check_scalar
+from ._derivatives.blocks import matrix
+from ._derivatives.gradient import value_and_gradient
 from ._derivatives.history import Point, handed_on
-from ._derivatives.sight import seen
 from ._spaces.operators import ChunkSize, Direction, check_chunk_size
 from ._torch.modes import eagerly
 from ._torch.names import pytree
@@ -170,9 +169,7 @@ def hessian(
 
     @derivative
     def gradient(*args: Any) -> Any:
-        value, sight = seen(func, args)
-        check_scalar(value)
-        return row_gradients(value.reshape(()), args[0] if single else args, sight)
+        return value_and_gradient(func, args, args[0] if single else args)[1]
 
     with torch.set_grad_enabled(create_graph):
         point = Point(gradient, primals, has_aux=False, keep=strict)
@@ -218,14 +215,12 @@ def hvp(
         return torch.autograd.functional.hvp(func, inputs, v, create_graph, strict)  # type: ignore[no-any-return]
 
     @derivative
-    def value_and_gradient(*args: Any) -> tuple[Any, Any]:
-        value, sight = seen(func, args)
-        check_scalar(value)
+    def both(*args: Any) -> tuple[Any, Any]:
         # Both are outputs, and no `aux`, so that both keep their history.
-        return value, row_gradients(value.reshape(()), args, sight)
+        return value_and_gradient(func, args, args)
 
     with torch.set_grad_enabled(create_graph):
-        point = Point(value_and_gradient, primals, has_aux=False, keep=strict)
+        point = Point(both, primals, has_aux=False, keep=strict)
         if strict:
             _check_strict_product(point, "hvp", varying=create_graph)
         value, gradient = point.value

@@ -36,6 +36,7 @@ from ._spaces.solvers import (
 )
 from ._spaces.space import Space, differentiable
 from ._spaces.specs import describe
+from ._spaces.trees import tangent_leaves, tangent_part
 from ._torch.modes import eagerly, functorch_active
 from ._torch.names import pytree
 from .errors import LinearizeError, SpaceError, StructureError, UnsupportedError
@@ -124,17 +125,14 @@ def _attached(
         raise UnsupportedError(
             f"{name}: expected real numbers, got complex ones; let f take torch.view_as_real(x)"
         )
-    leaves, structure = pytree.tree_flatten(params)
-    given = [t for t in leaves if differentiable(t)]
+    given = tangent_leaves(params)
     start = pytree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, x)
-    fixed = pytree.tree_unflatten(
-        [t.detach() if differentiable(t) else t for t in leaves], structure
-    )
+    fixed = pytree.tree_map(lambda t: t.detach() if differentiable(t) else t, params)
     captured = capture(f, (start, *fixed), {}, range(1 + len(fixed)))
     if torch.is_grad_enabled():
         _check_closure(captured, name)
     here = Linearization(captured)
-    value = [t for t in here.out_space.tensors_of(_differentiable(here.value)) if t is not None]
+    value = here.out_space.filled(tangent_part(here.value))
     if here.out_space.size != space.size:
         raise SpaceError(
             f"{name}: f returns {here.out_space.size} numbers for the {space.size} of x"
@@ -146,7 +144,7 @@ def _attached(
             f"{name}: x is no solution, the largest component of f(x) is {largest:.3g} (tol "
             f"{limit:.3g}); solve more accurately, or give tol"
         )
-    parts = [t for t in space.tensors_of(start) if t is not None]
+    parts = space.filled(start)
     symmetric = name != "root"
     solving = Automatic() if solve is None else Solving(solve)
     if batch:
@@ -154,8 +152,7 @@ def _attached(
         solving = Blocks() if solve is None else solving
     system = _System(here, space, len(given), solving, symmetric=symmetric)
     results = _Solution.apply(system, *parts, *given)  # type: ignore[no-untyped-call]
-    others = pytree.tree_leaves(start)
-    solution: X = space.element_of(list(results), others)
+    solution: X = space.element_of(results)
     return solution
 
 
@@ -231,7 +228,7 @@ def least_squares(
     """
 
     def half(x: Any, *params: Any) -> torch.Tensor:
-        leaves = [t for t in pytree.tree_leaves(residual(x, *params)) if differentiable(t)]
+        leaves = tangent_leaves(residual(x, *params))
         return torch.stack([(t * t).sum() for t in leaves]).sum() / 2
 
     return minimum(half, x, *params, solve=solve, tol=tol, batch=batch)
@@ -341,7 +338,3 @@ class _Once(torch.autograd.Function):
 def _limit(space: Space) -> float:
     double = all(leaf.dtype == torch.float64 for leaf in space.tensors)
     return 1e-6 if double else 1e-3
-
-
-def _differentiable(value: Any) -> Any:
-    return pytree.tree_map(lambda t: t if differentiable(t) else None, value)

@@ -15,6 +15,7 @@ from ._capture.custom import CustomNode
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._spaces.space import TensorSpec, check_no_layouts, differentiable
+from ._spaces.trees import tangent_leaves
 from ._torch.names import pytree
 from .errors import CheckFailure, LinearizeError
 
@@ -290,7 +291,7 @@ def _converted(x: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _flat(tree: Any) -> Tensors:
-    return [t.detach() for t in pytree.tree_leaves(tree) if differentiable(t)]
+    return [t.detach() for t in tangent_leaves(tree)]
 
 
 def _values(f: Callable[..., Any], primals: Any, flat: Tensors) -> Tensors:

@@ -13,7 +13,7 @@ from .._spaces.operators import ChunkSize, Direction, check_chunk_size
 from .._spaces.space import Space, TensorSpec, differentiable
 from .._torch.names import pytree
 from ..errors import OptionError, StructureError, UnsupportedError
-from .gradient import gradients
+from .gradient import gradient_by
 from .history import Live, Point, handed_on
 from .sight import Sight, seen
 
@@ -252,8 +252,6 @@ def _cut(
 
 def row_gradients(output: Any, primals: Any, sight: Sight) -> Any:
     """Return the Jacobian of an output by one backward for each of its numbers, with history."""
-    leaves, spec = pytree.tree_flatten(primals)
-    inputs = [t for t in leaves if differentiable(t)]
 
     def rows(y: Any) -> Any:
         if not differentiable(y):
@@ -265,16 +263,15 @@ def row_gradients(output: Any, primals: Any, sight: Sight) -> Any:
                 f"hessian: f returned complex numbers ({y.dtype}), of which real and imaginary "
                 "part have a Hessian each; return them apart, y.real and y.imag"
             )
-        each = [gradients(number, inputs, sight) for number in y.reshape(-1)]
-        stacked = iter(
-            [
-                torch.stack(list(column)).reshape(y.shape + x.shape)
-                for column, x in zip(zip(*each, strict=True), inputs, strict=True)
-            ]
-        )
-        return pytree.tree_unflatten(
-            [next(stacked) if differentiable(t) else None for t in leaves], spec
-        )
+        numbers = y.reshape(-1) if y.numel() else [y.sum()]
+        each = [gradient_by(number, primals, sight) for number in numbers]
+
+        def stacked(*g: Any) -> Any:
+            if g[0] is None:
+                return None
+            return torch.stack(g)[: y.numel()].reshape(y.shape + g[0].shape)
+
+        return pytree.tree_map(stacked, *each)
 
     result = pytree.tree_map(rows, output)
     sight.warn_if_independent()

@@ -7,6 +7,7 @@ history of the one run to these numbers; it is used only if somebody differentia
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,13 +19,15 @@ from .._capture.graph import between, other_leaves
 from .._points.linearization import Linearization
 from .._points.product import Product
 from .._spaces.space import differentiable
+from .._spaces.trees import tangent_leaves
 from .._text.labels import function_name
-from .._torch.graphs import gradient_edge
+from .._torch.graphs import edge_of
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, has_forward_tangent, pytree
 from .sight import Sight, seen
 
 
+@dataclasses.dataclass(eq=False, slots=True)
 class History:
     """Some results with the private graph that they have on some leaves.
 
@@ -32,17 +35,10 @@ class History:
     leaves stand for.
     """
 
-    def __init__(
-        self,
-        make: Callable[[], Sequence[torch.Tensor]],
-        leaves: Sequence[torch.Tensor],
-        originals: Sequence[torch.Tensor],
-        sight: Sight,
-    ) -> None:
-        self.make = make
-        self.sight = sight
-        self.leaves = list(leaves)
-        self.originals = list(originals)
+    make: Callable[[], Sequence[torch.Tensor]]
+    leaves: list[torch.Tensor]
+    originals: list[torch.Tensor]
+    sight: Sight
 
     def attach(self, numbers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return `numbers`, the values of the results, as functions of the originals."""
@@ -96,10 +92,9 @@ class Live:
         self.outputs = captured.outputs
         self.sight = sight
         self.aliases = captured.leaves
-        beside = [gradient_edge(t) for t in aux]
-        edges = [*captured.edges, *((e.node, e.output_nr) for e in beside)]
+        edges = [*captured.edges, *map(edge_of, aux)]
         outer = other_leaves(edges, captured.nodes())
-        given = [t for t in pytree.tree_leaves(primals) if differentiable(t)]
+        given = tangent_leaves(primals)
         #: What value and products depend on: primals that require grad, and closed-over tensors.
         pairs = [(a, x) for a, x in zip(self.aliases, given, strict=True) if x.requires_grad]
         self.leaves = [*(a for a, _ in pairs), *outer]
@@ -205,7 +200,7 @@ class Point:
 
     def _attach(self, captured: Capture, primals: Any, aux: Any, sight: Sight) -> None:
         """Give value and aux the history that they have on tensors outside."""
-        beside = [t for t in pytree.tree_leaves(aux) if differentiable(t) and t.requires_grad]
+        beside = [t for t in tangent_leaves(aux) if t.requires_grad]
         live = Live(captured, primals, sight, beside)
         if not live.leaves:
             return

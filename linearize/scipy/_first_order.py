@@ -17,9 +17,8 @@ from .._capture.reads import Reads, stamps
 from .._capture.state import State
 from .._derivatives.gradient import check_scalar
 from .._points.memo import Stamp, changed, numbers
-from .._spaces.space import differentiable
-from .._torch.graphs import gradient_edge
-from .._torch.names import pytree
+from .._spaces.trees import tangent_leaves
+from .._torch.graphs import edge_of
 from ._operators import Array
 
 
@@ -84,7 +83,7 @@ class FirstOrder:
         return found
 
     def _run(self, x: Any, state: State) -> Slope:
-        leaves = [t for t in pytree.tree_leaves(x) if differentiable(t)]
+        leaves = tangent_leaves(x)
         inference = torch.is_inference_mode_enabled()
         with torch.inference_mode(False) if inference else nullcontext(), torch.enable_grad():
             for t in leaves:
@@ -111,5 +110,4 @@ class FirstOrder:
 
 
 def _kept_in_graph(value: torch.Tensor) -> list[torch.Tensor]:
-    edge = gradient_edge(value) if value.requires_grad else None
-    return in_graph([edge and (edge.node, edge.output_nr)])
+    return in_graph([edge_of(value)] if value.requires_grad else [])

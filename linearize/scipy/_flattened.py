@@ -18,6 +18,7 @@ from .._points.point import Point
 from .._spaces.between import as_complex, as_real
 from .._spaces.operators import LinearOperator
 from .._spaces.space import Space, differentiable
+from .._spaces.trees import tangent_leaves
 from .._torch.modes import grad_enabled
 from .._torch.names import pytree
 from ..errors import OptionError, SpaceError, StructureError
@@ -49,13 +50,10 @@ class Flattened:
         self._shape = (
             leaf.shape if self._space.spec.is_leaf() and self._vector.dtype == leaf.dtype else None
         )
-        leaves = pytree.tree_leaves(start)
         # What is no variable stays as it is given.
-        self._others = [None if differentiable(x) else x for x in leaves]
+        self._others = [None if differentiable(x) else x for x in pytree.tree_leaves(start)]
         #: The start as SciPy wants it.
-        self.x0: Array = self._of_parts([x.detach() for x in leaves if differentiable(x)]).astype(
-            float
-        )
+        self.x0: Array = self._of_parts(tangent_leaves(start)).astype(float)
         self.linearizer = Linearizer(f, match="value", maxsize=maxsize, has_aux=has_aux)
 
     def unravel(self, x: Array) -> Any:
@@ -127,9 +125,8 @@ class Flattened:
         """Return the value at a flat vector by a run of f of which nothing is kept."""
         with grad_enabled():  # as f runs elsewhere
             given = self.unravel(x)
-            for t in pytree.tree_leaves(given):
-                if differentiable(t):
-                    t.requires_grad_()
+            for t in tangent_leaves(given):
+                t.requires_grad_()
             value = self.linearizer.f(given)
         return _flat(value, Space.of_tree(value, "cotangent", "value"))
 
@@ -179,8 +176,7 @@ def values(here: Linearization | Point) -> Array:
 
 
 def _flat(value: Any, space: Space) -> Array:
-    parts = [t for t in pytree.tree_leaves(value) if differentiable(t)]
-    return array(space.as_real().join(as_real(parts, space)))
+    return array(space.as_real().join(as_real(tangent_leaves(value), space)))
 
 
 def as_tensors(x0: Any) -> Any:

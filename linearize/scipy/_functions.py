@@ -15,9 +15,8 @@ from .._derivatives.gradient import gradient_and_value
 from .._points.linearization import Linearization
 from .._points.linearizer import Linearizer
 from .._spaces.between import as_real
-from .._spaces.space import differentiable
+from .._spaces.trees import tangent_leaves, tangent_part
 from .._text.labels import function_name
-from .._torch.names import pytree
 from ..errors import SpaceError
 from ._first_order import FirstOrder
 from ._flattened import Flattened, Matrices, values
@@ -193,9 +192,9 @@ class VectorFunction(Flattened, Generic[M]):
             Of shape (n,).
         """
         here = self.at(x)
-        value = here.out_space.tensors_of(_differentiable_part(here))
+        value = here.out_space.filled(tangent_part(here.value))
         J = here.jacobian.as_real()
-        parts = as_real([t for t in value if t is not None], here.out_space)
+        parts = as_real(value, here.out_space)
         return array(J.in_space.join(J._apply_adjoint(parts, stacked=False)))
 
 
@@ -330,13 +329,9 @@ class ScalarFunction(Flattened, Generic[M]):
         return found
 
 
-def _differentiable_part(here: Linearization) -> Any:
-    return pytree.tree_map(lambda t: t if differentiable(t) else None, here.value)
-
-
 def _weighted_sum(value: Any, weights: torch.Tensor) -> torch.Tensor:
     """Return the inner product of a value's real and imaginary parts with a vector."""
-    parts = [t for t in pytree.tree_leaves(value) if differentiable(t)]
+    parts = tangent_leaves(value)
     flat = torch.cat([(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in parts])
     if flat.shape != weights.shape:
         raise SpaceError(f"v: expected shape {tuple(flat.shape)}, got {tuple(weights.shape)}")

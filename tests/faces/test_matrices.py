@@ -153,6 +153,17 @@ def test_hessian_of_scalars_and_of_trees(argnums):
     equal(func.hessian(tree, argnums)(p, s), torch.func.hessian(tree, argnums)(p, s))
 
 
+def test_hessian_of_no_numbers():
+    x = rand(3)
+
+    def f(x):
+        return {"none": x[:0] ** 2, "some": (x**3).sum()}
+
+    expected = torch.func.hessian(f)(x)
+    equal(func.hessian(f)(x), expected)
+    equal(func.hessian(lambda x: f(x)["none"])(x), expected["none"])
+
+
 def test_f_runs_once_and_is_not_looked_into():
     runs = 0
 
