@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ._points import ranks
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
-from ._points.ranks import lost
 from ._spaces.between import alike
 from ._spaces.flat import Parts, check_flat, zeros
 from ._spaces.operators import (
@@ -320,7 +320,7 @@ class _Whole:
         self.sizes = [parts.size]
         self.place = 0
         if self.group is not None:
-            self.sizes = _gathered(parts.size, self.group, "the sizes of the parts")
+            self.sizes = ranks.gathered("the sizes of the parts", parts.size, self.group)
             self.place = dist.get_rank(self.group)
         spec = parts.vector
         like = torch.empty((), dtype=spec.dtype, device=spec.device).expand(sum(self.sizes))
@@ -341,10 +341,8 @@ class _Whole:
         padded[..., : part.shape[-1]] = part
         padded[..., -1] = float(failure is not None)
         pieces = [torch.empty_like(padded) for _ in self.sizes]
-        try:
+        with ranks.reaching(what):
             dist.all_gather(pieces, padded, group=self.group)
-        except RuntimeError as error:
-            raise lost(what, error) from error
         if any(bool(p[..., -1].any()) for p in pieces):
             _raise(failure, self.group, what)
         kept = [p[..., :n] for p, n in zip(pieces, self.sizes, strict=True)]
@@ -425,36 +423,21 @@ def _together(work: Callable[[], T], group: Group, what: str) -> T:
 def _raise(failure: BaseException | None, group: Group, what: str) -> None:
     """Tell the ranks of each other's failures, and raise on all if there is one."""
     own = None if failure is None else f"{type(failure).__name__}: {failure}"
-    messages = _gathered(own, group, what)
-    failed = {rank: text for rank, text in enumerate(messages) if text is not None}
-    if isinstance(failure, DistributedError) and len(failed) == len(messages):
+    messages = ranks.gathered(what, own, group)
+    if isinstance(failure, DistributedError) and None not in messages:
         raise failure  # the same on all ranks
-    if failed:
-        reasons = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-        raise DistributedError(
-            f"{what} failed on {len(failed)} of the ranks: {reasons}"
-        ) from failure
+    if any(messages):
+        raise ranks.parted(what, {rank: (what, m) for rank, m in enumerate(messages)}) from failure
 
 
 def _check_same(operator: LinearOperator, group: Group) -> None:
     spec = operator.in_space.vector
     own = (spec.shape, str(spec.dtype), [leaf.shape for leaf in operator.in_space.tensors])
-    given = _gathered(own, group, "the input side")
+    given = ranks.gathered("the input side", own, group)
     if any(other != given[0] for other in given):
         raise DistributedError(f"the input sides of the ranks' operators differ: {given}")
 
 
-def _gathered(item: Any, group: Group, what: str) -> list[Any]:
-    items: list[Any] = [None] * dist.get_world_size(group)
-    try:
-        dist.all_gather_object(items, item, group=group)
-    except RuntimeError as error:
-        raise lost(what, error) from error
-    return items
-
-
 def _reduce(t: torch.Tensor, operation: Any, group: Group, what: str) -> None:
-    try:
+    with ranks.reaching(what):
         dist.all_reduce(t, operation, group=group)
-    except RuntimeError as error:
-        raise lost(what, error) from error

@@ -282,17 +282,19 @@ def _check_strict(point: Point, what: str, *, varying: bool) -> None:
 
     With `varying` the derivatives must depend on something too.
     """
-    for i, row in enumerate(point.dependence()):
+    table = point.dependence()
+    for i, row in enumerate(table):
         if not all(row):
             raise StructureError(
                 f"{what}: strict=True, and output {i} does not depend on input {row.index(False)}"
             )
     if varying:
-        for i, j in point.constant_blocks():
-            raise StructureError(
-                f"{what}: strict=True and create_graph=True, and the derivative of output {i} by "
-                f"input {j} is constant"
-            )
+        for i in range(len(table)):
+            for j in point.constant_inputs(i, i + 1):
+                raise StructureError(
+                    f"{what}: strict=True and create_graph=True, and the derivative of output {i} "
+                    f"by input {j} is constant"
+                )
 
 
 def _check_strict_product(point: Point, what: str, *, varying: bool) -> None:

@@ -23,6 +23,7 @@ from ._capture.capture import Capture, capture
 from ._capture.dependence import derivative
 from ._capture.graph import other_leaves
 from ._derivatives.gradient import gradient_and_value
+from ._points.jacobian import run
 from ._points.linearization import Linearization
 from ._spaces.flat import Parts
 from ._spaces.operators import operator_between
@@ -276,12 +277,11 @@ class _System:
         self._inverse = checked_inverse(by_x, solving, None)
 
     def _apply(self, parts: Parts, *, stacked: bool) -> Parts:
-        tensors = [*parts, *([None] * self._count)]
-        return self._jvp._batched(tensors, None) if stacked else self._jvp._apply(tensors)
+        tensors: list[Any] = [*parts, *([None] * self._count)]
+        return run(self._jvp, tensors, stacked=stacked)
 
     def _apply_adjoint(self, parts: Parts, *, stacked: bool) -> Parts:
-        all_of_them = self._vjp._batched(parts, None) if stacked else self._vjp._apply(parts)
-        return all_of_them[: self._size]
+        return run(self._vjp, parts, stacked=stacked)[: self._size]
 
     def forward(self, tangents: list[torch.Tensor | None]) -> Parts:
         """Return dx for dp."""

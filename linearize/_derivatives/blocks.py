@@ -221,7 +221,7 @@ def _blocks(point: Point, forward: bool, chunk_size: ChunkSize) -> list[torch.Te
         images = [torch.stack(list(row)) for row in rows]
         return _cut(images if forward else [t.conj() for t in images], ours, theirs, forward)
 
-    return live.history(again).attach(numbers)
+    return live.attach(numbers, again)
 
 
 def _images(live: Live, space: Space, forward: bool) -> list[Sequence[torch.Tensor]]:

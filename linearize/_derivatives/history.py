@@ -8,7 +8,7 @@ history of the one run to these numbers; it is used only if somebody differentia
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -102,34 +102,21 @@ class Live:
 
     def attached(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return results of the run with their history on the originals."""
-        numbers = [y.detach() for y in results]
-        return self.history(lambda: results).attach(numbers)
+        return self.attach([y.detach() for y in results], lambda: results)
 
-    def product(
+    def attach(
         self,
         numbers: Sequence[torch.Tensor],
-        graph: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]],
-        arguments: Sequence[torch.Tensor],
-    ) -> list[torch.Tensor]:
-        """Return a product with its history.
-
-        The numbers come from the recorded program. Only if somebody differentiates them is
-        the product formed anew in the graph of the run.
-        """
-        own = [t.detach().requires_grad_() for t in arguments]
-        return self.history(lambda: graph(own), own, arguments).attach(numbers)
-
-    def history(
-        self,
         make: Callable[[], Sequence[torch.Tensor]],
         own: Sequence[torch.Tensor] = (),
         arguments: Sequence[torch.Tensor] = (),
-    ) -> History:
-        """Return the history of results that `make` forms in the graph of the run.
+    ) -> list[torch.Tensor]:
+        """Return numbers with the history of results that `make` forms in the graph of the run.
 
         They depend on `own` too, leaves that stand for `arguments`.
         """
-        return History(make, [*self.leaves, *own], [*self.originals, *arguments], self.sight)
+        leaves, originals = [*self.leaves, *own], [*self.originals, *arguments]
+        return History(make, leaves, originals, self.sight).attach(numbers)
 
     def pullback(self, cotangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return Jᵀ·u with its history."""
@@ -162,7 +149,7 @@ class Point:
     forward
         The name of a function whose counterpart in PyTorch differentiates through `no_grad`.
     keep
-        Whether to keep what `dependence` and `constant_blocks` need.
+        Whether to keep what `dependence` and `constant_inputs` need.
     """
 
     def __init__(
@@ -211,11 +198,7 @@ class Point:
         )
         if beside:
             known = dict(zip(map(id, beside), live.attached(beside), strict=True))
-            detached = iter(pytree.tree_leaves(self.aux))
-            leaves, spec = pytree.tree_flatten(aux)
-            self.aux = pytree.tree_unflatten(
-                [known.get(id(t), own) for t, own in zip(leaves, detached, strict=True)], spec
-            )
+            self.aux = pytree.tree_map(lambda t, own: known.get(id(t), own), aux, self.aux)
 
     def dependence(self) -> list[list[bool]]:
         """Return for each output whether it depends on each primal, as far as the graph tells."""
@@ -227,25 +210,10 @@ class Point:
             rows.append([node in reached for node in nodes])
         return rows
 
-    def constant_blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield the numbers of outputs and primals whose derivative depends on nothing."""
+    def constant_inputs(self, first: int, last: int | None = None) -> list[int]:
+        """Return the numbers of primals by which the derivative of none of some outputs varies."""
         assert self._captured is not None
-        for i, y in enumerate(self._captured.outputs):
-            yield from ((i, j) for j in self._constants([y]))
-
-    def constant_inputs(self, first: int) -> list[int]:
-        """Return the numbers of primals by which the derivative of no output varies.
-
-        Parameters
-        ----------
-        first
-            The first output that counts.
-        """
-        assert self._captured is not None
-        return self._constants(self._captured.outputs[first:])
-
-    def _constants(self, outputs: Sequence[torch.Tensor]) -> list[int]:
-        assert self._captured is not None
+        outputs = self._captured.outputs[first:last]
         grads = torch.autograd.grad(
             outputs,
             self._captured.leaves,
@@ -277,7 +245,10 @@ class Point:
         if self.live is None or not torch.is_grad_enabled() or any(map(batched_or_wrapped, flat)):
             return product._apply(flat)
         numbers = product._apply([t.detach() for t in flat])
-        return self.live.product(numbers, getattr(self.live, name), flat)
+        own = [t.detach().requires_grad_() for t in flat]
+        formed = getattr(self.live, name)
+        # Only if somebody differentiates the numbers is the product formed in the run's graph.
+        return self.live.attach(numbers, lambda: formed(own), own, flat)
 
 
 def handed_on(*trees: Any) -> bool:

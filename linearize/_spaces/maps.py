@@ -145,13 +145,7 @@ class LinearMap:
         return self.in_space.is_complex != self.out_space.is_complex
 
     def _by_fewer(self, found: Callable[[bool], T]) -> T:
-        """Return what columns or rows give: the fewer, or those that there is a derivative for.
-
-        Parameters
-        ----------
-        found
-            Takes whether it goes by columns.
-        """
+        """Return what columns (True) or rows give: the fewer, or what has a derivative."""
         rows, columns = self.shape
         forward = self._is_mixed or columns < rows
         try:

@@ -144,18 +144,7 @@ class Space(Structure):
         return Space(self.tree, leaves, self.word, self.of)
 
     def part(self, key: Any) -> tuple[Space, list[int]]:
-        """Return the space below a key of the pytree, and the numbers of its tensors.
-
-        Parameters
-        ----------
-        key
-            The key of a dictionary, a position, the name of a field, or `:` for all.
-
-        Raises
-        ------
-        StructureError
-            If there is nothing of that name, or nothing there has tangents.
-        """
+        """Return the space below a key of the pytree, and the numbers of its tensors."""
         if key is Ellipsis or (isinstance(key, slice) and key == slice(None)):
             return self, list(range(len(self.tensors)))
         check_whole(self, "a block")
@@ -349,12 +338,7 @@ class Space(Structure):
     def join(self, parts: Sequence[torch.Tensor], *, stacked: bool = False) -> torch.Tensor:
         """Return the flat vector of one tensor per differentiable leaf; of K stacked ones, K rows.
 
-        Parameters
-        ----------
-        parts
-            The tensors, which are not looked at.
-        stacked
-            Whether each has one more dimension in front.
+        The tensors are not looked at.
         """
         spec = self.vector
         rows = [
@@ -366,13 +350,7 @@ class Space(Structure):
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
     def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Return one tensor per differentiable leaf; of K rows, K stacked ones.
-
-        Parameters
-        ----------
-        flat
-            A flat vector, or rows of them, which is not looked at.
-        """
+        """Return one tensor per differentiable leaf; of K rows, K stacked ones."""
         sizes = [leaf.numel for leaf in self.tensors]
         return [
             part.reshape((*flat.shape[:-1], *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)

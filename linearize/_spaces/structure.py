@@ -207,19 +207,9 @@ class Structure:
             )
         if mappings:
             keys = list(spec.context[1] if spec.type.__name__ == "defaultdict" else spec.context)
-            if set(keys) != set(tree):
-                missing, extra = (
-                    ", ".join(sorted(map(repr, some))) or "none"
-                    for some in (set(keys) - set(tree), set(tree) - set(keys))
-                )
-                raise StructureError(
-                    f"{self.word}{path}: keys differ from those of the {self.of}: "
-                    f"missing {missing}, unexpected {extra}"
-                )
-            for key, child in zip(keys, expected, strict=True):
-                self._flatten_up_to(tree[key], child, f"{path}[{key!r}]", leaves)
-            return
-        if dataclasses.is_dataclass(tree) and isinstance(spec.context, list):
+            self._check_keys(tree, keys, path)
+            parts = [(tree[key], f"[{key!r}]") for key in keys]
+        elif dataclasses.is_dataclass(tree) and isinstance(spec.context, list):
             # PyTorch counts a field that is None among the structure, not among the leaves.
             fields, constant = spec.context
             for name in constant:
@@ -228,22 +218,34 @@ class Structure:
                         f"{self.word}{path}.{name}: expected None as in the {self.of}, got "
                         f"{describe(getattr(tree, name))}"
                     )
-            for name, child in zip(fields, expected, strict=True):
-                self._flatten_up_to(getattr(tree, name), child, f"{path}.{name}", leaves)
-            return
-        if len(children) != len(expected):
+            parts = [(getattr(tree, name), f".{name}") for name in fields]
+        else:
+            self._check_row(children, own, spec, path)
+            parts = [(part, f"[{i}]") for i, part in enumerate(children)]
+        for (part, name), child in zip(parts, expected, strict=True):
+            self._flatten_up_to(part, child, f"{path}{name}", leaves)
+
+    def _check_keys(self, tree: Any, keys: list[Any], path: str) -> None:
+        if set(keys) != set(tree):
+            missing, extra = (
+                ", ".join(sorted(map(repr, some))) or "none"
+                for some in (set(keys) - set(tree), set(tree) - set(keys))
+            )
             raise StructureError(
-                f"{self.word}{path}: expected {len(expected)} "
-                f"{self._items(path, len(expected))} as in the {self.of}, got {len(children)}"
+                f"{self.word}{path}: keys differ from those of the {self.of}: missing {missing}, "
+                f"unexpected {extra}"
+            )
+
+    def _check_row(self, children: list[Any], own: Any, spec: Any, path: str) -> None:
+        count = len(spec_children(spec))
+        if len(children) != count:
+            noun = ("item" if path else self.word) + ("" if count == 1 else "s")
+            raise StructureError(
+                f"{self.word}{path}: expected {count} {noun} as in the {self.of}, got "
+                f"{len(children)}"
             )
         if own.context != spec.context:
             raise StructureError(
                 f"{self.word}{path}: expected a {spec.type.__name__} {spec.context!r} as in the "
                 f"{self.of}, got {own.context!r}"
             )
-        for i, (part, child) in enumerate(zip(children, expected, strict=True)):
-            self._flatten_up_to(part, child, f"{path}[{i}]", leaves)
-
-    def _items(self, path: str, count: int) -> str:
-        noun = "item" if path else self.word
-        return noun if count == 1 else f"{noun}s"

@@ -40,14 +40,8 @@ class Slope(NamedTuple):
 class FirstOrder:
     """Runs f and its backward once at each point; the points are recognised by their numbers.
 
-    Parameters
-    ----------
-    f
-        A function of one pytree that returns one real number as a tensor.
-    maxsize
-        The most points that are remembered.
-    unravel, ravel
-        Make the pytree of a flat vector, and the flat vector of its differentiable tensors.
+    `unravel` and `ravel` make the pytree of a flat vector, and the flat vector of its
+    differentiable tensors.
     """
 
     def __init__(

@@ -141,33 +141,21 @@ class Flattened:
         return f"<{type(self).__name__} of {self._name}: {self._space}>"
 
 
-class Matrices:
-    """Hands out the matrix of an operator in the form that was asked for.
+def check_kind(kind: str, option: str) -> None:
+    """Raise `OptionError` for what is no form of a matrix."""
+    if kind not in KINDS:
+        raise OptionError(f'{option} must be "dense", "operator" or "sparse", got {kind!r}')
 
-    Parameters
-    ----------
-    kind
-        That form.
-    option
-        By which argument it was asked for.
-    symmetric
-        Whether the matrices are Hessians.
-    """
 
-    def __init__(self, kind: str, option: str, *, symmetric: bool = False) -> None:
-        if kind not in KINDS:
-            raise OptionError(f'{option} must be "dense", "operator" or "sparse", got {kind!r}')
-        self._kind, self._symmetric = kind, symmetric
-
-    def of(self, J: Jacobian) -> Any:
-        """Return the matrix of a Jacobian, of real and imaginary parts."""
-        A: LinearOperator = J.as_real()
-        if self._kind == "operator":
-            return aslinearoperator(A)
-        if self._kind == "dense":
-            return array(A.materialize())
-        found = sparse.jacobian(A, symmetric=self._symmetric and A is J, layout="scipy")
-        return scipy.sparse.csr_matrix(found)  # the older class, which all solvers take
+def matrix(J: Jacobian, kind: str, *, symmetric: bool = False) -> Any:
+    """Return the matrix of a Jacobian, of real and imaginary parts, in the form asked for."""
+    A: LinearOperator = J.as_real()
+    if kind == "operator":
+        return aslinearoperator(A)
+    if kind == "dense":
+        return array(A.materialize())
+    found = sparse.jacobian(A, symmetric=symmetric and A is J, layout="scipy")
+    return scipy.sparse.csr_matrix(found)  # the older class, which all solvers take
 
 
 def values(here: Linearization | Point) -> Array:

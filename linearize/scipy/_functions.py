@@ -19,7 +19,7 @@ from .._spaces.trees import tangent_leaves, tangent_part
 from .._text.labels import function_name
 from ..errors import SpaceError
 from ._first_order import FirstOrder
-from ._flattened import Flattened, Matrices, values
+from ._flattened import Flattened, check_kind, matrix, values
 from ._operators import Array, array, through
 
 Kind: TypeAlias = Literal["dense", "operator", "sparse"]
@@ -98,9 +98,9 @@ class VectorFunction(Flattened, Generic[M]):
         jac: Kind = "dense",
         maxsize: int = 8,
     ) -> None:
+        check_kind(jac, "jac")
         self._many, self._values_alone = max(maxsize, 1), 0
-        self._jacobians = Matrices(jac, "jac")
-        self._hessians = Matrices(jac, "jac", symmetric=True)
+        self._kind = jac
         super().__init__(f, x0, maxsize, has_aux=False)
         self._name = function_name(f)
 
@@ -149,7 +149,7 @@ class VectorFunction(Flattened, Generic[M]):
         numpy.ndarray, scipy.sparse.csr_matrix or scipy.sparse.linalg.LinearOperator
             Of shape (m, n).
         """
-        found: M = self._jacobians.of(self.at(x).jacobian)
+        found: M = matrix(self.at(x).jacobian, self._kind)
         return found
 
     def hess(self, x: Array, v: Array) -> M:
@@ -175,7 +175,8 @@ class VectorFunction(Flattened, Generic[M]):
             If a vector has another length.
         """
         weights = torch.tensor(np.ascontiguousarray(v))
-        found: M = self._hessians.of(self._weighted.at(self.unravel(x), weights).jacobian)
+        here = self._weighted.at(self.unravel(x), weights)
+        found: M = matrix(here.jacobian, self._kind, symmetric=True)
         return found
 
     def gradient(self, x: Array) -> Array:
@@ -264,7 +265,8 @@ class ScalarFunction(Flattened, Generic[M]):
         hess: Kind = "operator",
         maxsize: int = 8,
     ) -> None:
-        self._hessians = Matrices(hess, "hess", symmetric=True)
+        check_kind(hess, "hess")
+        self._kind = hess
         super().__init__(gradient_and_value(f), x0, maxsize, has_aux=True)
         self._name = function_name(f)
         self._first_order: FirstOrder | None = FirstOrder(f, maxsize, self.unravel, self._of_parts)
@@ -325,7 +327,7 @@ class ScalarFunction(Flattened, Generic[M]):
         return through(self.at(x).jacobian.as_real().H, np.asarray(p))
 
     def _hess(self, x: Array) -> M:
-        found: M = self._hessians.of(self.at(x).jacobian)
+        found: M = matrix(self.at(x).jacobian, self._kind, symmetric=True)
         return found
 
 

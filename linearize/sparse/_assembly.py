@@ -27,17 +27,8 @@ def entries(
 ) -> torch.Tensor:
     """Return the entries of a matrix in the order of its pattern.
 
-    Parameters
-    ----------
-    A
-        The operator.
-    pattern, way
-        Where it has entries, and how they are had.
-    chunk_size
-        How many products go in one pass.
-    sure
-        Whether the pattern is the program's own. Then it is checked thoroughly once, at other
-        points by one product more in the same pass.
+    Of a pattern that is `sure`, the program's own, they are checked thoroughly once, at other
+    points by one product more in the same pass.
     """
     back = way.reverse > 0
     ahead = way.forward > 0 or not back
@@ -75,16 +66,9 @@ def _images(A: LinearOperator, seeds: torch.Tensor, chunk_size: ChunkSize) -> to
 
 
 class _Side:
-    """The entries of a matrix, held against products of one direction.
+    """Row, column and number of each entry that was found, held against products with A.
 
-    Parameters
-    ----------
-    A
-        The operator, or its adjoint.
-    word
-        What a line of its matrix is called.
-    to, by, values
-        Row, column and number of each entry that was found.
+    `word` is what a row of A is called: A may be an adjoint.
     """
 
     def __init__(

@@ -35,13 +35,7 @@ def count(colors: Colors) -> int:
 
 
 def grouped(pattern: Any) -> Colors:
-    """Return a colour for each column, so that columns of one colour share no row.
-
-    Parameters
-    ----------
-    pattern
-        A SciPy matrix in CSR format whose stored entries count.
-    """
+    """Return a colour for each column, so that columns of one colour share no row."""
     columns = pattern.shape[1]
     fewest = int(np.diff(pattern.indptr).max(initial=0))
     if 2 * fewest > columns:  # next to nothing can be saved
@@ -51,22 +45,10 @@ def grouped(pattern: Any) -> Colors:
 
 
 def split_by(pattern: Any, rows: NDArray[np.bool_], columns: NDArray[np.bool_]) -> tuple[Any, Any]:
-    """Colour columns and rows together.
+    """Return colours of the columns and of the rows.
 
     Products with J give the entries outside of some rows, and those in some columns; products
     with Jᵀ the others.
-
-    Parameters
-    ----------
-    pattern
-        As for `grouped`, of booleans.
-    rows, columns
-        For each row, and each column, whether it is among these.
-
-    Returns
-    -------
-    columns, rows
-        A colour for each.
     """
     row, column = places(pattern)
     forward = ~rows[row] | columns[column]
@@ -106,11 +88,8 @@ def _last_first(colors: Colors) -> Sequence[int]:
 class _Columns:
     """Colours columns one after the other.
 
-    Parameters
-    ----------
-    csc
-        The pattern. Where its numbers are `direct`, an entry is had by these products: columns of
-        one colour share no row in which that is so for one of them. By default all are.
+    Where the numbers of the matrix are `direct`, an entry is had by these products: columns of
+    one colour share no row in which that is so for one of them. By default all are.
     """
 
     def __init__(self, csc: Any, direct: int | None = None) -> None:
@@ -155,11 +134,6 @@ def star(pattern: Any) -> Colors:
 
     Neighbours have different colours; and of each two, one is the only neighbour of its colour
     that the other one has.
-
-    Parameters
-    ----------
-    pattern
-        A symmetric matrix in CSR format whose stored entries count.
     """
     orders: list[Iterable[int]] = [range(pattern.shape[0])]
     if pattern.nnz <= _SMALL:

@@ -100,17 +100,9 @@ def declare(function: Any, pattern: Declared) -> None:
 
 
 def relation(eq: Equation) -> Any:
-    """Return which results of an opaque operation depend on which entries of its variables.
+    """Return the same as `_probing.relation` of an opaque operation; None if nothing was declared.
 
-    Returns
-    -------
-    scipy.sparse.csr_array or None
-        As of `_probing.relation`; None if nothing was declared.
-
-    Raises
-    ------
-    FunctionContractError
-        If what was declared does not fit.
+    Raises `FunctionContractError` if what was declared does not fit.
     """
     if not isinstance(eq.op, (CustomBackward, CustomJvp)):
         return None

@@ -25,23 +25,9 @@ from ._ways import Direction, Prices, Way, ways
 
 
 class Pattern:
-    """Where a matrix may have entries, with the ways to have it.
+    """Where a matrix may have entries, with the operations that fill it and the ways to have it.
 
-    Parameters
-    ----------
-    entries
-        In CSR format.
-    steps
-        The operations that fill it.
-    prices
-        Of products.
-    reads
-        What was looked at to find it, by products.
-
-    Attributes
-    ----------
-    checked
-        Whether products were seen to have no other entries.
+    `reads` is what was looked at to find it, with the number of the product.
     """
 
     def __init__(
@@ -57,6 +43,7 @@ class Pattern:
         self.entries = found
         self.steps = steps or []
         self.prices = prices or Prices()
+        #: Whether products were seen to have no other entries.
         self.checked = False
         self._in_parts: Pattern | None = None
         self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}

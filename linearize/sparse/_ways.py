@@ -155,16 +155,7 @@ def ways(
 ) -> tuple[Way, list[tuple[str, float]]]:
     """Return the cheapest way, and what was compared, with prices.
 
-    Parameters
-    ----------
-    pattern
-        In CSR format with sorted indices.
-    direction
-        Which way, or "auto".
-    prices
-        Of products.
-    symmetric
-        Whether the matrix is known to be its own adjoint.
+    With `symmetric` the matrix is known to be its own adjoint.
     """
     none = _none(pattern.shape[1]), _none(pattern.shape[0])
     found: list[tuple[float, Way]] = []

@@ -237,3 +237,22 @@ def test_errors_of_the_function_itself_come_through() -> None:
         check_linearization(f, rand(3))
     with pytest.raises(lz.LinearizeError, match="no differentiable primal"):
         check_linearization(torch.sin, torch.tensor([1]))
+
+
+def test_nan_in_a_later_result_is_the_fault_of_the_jvp() -> None:
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x.sin(), x.cos()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def jvp(ctx: Any, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            (x,) = ctx.saved_tensors
+            return x.cos() * v, torch.full_like(x, torch.nan)
+
+    with pytest.raises(CheckFailure, match=r"J·v differs .* by inf .*Both\.jvp differs"):
+        check_linearization(Both.apply, rand(3), opaque="materialize")
