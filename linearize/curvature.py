@@ -53,7 +53,6 @@ class _Point:
     products: tuple[Product, ...]
     value: torch.Tensor
     gradient: Callable[[], Parts]
-    space: Space
 
 
 @dataclasses.dataclass(slots=True)
@@ -273,7 +272,7 @@ def hessian(
         here = gradients.at(params, *batch)
         here._check_whole("curvature")
         gradient = [t.detach() for t in here.out_space.filled(here.value)]
-        return _Point((here.vjp_fn,), here.aux, lambda: gradient, here.in_space.unpacked())
+        return _Point((here.vjp_fn,), here.aux, lambda: gradient)
 
     return _over_batches(linearized, params, batches, reduction or "sum", max_bytes, "Hessian")
 
@@ -372,9 +371,7 @@ def gauss_newton(
         outer = losses.at(here.value, *targets)
         products = here.jvp_fn, outer.vjp_fn, here.vjp_fn
         slope = outer.out_space.filled(outer.value)
-        return _Point(
-            products, outer.aux, lambda: here.vjp_fn._apply(slope), here.in_space.unpacked()
-        )
+        return _Point(products, outer.aux, lambda: here.vjp_fn._apply(slope))
 
     chosen = reduction or how
     return _over_batches(linearized, params, batches, chosen, max_bytes, "GaussNewton")
@@ -453,7 +450,7 @@ def _over_batches(
         make = functools.partial(linearized, tuple(data))
         state = random_state()
         point = make()
-        space = point.space
+        space = point.products[-1]._results.unpacked()
         keep: _Point | None = point
         if max_bytes is not None:
             used += _bytes(point, own)

@@ -111,7 +111,7 @@ def total(make: Callable[[], LinearOperator], group: Group = None) -> SelfAdjoin
 
     own = _together(checked, group, "the operator")
     _check_same(own, group)
-    reduced = _Reduced(own._apply, own.in_space, group, repr(own))
+    reduced = _reduced(own._apply, own.in_space, group, repr(own))
     return SelfAdjoint(own.in_space, reduced, at_once=alike, name=f"total of {own._name}")
 
 
@@ -141,7 +141,7 @@ class RowJacobian(LinearOperator):
         self._own = here.jacobian
         _check_same(self._own, group)
         self._group = group
-        adjoint = _Reduced(self._own._apply_adjoint, self._own.in_space, group, "Jᵀ·u")
+        adjoint = _reduced(self._own._apply_adjoint, self._own.in_space, group, "Jᵀ·u")
         super().__init__(
             self._own.in_space,
             self._own.out_space.parts_of(dist.group.WORLD if group is None else group),
@@ -154,7 +154,7 @@ class RowJacobian(LinearOperator):
     def gram(self) -> LinearOperator:
         """Return Jᵀ·J of all ranks' rows: one sum over the ranks for each product."""
         own = self._own.gram()
-        reduced = _Reduced(own._apply, own.in_space, self._group, "JᵀJ·v")
+        reduced = _reduced(own._apply, own.in_space, self._group, "JᵀJ·v")
         return SelfAdjoint(own.in_space, reduced, at_once=alike, name="RowJacobian.gram()")
 
     def materialize(
@@ -371,40 +371,36 @@ def _whole_product(
 # -- messages ---------------------------------------------------------------------------------
 
 
-class _Reduced:
-    """A map whose results are summed over the ranks, errors included."""
+def _reduced(apply: Apply, space: Space, group: Group, what: str) -> Apply:
+    """Return a map whose results are summed over the ranks, errors included."""
 
-    def __init__(self, apply: Apply, space: Space, group: Group, what: str) -> None:
-        self._apply = apply
-        self._space = space
-        self._group = group
-        self._what = what
-
-    def __call__(self, parts: Parts, *, stacked: bool) -> Parts:
+    def reduced(parts: Parts, *, stacked: bool) -> Parts:
         count = len(parts[0]) if stacked else 1
         failure: BaseException | None = None
         try:
             fail_if_told()
-            results = self._apply(parts, stacked=stacked)
+            results = apply(parts, stacked=stacked)
         except Exception as error:
             failure = error
-            results = zeros(self._space, count if stacked else None)
-        flat = self._space.join(results, stacked=stacked).detach()
+            results = zeros(space, count if stacked else None)
+        flat = space.join(results, stacked=stacked).detach()
         # One sum carries the numbers, whether a rank failed, and whether all sent as many.
         if stacked:
             counts = torch.tensor([count, -count], device=flat.device)
-            _reduce(counts, dist.ReduceOp.MAX, self._group, self._what)
+            _reduce(counts, dist.ReduceOp.MAX, group, what)
             if int(counts[0]) != -int(counts[1]):
                 raise DistributedError(
-                    f"{self._what}: the ranks passed different numbers of vectors, from "
+                    f"{what}: the ranks passed different numbers of vectors, from "
                     f"{-int(counts[1])} to {int(counts[0])}"
                 )
         flag = flat.new_tensor([0.0 if failure is None else 1.0])
         buffer = torch.cat([flat.reshape(-1), flag])
-        _reduce(buffer, dist.ReduceOp.SUM, self._group, self._what)
+        _reduce(buffer, dist.ReduceOp.SUM, group, what)
         if buffer[-1].real > 0:
-            _raise(failure, self._group, self._what)
-        return self._space.split(buffer[:-1].reshape(flat.shape))
+            _raise(failure, group, what)
+        return space.split(buffer[:-1].reshape(flat.shape))
+
+    return reduced
 
 
 def _together(work: Callable[[], T], group: Group, what: str) -> T:

@@ -19,7 +19,7 @@ from .._spaces.trees import Tree, flatten
 from .._text.labels import function_name
 from .._torch.compiled import compiled_functions
 from .._torch.contexts import applied_late, eager_compiled_functions, owner_of
-from .._torch.graphs import Node, accumulators, edge_of
+from .._torch.graphs import Node, accumulators, gradient_edge
 from .._torch.hooks import HookWatcher, Unhooked
 from .._torch.modes import NOTHING, being_traced, functorch_active, grad_enabled
 from .._torch.names import batched_or_wrapped, pytree
@@ -343,7 +343,8 @@ def _edge(output: torch.Tensor) -> Edge | None:
         return None
     if type(output) is torch.Tensor and output.grad_fn is not None:
         return output.grad_fn, output.output_nr  # quicker
-    return edge_of(output)
+    edge = gradient_edge(output)
+    return edge.node, edge.output_nr
 
 
 def _check_layouts(leaves: Sequence[Any], tree: Tree) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from .._spaces.space import differentiable
-from .._torch.graphs import Node, accumulators, edge_of, leaf_variable, let_die_in_turn
+from .._torch.graphs import Node, accumulators, gradient_edge, leaf_variable, let_die_in_turn
 from ..errors import IndependenceWarning, UnsupportedError
 from .graph import Edge
 
@@ -49,7 +49,7 @@ def check_not_behind(
     for (t, name), node in zip(chosen, accumulators(aliases), strict=True):
         if not t.requires_grad or (node, 0) in seen:
             continue
-        behind = id(t) in variables if t.is_leaf else edge_of(t) in seen
+        behind = id(t) in variables if t.is_leaf else _edge(t) in seen
         if behind:
             raise read_behind(name, t)
 
@@ -83,6 +83,11 @@ def _outside() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
         frame, count = frame.f_back, count + 1
     return count
+
+
+def _edge(t: torch.Tensor) -> Edge:
+    edge = gradient_edge(t)
+    return edge.node, edge.output_nr
 
 
 def _below(edges: Sequence[Edge | None]) -> tuple[set[Edge], set[int]]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from .._capture.dependence import derivative, read_behind
-from .._capture.graph import other_leaves
+from .._capture.graph import Edge, other_leaves
 from .._spaces.space import differentiable
 from .._spaces.trees import tangent_leaves
-from .._torch.graphs import edge_of
+from .._torch.graphs import gradient_edge
 from .._torch.names import pytree
 from ..errors import StructureError
 from .sight import Sight, seen
@@ -71,7 +71,7 @@ def _look_behind(
 ) -> None:
     """Raise or warn if a function lost its inputs; these are aliases of what it was given."""
     others = (
-        {_place(t): t for t in other_leaves([edge_of(value)], [])} if value.requires_grad else {}
+        {_place(t): t for t in other_leaves([_edge(value)], [])} if value.requires_grad else {}
     )
     for i, (x, g) in enumerate(zip(inputs, grads, strict=True)):
         behind = others.get(_place(x))
@@ -82,6 +82,11 @@ def _look_behind(
 def _place(t: torch.Tensor) -> tuple[object, ...]:
     """Return where the numbers of a tensor are."""
     return t.data_ptr(), t.shape, t.dtype, t.device
+
+
+def _edge(t: torch.Tensor) -> Edge:
+    edge = gradient_edge(t)
+    return edge.node, edge.output_nr
 
 
 def check_scalar(value: Any) -> None:

@@ -21,7 +21,7 @@ from .._points.product import Product
 from .._spaces.space import differentiable
 from .._spaces.trees import tangent_leaves
 from .._text.labels import function_name
-from .._torch.graphs import edge_of
+from .._torch.graphs import gradient_edge
 from .._torch.modes import being_traced, functorch_active
 from .._torch.names import batched_or_wrapped, has_forward_tangent, pytree
 from .sight import Sight, seen
@@ -92,7 +92,8 @@ class Live:
         self.outputs = captured.outputs
         self.sight = sight
         self.aliases = captured.leaves
-        edges = [*captured.edges, *map(edge_of, aux)]
+        beside = [gradient_edge(t) for t in aux]
+        edges = [*captured.edges, *((e.node, e.output_nr) for e in beside)]
         outer = other_leaves(edges, captured.nodes())
         given = tangent_leaves(primals)
         #: What value and products depend on: primals that require grad, and closed-over tensors.

@@ -151,12 +151,6 @@ def gradient_edge(t: torch.Tensor) -> GradientEdge:
         return get_gradient_edge(t)
 
 
-def edge_of(t: torch.Tensor) -> tuple[Node, int]:
-    """Return the same as node and number of its output."""
-    edge = gradient_edge(t)
-    return edge.node, edge.output_nr
-
-
 def accumulators(leaves: Sequence[torch.Tensor]) -> list[Node]:
     """Return the nodes in which the gradients of leaf tensors end."""
     with torch.enable_grad(), subclasses_ignored():

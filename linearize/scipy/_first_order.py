@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from cachetools import LRUCache
 
 from .._capture.contexts import ContextRecords
 from .._capture.graph import in_graph
@@ -18,7 +18,7 @@ from .._capture.state import State
 from .._derivatives.gradient import check_scalar
 from .._points.memo import Stamp, changed, numbers
 from .._spaces.trees import tangent_leaves
-from .._torch.graphs import edge_of
+from .._torch.graphs import gradient_edge
 from ._operators import Array
 
 
@@ -53,9 +53,8 @@ class FirstOrder:
     ) -> None:
         self._f = f
         self._unravel, self._ravel = unravel, ravel
-        self._maxsize = maxsize
         self._reach = Reach(f)
-        self._known: OrderedDict[Hashable, Slope] = OrderedDict()
+        self._known: LRUCache[Hashable, Slope] = LRUCache(maxsize)
 
     def at(self, x: Array) -> Slope:
         """Return value and gradient at a flat vector."""
@@ -70,10 +69,8 @@ class FirstOrder:
         state = self._reach.now()
         if found is None or not found.fresh(state):
             found = self._run(self._unravel(x), state)
-            self._known[key] = found
-        self._known.move_to_end(key)
-        while len(self._known) > self._maxsize:
-            self._known.popitem(last=False)
+            if self._known.maxsize:
+                self._known[key] = found
         return found
 
     def _run(self, x: Any, state: State) -> Slope:
@@ -104,4 +101,5 @@ class FirstOrder:
 
 
 def _kept_in_graph(value: torch.Tensor) -> list[torch.Tensor]:
-    return in_graph([edge_of(value)] if value.requires_grad else [])
+    edge = gradient_edge(value) if value.requires_grad else None
+    return in_graph([edge and (edge.node, edge.output_nr)])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 
 from .._execute.binding import BoundProgram
 from .._points.jacobian import Jacobian
@@ -21,7 +21,7 @@ from ._boolean import Rows, in_parts, places, same
 from ._declared import times_declared
 from ._dependence import Dependence, Step, dependence
 from ._reading import TooDenseError
-from ._ways import Direction, Prices, Way, ways
+from ._ways import Direction, OnDevices, Prices, Way, ways
 
 
 class Pattern:
@@ -46,10 +46,14 @@ class Pattern:
         #: Whether products were seen to have no other entries.
         self.checked = False
         self._in_parts: Pattern | None = None
-        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._reads = reads or []
         self._declared = times_declared()
         self._ways: dict[tuple[Direction, bool], tuple[Way, list[tuple[str, float]]]] = {}
+
+    @functools.cached_property
+    def places(self) -> OnDevices:
+        """Row and column of each entry."""
+        return OnDevices(*places(self.entries))
 
     def way(self, direction: Direction, *, symmetric: bool) -> tuple[Way, list[tuple[str, float]]]:
         """Return the cheapest way to have the matrix, and what was compared, with prices."""
@@ -57,13 +61,6 @@ class Pattern:
         if key not in self._ways:
             self._ways[key] = ways(self.entries, direction, self.prices, symmetric=symmetric)
         return self._ways[key]
-
-    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return row and column of each entry as tensors."""
-        if device not in self._places:
-            row, column = (torch.from_numpy(x).to(device) for x in places(self.entries))
-            self._places[device] = row, column
-        return self._places[device]
 
     def learn(self, other: Pattern) -> None:
         """Take over the ways to another pattern, if that has the same entries."""

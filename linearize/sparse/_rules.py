@@ -226,25 +226,16 @@ def _strided(reader: Reader, eq: Equation) -> list[Rows] | None:
 
 
 _RULES: dict[str, Rule] = {
-    "sum": _reduction,
-    "mean": _reduction,
-    "nansum": _reduction,
-    "mm": _matmul,
-    "bmm": _matmul,
-    "mv": _matmul,
-    "dot": _matmul,
-    "vdot": _matmul,
-    "_sparse_mm": _matmul,
-    "index_put": _index_put,
-    "_unsafe_index_put": _index_put,
-    "scatter": _scatter,
-    "scatter_add": _scatter,
-    "index_add": _scatter,
-    "index_copy": _scatter,
-    "index_fill": _scatter,
-    "view_as_real": _as_parts,
-    "view_as_complex": _of_parts,
-    "as_strided": _strided,
-    "as_strided_scatter": _strided,
-    "unfold_backward": _unfold_backward,
+    name: rule
+    for rule, names in (
+        (_reduction, "sum mean nansum"),
+        (_matmul, "mm bmm mv dot vdot _sparse_mm"),
+        (_index_put, "index_put _unsafe_index_put"),
+        (_scatter, "scatter scatter_add index_add index_copy index_fill"),
+        (_as_parts, "view_as_real"),
+        (_of_parts, "view_as_complex"),
+        (_strided, "as_strided as_strided_scatter"),
+        (_unfold_backward, "unfold_backward"),
+    )
+    for name in names.split()
 }

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import linearize as lz
 from linearize.errors import CheckFailure, MissingDerivativeError
 from linearize.testing import Report, check_linearization
+from tests.support.functions import rand
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +21,6 @@ def random_state() -> Iterator[None]:
     """Seeding in a test must not reach the next one."""
     with torch.random.fork_rng(devices=[]):
         yield
-
-
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def cube(

@@ -7,12 +7,9 @@ import torch
 import linearize as lz
 import linearize.cupy
 from linearize.cupy import Products
+from tests.support.functions import rand
 
 F64 = torch.float64
-
-
-def rand(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 A = rand(4, 3)

@@ -8,12 +8,9 @@ from torch.autograd import functional as taf
 
 import linearize as lz
 from linearize import func, functional
+from tests.support.functions import rand
 
 F64 = torch.float64
-
-
-def rand(*shape, dtype=F64, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 class Opaque(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 
 import linearize as lz
 import linearize.scipy
+from tests.support.functions import rand
 
 
 class Counted:
@@ -23,10 +24,6 @@ class Counted:
     def __call__(self, x):
         self.runs += 1
         return self.f(x)
-
-
-def rand(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def visited(method, points):

@@ -14,10 +14,7 @@ import torch
 import linearize as lz
 import linearize.scipy
 from tests.support.comparing import Counted
-
-
-def rand(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+from tests.support.functions import rand
 
 
 def noted(method, points):

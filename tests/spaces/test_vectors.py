@@ -4,11 +4,8 @@ import pytest
 import torch
 
 import linearize as lz
+from tests.support.functions import rand
 from tests.support.operator_contract import element, flat
-
-
-def rand(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def point():
