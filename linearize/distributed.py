@@ -119,8 +119,9 @@ class RowJacobian(LinearOperator):
     """A Jacobian whose rows are spread over ranks; made by `jacobian`.
 
     `in_space` is the same on every rank, `out_space` this rank's own part, and `shape` that of
-    this rank's rows. `J @ v` is local. `J.T @ u` takes this rank's part of u and returns the
-    sum over all ranks. `J.gram()` is the same on every rank.
+    this rank's rows. `J @ v` is local, and so is `J.materialize()`, of this rank's rows.
+    `J.T @ u` takes this rank's part of u and returns the sum over all ranks. `J.gram()` is the
+    same on every rank.
 
     Parameters
     ----------
@@ -157,22 +158,8 @@ class RowJacobian(LinearOperator):
         reduced = _reduced(own._apply, own.in_space, self._group, "JᵀJ·v")
         return SelfAdjoint(own.in_space, reduced, at_once=alike, name="RowJacobian.gram()")
 
-    def materialize(
-        self, *, chunk_size: ChunkSize = "auto", direction: Direction = "auto"
-    ) -> torch.Tensor:
-        """Return this rank's rows, without communication.
-
-        Parameters
-        ----------
-        chunk_size, direction
-            As for any operator.
-
-        Returns
-        -------
-        torch.Tensor
-            Of shape (rows of this rank, n).
-        """
-        return self._own.materialize(chunk_size=chunk_size, direction=direction)
+    def _matrix(self, chunk_size: ChunkSize, direction: Direction) -> torch.Tensor:
+        return self._own._matrix(chunk_size, direction)
 
 
 # -- vectors of parts -------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from .._programs.program import Operation
 from .._programs.reach import is_diagonal
 from .._simplify.rowwise import rows_apart
 from .._spaces.flat import Parts, zeros
-from .._spaces.maps import Apply, ChunkSize, Direction, check_chunk_size
+from .._spaces.maps import Apply, ChunkSize, Direction
 from .._spaces.operators import LinearOperator, SelfAdjoint
 from .._spaces.space import Space
 from .._text.progress import progress
@@ -28,7 +28,8 @@ class Jacobian(LinearOperator):
 
     A matrix that was written out at a point, this one or `gram()`, stays there if it takes no
     more than `dense_limit` bytes: it is not written out again, and products use it where it is
-    no larger than what the program reads.
+    no larger than what the program reads. The norms of columns take a product for each number
+    that a row of the value has where f treats each row of its primal by itself.
 
     Parameters
     ----------
@@ -59,22 +60,9 @@ class Jacobian(LinearOperator):
         """Return Jᴴ·J. Both maps are one program, simplified together."""
         return Gram(self)
 
-    def materialize(
-        self,
-        *,
-        chunk_size: ChunkSize = "auto",
-        direction: Direction = "auto",
-    ) -> torch.Tensor:
-        """Return the matrix, shape (m, n), as for any operator; at one point it is found once.
-
-        Parameters
-        ----------
-        chunk_size, direction
-            As for any operator.
-        """
+    def _matrix(self, chunk_size: ChunkSize, direction: Direction) -> torch.Tensor:
         return self._written.once(
-            direction,
-            lambda: super(Jacobian, self).materialize(chunk_size=chunk_size, direction=direction),
+            direction, lambda: super(Jacobian, self)._matrix(chunk_size, direction)
         )
 
     def _from_program(self, chunk_size: ChunkSize) -> torch.Tensor | None:
@@ -93,21 +81,10 @@ class Jacobian(LinearOperator):
         found = [part.diagonal(start, 0, 2) for start, part in self._rows_at_once(chunk_size)]
         return torch.cat(found, 1).reshape(-1).conj().resolve_conj()
 
-    def squared_norms(self, chunk_size: ChunkSize = "auto") -> torch.Tensor:
-        """Return the squared norms of the columns, as for any operator.
-
-        Where f treats each row of its primal by itself, it takes a product for each number that
-        a row of the value has.
-
-        Parameters
-        ----------
-        chunk_size
-            As for any operator.
-        """
+    def _squared_norms(self, chunk_size: ChunkSize) -> torch.Tensor:
+        """Return them; where f has rows, by a product for each number that a row has."""
         if not self._apart:
-            return super().squared_norms(chunk_size)
-        check_chunk_size(chunk_size)
-        self.check_complex_linear("the norms of columns")
+            return super()._squared_norms(chunk_size)
         total = zeros(self.in_space)[0].reshape(-1)
         for _, part in self._rows_at_once(chunk_size):
             total += part.abs().square().sum(0).reshape(-1)
@@ -168,26 +145,14 @@ class Gram(SelfAdjoint):
             name="Jacobian.gram()",
         )
 
-    def materialize(
-        self,
-        *,
-        chunk_size: ChunkSize = "auto",
-        direction: Direction = "auto",
-    ) -> torch.Tensor:
-        """Return the matrix, from that of the Jacobian where it was written out.
-
-        Parameters
-        ----------
-        chunk_size, direction
-            As for any operator.
-        """
+    def _matrix(self, chunk_size: ChunkSize, direction: Direction) -> torch.Tensor:
+        """Return the matrix, from that of the Jacobian where it was written out."""
 
         def made() -> torch.Tensor:
             M = self._of._written.matrix()
             if M is not None and M.dtype == self.dtype:
                 return M.mH @ M
-            whole = super(Gram, self).materialize(chunk_size=chunk_size, direction=direction)
-            return whole
+            return super(Gram, self)._matrix(chunk_size, direction)
 
         return self._written.once(direction, made)
 

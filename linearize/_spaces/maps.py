@@ -122,6 +122,9 @@ class LinearMap:
             raise OptionError(
                 f'direction must be "auto", "forward" or "reverse", got {direction!r}'
             )
+        return self._matrix(chunk_size, direction)
+
+    def _matrix(self, chunk_size: ChunkSize, direction: Direction) -> torch.Tensor:
         self.check_complex_linear("materialize")
         rows, columns = self.shape
         matrix = torch.empty((rows, columns), dtype=self.dtype, device=self.device)
@@ -300,7 +303,9 @@ class LinearMap:
         """
         check_chunk_size(chunk_size)
         self.check_complex_linear("the norms of columns")
+        return self._squared_norms(chunk_size)
 
+    def _squared_norms(self, chunk_size: ChunkSize) -> torch.Tensor:
         def summed(forward: bool) -> torch.Tensor:
             found = self.in_space.vector.zeros()
             for start, block in self._lines(chunk_size, forward):
