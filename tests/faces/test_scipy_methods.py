@@ -13,19 +13,8 @@ import torch
 
 import linearize as lz
 import linearize.scipy
-from tests.support.comparing import Counted
+from tests.support.comparing import Counted, noted
 from tests.support.functions import rand
-
-
-def noted(method, points):
-    """Wrap a bound method to note the points that it is asked for."""
-
-    @functools.wraps(method)
-    def wrapper(x, *args):
-        points.add(np.asarray(x, dtype=float).tobytes())
-        return method(x, *args)
-
-    return wrapper
 
 
 def rosenbrock(x):
