@@ -22,7 +22,7 @@ from .._programs.program import Program
 from .._programs.residuals import Residual
 from .._record.witness import Unseen
 from .._reuse.template import Template
-from .._spaces.budget import ON_RANKS
+from .._spaces.memory import ON_RANKS
 from .._spaces.space import Space
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .budget import ON_RANKS
 from .flat import Parts, zeros
 from .maps import Apply, AtOnce, LinearMap
+from .memory import ON_RANKS
 from .space import Space
 
 

@@ -16,10 +16,10 @@ from ..errors import (
     SpaceError,
     UnsupportedError,
 )
-from .budget import memory_budget
 from .compare import close
 from .estimates import Estimate, Mean, signs
 from .flat import Parts, random, units, zeros
+from .memory import memory_budget
 from .space import Space, TensorSpec, check_whole
 
 T = TypeVar("T")

@@ -12,10 +12,10 @@ import torch
 
 from .._text.progress import progress
 from ..errors import LinearizeError, SpaceError, StructureError
-from .budget import memory_budget
 from .flat import Parts
 from .gmres import gmres
 from .joins import check_operators
+from .memory import memory_budget
 from .operators import LinearOperator, SelfAdjoint, operator_between
 from .space import Space, check_whole
 from .specs import TensorSpec, describe
