@@ -95,17 +95,11 @@ def jacobian(
     UnsupportedError
         For complex numbers, if the derivative is linear over the real numbers only.
     """
-    direction = _options(strategy, chunk_size)
-    chunk = chunk_size if vectorize else 1
+    direction, theirs, chunk = _options(strategy, chunk_size, vectorize)
     primals, single = _primals(inputs)
     if handed_on(primals):
         return torch.autograd.functional.jacobian(
-            func,
-            inputs,
-            create_graph,
-            strict,
-            vectorize,
-            "reverse-mode" if strategy == "auto" else strategy,
+            func, inputs, create_graph, strict, vectorize, theirs
         )
     with torch.set_grad_enabled(create_graph):
         forward = "jacobian" if strategy == "forward-mode" else ""
@@ -158,13 +152,11 @@ def hessian(
     UnsupportedError
         If the backward of a custom Function has no derivative that can be seen.
     """
-    direction = _options(outer_jacobian_strategy, chunk_size)
-    chunk = chunk_size if vectorize else 1
+    direction, theirs, chunk = _options(outer_jacobian_strategy, chunk_size, vectorize)
     primals, single = _primals(inputs)
     if handed_on(primals):
-        outer = "reverse-mode" if outer_jacobian_strategy == "auto" else outer_jacobian_strategy
         return torch.autograd.functional.hessian(
-            func, inputs, create_graph, strict, vectorize, outer
+            func, inputs, create_graph, strict, vectorize, theirs
         )
 
     @derivative
@@ -270,11 +262,15 @@ def _primals(inputs: Any) -> tuple[tuple[Any, ...], bool]:
     return (inputs, False) if isinstance(inputs, tuple) else ((inputs,), True)
 
 
-def _options(strategy: str, chunk_size: ChunkSize) -> Direction:
+def _options(
+    strategy: str, chunk_size: ChunkSize, vectorize: bool
+) -> tuple[Direction, str, ChunkSize]:
+    """Return the direction, its name in PyTorch, and how many products go in one pass."""
     check_chunk_size(chunk_size)
     if strategy not in _DIRECTIONS:
         raise OptionError(f"strategy must be one of {sorted(_DIRECTIONS)}, got {strategy!r}")
-    return _DIRECTIONS[strategy]
+    theirs = "reverse-mode" if strategy == "auto" else strategy
+    return _DIRECTIONS[strategy], theirs, chunk_size if vectorize else 1
 
 
 def _check_strict(point: Point, what: str, *, varying: bool) -> None:

@@ -147,10 +147,10 @@ def _attached(
         )
     parts = space.filled(start)
     symmetric = name != "root"
-    solving = Automatic() if solve is None else Solving(solve)
     if batch:
         batch_size(space, here.out_space)
-        solving = Blocks() if solve is None else solving
+    own = Blocks() if batch else Automatic()
+    solving = own if solve is None else Solving(solve)
     system = _System(here, space, len(given), solving, symmetric=symmetric)
     results = _Solution.apply(system, *parts, *given)  # type: ignore[no-untyped-call]
     solution: X = space.element_of(results)

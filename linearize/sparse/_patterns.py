@@ -33,20 +33,20 @@ class Pattern:
     def __init__(
         self,
         entries: Any,
-        steps: list[Step] | None = None,
+        steps: Sequence[Step] = (),
         prices: Prices | None = None,
-        reads: list[tuple[int, Dependence]] | None = None,
+        reads: Sequence[tuple[int, Dependence]] = (),
     ) -> None:
         found = sp.csr_array(entries, dtype=bool)
         found.sum_duplicates()
         found.sort_indices()
         self.entries = found
-        self.steps = steps or []
+        self.steps = steps
         self.prices = prices or Prices()
         #: Whether products were seen to have no other entries.
         self.checked = False
         self._in_parts: Pattern | None = None
-        self._reads = reads or []
+        self._reads = reads
         self._declared = times_declared()
         self._ways: dict[tuple[Direction, bool], tuple[Way, list[tuple[str, float]]]] = {}
 
