@@ -214,8 +214,7 @@ class _Lost:
         return bool(self._known)
 
     def add(self, t: torch.Tensor, by_choice: bool) -> None:
-        old = self._get(t)
-        chosen = by_choice or (old is not None and old[2])
+        chosen = by_choice or self.by_choice(t)
         self._known[id(t)] = (weakref.ref(t), t.requires_grad, chosen)
 
     def of(self, t: torch.Tensor) -> bool:

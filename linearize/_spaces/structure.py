@@ -22,8 +22,9 @@ class Structure:
     __slots__ = (
         "_all_differentiable",
         "_row",
-        "_single",
         "group",
+        "is_row",
+        "is_single",
         "layouts",
         "leaves",
         "of",
@@ -43,19 +44,12 @@ class Structure:
         self.layouts: tuple[Layout | None, ...] = ()
         self.tensors = tuple([leaf for leaf in self.leaves if leaf is not None])
         self._all_differentiable = len(self.tensors) == len(self.leaves)
-        #: The plain cases, one tensor or a tuple of tensors, need no pytree work.
-        self._single = tree.single and self._all_differentiable
+        # The plain cases, one tensor or a tuple of tensors, need no pytree work.
+        #: Whether an element is one tensor.
+        self.is_single = tree.single and self._all_differentiable
         self._row = tree.row and self._all_differentiable
-
-    @property
-    def is_single(self) -> bool:
-        """Whether an element is one tensor."""
-        return self._single
-
-    @property
-    def is_row(self) -> bool:
-        """Whether an element is a tuple of one tensor."""
-        return self._row and len(self.tensors) == 1
+        #: Whether an element is a tuple of one tensor.
+        self.is_row = self._row and len(self.tensors) == 1
 
     @property
     def spec(self) -> pytree.TreeSpec:
@@ -80,7 +74,7 @@ class Structure:
             If a leaf has another shape, dtype or device.
         """
         if self._plain(tree, stacked):
-            return [tree] if self._single else list(tree)
+            return [tree] if self.is_single else list(tree)
         leaves, found = flatten(tree)
         if found is not self.tree:
             leaves = []
@@ -104,7 +98,7 @@ class Structure:
             tensors = [
                 t if t is None or layout is None else layout.given(t) for t, layout in pairs
             ]
-        if self._single:
+        if self.is_single:
             return tensors[0]
         if self._row:
             return tuple(tensors)
@@ -121,7 +115,7 @@ class Structure:
         """Whether `tree` is one tensor, or a tuple of tensors, that fits."""
         if self.layouts:
             return False
-        if self._single:
+        if self.is_single:
             given: Sequence[Any] = (tree,)
         elif self._row and type(tree) is tuple and len(tree) == len(self.tensors):
             given = tree
