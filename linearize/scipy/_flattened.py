@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import scipy.sparse
@@ -25,7 +25,7 @@ from ..errors import OptionError, SpaceError, StructureError
 from ._operators import Array, array, aslinearoperator
 
 _WHAT = "functions for SciPy's optimizers"
-KINDS = ("dense", "operator", "sparse")
+Kind: TypeAlias = Literal["dense", "operator", "sparse"]
 
 
 class Flattened:
@@ -143,11 +143,11 @@ class Flattened:
 
 def check_kind(kind: str, option: str) -> None:
     """Raise `OptionError` for what is no form of a matrix."""
-    if kind not in KINDS:
+    if kind not in get_args(Kind):
         raise OptionError(f'{option} must be "dense", "operator" or "sparse", got {kind!r}')
 
 
-def matrix(J: Jacobian, kind: str, *, symmetric: bool = False) -> Any:
+def matrix(J: Jacobian, kind: Kind, *, symmetric: bool = False) -> Any:
     """Return the matrix of a Jacobian, of real and imaginary parts, in the form asked for."""
     A: LinearOperator = J.as_real()
     if kind == "operator":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 import scipy.sparse
@@ -19,10 +19,9 @@ from .._spaces.trees import tangent_leaves, tangent_part
 from .._text.labels import function_name
 from ..errors import SpaceError
 from ._first_order import FirstOrder
-from ._flattened import Flattened, check_kind, matrix, values
+from ._flattened import Flattened, Kind, check_kind, matrix, values
 from ._operators import Array, array, through
 
-Kind: TypeAlias = Literal["dense", "operator", "sparse"]
 #: What matrices come as.
 M = TypeVar("M")
 

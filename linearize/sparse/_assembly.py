@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,7 +19,7 @@ from ._patterns import Pattern
 from ._ways import Way
 
 Layout: TypeAlias = Literal["coo", "csr", "csc", "scipy"]
-LAYOUTS = ("coo", "csr", "csc", "scipy")
+LAYOUTS = get_args(Layout)
 
 
 def entries(

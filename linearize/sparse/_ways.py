@@ -8,7 +8,7 @@ mirror.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ._boolean import Integers, places
 from ._coloring import Colors, count, grouped, split_by, star
 
 Direction: TypeAlias = Literal["auto", "forward", "reverse", "both", "symmetric"]
-DIRECTIONS = ("auto", "forward", "reverse", "both", "symmetric")
+DIRECTIONS = get_args(Direction)
 
 #: The most numbers in a stack of seeds that is kept for the next point.
 _KEPT = 1_000_000
