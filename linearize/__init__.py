@@ -34,19 +34,9 @@ __all__ = [
     "register_jvp",
 ]
 
-#: Modules that are loaded when they are first asked for, each with what it cannot do without.
-_LATER = {
-    "cupy": "",
-    "curvature": "",
-    "distributed": "",
-    "func": "",
-    "functional": "",
-    "implicit": "",
-    "scipy": "scipy",
-    "solvers": "",
-    "sparse": "scipy",
-    "testing": "",
-}
+#: Modules that are loaded when they are first asked for; some cannot do without SciPy.
+_LATER = "cupy curvature distributed func functional implicit scipy solvers sparse testing".split()
+_WITH_SCIPY = ("scipy", "sparse")
 
 if TYPE_CHECKING:  # for a type checker, these are there from the beginning
     from . import cupy as cupy
@@ -76,5 +66,5 @@ BRIDGES["scipy"] = _to_scipy
 
 def __dir__() -> list[str]:
     # Whoever goes through all names, as `help` does, must not meet one that cannot be loaded.
-    later = [name for name, needs in _LATER.items() if not needs or find_spec(needs)]
+    later = [name for name in _LATER if name not in _WITH_SCIPY or find_spec("scipy")]
     return ["__version__", *__all__, *later]

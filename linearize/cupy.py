@@ -10,13 +10,14 @@ for each other by the exchange itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ._points.linearization import Linearization
-from ._spaces.flat import check_flat, flat_spec
+from ._spaces.flat import check_flat
 from ._spaces.operators import LinearOperator
 from ._spaces.space import check_whole
 from .errors import SpaceError, StructureError, UnsupportedError
@@ -66,16 +67,16 @@ def aslinearoperator(operator: LinearOperator | Linearization, *, real: bool = F
         )
     return solvers.LinearOperator(
         products.operator.shape,
-        matvec=products.matvec,
-        rmatvec=products.rmatvec,
-        matmat=products.matmat,
-        rmatmat=products.rmatmat,
+        matvec=products.forward,
+        rmatvec=products.back,
+        matmat=products.forward,
+        rmatmat=products.back,
         dtype=cupy.dtype(str(products.operator.dtype).removeprefix("torch.")),
     )
 
 
 class Products:
-    """The four products of an operator on arrays of another library that speaks DLPack.
+    """The products of an operator on arrays of another library that speaks DLPack.
 
     Parameters
     ----------
@@ -85,6 +86,12 @@ class Products:
         Makes an array of the other library from a tensor, without copying.
     real
         Whether complex numbers count as two real ones.
+
+    Attributes
+    ----------
+    forward, back
+        Functions of an array of the operator's dtype and device that return A·x and Aᴴ·x: of a
+        vector of shape (n,), or of a matrix, all columns of which go in one vectorised pass.
     """
 
     def __init__(
@@ -105,7 +112,7 @@ class Products:
             check_whole(space, "aslinearoperator")
         if real:
             operator = operator.as_real()
-        sides = [flat_spec(s).dtype for s in (operator.in_space, operator.out_space)]
+        sides = [s.vector.dtype for s in (operator.in_space, operator.out_space)]
         for dtype in sides:
             if dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
                 raise UnsupportedError(
@@ -117,48 +124,9 @@ class Products:
             )
         operator.check_complex_linear("aslinearoperator")
         self.operator = operator
-        self._back = operator.H
         self._from_dlpack = from_dlpack
-
-    def matvec(self, x: Any) -> Any:
-        """Return A·x; a column of shape (n, 1) gives a column.
-
-        Parameters
-        ----------
-        x
-            A CuPy array of shape (n,) or (n, 1), of the operator's dtype and on its device.
-        """
-        return self._through(self.operator, x)
-
-    def rmatvec(self, x: Any) -> Any:
-        """Return Aᴴ·x.
-
-        Parameters
-        ----------
-        x
-            A CuPy array of shape (m,) or (m, 1).
-        """
-        return self._through(self._back, x)
-
-    def matmat(self, X: Any) -> Any:
-        """Return A·X, all columns in one vectorised pass.
-
-        Parameters
-        ----------
-        X
-            A CuPy array of shape (n, k).
-        """
-        return self._through(self.operator, X)
-
-    def rmatmat(self, X: Any) -> Any:
-        """Return Aᴴ·X.
-
-        Parameters
-        ----------
-        X
-            A CuPy array of shape (m, k).
-        """
-        return self._through(self._back, X)
+        self.forward = functools.partial(self._through, operator)
+        self.back = functools.partial(self._through, operator.H)
 
     def _through(self, operator: LinearOperator, x: Any) -> Any:
         given = torch.utils.dlpack.from_dlpack(x)

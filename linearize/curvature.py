@@ -25,7 +25,6 @@ from ._derivatives.chains import diagonal_by_columns, diagonal_by_rows
 from ._derivatives.gradient import gradient_and_value
 from ._derivatives.modules import LOSSES, Reduction, arguments, loss_function
 from ._points.jacobian import run
-from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._points.product import Product
 from ._spaces.compare import close
@@ -54,7 +53,6 @@ class _Point:
     products: tuple[Product, ...]
     value: torch.Tensor
     gradient: Callable[[], Parts]
-    space: Space
 
 
 @dataclasses.dataclass(slots=True)
@@ -180,7 +178,7 @@ class Curvature(SelfAdjoint):
         """Return the diagonal, if each batch is Jᵀ·H·J, by the rows of J or by its columns."""
         check_chunk_size(chunk_size)
         space, n = self.in_space, self.shape[1]
-        if any(spec.dtype.is_complex for spec in space.tensors):
+        if space.is_complex:
             return None
         total = space.ravel(None)
         for batch in progress(self._batches, self.batches, "batches"):
@@ -189,7 +187,7 @@ class Curvature(SelfAdjoint):
                 return None
             outputs = chain[1]._arguments.size
             few = 2 * outputs < n
-            chunk = self._chunk(chunk_size, outputs if few else n, adjoint=False)
+            chunk = self._chunk(chunk_size, outputs if few else n)
             diagonal = diagonal_by_rows if few else diagonal_by_columns
             total += batch.weight * diagonal(chain, chunk)
         return total
@@ -273,8 +271,8 @@ def hessian(
     def linearized(batch: tuple[Any, ...]) -> _Point:
         here = gradients.at(params, *batch)
         here._check_whole("curvature")
-        gradient = [t.detach() for t in _tensors(here)]
-        return _Point((here.vjp_fn,), here.aux, lambda: gradient, here.in_space.unpacked())
+        gradient = [t.detach() for t in here.out_space.filled(here.value)]
+        return _Point((here.vjp_fn,), here.aux, lambda: gradient)
 
     return _over_batches(linearized, params, batches, reduction or "sum", max_bytes, "Hessian")
 
@@ -372,10 +370,8 @@ def gauss_newton(
         here._check_whole("curvature")
         outer = losses.at(here.value, *targets)
         products = here.jvp_fn, outer.vjp_fn, here.vjp_fn
-        slope = _tensors(outer)
-        return _Point(
-            products, outer.aux, lambda: here.vjp_fn._apply(slope), here.in_space.unpacked()
-        )
+        slope = outer.out_space.filled(outer.value)
+        return _Point(products, outer.aux, lambda: here.vjp_fn._apply(slope))
 
     chosen = reduction or how
     return _over_batches(linearized, params, batches, chosen, max_bytes, "GaussNewton")
@@ -428,10 +424,6 @@ def fisher(
     return gauss_newton(model, params, loss, batches, reduction=chosen, max_bytes=max_bytes)
 
 
-def _tensors(here: Linearization) -> Parts:
-    return [t for t in here.out_space.tensors_of(here.value) if t is not None]
-
-
 def _over_batches(
     linearized: Callable[[tuple[Any, ...]], _Point],
     params: Any,
@@ -458,7 +450,7 @@ def _over_batches(
         make = functools.partial(linearized, tuple(data))
         state = random_state()
         point = make()
-        space = point.space
+        space = point.products[-1]._results.unpacked()
         keep: _Point | None = point
         if max_bytes is not None:
             used += _bytes(point, own)

@@ -23,12 +23,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ._points import ranks
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
-from ._points.ranks import lost
 from ._spaces.between import alike
-from ._spaces.flat import Parts, check_flat, flat_spec, join, split, zeros
-from ._spaces.operators import ChunkSize, Direction, LinearOperator, SelfAdjoint
+from ._spaces.flat import Parts, check_flat, zeros
+from ._spaces.operators import (
+    Apply,
+    ChunkSize,
+    Direction,
+    LinearOperator,
+    SelfAdjoint,
+    operator_between,
+)
 from ._spaces.space import Space, check_no_layouts
 from ._torch.ranks import fail_if_told
 from .errors import DistributedError, LinearizeError, UnsupportedError
@@ -104,7 +111,7 @@ def total(make: Callable[[], LinearOperator], group: Group = None) -> SelfAdjoin
 
     own = _together(checked, group, "the operator")
     _check_same(own, group)
-    reduced = _Reduced(own._apply, own.in_space, group, repr(own))
+    reduced = _reduced(own._apply, own.in_space, group, repr(own))
     return SelfAdjoint(own.in_space, reduced, at_once=alike, name=f"total of {own._name}")
 
 
@@ -112,8 +119,9 @@ class RowJacobian(LinearOperator):
     """A Jacobian whose rows are spread over ranks; made by `jacobian`.
 
     `in_space` is the same on every rank, `out_space` this rank's own part, and `shape` that of
-    this rank's rows. `J @ v` is local. `J.T @ u` takes this rank's part of u and returns the
-    sum over all ranks. `J.gram()` is the same on every rank.
+    this rank's rows. `J @ v` is local, and so is `J.materialize()`, of this rank's rows.
+    `J.T @ u` takes this rank's part of u and returns the sum over all ranks. `J.gram()` is the
+    same on every rank.
 
     Parameters
     ----------
@@ -134,7 +142,7 @@ class RowJacobian(LinearOperator):
         self._own = here.jacobian
         _check_same(self._own, group)
         self._group = group
-        adjoint = _Reduced(self._own._apply_adjoint, self._own.in_space, group, "Jᵀ·u")
+        adjoint = _reduced(self._own._apply_adjoint, self._own.in_space, group, "Jᵀ·u")
         super().__init__(
             self._own.in_space,
             self._own.out_space.parts_of(dist.group.WORLD if group is None else group),
@@ -147,25 +155,11 @@ class RowJacobian(LinearOperator):
     def gram(self) -> LinearOperator:
         """Return Jᵀ·J of all ranks' rows: one sum over the ranks for each product."""
         own = self._own.gram()
-        reduced = _Reduced(own._apply, own.in_space, self._group, "JᵀJ·v")
+        reduced = _reduced(own._apply, own.in_space, self._group, "JᵀJ·v")
         return SelfAdjoint(own.in_space, reduced, at_once=alike, name="RowJacobian.gram()")
 
-    def materialize(
-        self, *, chunk_size: ChunkSize = "auto", direction: Direction = "auto"
-    ) -> torch.Tensor:
-        """Return this rank's rows, without communication.
-
-        Parameters
-        ----------
-        chunk_size, direction
-            As for any operator.
-
-        Returns
-        -------
-        torch.Tensor
-            Of shape (rows of this rank, n).
-        """
-        return self._own.materialize(chunk_size=chunk_size, direction=direction)
+    def _matrix(self, chunk_size: ChunkSize, direction: Direction) -> torch.Tensor:
+        return self._own._matrix(chunk_size, direction)
 
 
 # -- vectors of parts -------------------------------------------------------------------------
@@ -197,7 +191,7 @@ def dot(space: Space, a: Any, b: Any) -> torch.Tensor:
     if space.group is None:
         return torch.vdot(_flat(space, a), _flat(space, b))
     failure: LinearizeError | None = None
-    spec = flat_spec(space)
+    spec = space.vector
     # One sum carries the number, and whether a part did not fit.
     sums = torch.zeros(2, dtype=spec.dtype, device=spec.device)
     try:
@@ -231,8 +225,7 @@ def _flat(space: Space, a: Any) -> torch.Tensor:
     if isinstance(a, torch.Tensor) and tuple(a.shape) == (space.size,) and not space.layouts:
         check_flat(space, a, "dot")
         return a.detach()
-    given = zip(space.tensors_of(a), space.tensors, strict=True)
-    return join(space, [spec.zeros() if t is None else t.detach() for t, spec in given])
+    return space.join([t.detach() for t in space.filled(a)])
 
 
 def parted(operator: LinearOperator, group: Group = None) -> LinearOperator:
@@ -254,14 +247,12 @@ def parted(operator: LinearOperator, group: Group = None) -> LinearOperator:
         The same map. `dot` and `norm` of its spaces are those of whole vectors.
     """
     group = dist.group.WORLD if group is None else group
-    space = operator.in_space.parts_of(group)
-    if isinstance(operator, SelfAdjoint):
-        return SelfAdjoint(space, operator._apply, at_once=alike, name=operator._name)
-    return LinearOperator(
-        space,
+    return operator_between(
+        operator.in_space.parts_of(group),
         operator.out_space.parts_of(group),
         operator._apply,
         operator._apply_adjoint,
+        self_adjoint=isinstance(operator, SelfAdjoint),
         at_once=alike,
         name=operator._name,
     )
@@ -296,13 +287,15 @@ def gathered(operator: LinearOperator) -> LinearOperator:
     for space in sides:
         check_no_layouts(space, "gathered")
     first, second = (_Whole(space) for space in sides)
-    adjoint = operator.H
-    forth = functools.partial(_whole_product, operator, first, second)
-    back = functools.partial(_whole_product, adjoint, second, first)
-    name = f"gathered {operator!r}"
-    if isinstance(operator, SelfAdjoint):
-        return SelfAdjoint(first.space, forth, at_once=alike, name=name)
-    return LinearOperator(first.space, second.space, forth, back, at_once=alike, name=name)
+    return operator_between(
+        first.space,
+        second.space,
+        functools.partial(_whole_product, operator, first, second),
+        functools.partial(_whole_product, operator.H, second, first),
+        self_adjoint=isinstance(operator, SelfAdjoint),
+        at_once=alike,
+        name=f"gathered {operator!r}",
+    )
 
 
 class _Whole:
@@ -314,9 +307,9 @@ class _Whole:
         self.sizes = [parts.size]
         self.place = 0
         if self.group is not None:
-            self.sizes = _gathered(parts.size, self.group, "the sizes of the parts")
+            self.sizes = ranks.gathered("the sizes of the parts", parts.size, self.group)
             self.place = dist.get_rank(self.group)
-        spec = flat_spec(parts)
+        spec = parts.vector
         like = torch.empty((), dtype=spec.dtype, device=spec.device).expand(sum(self.sizes))
         self.space = Space.of_tree(like, parts.word, parts.of)
 
@@ -335,10 +328,8 @@ class _Whole:
         padded[..., : part.shape[-1]] = part
         padded[..., -1] = float(failure is not None)
         pieces = [torch.empty_like(padded) for _ in self.sizes]
-        try:
+        with ranks.reaching(what):
             dist.all_gather(pieces, padded, group=self.group)
-        except RuntimeError as error:
-            raise lost(what, error) from error
         if any(bool(p[..., -1].any()) for p in pieces):
             _raise(failure, self.group, what)
         kept = [p[..., :n] for p, n in zip(pieces, self.sizes, strict=True)]
@@ -352,14 +343,14 @@ def _whole_product(
     (whole,) = parts
     failure: Exception | None = None
     try:
-        given = split(first.parts, first.own(whole).contiguous())
-        result = join(
-            second.parts, operator._apply(given, stacked=stacked), stacked=stacked
+        given = first.parts.split(first.own(whole).contiguous())
+        result = second.parts.join(
+            operator._apply(given, stacked=stacked), stacked=stacked
         ).detach()
     except Exception as error:
         failure = error
         result = whole.new_zeros((*whole.shape[:-1], second.parts.size)).to(
-            flat_spec(second.parts).dtype
+            second.parts.vector.dtype
         )
     return [second.joined(result, failure, f"a product with {operator!r}")]
 
@@ -367,40 +358,36 @@ def _whole_product(
 # -- messages ---------------------------------------------------------------------------------
 
 
-class _Reduced:
-    """A map whose results are summed over the ranks, errors included."""
+def _reduced(apply: Apply, space: Space, group: Group, what: str) -> Apply:
+    """Return a map whose results are summed over the ranks, errors included."""
 
-    def __init__(self, apply: Any, space: Any, group: Group, what: str) -> None:
-        self._apply = apply
-        self._space = space
-        self._group = group
-        self._what = what
-
-    def __call__(self, parts: Parts, *, stacked: bool) -> Parts:
+    def reduced(parts: Parts, *, stacked: bool) -> Parts:
         count = len(parts[0]) if stacked else 1
         failure: BaseException | None = None
         try:
             fail_if_told()
-            results = self._apply(parts, stacked=stacked)
+            results = apply(parts, stacked=stacked)
         except Exception as error:
             failure = error
-            results = zeros(self._space, count if stacked else None)
-        flat = join(self._space, results, stacked=stacked).detach()
+            results = zeros(space, count if stacked else None)
+        flat = space.join(results, stacked=stacked).detach()
         # One sum carries the numbers, whether a rank failed, and whether all sent as many.
         if stacked:
             counts = torch.tensor([count, -count], device=flat.device)
-            _reduce(counts, dist.ReduceOp.MAX, self._group, self._what)
+            _reduce(counts, dist.ReduceOp.MAX, group, what)
             if int(counts[0]) != -int(counts[1]):
                 raise DistributedError(
-                    f"{self._what}: the ranks passed different numbers of vectors, from "
+                    f"{what}: the ranks passed different numbers of vectors, from "
                     f"{-int(counts[1])} to {int(counts[0])}"
                 )
         flag = flat.new_tensor([0.0 if failure is None else 1.0])
         buffer = torch.cat([flat.reshape(-1), flag])
-        _reduce(buffer, dist.ReduceOp.SUM, self._group, self._what)
+        _reduce(buffer, dist.ReduceOp.SUM, group, what)
         if buffer[-1].real > 0:
-            _raise(failure, self._group, self._what)
-        return split(self._space, buffer[:-1].reshape(flat.shape))
+            _raise(failure, group, what)
+        return space.split(buffer[:-1].reshape(flat.shape))
+
+    return reduced
 
 
 def _together(work: Callable[[], T], group: Group, what: str) -> T:
@@ -419,36 +406,21 @@ def _together(work: Callable[[], T], group: Group, what: str) -> T:
 def _raise(failure: BaseException | None, group: Group, what: str) -> None:
     """Tell the ranks of each other's failures, and raise on all if there is one."""
     own = None if failure is None else f"{type(failure).__name__}: {failure}"
-    messages = _gathered(own, group, what)
-    failed = {rank: text for rank, text in enumerate(messages) if text is not None}
-    if isinstance(failure, DistributedError) and len(failed) == len(messages):
+    messages = ranks.gathered(what, own, group)
+    if isinstance(failure, DistributedError) and None not in messages:
         raise failure  # the same on all ranks
-    if failed:
-        reasons = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-        raise DistributedError(
-            f"{what} failed on {len(failed)} of the ranks: {reasons}"
-        ) from failure
+    if any(messages):
+        raise ranks.parted(what, {rank: (what, m) for rank, m in enumerate(messages)}) from failure
 
 
 def _check_same(operator: LinearOperator, group: Group) -> None:
-    spec = flat_spec(operator.in_space)
+    spec = operator.in_space.vector
     own = (spec.shape, str(spec.dtype), [leaf.shape for leaf in operator.in_space.tensors])
-    given = _gathered(own, group, "the input side")
+    given = ranks.gathered("the input side", own, group)
     if any(other != given[0] for other in given):
         raise DistributedError(f"the input sides of the ranks' operators differ: {given}")
 
 
-def _gathered(item: Any, group: Group, what: str) -> list[Any]:
-    items: list[Any] = [None] * dist.get_world_size(group)
-    try:
-        dist.all_gather_object(items, item, group=group)
-    except RuntimeError as error:
-        raise lost(what, error) from error
-    return items
-
-
 def _reduce(t: torch.Tensor, operation: Any, group: Group, what: str) -> None:
-    try:
+    with ranks.reaching(what):
         dist.all_reduce(t, operation, group=group)
-    except RuntimeError as error:
-        raise lost(what, error) from error

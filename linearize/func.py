@@ -20,6 +20,7 @@ from ._derivatives.history import Point, handed_on
 from ._points.linearization import Linearization
 from ._spaces.compare import close_at, magnitudes
 from ._spaces.space import TensorSpec, differentiable
+from ._spaces.trees import tangent_leaves, tangent_part
 from ._torch.names import pytree
 from .errors import NotLinearError, StructureError
 
@@ -195,8 +196,8 @@ def linear_transpose(func: Callable[..., Any], *primals: Any) -> Callable[..., A
     elsewhere = pytree.tree_map(
         lambda x: TensorSpec.of(x).random(generator) if differentiable(x) else x, primals
     )
-    image = point.jvp_fn(*(pytree.tree_map(_tangent, p) for p in elsewhere))
-    dtypes = {x.dtype for x in pytree.tree_leaves(primals) if differentiable(x)}
+    image = point.jvp_fn(*tangent_part(elsewhere))
+    dtypes = {x.dtype for x in tangent_leaves(primals)}
     for factor in (1.0, *magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max))):
         _check_image(func, elsewhere, image, factor)
 
@@ -222,10 +223,6 @@ def _check_image(func: Callable[..., Any], primals: Any, image: Any, factor: flo
                 "linear_transpose: func is not linear: at a random point, times "
                 f"{factor:.0e}, it differs from its Jacobian at the primals times that point"
             )
-
-
-def _tangent(x: Any) -> Any:
-    return x.detach() if differentiable(x) else None
 
 
 def _conjugate(x: Any) -> Any:

@@ -21,11 +21,10 @@ from typing import Any, Literal
 import torch
 
 from ._capture.dependence import derivative
-from ._derivatives.blocks import Direction, matrix, row_gradients
-from ._derivatives.gradient import check_scalar
+from ._derivatives.blocks import matrix
+from ._derivatives.gradient import value_and_gradient
 from ._derivatives.history import Point, handed_on
-from ._derivatives.sight import seen
-from ._spaces.operators import ChunkSize, check_chunk_size
+from ._spaces.operators import ChunkSize, Direction, check_chunk_size
 from ._torch.modes import eagerly
 from ._torch.names import pytree
 from .errors import OptionError, StructureError
@@ -96,17 +95,11 @@ def jacobian(
     UnsupportedError
         For complex numbers, if the derivative is linear over the real numbers only.
     """
-    direction = _options(strategy, chunk_size)
-    chunk = chunk_size if vectorize else 1
+    direction, theirs, chunk = _options(strategy, chunk_size, vectorize)
     primals, single = _primals(inputs)
     if handed_on(primals):
         return torch.autograd.functional.jacobian(
-            func,
-            inputs,
-            create_graph,
-            strict,
-            vectorize,
-            "reverse-mode" if strategy == "auto" else strategy,
+            func, inputs, create_graph, strict, vectorize, theirs
         )
     with torch.set_grad_enabled(create_graph):
         forward = "jacobian" if strategy == "forward-mode" else ""
@@ -159,20 +152,16 @@ def hessian(
     UnsupportedError
         If the backward of a custom Function has no derivative that can be seen.
     """
-    direction = _options(outer_jacobian_strategy, chunk_size)
-    chunk = chunk_size if vectorize else 1
+    direction, theirs, chunk = _options(outer_jacobian_strategy, chunk_size, vectorize)
     primals, single = _primals(inputs)
     if handed_on(primals):
-        outer = "reverse-mode" if outer_jacobian_strategy == "auto" else outer_jacobian_strategy
         return torch.autograd.functional.hessian(
-            func, inputs, create_graph, strict, vectorize, outer
+            func, inputs, create_graph, strict, vectorize, theirs
         )
 
     @derivative
     def gradient(*args: Any) -> Any:
-        value, sight = seen(func, args)
-        check_scalar(value)
-        return row_gradients(value.reshape(()), args[0] if single else args, sight)
+        return value_and_gradient(func, args, args[0] if single else args)[1]
 
     with torch.set_grad_enabled(create_graph):
         point = Point(gradient, primals, has_aux=False, keep=strict)
@@ -218,14 +207,12 @@ def hvp(
         return torch.autograd.functional.hvp(func, inputs, v, create_graph, strict)  # type: ignore[no-any-return]
 
     @derivative
-    def value_and_gradient(*args: Any) -> tuple[Any, Any]:
-        value, sight = seen(func, args)
-        check_scalar(value)
+    def both(*args: Any) -> tuple[Any, Any]:
         # Both are outputs, and no `aux`, so that both keep their history.
-        return value, row_gradients(value.reshape(()), args, sight)
+        return value_and_gradient(func, args, args)
 
     with torch.set_grad_enabled(create_graph):
-        point = Point(value_and_gradient, primals, has_aux=False, keep=strict)
+        point = Point(both, primals, has_aux=False, keep=strict)
         if strict:
             _check_strict_product(point, "hvp", varying=create_graph)
         value, gradient = point.value
@@ -275,11 +262,15 @@ def _primals(inputs: Any) -> tuple[tuple[Any, ...], bool]:
     return (inputs, False) if isinstance(inputs, tuple) else ((inputs,), True)
 
 
-def _options(strategy: str, chunk_size: ChunkSize) -> Direction:
+def _options(
+    strategy: str, chunk_size: ChunkSize, vectorize: bool
+) -> tuple[Direction, str, ChunkSize]:
+    """Return the direction, its name in PyTorch, and how many products go in one pass."""
     check_chunk_size(chunk_size)
     if strategy not in _DIRECTIONS:
         raise OptionError(f"strategy must be one of {sorted(_DIRECTIONS)}, got {strategy!r}")
-    return _DIRECTIONS[strategy]
+    theirs = "reverse-mode" if strategy == "auto" else strategy
+    return _DIRECTIONS[strategy], theirs, chunk_size if vectorize else 1
 
 
 def _check_strict(point: Point, what: str, *, varying: bool) -> None:
@@ -287,17 +278,19 @@ def _check_strict(point: Point, what: str, *, varying: bool) -> None:
 
     With `varying` the derivatives must depend on something too.
     """
-    for i, row in enumerate(point.dependence()):
+    table = point.dependence()
+    for i, row in enumerate(table):
         if not all(row):
             raise StructureError(
                 f"{what}: strict=True, and output {i} does not depend on input {row.index(False)}"
             )
     if varying:
-        for i, j in point.constant_blocks():
-            raise StructureError(
-                f"{what}: strict=True and create_graph=True, and the derivative of output {i} by "
-                f"input {j} is constant"
-            )
+        for i in range(len(table)):
+            for j in point.constant_inputs(i, i + 1):
+                raise StructureError(
+                    f"{what}: strict=True and create_graph=True, and the derivative of output {i} "
+                    f"by input {j} is constant"
+                )
 
 
 def _check_strict_product(point: Point, what: str, *, varying: bool) -> None:

@@ -23,9 +23,10 @@ from ._capture.capture import Capture, capture
 from ._capture.dependence import derivative
 from ._capture.graph import other_leaves
 from ._derivatives.gradient import gradient_and_value
+from ._points.jacobian import run
 from ._points.linearization import Linearization
 from ._spaces.flat import Parts
-from ._spaces.operators import LinearOperator, SelfAdjoint
+from ._spaces.operators import operator_between
 from ._spaces.solvers import (
     Automatic,
     Blocks,
@@ -36,6 +37,7 @@ from ._spaces.solvers import (
 )
 from ._spaces.space import Space, differentiable
 from ._spaces.specs import describe
+from ._spaces.trees import tangent_leaves, tangent_part
 from ._torch.modes import eagerly, functorch_active
 from ._torch.names import pytree
 from .errors import LinearizeError, SpaceError, StructureError, UnsupportedError
@@ -120,21 +122,18 @@ def _attached(
     space = Space.of_tree(x, "tangent", "x")
     if not space.tensors:
         raise StructureError(f"{name}: x: expected floating point tensors, got {describe(x)}")
-    if any(leaf.dtype.is_complex for leaf in space.tensors):
+    if space.is_complex:
         raise UnsupportedError(
             f"{name}: expected real numbers, got complex ones; let f take torch.view_as_real(x)"
         )
-    leaves, structure = pytree.tree_flatten(params)
-    given = [t for t in leaves if differentiable(t)]
+    given = tangent_leaves(params)
     start = pytree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, x)
-    fixed = pytree.tree_unflatten(
-        [t.detach() if differentiable(t) else t for t in leaves], structure
-    )
+    fixed = pytree.tree_map(lambda t: t.detach() if differentiable(t) else t, params)
     captured = capture(f, (start, *fixed), {}, range(1 + len(fixed)))
     if torch.is_grad_enabled():
         _check_closure(captured, name)
     here = Linearization(captured)
-    value = [t for t in here.out_space.tensors_of(_differentiable(here.value)) if t is not None]
+    value = here.out_space.filled(tangent_part(here.value))
     if here.out_space.size != space.size:
         raise SpaceError(
             f"{name}: f returns {here.out_space.size} numbers for the {space.size} of x"
@@ -146,16 +145,15 @@ def _attached(
             f"{name}: x is no solution, the largest component of f(x) is {largest:.3g} (tol "
             f"{limit:.3g}); solve more accurately, or give tol"
         )
-    parts = [t for t in space.tensors_of(start) if t is not None]
+    parts = space.filled(start)
     symmetric = name != "root"
-    solving = Automatic() if solve is None else Solving(solve)
     if batch:
         batch_size(space, here.out_space)
-        solving = Blocks() if solve is None else solving
+    own = Blocks() if batch else Automatic()
+    solving = own if solve is None else Solving(solve)
     system = _System(here, space, len(given), solving, symmetric=symmetric)
     results = _Solution.apply(system, *parts, *given)  # type: ignore[no-untyped-call]
-    others = pytree.tree_leaves(start)
-    solution: X = space.element_of(list(results), others)
+    solution: X = space.element_of(results)
     return solution
 
 
@@ -231,7 +229,7 @@ def least_squares(
     """
 
     def half(x: Any, *params: Any) -> torch.Tensor:
-        leaves = [t for t in pytree.tree_leaves(residual(x, *params)) if differentiable(t)]
+        leaves = tangent_leaves(residual(x, *params))
         return torch.stack([(t * t).sum() for t in leaves]).sum() / 2
 
     return minimum(half, x, *params, solve=solve, tol=tol, batch=batch)
@@ -268,22 +266,22 @@ class _System:
         self._jvp, self._vjp = here.jvp_fn, here.vjp_fn
         self._count = count
         self._size = len(space.tensors)
-        by_x = (
-            SelfAdjoint(space, self._apply_adjoint, name="∂f/∂x")
-            if symmetric
-            else LinearOperator(
-                space, here.out_space, self._apply, self._apply_adjoint, name="∂f/∂x"
-            )
+        by_x = operator_between(
+            space,
+            here.out_space,
+            self._apply_adjoint if symmetric else self._apply,
+            self._apply_adjoint,
+            self_adjoint=symmetric,
+            name="∂f/∂x",
         )
         self._inverse = checked_inverse(by_x, solving, None)
 
     def _apply(self, parts: Parts, *, stacked: bool) -> Parts:
-        tensors = [*parts, *([None] * self._count)]
-        return self._jvp._batched(tensors, None) if stacked else self._jvp._apply(tensors)
+        tensors: list[Any] = [*parts, *([None] * self._count)]
+        return run(self._jvp, tensors, stacked=stacked)
 
     def _apply_adjoint(self, parts: Parts, *, stacked: bool) -> Parts:
-        all_of_them = self._vjp._batched(parts, None) if stacked else self._vjp._apply(parts)
-        return all_of_them[: self._size]
+        return run(self._vjp, parts, stacked=stacked)[: self._size]
 
     def forward(self, tangents: list[torch.Tensor | None]) -> Parts:
         """Return dx for dp."""
@@ -340,7 +338,3 @@ class _Once(torch.autograd.Function):
 def _limit(space: Space) -> float:
     double = all(leaf.dtype == torch.float64 for leaf in space.tensors)
     return 1e-6 if double else 1e-3
-
-
-def _differentiable(value: Any) -> Any:
-    return pytree.tree_map(lambda t: t if differentiable(t) else None, value)

@@ -15,6 +15,7 @@ from ._capture.custom import CustomNode
 from ._points.linearization import Linearization
 from ._points.linearizer import Linearizer
 from ._spaces.space import TensorSpec, check_no_layouts, differentiable
+from ._spaces.trees import tangent_leaves
 from ._torch.names import pytree
 from .errors import CheckFailure, LinearizeError
 
@@ -129,18 +130,11 @@ def check_linearization(
         u = [spec.random(generator) for spec in here.out_space.tensors]
         jv = _twice(here.jvp_fn._apply, v, "jvp_fn", most)
         jtu = _twice(here.vjp_fn._apply, u, "vjp_fn", most)
-        jvp_error = max(
-            jvp_error,
-            _smallest(
-                (
-                    most(_difference(jv, expected))
-                    for expected in _finite_differences(
-                        lambda x: _values(f, primals, x), _flat(primals), v, step, most
-                    )
-                ),
-                rtol,
-            ),
+        differences = _finite_differences(
+            lambda x: _values(f, primals, x), _flat(primals), v, step, most
         )
+        off = _smallest((most(_difference(jv, d)) for d in differences), rtol)
+        jvp_error = max(jvp_error, off)
         adjoint_error = max(adjoint_error, _adjoint_error(u, jv, jtu, v, total))
     report = Report(runs, jvp_error, adjoint_error, functions)
     if jvp_error > rtol or adjoint_error > rtol * 1e-3:
@@ -185,6 +179,10 @@ def _faults(
 
     at = [arguments[i].detach() for i in node.positions]
     known = [t for t in u if t is not None]
+
+    def smallest(error_of: Callable[[Tensors], float]) -> float:
+        return _smallest(map(error_of, _finite_differences(run, at, v, step)), rtol)
+
     with torch.no_grad():
         if node.has_jvp:
             try:
@@ -194,8 +192,7 @@ def _faults(
                 return
             jv = [t for t, spec in zip(got, inside, strict=True) if spec is not None]
             given = [t for t in jv if t is not None]
-            differences = _finite_differences(run, at, v, step)
-            error = _smallest((_difference(given, d) for d in differences), rtol)
+            error = smallest(lambda d: _difference(given, d))
             if error > rtol:
                 yield (
                     f"{node.name}.jvp differs from finite differences of its forward by "
@@ -204,8 +201,7 @@ def _faults(
         if node.has_backward:
             back = node.backward(u)
             jtu = [spec.or_zeros(t) for t, spec in zip(back, node.inputs, strict=True)]
-            differences = _finite_differences(run, at, v, step)
-            error = _smallest((_adjoint_error(known, d, jtu, v) for d in differences), rtol)
+            error = smallest(lambda d: _adjoint_error(known, d, jtu, v))
             if error > rtol:
                 yield (
                     f"{node.name}.backward is not the transpose of finite differences of its "
@@ -290,7 +286,7 @@ def _converted(x: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _flat(tree: Any) -> Tensors:
-    return [t.detach() for t in pytree.tree_leaves(tree) if differentiable(t)]
+    return [t.detach() for t in tangent_leaves(tree)]
 
 
 def _values(f: Callable[..., Any], primals: Any, flat: Tensors) -> Tensors:
@@ -311,8 +307,7 @@ def _finite_differences(
 
     Several, because a step that suits one entry of a primal may be far too long for another.
     """
-    size = most(max((float(x.abs().max()) for x in at if x.numel()), default=1.0))
-    length = most(max((float(t.abs().max()) for t in v if t.numel()), default=1.0))
+    size, length = most(_largest(at, 1.0)), most(_largest(v, 1.0))
     first = step * max(size, 1e-2) / length
     for h in (first, first / 10, first / 100):
 
@@ -336,11 +331,18 @@ def _smallest(errors: Iterator[float], enough: float) -> float:
 
 
 def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
-    scale = max((float(t.abs().max()) for t in (*a, *b) if t.numel()), default=0.0)
-    off = max(
-        (float((x - y).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0
-    )
-    return math.inf if math.isnan(off) else (off / scale if scale else off)
+    return _relative(_largest([x - y for x, y in zip(a, b, strict=True)]), _largest((*a, *b)))
+
+
+def _largest(tensors: Sequence[torch.Tensor], default: float = 0.0) -> float:
+    sizes = [float(t.abs().max()) for t in tensors if t.numel()]
+    return math.nan if any(map(math.isnan, sizes)) else max(sizes, default=default)
+
+
+def _relative(off: float, scale: float) -> float:
+    if not math.isfinite(off):
+        return math.inf
+    return off / scale if scale else off
 
 
 def _dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
@@ -354,6 +356,4 @@ def _adjoint_error(
 ) -> float:
     pairs = (u, u), (jv, jv), (jtu, jtu), (v, v), (u, jv), (jtu, v)
     uu, jj, tt, vv, forth, back = total([_dot(a, b) for a, b in pairs])
-    scale = math.sqrt(uu * jj) + math.sqrt(tt * vv)
-    off = abs(forth - back)
-    return math.inf if math.isnan(off) else (off / scale if scale else off)
+    return _relative(abs(forth - back), math.sqrt(uu * jj) + math.sqrt(tt * vv))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from .._capture.dependence import derivative
 from .._spaces.flat import units
-from .._spaces.operators import ChunkSize, check_chunk_size
+from .._spaces.operators import ChunkSize, Direction, check_chunk_size
 from .._spaces.space import Space, TensorSpec, differentiable
 from .._torch.names import pytree
-from ..errors import MissingDerivativeError, OptionError, StructureError, UnsupportedError
-from .gradient import gradients
+from ..errors import OptionError, StructureError, UnsupportedError
+from .gradient import gradient_by
 from .history import Live, Point, handed_on
 from .sight import Sight, seen
 
-Direction: TypeAlias = Literal["auto", "forward", "reverse"]
 ArgNums: TypeAlias = int | tuple[int, ...]
 
 
@@ -182,22 +181,16 @@ def matrix(
     """
     J = point.here.jacobian
     J.check_complex_linear("a Jacobian")
-    turned = not _complex(J.in_space) and _complex(J.out_space)
-    if turned and direction == "reverse":
+    if J._is_mixed and direction == "reverse":
         raise UnsupportedError(
             "a Jacobian from real to complex numbers: its rows are not what the pullback gives, "
             "which keeps real parts only; compute columns (jacfwd, forward-mode)"
         )
-    fewer: Direction = "forward" if turned or J.shape[1] < J.shape[0] else "reverse"
-    if direction != "auto":
-        blocks = _blocks(point, direction, chunk_size)
-    else:
-        try:
-            blocks = _blocks(point, fewer, chunk_size)
-        except MissingDerivativeError:
-            if turned or fewer == "reverse":
-                raise
-            blocks = _blocks(point, "reverse", chunk_size)
+
+    def found(forward: bool) -> list[torch.Tensor]:
+        return _blocks(point, forward, chunk_size)
+
+    blocks = J._by_fewer(found) if direction == "auto" else found(direction == "forward")
     here = point.here
     arguments = here.in_space.unpacked() if unpack else here.in_space
     count = len(arguments.tensors)
@@ -205,14 +198,9 @@ def matrix(
     return here.out_space.element_of(rows)
 
 
-def _complex(space: Space) -> bool:
-    return any(leaf.dtype.is_complex for leaf in space.tensors)
-
-
-def _blocks(point: Point, direction: Direction, chunk_size: ChunkSize) -> list[torch.Tensor]:
+def _blocks(point: Point, forward: bool, chunk_size: ChunkSize) -> list[torch.Tensor]:
     """Return the blocks, for each leaf of the output one for each leaf of the primals."""
     J = point.here.jacobian
-    forward = direction == "forward"
     ours, theirs = (J.in_space, J.out_space) if forward else (J.out_space, J.in_space)
     stacks = [
         torch.empty((ours.size, *leaf.shape), dtype=leaf.dtype, device=leaf.device)
@@ -233,7 +221,7 @@ def _blocks(point: Point, direction: Direction, chunk_size: ChunkSize) -> list[t
         images = [torch.stack(list(row)) for row in rows]
         return _cut(images if forward else [t.conj() for t in images], ours, theirs, forward)
 
-    return live.history(again).attach(numbers)
+    return live.attach(numbers, again)
 
 
 def _images(live: Live, space: Space, forward: bool) -> list[Sequence[torch.Tensor]]:
@@ -264,8 +252,6 @@ def _cut(
 
 def row_gradients(output: Any, primals: Any, sight: Sight) -> Any:
     """Return the Jacobian of an output by one backward for each of its numbers, with history."""
-    leaves, spec = pytree.tree_flatten(primals)
-    inputs = [t for t in leaves if differentiable(t)]
 
     def rows(y: Any) -> Any:
         if not differentiable(y):
@@ -277,16 +263,15 @@ def row_gradients(output: Any, primals: Any, sight: Sight) -> Any:
                 f"hessian: f returned complex numbers ({y.dtype}), of which real and imaginary "
                 "part have a Hessian each; return them apart, y.real and y.imag"
             )
-        each = [gradients(number, inputs, sight) for number in y.reshape(-1)]
-        stacked = iter(
-            [
-                torch.stack(list(column)).reshape(y.shape + x.shape)
-                for column, x in zip(zip(*each, strict=True), inputs, strict=True)
-            ]
-        )
-        return pytree.tree_unflatten(
-            [next(stacked) if differentiable(t) else None for t in leaves], spec
-        )
+        numbers = y.reshape(-1) if y.numel() else [y.sum()]
+        each = [gradient_by(number, primals, sight) for number in numbers]
+
+        def stacked(*g: Any) -> Any:
+            if g[0] is None:
+                return None
+            return torch.stack(g)[: y.numel()].reshape(y.shape + g[0].shape)
+
+        return pytree.tree_map(stacked, *each)
 
     result = pytree.tree_map(rows, output)
     sight.warn_if_independent()

@@ -10,9 +10,10 @@ import torch
 from .._capture.dependence import derivative, read_behind
 from .._capture.graph import edge_of, other_leaves
 from .._spaces.space import differentiable
+from .._spaces.trees import tangent_leaves
 from .._torch.names import pytree
 from ..errors import StructureError
-from .sight import Sight
+from .sight import Sight, seen
 
 
 def gradient_and_value(f: Callable[..., Any]) -> Callable[..., tuple[Any, torch.Tensor]]:
@@ -24,35 +25,44 @@ def gradient_and_value(f: Callable[..., Any]) -> Callable[..., tuple[Any, torch.
 
     @derivative
     def gradient(x: Any) -> tuple[Any, torch.Tensor]:
-        leaves, spec = pytree.tree_flatten(x)
-        inputs = [t for t in leaves if differentiable(t)]
-        sight = Sight(inputs)
-        with sight.running():
-            value = f(x)
-        check_scalar(value)
-        grads = iter(gradients(value, inputs, sight))
-        sight.warn_if_independent()
-        tree = pytree.tree_unflatten(
-            [next(grads) if differentiable(t) else None for t in leaves], spec
-        )
+        value, tree = value_and_gradient(f, (x,), x)
         return tree, value.detach()
 
     return gradient
 
 
-def gradients(
-    value: torch.Tensor, inputs: list[torch.Tensor], sight: Sight
-) -> tuple[torch.Tensor, ...]:
-    """Return the gradient of one number, differentiable again; zeros where it does not depend."""
+def value_and_gradient(
+    f: Callable[..., Any], args: tuple[Any, ...], by: Any
+) -> tuple[torch.Tensor, Any]:
+    """Return the one number that f gives, with its history, and its gradient by some arguments."""
+    value, sight = seen(f, args)
+    check_scalar(value)
+    tree = gradient_by(value, by, sight)
+    sight.warn_if_independent()
+    return value, tree
+
+
+def gradient_by(value: torch.Tensor, by: Any, sight: Sight) -> Any:
+    """Return the gradient of one number, differentiable again, structured like what it is by.
+
+    Zeros where it does not depend, None for leaves without tangents.
+    """
+    inputs = tangent_leaves(by)
     grads: Sequence[torch.Tensor | None] = [None] * len(inputs)
     if value.requires_grad:
         number = value.reshape(())
         grads = sight.gradients([number], inputs, [torch.ones_like(number)])
     if any(g is None for g in grads):
         _look_behind(value, inputs, grads)
-    return tuple(
-        torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)
-    )
+    rest = iter(grads)
+
+    def leaf(t: Any) -> Any:
+        if not differentiable(t):
+            return None
+        g = next(rest)
+        return torch.zeros_like(t) if g is None else g
+
+    return pytree.tree_map(leaf, by)
 
 
 def _look_behind(

@@ -7,7 +7,8 @@ history of the one run to these numbers; it is used only if somebody differentia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .._capture.graph import between, other_leaves
 from .._points.linearization import Linearization
 from .._points.product import Product
 from .._spaces.space import differentiable
+from .._spaces.trees import tangent_leaves
 from .._text.labels import function_name
 from .._torch.graphs import gradient_edge
 from .._torch.modes import being_traced, functorch_active
@@ -25,6 +27,7 @@ from .._torch.names import batched_or_wrapped, has_forward_tangent, pytree
 from .sight import Sight, seen
 
 
+@dataclasses.dataclass(eq=False, slots=True)
 class History:
     """Some results with the private graph that they have on some leaves.
 
@@ -32,17 +35,10 @@ class History:
     leaves stand for.
     """
 
-    def __init__(
-        self,
-        make: Callable[[], Sequence[torch.Tensor]],
-        leaves: Sequence[torch.Tensor],
-        originals: Sequence[torch.Tensor],
-        sight: Sight,
-    ) -> None:
-        self.make = make
-        self.sight = sight
-        self.leaves = list(leaves)
-        self.originals = list(originals)
+    make: Callable[[], Sequence[torch.Tensor]]
+    leaves: list[torch.Tensor]
+    originals: list[torch.Tensor]
+    sight: Sight
 
     def attach(self, numbers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return `numbers`, the values of the results, as functions of the originals."""
@@ -99,7 +95,7 @@ class Live:
         beside = [gradient_edge(t) for t in aux]
         edges = [*captured.edges, *((e.node, e.output_nr) for e in beside)]
         outer = other_leaves(edges, captured.nodes())
-        given = [t for t in pytree.tree_leaves(primals) if differentiable(t)]
+        given = tangent_leaves(primals)
         #: What value and products depend on: primals that require grad, and closed-over tensors.
         pairs = [(a, x) for a, x in zip(self.aliases, given, strict=True) if x.requires_grad]
         self.leaves = [*(a for a, _ in pairs), *outer]
@@ -107,34 +103,21 @@ class Live:
 
     def attached(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return results of the run with their history on the originals."""
-        numbers = [y.detach() for y in results]
-        return self.history(lambda: results).attach(numbers)
+        return self.attach([y.detach() for y in results], lambda: results)
 
-    def product(
+    def attach(
         self,
         numbers: Sequence[torch.Tensor],
-        graph: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]],
-        arguments: Sequence[torch.Tensor],
-    ) -> list[torch.Tensor]:
-        """Return a product with its history.
-
-        The numbers come from the recorded program. Only if somebody differentiates them is
-        the product formed anew in the graph of the run.
-        """
-        own = [t.detach().requires_grad_() for t in arguments]
-        return self.history(lambda: graph(own), own, arguments).attach(numbers)
-
-    def history(
-        self,
         make: Callable[[], Sequence[torch.Tensor]],
         own: Sequence[torch.Tensor] = (),
         arguments: Sequence[torch.Tensor] = (),
-    ) -> History:
-        """Return the history of results that `make` forms in the graph of the run.
+    ) -> list[torch.Tensor]:
+        """Return numbers with the history of results that `make` forms in the graph of the run.
 
         They depend on `own` too, leaves that stand for `arguments`.
         """
-        return History(make, [*self.leaves, *own], [*self.originals, *arguments], self.sight)
+        leaves, originals = [*self.leaves, *own], [*self.originals, *arguments]
+        return History(make, leaves, originals, self.sight).attach(numbers)
 
     def pullback(self, cotangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return Jᵀ·u with its history."""
@@ -167,7 +150,7 @@ class Point:
     forward
         The name of a function whose counterpart in PyTorch differentiates through `no_grad`.
     keep
-        Whether to keep what `dependence` and `constant_blocks` need.
+        Whether to keep what `dependence` and `constant_inputs` need.
     """
 
     def __init__(
@@ -205,7 +188,7 @@ class Point:
 
     def _attach(self, captured: Capture, primals: Any, aux: Any, sight: Sight) -> None:
         """Give value and aux the history that they have on tensors outside."""
-        beside = [t for t in pytree.tree_leaves(aux) if differentiable(t) and t.requires_grad]
+        beside = [t for t in tangent_leaves(aux) if t.requires_grad]
         live = Live(captured, primals, sight, beside)
         if not live.leaves:
             return
@@ -216,11 +199,7 @@ class Point:
         )
         if beside:
             known = dict(zip(map(id, beside), live.attached(beside), strict=True))
-            detached = iter(pytree.tree_leaves(self.aux))
-            leaves, spec = pytree.tree_flatten(aux)
-            self.aux = pytree.tree_unflatten(
-                [known.get(id(t), own) for t, own in zip(leaves, detached, strict=True)], spec
-            )
+            self.aux = pytree.tree_map(lambda t, own: known.get(id(t), own), aux, self.aux)
 
     def dependence(self) -> list[list[bool]]:
         """Return for each output whether it depends on each primal, as far as the graph tells."""
@@ -232,25 +211,10 @@ class Point:
             rows.append([node in reached for node in nodes])
         return rows
 
-    def constant_blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield the numbers of outputs and primals whose derivative depends on nothing."""
+    def constant_inputs(self, first: int, last: int | None = None) -> list[int]:
+        """Return the numbers of primals by which the derivative of none of some outputs varies."""
         assert self._captured is not None
-        for i, y in enumerate(self._captured.outputs):
-            yield from ((i, j) for j in self._constants([y]))
-
-    def constant_inputs(self, first: int) -> list[int]:
-        """Return the numbers of primals by which the derivative of no output varies.
-
-        Parameters
-        ----------
-        first
-            The first output that counts.
-        """
-        assert self._captured is not None
-        return self._constants(self._captured.outputs[first:])
-
-    def _constants(self, outputs: Sequence[torch.Tensor]) -> list[int]:
-        assert self._captured is not None
+        outputs = self._captured.outputs[first:last]
         grads = torch.autograd.grad(
             outputs,
             self._captured.leaves,
@@ -263,13 +227,7 @@ class Point:
     def jvp(self, tangents: Any) -> Any:
         """Return J·v; integer outputs have a zero of their own dtype, as in `torch.func`."""
         here = self.here
-        flat = [
-            spec.or_zeros(t)
-            for t, spec in zip(
-                here.in_space.tensors_of(tangents), here.in_space.tensors, strict=True
-            )
-        ]
-        results = self._product(here.jvp_fn, "pushforward", flat)
+        results = self._product(here.jvp_fn, "pushforward", here.in_space.filled(tangents))
         others = [
             torch.zeros_like(t) if isinstance(t, torch.Tensor) else None
             for t in pytree.tree_leaves(here.value)
@@ -279,13 +237,8 @@ class Point:
     def vjp(self, cotangents: Any) -> Any:
         """Return Jᵀ·u, a tuple with one entry per primal."""
         here = self.here
-        flat = [
-            spec.or_zeros(t)
-            for t, spec in zip(
-                here.out_space.tensors_of(cotangents), here.out_space.tensors, strict=True
-            )
-        ]
-        return here.in_space.element_of(self._product(here.vjp_fn, "pullback", flat))
+        results = self._product(here.vjp_fn, "pullback", here.out_space.filled(cotangents))
+        return here.in_space.element_of(results)
 
     def _product(
         self, product: Product, name: str, flat: list[torch.Tensor]
@@ -293,7 +246,10 @@ class Point:
         if self.live is None or not torch.is_grad_enabled() or any(map(batched_or_wrapped, flat)):
             return product._apply(flat)
         numbers = product._apply([t.detach() for t in flat])
-        return self.live.product(numbers, getattr(self.live, name), flat)
+        own = [t.detach().requires_grad_() for t in flat]
+        formed = getattr(self.live, name)
+        # Only if somebody differentiates the numbers is the product formed in the run's graph.
+        return self.live.attach(numbers, lambda: formed(own), own, flat)
 
 
 def handed_on(*trees: Any) -> bool:

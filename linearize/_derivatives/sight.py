@@ -52,7 +52,7 @@ class Sight:
         #: A custom Function that was applied under `no_grad`, and so has no node.
         self.unseen: str | None = None
         self._ends: list[Node] | None = None
-        self._descends: dict[Node, bool] = {}
+        self._known: dict[Node, bool] = {}
         self.lost = _Lost()
         #: The contexts of custom Functions; those in a node that writes into a view are no nodes.
         self.contexts: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -87,8 +87,11 @@ class Sight:
                 "constant; vjp, jacrev and Linearizer take it for constant as it is"
             )
 
-    def descends(self, t: torch.Tensor) -> bool:
-        """Whether `t` has a history that leads to the inputs."""
+    def descend(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether one of some tensors has a history that leads to the inputs."""
+        return any(map(self._descends, tensors))
+
+    def _descends(self, t: torch.Tensor) -> bool:
         if not t.requires_grad:
             return False
         node = t.grad_fn
@@ -96,9 +99,9 @@ class Sight:
             return any(t is x for x in self._inputs)
         if self._ends is None:
             self._ends = accumulators([x for x in self._inputs if x.requires_grad and x.is_leaf])
-        known = self._descends.get(node)
+        known = self._known.get(node)
         if known is None:
-            known = self._descends[node] = bool(between([node], self._ends))
+            known = self._known[node] = bool(between([node], self._ends))
         return known
 
     def gradients(
@@ -214,8 +217,7 @@ class _Lost:
         return bool(self._known)
 
     def add(self, t: torch.Tensor, by_choice: bool) -> None:
-        old = self._get(t)
-        chosen = by_choice or (old is not None and old[2])
+        chosen = by_choice or self.by_choice(t)
         self._known[id(t)] = (weakref.ref(t), t.requires_grad, chosen)
 
     def of(self, t: torch.Tensor) -> bool:
@@ -263,15 +265,17 @@ class _Watch(TorchFunctionMode):
         if func is set_grad_mode:
             self._chosen = not args[0]
             return func(*args)
+        kwargs = kwargs or {}
         on = torch.is_grad_enabled()
         if on and not self._strict and not self._lost:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        if not on and self._chosen and not self._strict and self._continues(func, args, kwargs):
+            return func(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        if not on and self._chosen and not self._strict and self._continues(func, given, kwargs):
             with torch.enable_grad():
-                return func(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)
         with functions_as_they_are():
-            self._note(func, (*args, *(kwargs or {}).values()), result, on)
+            self._note(func, given, result, on)
         return result
 
     def applied(self, ctx: Any, arguments: Sequence[Any] | None) -> None:
@@ -280,27 +284,27 @@ class _Watch(TorchFunctionMode):
         if not self._sight.through or torch.is_grad_enabled() or not self._chosen:
             return
         with functions_as_they_are():
-            if any(isinstance(t, _TENSOR) and self._sight.descends(t) for t in arguments or ()):
+            if self._sight.descend([t for t in arguments or () if isinstance(t, _TENSOR)]):
                 self._sight.unseen = custom_name(forward_class(ctx))
 
-    def _continues(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
+    def _continues(self, func: Any, given: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Whether an operation under `no_grad` is one to get a history, as without.
 
         Those that write do not: what they write into may be somebody else's.
         """
         name = getattr(func, "__name__", "")
-        given = (*args, *(kwargs or {}).values())
         with functions_as_they_are():
+            tensors = list(_tensors(given))
             if functorch_active():
-                if any(self._sight.descends(t) for t in _tensors(given)):
+                if self._sight.descend(tensors):
                     self._sight.unseen = "a torch.func transform"
                 return False
             return (
                 self._sight.through
                 and not (name.endswith("_") or name in _DETACHING or func in _DATA)
-                and "out" not in (kwargs or {})
-                and not any(_continuous(t) and self._lost.of(t) for t in _tensors(given))
-                and any(self._sight.descends(t) for t in _tensors(given))
+                and "out" not in kwargs
+                and not any(_continuous(t) and self._lost.of(t) for t in tensors)
+                and self._sight.descend(tensors)
             )
 
     def made_here(self, t: torch.Tensor) -> bool:
@@ -323,7 +327,7 @@ class _Watch(TorchFunctionMode):
         if explicit and not self._strict:
             if name in _DETACHING or func in _DATA:
                 return  # as constant for `torch.func` as it is here
-            follows = bool(lost) or any(self._sight.descends(t) for t in given)
+            follows = bool(lost) or self._sight.descend(given)
         else:
             follows = bool(lost) or any(t.requires_grad for t in given)
         if not follows or name in _CONSTANT:

@@ -32,7 +32,7 @@ from .._programs.price import multiplies
 from .._programs.program import Operation, Program
 from .._programs.residuals import Residual
 from .._programs.values import Constant
-from .._spaces.budget import memory_budget
+from .._spaces.memory import memory_budget
 from .stacked import vectorized
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -11,8 +11,8 @@ from .._execute.binding import BoundProgram
 from .._programs.program import Operation
 from .._programs.reach import is_diagonal
 from .._simplify.rowwise import rows_apart
-from .._spaces.flat import Parts, join, split, zeros
-from .._spaces.maps import Apply, ChunkSize, Direction, check_chunk_size
+from .._spaces.flat import Parts, zeros
+from .._spaces.maps import Apply, ChunkSize, Direction
 from .._spaces.operators import LinearOperator, SelfAdjoint
 from .._spaces.space import Space
 from .._text.progress import progress
@@ -28,7 +28,8 @@ class Jacobian(LinearOperator):
 
     A matrix that was written out at a point, this one or `gram()`, stays there if it takes no
     more than `dense_limit` bytes: it is not written out again, and products use it where it is
-    no larger than what the program reads.
+    no larger than what the program reads. The norms of columns take a product for each number
+    that a row of the value has where f treats each row of its primal by itself.
 
     Parameters
     ----------
@@ -59,22 +60,9 @@ class Jacobian(LinearOperator):
         """Return Jᴴ·J. Both maps are one program, simplified together."""
         return Gram(self)
 
-    def materialize(
-        self,
-        *,
-        chunk_size: ChunkSize = "auto",
-        direction: Direction = "auto",
-    ) -> torch.Tensor:
-        """Return the matrix, shape (m, n), as for any operator; at one point it is found once.
-
-        Parameters
-        ----------
-        chunk_size, direction
-            As for any operator.
-        """
+    def _matrix(self, chunk_size: ChunkSize, direction: Direction) -> torch.Tensor:
         return self._written.once(
-            direction,
-            lambda: super(Jacobian, self).materialize(chunk_size=chunk_size, direction=direction),
+            direction, lambda: super(Jacobian, self)._matrix(chunk_size, direction)
         )
 
     def _from_program(self, chunk_size: ChunkSize) -> torch.Tensor | None:
@@ -86,28 +74,17 @@ class Jacobian(LinearOperator):
         if is_diagonal(vjp_fn.program.program):
             self.check_complex_linear("diagonal")
             ones = [torch.ones_like(t) for t in zeros(self.out_space)]
-            return join(self.in_space, run(vjp_fn, ones, stacked=False)).conj().resolve_conj()
+            return self.in_space.join(run(vjp_fn, ones, stacked=False)).conj().resolve_conj()
         if not self._apart:
             return None
         self.check_complex_linear("diagonal")
         found = [part.diagonal(start, 0, 2) for start, part in self._rows_at_once(chunk_size)]
         return torch.cat(found, 1).reshape(-1).conj().resolve_conj()
 
-    def squared_norms(self, chunk_size: ChunkSize = "auto") -> torch.Tensor:
-        """Return the squared norms of the columns, as for any operator.
-
-        Where f treats each row of its primal by itself, it takes a product for each number that
-        a row of the value has.
-
-        Parameters
-        ----------
-        chunk_size
-            As for any operator.
-        """
+    def _squared_norms(self, chunk_size: ChunkSize) -> torch.Tensor:
+        """Return them; where f has rows, by a product for each number that a row has."""
         if not self._apart:
-            return super().squared_norms(chunk_size)
-        check_chunk_size(chunk_size)
-        self.check_complex_linear("the norms of columns")
+            return super()._squared_norms(chunk_size)
         total = zeros(self.in_space)[0].reshape(-1)
         for _, part in self._rows_at_once(chunk_size):
             total += part.abs().square().sum(0).reshape(-1)
@@ -133,7 +110,7 @@ class Jacobian(LinearOperator):
         theirs = self.out_space.tensors[0]
         blocks = theirs.shape[0]
         high, wide = theirs.numel // blocks, self.in_space.size // blocks
-        chunk = self._chunk(chunk_size, high, adjoint=True)
+        chunk = self.H._chunk(chunk_size, high)
         starts = range(0, high, chunk)
         for start in progress(starts, len(starts), "rows of blocks"):
             units = torch.eye(high, dtype=theirs.dtype, device=theirs.device)[
@@ -168,28 +145,19 @@ class Gram(SelfAdjoint):
             name="Jacobian.gram()",
         )
 
-    def materialize(
-        self,
-        *,
-        chunk_size: ChunkSize = "auto",
-        direction: Direction = "auto",
-    ) -> torch.Tensor:
-        """Return the matrix, from that of the Jacobian where it was written out.
-
-        Parameters
-        ----------
-        chunk_size, direction
-            As for any operator.
-        """
+    def _matrix(self, chunk_size: ChunkSize, direction: Direction) -> torch.Tensor:
+        """Return the matrix, from that of the Jacobian where it was written out."""
 
         def made() -> torch.Tensor:
             M = self._of._written.matrix()
             if M is not None and M.dtype == self.dtype:
                 return M.mH @ M
-            whole = super(Gram, self).materialize(chunk_size=chunk_size, direction=direction)
-            return whole
+            return super(Gram, self)._matrix(chunk_size, direction)
 
         return self._written.once(direction, made)
+
+    def _chains(self) -> Sequence[Sequence[Product]]:
+        return [[self._product]]
 
     def _of_columns(self, chunk_size: ChunkSize) -> torch.Tensor:
         M = self._of._written.matrix()
@@ -242,7 +210,7 @@ class _Written:
             matrix = self.short()
             if matrix is None:
                 return run(product, parts, stacked=stacked)
-            return split(theirs, join(ours, parts, stacked=stacked) @ turned(matrix))
+            return theirs.split(ours.join(parts, stacked=stacked) @ turned(matrix))
 
         return apply
 

@@ -24,7 +24,7 @@ from .._programs.residuals import Residual
 from .._record.witness import Unseen
 from .._reuse.template import Template
 from .._simplify.worth import simplified
-from .._spaces.budget import ON_RANKS
+from .._spaces.memory import ON_RANKS
 from .._spaces.space import Space
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve

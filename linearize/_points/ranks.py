@@ -9,11 +9,12 @@ for it, and says so afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -106,12 +107,7 @@ class Ranks:
         text = None if failure is None else f"{type(failure).__name__}: {failure}"
         known = {dist.get_rank(): (what, text)}
         for group in self._groups:
-            found: list[Any] = [None] * dist.get_world_size(group)
-            try:
-                dist.all_gather_object(found, known, group=group)
-            except RuntimeError as error:
-                raise lost(what, error) from error
-            for other in found:
+            for other in gathered(what, known, group):
                 known |= other
         alike = everywhere and failure is not None
         self._told = failure if alike else parted(what, known)
@@ -145,13 +141,11 @@ class Ranks:
         text = None if failure is None else f"{type(failure).__name__}: {failure}"
         known: dict[int, tuple[str, str | None]] = {dist.get_rank(): (what, text)}
         everywhere = True
-        try:
+        with reaching("a run of f", failure):
             for group, point in zip(self._groups, self._points, strict=True):
                 place = f"linearize/{group.group_name}/{point}"
                 known, all_failed = _met(place, group, known)
                 everywhere &= all_failed
-        except RuntimeError as error:
-            raise lost("a run of f", error) from (failure or error)
         if everywhere and failure is not None:
             raise failure
         if any(why for _, why in known.values()) or len({w for w, _ in known.values()}) > 1:
@@ -313,11 +307,17 @@ def _summed(what: str, numbers: Sequence[Any], operation: Any, group: Any) -> li
     with outside_transforms(), torch.no_grad():
         exact = torch.int64 if isinstance(numbers[0], int) else torch.float64
         values = torch.tensor(numbers, dtype=exact, device=device_of(group))
-        try:
+        with reaching(what):
             dist.all_reduce(values, operation, group=group)
-        except RuntimeError as error:
-            raise lost(what, error) from error
         return list(values.tolist())
+
+
+def gathered(what: str, item: Any, group: Any) -> list[Any]:
+    """Return an object of each rank of a group."""
+    items: list[Any] = [None] * dist.get_world_size(group)
+    with reaching(what):
+        dist.all_gather_object(items, item, group=group)
+    return items
 
 
 def parted(what: str, known: Mapping[int, tuple[str, str | None]]) -> DistributedError:
@@ -333,12 +333,16 @@ def parted(what: str, known: Mapping[int, tuple[str, str | None]]) -> Distribute
     )
 
 
-def lost(what: str, error: BaseException) -> DistributedError:
-    """Return what to raise where a rank does not answer."""
-    return DistributedError(
-        f"{what}: a rank cannot be reached; it may have died, or raised an error elsewhere "
-        f"({error}){posted()}"
-    )
+@contextlib.contextmanager
+def reaching(what: str, failure: BaseException | None = None) -> Iterator[None]:
+    """Raise `DistributedError` where a rank does not answer, from this rank's own failure."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DistributedError(
+            f"{what}: a rank cannot be reached; it may have died, or raised an error elsewhere "
+            f"({error}){posted()}"
+        ) from (failure or error)
 
 
 Told: TypeAlias = dict[int, tuple[str, str | None]]

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .budget import ON_RANKS
 from .flat import Parts, zeros
 from .maps import Apply, AtOnce, LinearMap
+from .memory import ON_RANKS
 from .space import Space
 
 
@@ -83,13 +83,7 @@ def conjugated(apply: Apply) -> Apply:
 
 
 def real(apply: Apply, ours: Space, theirs: Space) -> Apply:
-    """Return a map of real and imaginary parts.
-
-    Parameters
-    ----------
-    apply, ours, theirs
-        The map, and the spaces it maps from and to.
-    """
+    """Return a map of real and imaginary parts."""
 
     def around(parts: Parts, *, stacked: bool) -> Parts:
         return as_real(apply(as_complex(parts, ours), stacked=stacked), theirs)

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
 
 from .._text.progress import progress
 from ..errors import SpaceError, StructureError
-from .space import Space, TensorSpec
+from .space import Space
 
 #: The tensors of an element of a space, one per differentiable leaf.
 Parts: TypeAlias = list[torch.Tensor]
 
 
-def flat_spec(space: Space) -> TensorSpec:
-    """Return shape, dtype and device of the flat vectors of a space."""
-    return space.vector
-
-
-def join(space: Space, parts: Sequence[torch.Tensor], *, stacked: bool = False) -> torch.Tensor:
-    """Return the flat vector of an element, or, of K stacked ones, K rows."""
-    return space.join(parts, stacked=stacked)
-
-
-def split(space: Space, flat: torch.Tensor) -> Parts:
-    """Return the element that a flat vector stands for; of K rows, K stacked ones."""
-    return space.split(flat)
-
-
 def check_flat(space: Space, flat: torch.Tensor, what: str) -> None:
     """Raise `SpaceError` if a tensor has not the dtype and device of the space's vectors."""
-    spec = flat_spec(space)
+    spec = space.vector
     if flat.dtype != spec.dtype or flat.device != spec.device:
         raise SpaceError(
             f"{what}: expected dtype {spec.dtype} on {spec.device}, got {flat.dtype} on "

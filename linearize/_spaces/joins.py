@@ -12,7 +12,7 @@ from ..errors import SpaceError, StructureError
 from .between import fewest
 from .flat import Parts
 from .maps import Apply, ChunkSize
-from .operators import LinearOperator, SelfAdjoint
+from .operators import LinearOperator, SelfAdjoint, operator_between
 from .space import Space
 
 
@@ -36,7 +36,7 @@ def vertical(*operators: LinearOperator) -> LinearOperator:
     """
     ours = _common(operators, "vertical", "in_space")
     theirs = Space.joined([A.out_space for A in operators])
-    forward, back = _spread(operators, adjoint=False), _gathered(operators, adjoint=True)
+    forward, back = _spread(operators), _gathered(_adjoints(operators))
     return LinearOperator(ours, theirs, forward, back, at_once=fewest(*operators), name="vertical")
 
 
@@ -60,7 +60,7 @@ def horizontal(*operators: LinearOperator) -> LinearOperator:
     """
     theirs = _common(operators, "horizontal", "out_space")
     ours = Space.joined([A.in_space for A in operators])
-    forward, back = _gathered(operators, adjoint=False), _spread(operators, adjoint=True)
+    forward, back = _gathered(operators), _spread(_adjoints(operators))
     return LinearOperator(
         ours, theirs, forward, back, at_once=fewest(*operators), name="horizontal"
     )
@@ -91,12 +91,16 @@ def block_diagonal(*operators: LinearOperator) -> LinearOperator:
     def diagonal(chunk_size: ChunkSize) -> torch.Tensor:
         return torch.cat([A.diagonal(chunk_size=chunk_size) for A in operators])
 
-    known = diagonal if all(A.shape[0] == A.shape[1] for A in operators) else None
-    at_once, name = fewest(*operators), "block_diagonal"
-    forward, back = _each(operators, adjoint=False), _each(operators, adjoint=True)
-    if all(isinstance(A, SelfAdjoint) for A in operators):
-        return SelfAdjoint(ours, forward, at_once=at_once, diagonal=known, name=name)
-    return LinearOperator(ours, theirs, forward, back, at_once=at_once, diagonal=known, name=name)
+    return operator_between(
+        ours,
+        theirs,
+        _each(operators),
+        _each(_adjoints(operators)),
+        self_adjoint=all(isinstance(A, SelfAdjoint) for A in operators),
+        at_once=fewest(*operators),
+        diagonal=diagonal if all(A.shape[0] == A.shape[1] for A in operators) else None,
+        name="block_diagonal",
+    )
 
 
 def check_operators(operators: Sequence[Any], what: str) -> None:
@@ -124,32 +128,33 @@ def check_operators(operators: Sequence[Any], what: str) -> None:
             )
 
 
-def _spread(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:
+def _adjoints(operators: Sequence[LinearOperator]) -> list[LinearOperator]:
+    return [A.H for A in operators]
+
+
+def _spread(operators: Sequence[LinearOperator]) -> Apply:
     """Return the map of an element to all of its images."""
 
     def apply(parts: Parts, *, stacked: bool) -> Parts:
-        images = []
-        for A in operators:
-            images += (A._apply_adjoint if adjoint else A._apply)(parts, stacked=stacked)
-        return images
+        return [t for A in operators for t in A._apply(parts, stacked=stacked)]
 
     return apply
 
 
-def _each(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:
+def _each(operators: Sequence[LinearOperator]) -> Apply:
     """Return the map of several elements to one image of each."""
 
     def apply(parts: Parts, *, stacked: bool) -> Parts:
-        return list(chain.from_iterable(_images(operators, parts, adjoint, stacked)))
+        return list(chain.from_iterable(_images(operators, parts, stacked)))
 
     return apply
 
 
-def _gathered(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:
+def _gathered(operators: Sequence[LinearOperator]) -> Apply:
     """Return the map of several elements to the sum of their images."""
 
     def apply(parts: Parts, *, stacked: bool) -> Parts:
-        images = _images(operators, parts, adjoint, stacked)
+        images = _images(operators, parts, stacked)
         total = next(images)
         for more in images:
             total = [a + b for a, b in zip(total, more, strict=True)]
@@ -158,14 +163,12 @@ def _gathered(operators: Sequence[LinearOperator], *, adjoint: bool) -> Apply:
     return apply
 
 
-def _images(
-    operators: Sequence[LinearOperator], parts: Parts, adjoint: bool, stacked: bool
-) -> Iterator[Parts]:
+def _images(operators: Sequence[LinearOperator], parts: Parts, stacked: bool) -> Iterator[Parts]:
     """Yield what each operator makes of its own part of some elements."""
     rest = parts
     for A in operators:
-        count = len((A.out_space if adjoint else A.in_space).tensors)
-        yield (A._apply_adjoint if adjoint else A._apply)(rest[:count], stacked=stacked)
+        count = len(A.in_space.tensors)
+        yield A._apply(rest[:count], stacked=stacked)
         rest = rest[count:]
 
 

@@ -16,10 +16,10 @@ from ..errors import (
     SpaceError,
     UnsupportedError,
 )
-from .budget import memory_budget
 from .compare import close
 from .estimates import Estimate, Mean, signs
-from .flat import Parts, flat_spec, join, random, units, zeros
+from .flat import Parts, random, units, zeros
+from .memory import memory_budget
 from .space import Space, TensorSpec, check_whole
 
 T = TypeVar("T")
@@ -69,6 +69,11 @@ class LinearMap:
     # -- what it is ---------------------------------------------------------------------
 
     @property
+    def H(self) -> LinearMap:  # noqa: N802 - as in NumPy
+        """The adjoint, of which `LinearOperator` makes an operator."""
+        raise NotImplementedError
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns, the numbers of scalars of the two spaces."""
         return self.out_space.size, self.in_space.size
@@ -76,7 +81,7 @@ class LinearMap:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that holds the elements of both spaces."""
-        return torch.promote_types(flat_spec(self.in_space).dtype, flat_spec(self.out_space).dtype)
+        return torch.promote_types(self.in_space.vector.dtype, self.out_space.vector.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -117,37 +122,41 @@ class LinearMap:
             raise OptionError(
                 f'direction must be "auto", "forward" or "reverse", got {direction!r}'
             )
+        return self._matrix(chunk_size, direction)
+
+    def _matrix(self, chunk_size: ChunkSize, direction: Direction) -> torch.Tensor:
         self.check_complex_linear("materialize")
         rows, columns = self.shape
         matrix = torch.empty((rows, columns), dtype=self.dtype, device=self.device)
-        mixed = flat_spec(self.in_space).dtype.is_complex != matrix.is_complex()
-        if direction == "reverse" and mixed:
+        if direction == "reverse" and self._is_mixed:
             raise UnsupportedError(
                 "materialize: the adjoint of a map from real to complex numbers keeps real parts "
                 'only; use direction="forward"'
             )
-        fewer: Direction = "forward" if mixed or columns < rows else "reverse"
-        if direction != "auto":
-            return self._filled(matrix, direction, chunk_size)
-        try:
-            return self._filled(matrix, fewer, chunk_size)
-        except MissingDerivativeError:
-            if mixed:
-                raise
-            return self._filled(matrix, "reverse" if fewer == "forward" else "forward", chunk_size)
 
-    def _filled(
-        self, matrix: torch.Tensor, direction: Direction, chunk_size: ChunkSize
-    ) -> torch.Tensor:
-        if direction == "forward":
-            for start, images in self.columns(chunk_size):
-                block = join(self.out_space, images, stacked=True)
-                matrix[:, start : start + len(block)] = block.mT
-        else:
-            for start, images in self.rows(chunk_size):
-                block = join(self.in_space, images, stacked=True)
-                matrix[start : start + len(block)] = block.conj()
-        return matrix
+        def filled(forward: bool) -> torch.Tensor:
+            lines = matrix.mT if forward else matrix
+            for start, block in self._lines(chunk_size, forward):
+                lines[start : start + len(block)] = block if forward else block.conj()
+            return matrix
+
+        return self._by_fewer(filled) if direction == "auto" else filled(direction == "forward")
+
+    @property
+    def _is_mixed(self) -> bool:
+        """Whether one side is real and the other complex: its adjoint keeps real parts only."""
+        return self.in_space.is_complex != self.out_space.is_complex
+
+    def _by_fewer(self, found: Callable[[bool], T]) -> T:
+        """Return what columns (True) or rows give: the fewer, or what has a derivative."""
+        rows, columns = self.shape
+        forward = self._is_mixed or columns < rows
+        try:
+            return found(forward)
+        except MissingDerivativeError:
+            if self._is_mixed:
+                raise
+            return found(not forward)
 
     @overload
     def diagonal(self, *, chunk_size: ChunkSize = "auto") -> torch.Tensor: ...
@@ -203,8 +212,7 @@ class LinearMap:
                 return known
         self.check_complex_linear("diagonal")
         found = torch.empty(self.shape[1], dtype=self.dtype, device=self.device)
-        for start, images in self.columns(chunk_size):
-            block = join(self.out_space, images, stacked=True)
+        for start, block in self._lines(chunk_size, forward=True):
             found[start : start + len(block)] = block.diagonal(start)
         return found
 
@@ -273,11 +281,11 @@ class LinearMap:
             raise OptionError(f"samples must be an integer of at least 2, got {samples!r}")
         check_chunk_size(chunk_size)
         self.check_complex_linear("an estimate")
-        mean, chunk = Mean(), self._chunk(chunk_size, samples, adjoint=False)
+        mean, chunk = Mean(), self._chunk(chunk_size, samples)
         for start in progress(range(0, samples, chunk), -(-samples // chunk), "samples"):
             parts = signs(self.in_space, min(chunk, samples - start), generator)
-            images = join(self.out_space, self._several(parts, adjoint=False), stacked=True)
-            mean.add(read(join(self.in_space, parts, stacked=True).to(images.dtype), images))
+            images = self.out_space.join(self._several(parts), stacked=True)
+            mean.add(read(self.in_space.join(parts, stacked=True).to(images.dtype), images))
         return mean.estimate()
 
     def squared_norms(self, chunk_size: ChunkSize = "auto") -> torch.Tensor:
@@ -295,29 +303,20 @@ class LinearMap:
         """
         check_chunk_size(chunk_size)
         self.check_complex_linear("the norms of columns")
-        rows, columns = self.shape
-        spec = flat_spec(self.in_space)
-        mixed = spec.dtype.is_complex != flat_spec(self.out_space).dtype.is_complex
+        return self._squared_norms(chunk_size)
 
-        def by_column() -> torch.Tensor:
-            found = torch.empty(columns, dtype=spec.dtype, device=spec.device)
-            for start, images in self.columns(chunk_size):
-                squares = join(self.out_space, images, stacked=True).abs().square().sum(1)
-                found[start : start + len(squares)] = squares
+    def _squared_norms(self, chunk_size: ChunkSize) -> torch.Tensor:
+        def summed(forward: bool) -> torch.Tensor:
+            found = self.in_space.vector.zeros()
+            for start, block in self._lines(chunk_size, forward):
+                squares = block.abs().square()
+                if forward:
+                    found[start : start + len(block)] = squares.sum(1)
+                else:
+                    found += squares.sum(0)
             return found
 
-        def by_row() -> torch.Tensor:
-            found = torch.zeros(columns, dtype=spec.dtype, device=spec.device)
-            for _, images in self.rows(chunk_size):
-                found += join(self.in_space, images, stacked=True).abs().square().sum(0)
-            return found
-
-        if mixed or columns <= rows:
-            return by_column()
-        try:
-            return by_row()
-        except MissingDerivativeError:
-            return by_column()
+        return self._by_fewer(summed)
 
     def columns(self, chunk_size: ChunkSize = "auto") -> Iterator[tuple[int, Parts]]:
         """Yield the images of the unit vectors of `in_space`: the columns of the matrix.
@@ -333,10 +332,7 @@ class LinearMap:
             The number of the first column, and one tensor per leaf of `out_space`, its
             first dimension counting the columns of this chunk.
         """
-        check_whole(self.in_space, "columns of the matrix")
-        chunk = self._chunk(chunk_size, self.in_space.size, adjoint=False)
-        for start, parts in units(self.in_space, chunk, "columns"):
-            yield start, self._several(parts, adjoint=False)
+        return self._images(chunk_size, "columns")
 
     def rows(self, chunk_size: ChunkSize = "auto") -> Iterator[tuple[int, Parts]]:
         """Yield the images of the unit vectors of `out_space` under the adjoint.
@@ -353,10 +349,7 @@ class LinearMap:
             dimension counting the rows of this chunk. For complex numbers these are the
             conjugates of the rows.
         """
-        check_whole(self.out_space, "rows of the matrix")
-        chunk = self._chunk(chunk_size, self.out_space.size, adjoint=True)
-        for start, parts in units(self.out_space, chunk, "rows"):
-            yield start, self._several(parts, adjoint=True)
+        return self.H._images(chunk_size, "rows")
 
     def check_complex_linear(self, what: str) -> None:
         """Raise if the map between complex spaces is linear over the real numbers only.
@@ -374,9 +367,9 @@ class LinearMap:
         UnsupportedError
             If it is not complex-linear.
         """
-        if not any(leaf.dtype.is_complex for leaf in self.in_space.tensors):
+        if not self.in_space.is_complex:
             return
-        flat_spec(self.in_space), flat_spec(self.out_space)
+        _ = self.dtype  # there is none for real and complex leaves together
         v = random(self.in_space, torch.Generator().manual_seed(4_711))
         straight = self._apply(v, stacked=False)
         turned = self._apply([1j * t for t in v], stacked=False)
@@ -403,18 +396,31 @@ class LinearMap:
                     self._apply(nothing, stacked=False)
             raise
 
-    def _several(self, parts: Parts, *, adjoint: bool) -> Parts:
-        """Map a stack; a stack of one without `torch.vmap`."""
-        apply = self._apply_adjoint if adjoint else self._apply
-        if len(parts[0]) != 1:
-            return apply(parts, stacked=True)
-        return [t.unsqueeze(0) for t in apply([t[0] for t in parts], stacked=False)]
+    def _images(self, chunk_size: ChunkSize, what: str) -> Iterator[tuple[int, Parts]]:
+        """Yield the images of the unit vectors in stacks, with the number of the first."""
+        check_whole(self.in_space, f"{what} of the matrix")
+        chunk = self._chunk(chunk_size, self.in_space.size)
+        for start, parts in units(self.in_space, chunk, what):
+            yield start, self._several(parts)
 
-    def _chunk(self, chunk_size: ChunkSize, count: int, *, adjoint: bool) -> int:
+    def _lines(self, chunk_size: ChunkSize, forward: bool) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the columns, or the conjugate rows, in stacks of flat vectors."""
+        space = self.out_space if forward else self.in_space
+        for start, images in (self.columns if forward else self.rows)(chunk_size):
+            yield start, space.join(images, stacked=True)
+
+    def _several(self, parts: Parts) -> Parts:
+        """Map a stack; a stack of one without `torch.vmap`."""
+        if len(parts[0]) != 1:
+            return self._apply(parts, stacked=True)
+        return [t.unsqueeze(0) for t in self._apply([t[0] for t in parts], stacked=False)]
+
+    def _chunk(self, chunk_size: ChunkSize, count: int) -> int:
+        """Return how many of `count` vectors are mapped in one pass."""
         if chunk_size is None:
             return max(count, 1)
         if chunk_size == "auto":
-            chunk_size = self._at_once(adjoint)
+            chunk_size = self._at_once(False)
         return max(1, min(chunk_size, count))
 
     def _leaves(self) -> tuple[TensorSpec, ...]:

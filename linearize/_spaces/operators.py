@@ -10,7 +10,7 @@ import torch
 
 from ..errors import SpaceError, StructureError
 from . import between
-from .flat import Parts, check_flat, is_flat, join, refuse_array, split, zeros
+from .flat import Parts, check_flat, is_flat, refuse_array, zeros
 from .maps import Apply, AtOnce, ChunkSize, Direction, KnownDiagonal, LinearMap, check_chunk_size
 from .space import Space
 
@@ -65,29 +65,28 @@ class LinearOperator(LinearMap):
     @property
     def H(self) -> LinearOperator:  # noqa: N802 - as in NumPy
         """The adjoint, for real numbers the transpose, for complex ones its conjugate."""
-        return LinearOperator(
-            self.out_space,
-            self.in_space,
-            self._apply_adjoint,
-            self._apply,
-            at_once=between.turned(self._at_once),
-            diagonal=self._diagonal_by(lambda d: d.conj().resolve_conj()),
-            name=f"{self._name}.H",
-        )
+        change = self._diagonal_by(lambda d: d.conj().resolve_conj())
+        return self._turned(self._apply_adjoint, self._apply, change, "H")
 
     @property
     def T(self) -> LinearOperator:  # noqa: N802 - as in NumPy
         """The transpose, without conjugation."""
-        if not any(leaf.dtype.is_complex for leaf in self._leaves()):
+        if not self._is_complex:
             return self.H
+        apply, back = between.conjugated(self._apply_adjoint), between.conjugated(self._apply)
+        return self._turned(apply, back, self._diagonal_by(lambda d: d), "T")
+
+    def _turned(
+        self, apply: Apply, back: Apply, diagonal: KnownDiagonal, word: str
+    ) -> LinearOperator:
         return LinearOperator(
             self.out_space,
             self.in_space,
-            between.conjugated(self._apply_adjoint),
-            between.conjugated(self._apply),
+            apply,
+            back,
             at_once=between.turned(self._at_once),
-            diagonal=self._diagonal_by(lambda d: d),
-            name=f"{self._name}.T",
+            diagonal=diagonal,
+            name=f"{self._name}.{word}",
         )
 
     def adjoint(self) -> LinearOperator:
@@ -124,11 +123,11 @@ class LinearOperator(LinearMap):
             If the entries do not fit, or the spaces of both sides differ.
         """
         _same(self.in_space, self.out_space, f"{self!r}.damped")
-        if isinstance(by, torch.Tensor) and by.dim() == 0:
-            by = by.item()
-        if isinstance(by, numbers.Number):
-            return self + by * identity(self.in_space)
-        return self + from_diagonal(self.in_space, by)
+        number, space = _number(by), self.in_space
+        shift: LinearOperator = (
+            from_diagonal(space, by) if number is None else number * identity(space)
+        )
+        return self + shift
 
     def as_real(self) -> LinearOperator:
         """Return the operator on real and imaginary parts, twice the coordinates.
@@ -142,15 +141,16 @@ class LinearOperator(LinearMap):
         LinearOperator
             A real one; the operator itself if it is real.
         """
-        if not any(leaf.dtype.is_complex for leaf in self._leaves()):
+        if not self._is_complex:
             return self
-        real = self._like(
+        real = operator_between(
             self.in_space.as_real(),
             self.out_space.as_real(),
             between.real(self._apply, self.in_space, self.out_space),
             between.real(self._apply_adjoint, self.out_space, self.in_space),
-            self._at_once,
-            f"{self._name}.as_real()",
+            self_adjoint=isinstance(self, SelfAdjoint),
+            at_once=self._at_once,
+            name=f"{self._name}.as_real()",
         )
         real.of_parts = self
         return real
@@ -198,9 +198,15 @@ class LinearOperator(LinearMap):
         name = f"{self._name}[{', '.join(':' if k == slice(None) else repr(k) for k in block)}]"
         forward = between.block(self._apply, self.in_space, columns, rows)
         back = between.block(self._apply_adjoint, self.out_space, rows, columns)
-        if isinstance(self, SelfAdjoint) and rows == columns:
-            return SelfAdjoint(in_space, forward, at_once=self._at_once, name=name)
-        return LinearOperator(in_space, out_space, forward, back, at_once=self._at_once, name=name)
+        return operator_between(
+            in_space,
+            out_space,
+            forward,
+            back,
+            self_adjoint=isinstance(self, SelfAdjoint) and rows == columns,
+            at_once=self._at_once,
+            name=name,
+        )
 
     #: NumPy leaves `array @ A` to the operator, which says what to do.
     __array_ufunc__ = None
@@ -226,8 +232,7 @@ class LinearOperator(LinearMap):
         StructureError, SpaceError
             If it does not fit; the message names the leaf.
         """
-        given = self._told(lambda: self.in_space.tensors_of(element))
-        parts = [spec.or_zeros(t) for t, spec in zip(given, self.in_space.tensors, strict=True)]
+        parts = self._told(lambda: self.in_space.filled(element))
         return self.out_space.element_of(self._apply(parts, stacked=False))
 
     @overload
@@ -257,18 +262,18 @@ class LinearOperator(LinearMap):
             return self(other)
         if other.dim() == 2:
             return self._times(other)
-        parts = self._apply(split(self.in_space, other), stacked=False)
-        return join(self.out_space, parts, stacked=False)
+        parts = self._apply(self.in_space.split(other), stacked=False)
+        return self.out_space.join(parts, stacked=False)
 
     def _times(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return the product with a matrix, several columns in each pass."""
         count = matrix.shape[1]
         if count == 0:
-            return join(self.out_space, zeros(self.out_space, 0), stacked=True).mT
+            return self.out_space.join(zeros(self.out_space, 0), stacked=True).mT
         images = []
         for rows in matrix.mT.contiguous().split(max(1, min(self._at_once(False), count))):
-            parts = split(self.in_space, rows)
-            images.append(join(self.out_space, self._several(parts, adjoint=False), stacked=True))
+            parts = self.in_space.split(rows)
+            images.append(self.out_space.join(self._several(parts), stacked=True))
         return (images[0] if len(images) == 1 else torch.cat(images)).mT
 
     def __rmatmul__(self, other: torch.Tensor) -> torch.Tensor:
@@ -284,22 +289,18 @@ class LinearOperator(LinearMap):
         _same(self.in_space, other.in_space, f"{self!r} + {other!r}")
         _same(self.out_space, other.out_space, f"{self!r} + {other!r}")
 
-        apply = between.added(self._apply, other._apply)
-        apply_adjoint = between.added(self._apply_adjoint, other._apply_adjoint)
-
         def diagonal(chunk_size: ChunkSize) -> torch.Tensor:
             return self.diagonal(chunk_size=chunk_size) + other.diagonal(chunk_size=chunk_size)
 
-        name = f"({self._name} + {other._name})"
-        spaces = self.in_space, self.out_space
-        return self._like(
-            *spaces,
-            apply,
-            apply_adjoint,
-            between.fewest(self, other),
-            name,
-            other,
+        return operator_between(
+            self.in_space,
+            self.out_space,
+            between.added(self._apply, other._apply),
+            between.added(self._apply_adjoint, other._apply_adjoint),
+            self_adjoint=isinstance(self, SelfAdjoint) and isinstance(other, SelfAdjoint),
+            at_once=between.fewest(self, other),
             diagonal=diagonal,
+            name=f"({self._name} + {other._name})",
         )
 
     def __sub__(self, other: Any) -> LinearOperator:
@@ -309,31 +310,27 @@ class LinearOperator(LinearMap):
         return -1 * self
 
     def __mul__(self, factor: Any) -> LinearOperator:
-        if isinstance(factor, torch.Tensor) and factor.dim() == 0:
-            factor = factor.item()
-        if not isinstance(factor, numbers.Number):
+        if (scale := _number(factor)) is None:
             return NotImplemented
-        if isinstance(factor, complex) and not all(x.dtype.is_complex for x in self._leaves()):
-            raise SpaceError(f"{factor!r} * {self!r}: a complex factor needs complex spaces")
-        scale: Any = factor
-        apply = between.scaled(self._apply, scale)
-        apply_adjoint = between.scaled(self._apply_adjoint, scale.conjugate())
-
-        name = f"{scale:.3g} * {self._name}"
-        spaces = self.in_space, self.out_space
-        diagonal = self._diagonal_by(lambda d: scale * d)
-        if isinstance(factor, complex):  # no longer its own adjoint
-            return LinearOperator(
-                *spaces, apply, apply_adjoint, at_once=self._at_once, diagonal=diagonal, name=name
-            )
-        return self._like(*spaces, apply, apply_adjoint, self._at_once, name, diagonal=diagonal)
+        turns = isinstance(scale, complex)  # no longer its own adjoint
+        if turns and not all(x.dtype.is_complex for x in self._leaves()):
+            raise SpaceError(f"{scale!r} * {self!r}: a complex factor needs complex spaces")
+        return operator_between(
+            self.in_space,
+            self.out_space,
+            between.scaled(self._apply, scale),
+            between.scaled(self._apply_adjoint, scale.conjugate()),
+            self_adjoint=isinstance(self, SelfAdjoint) and not turns,
+            at_once=self._at_once,
+            diagonal=self._diagonal_by(lambda d: scale * d),
+            name=f"{scale:.3g} * {self._name}",
+        )
 
     __rmul__ = __mul__
 
     def __truediv__(self, factor: Any) -> LinearOperator:
-        if isinstance(factor, torch.Tensor) and factor.dim() == 0:
-            factor = factor.item()
-        return self * (1 / factor) if isinstance(factor, numbers.Number) else NotImplemented  # type: ignore[operator]
+        number = _number(factor)
+        return NotImplemented if number is None else self * (1 / number)
 
     # -- helpers ------------------------------------------------------------------------
 
@@ -349,35 +346,20 @@ class LinearOperator(LinearMap):
             name=f"{self._name} @ {first._name}",
         )
 
-    def _like(
-        self,
-        in_space: Space,
-        out_space: Space,
-        apply: Apply,
-        apply_adjoint: Apply,
-        at_once: AtOnce,
-        name: str,
-        *others: LinearOperator,
-        diagonal: KnownDiagonal | None = None,
-    ) -> LinearOperator:
-        """Return an operator that is self-adjoint if all that it is made of are."""
-        if all(isinstance(x, SelfAdjoint) for x in (self, *others)):
-            return SelfAdjoint(in_space, apply, at_once=at_once, diagonal=diagonal, name=name)
-        return LinearOperator(
-            in_space,
-            out_space,
-            apply,
-            apply_adjoint,
-            at_once=at_once,
-            diagonal=diagonal,
-            name=name,
-        )
+    @property
+    def _is_complex(self) -> bool:
+        return self.in_space.is_complex or self.out_space.is_complex
 
-    def _diagonal_by(
-        self, change: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Callable[[ChunkSize], torch.Tensor]:
+    def _diagonal_by(self, change: Callable[[torch.Tensor], torch.Tensor]) -> KnownDiagonal:
         """Return what finds the diagonal of an operator whose diagonal follows from this one's."""
         return lambda chunk_size: change(self.diagonal(chunk_size=chunk_size))
+
+
+def _number(x: Any) -> Any:
+    """Return a number, which a tensor may hold; None for anything else."""
+    if isinstance(x, torch.Tensor) and x.dim() == 0:
+        return x.item()
+    return x if isinstance(x, numbers.Number) else None
 
 
 def _same(a: Space, b: Space, what: str) -> None:
@@ -418,6 +400,25 @@ class SelfAdjoint(LinearOperator):
         return self
 
 
+def operator_between(
+    in_space: Space,
+    out_space: Space,
+    apply: Apply,
+    apply_adjoint: Apply,
+    *,
+    self_adjoint: bool,
+    at_once: AtOnce | None = None,
+    diagonal: KnownDiagonal | None = None,
+    name: str,
+) -> LinearOperator:
+    """Return an operator, a `SelfAdjoint` if it is known to be one."""
+    if self_adjoint:
+        return SelfAdjoint(in_space, apply, at_once=at_once, diagonal=diagonal, name=name)
+    return LinearOperator(
+        in_space, out_space, apply, apply_adjoint, at_once=at_once, diagonal=diagonal, name=name
+    )
+
+
 def identity(space: Space) -> SelfAdjoint:
     """Return the identity of a space, for damping: `J.gram() + 0.1 * identity(J.in_space)`.
 
@@ -442,8 +443,7 @@ def identity(space: Space) -> SelfAdjoint:
         return [t.clone() for t in parts]
 
     def ones(chunk_size: ChunkSize) -> torch.Tensor:
-        spec = space.vector
-        return torch.ones(spec.shape, dtype=spec.dtype, device=spec.device)
+        return torch.ones_like(space.vector.zeros())
 
     return SelfAdjoint(space, apply, diagonal=ones, name="identity")
 
@@ -471,19 +471,19 @@ def from_diagonal(space: Space, entries: Any) -> LinearOperator:
     _check_space(space, "from_diagonal")
     if isinstance(entries, torch.Tensor) and tuple(entries.shape) == (space.size,):
         check_flat(space, entries, "from_diagonal")
-        own = [t.clone() for t in split(space, entries)]
+        given = space.split(entries)
     else:
-        given = zip(space.tensors_of(entries), space.tensors, strict=True)
-        own = [s.zeros() if t is None else t.clone() for t, s in given]
-
-    def entries_in_a_row(chunk_size: ChunkSize) -> torch.Tensor:
-        return join(space, own).clone()
-
-    apply, known = between.diagonal(own), entries_in_a_row
-    if not any(t.is_complex() for t in own):
-        return SelfAdjoint(space, apply, diagonal=known, name="diagonal")
-    back = between.diagonal([t.conj().resolve_conj() for t in own])
-    return LinearOperator(space, space, apply, back, diagonal=known, name="diagonal")
+        given = space.filled(entries)
+    own = [t.clone() for t in given]
+    return operator_between(
+        space,
+        space,
+        between.diagonal(own),
+        between.diagonal([t.conj().resolve_conj() for t in own]),
+        self_adjoint=not space.is_complex,
+        diagonal=lambda _: space.join(own).clone(),
+        name="diagonal",
+    )
 
 
 def _check_space(space: Any, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -11,11 +12,11 @@ import torch
 
 from .._text.progress import progress
 from ..errors import LinearizeError, SpaceError, StructureError
-from .budget import memory_budget
 from .flat import Parts
 from .gmres import gmres
 from .joins import check_operators
-from .operators import LinearOperator, SelfAdjoint
+from .memory import memory_budget
+from .operators import LinearOperator, SelfAdjoint, operator_between
 from .space import Space, check_whole
 from .specs import TensorSpec, describe
 
@@ -152,38 +153,33 @@ class Automatic(Solving):
 
     def solved(self, A: LinearOperator, b: torch.Tensor, *, adjoint: bool) -> torch.Tensor:
         """Return x with A·x = b, or Aᴴ·x = b."""
-        if len(b) <= DENSE_UP_TO or self._factors is not None:
-            return self._exactly(A, b, adjoint)
-        try:
-            return super().solved(A, b, adjoint=adjoint)
-        except LinearizeError:
-            if len(b) ** 2 * A.dtype.itemsize > memory_budget(A.device):
-                raise
-        return self._exactly(A, b, adjoint)
+        if len(b) > DENSE_UP_TO and self._factors is None:
+            try:
+                return super().solved(A, b, adjoint=adjoint)
+            except LinearizeError:
+                if len(b) ** 2 * A.dtype.itemsize > memory_budget(A.device):
+                    raise
+        return self._by_factors(A.materialize, b, adjoint)
 
-    def _exactly(self, A: LinearOperator, b: torch.Tensor, adjoint: bool) -> torch.Tensor:
+    def _by_factors(
+        self, matrix: Callable[[], torch.Tensor], b: torch.Tensor, adjoint: bool
+    ) -> torch.Tensor:
+        """Return the solution for a matrix, or those of several; the first time it is made."""
         if self._factors is None:
-            factors, pivots, _ = torch.linalg.lu_factor_ex(A.materialize())
+            factors, pivots, _ = torch.linalg.lu_factor_ex(matrix())
             self._factors = factors, pivots
-        x: torch.Tensor = torch.linalg.lu_solve(*self._factors, b[:, None], adjoint=adjoint)[:, 0]
-        return x
+        x: torch.Tensor = torch.linalg.lu_solve(*self._factors, b[..., None], adjoint=adjoint)
+        return x[..., 0]
 
 
-class Blocks(Solving):
+class Blocks(Automatic):
     """Solves the independent systems of a batch: one small matrix for each entry."""
-
-    def __init__(self) -> None:
-        super().__init__(iterative)
-        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def solved(self, A: LinearOperator, b: torch.Tensor, *, adjoint: bool) -> torch.Tensor:
         """Return x with A·x = b, or Aᴴ·x = b."""
-        if self._factors is None:
-            factors, pivots, _ = torch.linalg.lu_factor_ex(_blocks(A))
-            self._factors = factors, pivots
         given, wanted = (A.in_space, A.out_space) if adjoint else (A.out_space, A.in_space)
         right = _by_entry(given, given.split(b), stacked=False)
-        x = torch.linalg.lu_solve(*self._factors, right[..., None], adjoint=adjoint)[..., 0]
+        x = self._by_factors(lambda: _blocks(A), right, adjoint)
         return wanted.join(_from_entries(wanted, x))
 
 
@@ -257,10 +253,12 @@ def checked_inverse(A: LinearOperator, solving: Solving, tol: float | None) -> L
             return theirs.split(rows)
         return theirs.split(one(flat, adjoint))
 
-    def back(parts: Parts, *, stacked: bool) -> Parts:
-        return apply(parts, stacked=stacked, adjoint=True)
-
-    name = f"inverse({A._name})"
-    if isinstance(A, SelfAdjoint):
-        return SelfAdjoint(A.in_space, apply, at_once=A._at_once, name=name)
-    return LinearOperator(A.out_space, A.in_space, apply, back, at_once=A._at_once, name=name)
+    return operator_between(
+        A.out_space,
+        A.in_space,
+        apply,
+        functools.partial(apply, adjoint=True),
+        self_adjoint=isinstance(A, SelfAdjoint),
+        at_once=A._at_once,
+        name=f"inverse({A._name})",
+    )

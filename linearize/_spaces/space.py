@@ -1,32 +1,33 @@
 """One side of a linear map.
 
-A `Space` is a pytree structure with a shape, dtype and device per differentiable leaf. It
-turns what a user passes into a flat list of tensors, with errors that name the leaf, and
-turns a flat list back into the user's structure.
+A `Space` turns what a user passes into a flat list of tensors, with errors that name the leaf, and
+turns a flat list back into the user's structure; its elements are flat vectors too, with what a
+solver does to them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .._torch.names import pytree, spec_children
+from .._torch.names import spec_children
 from .._torch.ranks import agreed_number, summed_over
-from .._torch.sharded import is_sharded, local_of
+from .._torch.sharded import local_of
 from ..errors import SpaceError, StructureError, UnsupportedError
 from .sharding import Layout
 from .specs import TensorSpec, describe, differentiable, differing, tensor_spec
+from .structure import Structure
 from .trees import Tree, flatten
-from .vectors import VectorSpace
 
 __all__ = ["Space", "TensorSpec", "differentiable", "tensor_spec"]
 
 
-class Space(VectorSpace):
-    """A pytree of tensors, as seen from outside.
+class Space(Structure):
+    """A pytree of tensors as a space of vectors: one shape, dtype and device for each of them.
 
     Parameters
     ----------
@@ -49,33 +50,7 @@ class Space(VectorSpace):
         tensors that several ranks have alike. Lists of tensors have this rank's parts then.
     """
 
-    __slots__ = (
-        "_all_differentiable",
-        "_row",
-        "_single",
-        "group",
-        "layouts",
-        "leaves",
-        "of",
-        "tensors",
-        "tree",
-        "word",
-    )
-
-    def __init__(
-        self, tree: Tree, leaves: Sequence[TensorSpec | None], word: str, of: str
-    ) -> None:
-        self.tree = tree
-        self.leaves = tuple(leaves)
-        self.word = word
-        self.of = of
-        self.group: Any = None
-        self.layouts: tuple[Layout | None, ...] = ()
-        self.tensors = tuple([leaf for leaf in self.leaves if leaf is not None])
-        self._all_differentiable = len(self.tensors) == len(self.leaves)
-        #: The plain cases, one tensor or a tuple of tensors, need no pytree work.
-        self._single = tree.single and self._all_differentiable
-        self._row = tree.row and self._all_differentiable
+    __slots__ = ()
 
     @classmethod
     def of_tree(cls, tree: Any, word: str, of: str) -> Space:
@@ -92,26 +67,6 @@ class Space(VectorSpace):
             space.layouts = tuple(layouts)
         return space
 
-    @property
-    def is_single(self) -> bool:
-        """Whether an element is one tensor."""
-        return self._single
-
-    @property
-    def is_row(self) -> bool:
-        """Whether an element is a tuple of one tensor."""
-        return self._row and len(self.tensors) == 1
-
-    @property
-    def spec(self) -> pytree.TreeSpec:
-        """The pytree structure as PyTorch has it."""
-        return self.tree.spec
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """One printable path per leaf, used in errors."""
-        return self.tree.paths
-
     def __repr__(self) -> str:
         known = iter(self.layouts or [None] * len(self.tensors))
         shown = [None if leaf is None else next(known) or leaf for leaf in self.leaves]
@@ -126,217 +81,58 @@ class Space(VectorSpace):
         """Number of scalars in an element."""
         return sum(leaf.numel for leaf in self.tensors)
 
-    def unpacked(self) -> Space:
-        """Return the space of the only entry of a tuple of one; any other space as it is."""
-        tree = self.tree.unpacked()
-        if tree is self.tree:
-            return self
-        space = Space(tree, self.leaves, self.word, self.of)
-        space.group, space.layouts = self.group, self.layouts
-        return space
+    @property
+    def is_complex(self) -> bool:
+        """Whether some leaf is complex."""
+        return any(leaf.dtype.is_complex for leaf in self.tensors)
 
-    def parts_of(self, group: Any) -> Space:
-        """Return the same space, an element of which is one rank's part of a larger one."""
-        space = Space(self.tree, self.leaves, self.word, self.of)
-        space.group, space.layouts = group, self.layouts
-        return space
-
-    def tensors_of(self, tree: Any, *, stacked: bool = False) -> list[torch.Tensor | None]:
-        """Return the tensors of `tree`, one per differentiable leaf, None for zero.
-
-        With `stacked`, each tensor has one more dimension in front, of any length.
+    @property
+    def vector(self) -> TensorSpec:
+        """Shape, dtype and device of the flat vectors of the space.
 
         Raises
         ------
-        StructureError
-            If the structure differs, or a leaf is not a tensor, or has no tangents.
-        SpaceError
-            If a leaf has another shape, dtype or device.
+        UnsupportedError
+            If the space has both real and complex leaves: no vector stands for both.
         """
-        if self._plain(tree, stacked):
-            return [tree] if self._single else list(tree)
-        leaves, found = flatten(tree)
-        if found is not self.tree:
-            leaves = []
-            self._flatten_up_to(tree, self.spec, "", leaves)
-        if self.layouts:
-            return self._laid_out(leaves, stacked)
-        if self._all_differentiable:
-            for given, expected, path in zip(leaves, self.leaves, self.paths, strict=True):
-                if given is not None:
-                    self._check(given, expected, path, stacked=stacked)
-            return leaves
-        flat = []
-        for given, expected, path in zip(leaves, self.leaves, self.paths, strict=True):
-            if given is not None:
-                self._check(given, expected, path, stacked=stacked)
-            if expected is not None:
-                flat.append(given)
-        return flat
+        kinds = {leaf.dtype.is_complex for leaf in self.tensors}
+        if len(kinds) > 1:
+            raise UnsupportedError(
+                f"flat vectors of {self!r}: it has both real and complex leaves; pass pytrees, "
+                "or take the real operator, A.as_real(), which counts a complex number as two"
+            )
+        dtype = self.tensors[0].dtype
+        for leaf in self.tensors[1:]:
+            dtype = torch.promote_types(dtype, leaf.dtype)
+        return TensorSpec((self.size,), dtype, self.tensors[0].device)
 
-    def element_of(self, tensors: Sequence[torch.Tensor | None], others: Any = None) -> Any:
-        """Return a pytree with `tensors` at the differentiable leaves.
-
-        The other leaves are taken from the list `others`, or are None.
-        """
-        if self.layouts:
-            pairs = zip(tensors, self.layouts, strict=True)
-            tensors = [
-                t if t is None or layout is None else layout.given(t) for t, layout in pairs
-            ]
-        if self._single:
-            return tensors[0]
-        if self._row:
-            return tuple(tensors)
-        if self._all_differentiable:
-            return self.tree.unflatten(tensors)
-        rest = iter(tensors)
-        leaves = [
-            next(rest) if leaf is not None else (None if others is None else others[i])
-            for i, leaf in enumerate(self.leaves)
+    def filled(self, element: Any) -> list[torch.Tensor]:
+        """Return the tensors of an element, zeros where `tensors_of` has None."""
+        return [
+            leaf.or_zeros(t)
+            for t, leaf in zip(self.tensors_of(element), self.tensors, strict=True)
         ]
-        return self.tree.unflatten(leaves)
 
-    def _plain(self, tree: Any, stacked: bool) -> bool:
-        """Whether `tree` is one tensor, or a tuple of tensors, that fits."""
-        if self.layouts:
-            return False
-        if self._single:
-            given: Sequence[Any] = (tree,)
-        elif self._row and type(tree) is tuple and len(tree) == len(self.tensors):
-            given = tree
-        else:
-            return False
-        for t, expected in zip(given, self.tensors, strict=True):
-            if not isinstance(t, torch.Tensor) or t.is_nested or t.layout is not torch.strided:
-                return False
-            if type(t) is not torch.Tensor and is_sharded(t):
-                return False
-            shape = t.shape
-            if stacked:
-                if not shape:
-                    return False
-                shape = shape[1:]
-            if (
-                shape != expected.shape
-                or t.dtype is not expected.dtype
-                or t.device != expected.device
-            ):
-                return False
-        return True
+    def unpacked(self) -> Space:
+        """Return the space of the only entry of a tuple of one; any other space as it is."""
+        tree = self.tree.unpacked()
+        return self if tree is self.tree else self._laid_alike(tree, self.group)
 
-    def _laid_out(self, leaves: Sequence[Any], stacked: bool) -> list[torch.Tensor | None]:
-        """Return this rank's parts of the leaves of an element."""
-        flat: list[torch.Tensor | None] = []
-        layouts = iter(self.layouts)
-        for given, expected, path in zip(leaves, self.leaves, self.paths, strict=True):
-            layout = None if expected is None else next(layouts)
-            sharded = layout is not None and layout.whole is not None
-            if given is not None and not (sharded and isinstance(given, torch.Tensor)):
-                self._check(given, expected, path, stacked=stacked)
-            if given is not None and layout is not None:
-                given = layout.taken(given, f"{self.word}{path}", stacked)
-            if expected is not None:
-                flat.append(given)
-        return flat
+    def parts_of(self, group: Any) -> Space:
+        """Return the same space, an element of which is one rank's part of a larger one."""
+        return self._laid_alike(self.tree, group)
 
-    def _check(
-        self, given: Any, expected: TensorSpec | None, path: str, *, stacked: bool = False
-    ) -> None:
-        if expected is None:
-            raise StructureError(
-                f"{self.word}{path}: the leaf of the {self.of} there is not a floating point or "
-                f"complex tensor and has no {self.word}; pass None, not {describe(given)}"
-            )
-        if not isinstance(given, torch.Tensor):
-            raise StructureError(
-                f"{self.word}{path}: expected a tensor {expected} or None (zero), "
-                f"got {describe(given)}"
-            )
-        if is_sharded(given):
-            raise SpaceError(
-                f"{self.word}{path}: expected {expected}, a plain tensor as in the {self.of}, got "
-                "a DTensor; pass its to_local() or full_tensor()"
-            )
-        if given.is_nested:  # has no shape to speak of
-            raise SpaceError(f"{self.word}{path}: expected {expected}, got a nested tensor")
-        if stacked:
-            count = given.shape[0] if given.dim() else 0
-            shape = (count, *expected.shape)
-            expected = TensorSpec(shape, expected.dtype, expected.device)
-        if not expected.matches(given) or given.layout != torch.strided:
-            layout = "" if given.layout == torch.strided else f" of layout {given.layout}"
-            raise SpaceError(
-                f"{self.word}{path}: expected {expected}, got {TensorSpec.of(given)}{layout}"
-                f" ({differing(given, expected)})"
-            )
-
-    def _flatten_up_to(self, tree: Any, spec: Any, path: str, leaves: list[Any]) -> None:
-        """Flatten `tree` along `spec`, a None standing for all leaves below it."""
-        if spec.is_leaf():
-            leaves.append(tree)
-            return
-        if tree is None:
-            leaves.extend([None] * spec.num_leaves)
-            return
-        children, own = pytree.tree_flatten(tree, is_leaf=lambda x: x is not tree)
-        expected = spec_children(spec)
-        mappings = isinstance(tree, dict) and issubclass(spec.type, dict)
-        if own.is_leaf() or (own.type is not spec.type and not mappings):
-            raise StructureError(
-                f"{self.word}{path}: expected a {spec.type.__name__} of {len(expected)} as in the "
-                f"{self.of}, got {describe(tree)}"
-            )
-        if mappings:
-            keys = list(spec.context[1] if spec.type.__name__ == "defaultdict" else spec.context)
-            if set(keys) != set(tree):
-                missing, extra = (
-                    sorted(map(repr, set(keys) - set(tree))),
-                    sorted(map(repr, set(tree) - set(keys))),
-                )
-                raise StructureError(
-                    f"{self.word}{path}: keys differ from those of the {self.of}: "
-                    f"missing {', '.join(missing) or 'none'}, "
-                    f"unexpected {', '.join(extra) or 'none'}"
-                )
-            for key, child in zip(keys, expected, strict=True):
-                self._flatten_up_to(tree[key], child, f"{path}[{key!r}]", leaves)
-            return
-        if dataclasses.is_dataclass(tree) and isinstance(spec.context, list):
-            # PyTorch counts a field that is None among the structure, not among the leaves.
-            fields, constant = spec.context
-            for name in constant:
-                if getattr(tree, name) is not None:
-                    raise StructureError(
-                        f"{self.word}{path}.{name}: expected None as in the {self.of}, got "
-                        f"{describe(getattr(tree, name))}"
-                    )
-            for name, child in zip(fields, expected, strict=True):
-                self._flatten_up_to(getattr(tree, name), child, f"{path}.{name}", leaves)
-            return
-        if len(children) != len(expected):
-            raise StructureError(
-                f"{self.word}{path}: expected {len(expected)} "
-                f"{self._items(path, len(expected))} as in the {self.of}, got {len(children)}"
-            )
-        if own.context != spec.context:
-            raise StructureError(
-                f"{self.word}{path}: expected a {spec.type.__name__} {spec.context!r} as in the "
-                f"{self.of}, got {own.context!r}"
-            )
-        for i, (part, child) in enumerate(zip(children, expected, strict=True)):
-            self._flatten_up_to(part, child, f"{path}[{i}]", leaves)
-
-    def _items(self, path: str, count: int) -> str:
-        noun = "item" if path else self.word
-        return noun if count == 1 else f"{noun}s"
+    def _laid_alike(self, tree: Tree, group: Any) -> Space:
+        space = Space(tree, self.leaves, self.word, self.of)
+        space.group, space.layouts = group, self.layouts
+        return space
 
     def as_real(self) -> Space:
         """Return the space with real and imaginary parts in the place of complex numbers.
 
         Each complex leaf has one more dimension of length 2, as by `torch.view_as_real`.
         """
-        if not any(leaf.dtype.is_complex for leaf in self.tensors):
+        if not self.is_complex:
             return self
         check_whole(self, "as_real")
         leaves = [
@@ -348,18 +144,7 @@ class Space(VectorSpace):
         return Space(self.tree, leaves, self.word, self.of)
 
     def part(self, key: Any) -> tuple[Space, list[int]]:
-        """Return the space below a key of the pytree, and the numbers of its tensors.
-
-        Parameters
-        ----------
-        key
-            The key of a dictionary, a position, the name of a field, or `:` for all.
-
-        Raises
-        ------
-        StructureError
-            If there is nothing of that name, or nothing there has tangents.
-        """
+        """Return the space below a key of the pytree, and the numbers of its tensors."""
         if key is Ellipsis or (isinstance(key, slice) and key == slice(None)):
             return self, list(range(len(self.tensors)))
         check_whole(self, "a block")
@@ -390,24 +175,152 @@ class Space(VectorSpace):
         leaves = [leaf for s in spaces for leaf in s.leaves]
         return Space(flatten(parts)[1], leaves, spaces[0].word, spaces[0].of)
 
+    def ravel(self, element: Any) -> torch.Tensor:
+        """Return the flat vector of an element: all leaves, each row by row, one after another.
+
+        It is differentiable with respect to the element.
+
+        Parameters
+        ----------
+        element
+            A pytree structured like the space; None, for all or a part of it, is zero. Or
+            several stacked ones, each tensor with one more dimension in front.
+
+        Returns
+        -------
+        torch.Tensor
+            Of shape (n,), or (K, n) for K stacked elements.
+
+        Raises
+        ------
+        StructureError, SpaceError
+            If the element does not fit; the message names the leaf.
+        """
+        check_no_layouts(self, "ravel")
+        given, stacked = self._one_or_stacked(element)
+        count = next((t.shape[:1] for t in given if t is not None), ()) if stacked else ()
+        parts = [
+            torch.zeros((*count, *leaf.shape), dtype=leaf.dtype, device=leaf.device)
+            if t is None
+            else t
+            for t, leaf in zip(given, self.tensors, strict=True)
+        ]
+        return self.join(parts, stacked=stacked)
+
+    def unravel(self, vector: torch.Tensor) -> Any:
+        """Return the element that a flat vector stands for: the inverse of `ravel`.
+
+        It is differentiable with respect to the vector.
+
+        Parameters
+        ----------
+        vector
+            A tensor of shape (n,), or (K, n) for K stacked elements.
+
+        Returns
+        -------
+        pytree
+            Structured like the space; leaves without tangents are None.
+
+        Raises
+        ------
+        SpaceError
+            If shape, dtype or device differ.
+        """
+        check_no_layouts(self, "unravel")
+        if not isinstance(vector, torch.Tensor):
+            raise SpaceError(f"unravel: expected a tensor {self.vector}, got {describe(vector)}")
+        spec = self.vector
+        front = tuple(vector.shape[:-1])
+        expected = TensorSpec((*front[:1], *spec.shape), spec.dtype, spec.device)
+        if not expected.matches(vector):
+            raise SpaceError(
+                f"unravel: expected {spec}, or one such row for each of several elements, got "
+                f"{TensorSpec.of(vector)} ({differing(vector, expected)})"
+            )
+        return self.element_of(self.split(vector))
+
     def dot(self, a: Any, b: Any) -> torch.Tensor:
-        """Return the inner product of two elements; of whole vectors, where these are parts."""
-        own = super().dot(a, b)
+        """Return the inner product of two elements, aᴴ·b; of whole vectors, where these are parts.
+
+        Parameters
+        ----------
+        a, b
+            Pytrees structured like the space; None, for all or a part of one, is zero.
+
+        Returns
+        -------
+        torch.Tensor
+            One number, differentiable with respect to both, unless it is a sum over ranks.
+
+        Raises
+        ------
+        StructureError, SpaceError
+            If one does not fit; the message names the leaf.
+        """
+        total: torch.Tensor = self.tensors[0].zeros().sum()
+        first, second = (self.tensors_of(self._element(x)) for x in (a, b))
+        for x, y in zip(first, second, strict=True):
+            if x is not None and y is not None:
+                total = total + torch.vdot(x.reshape(-1), y.reshape(-1)).to(total.device)
         if self.group is None:
-            return own
-        if own.requires_grad:
+            return total
+        if total.requires_grad:
             raise UnsupportedError("dot: an inner product over ranks cannot be differentiated")
-        return summed_over(self.group, own)
+        return summed_over(self.group, total)
 
     def norm(self, a: Any) -> torch.Tensor:
-        """Return the Euclidean norm of an element; of a whole vector, where it is a part."""
-        return super().norm(a) if self.group is None else self.dot(a, a).abs().sqrt()
+        """Return the Euclidean norm of an element; of a whole vector, where it is a part.
+
+        Parameters
+        ----------
+        a
+            A pytree structured like the space; None, for all or a part of it, is zero.
+
+        Returns
+        -------
+        torch.Tensor
+            One real number, differentiable with respect to the element.
+
+        Raises
+        ------
+        StructureError, SpaceError
+            If it does not fit; the message names the leaf.
+        """
+        if self.group is not None:
+            return self.dot(a, a).abs().sqrt()
+        norms = [
+            torch.linalg.vector_norm(t).to(self.tensors[0].device)
+            for t in self.tensors_of(self._element(a))
+            if t is not None
+        ]
+        if not norms:
+            return self.tensors[0].zeros().abs().sum()
+        dtype = functools.reduce(torch.promote_types, [t.dtype for t in norms])
+        whole: torch.Tensor = torch.linalg.vector_norm(torch.stack([t.to(dtype) for t in norms]))
+        return whole
+
+    def zeros(self) -> Any:
+        """Return the zero of the space, as a pytree of new tensors."""
+        return self.element_of([leaf.zeros() for leaf in self.tensors])
 
     def random(self, generator: torch.Generator | None = None) -> Any:
-        """Return a pytree of normally distributed numbers; of DTensors as of whole tensors."""
-        if not self.layouts:
-            return super().random(generator)
+        """Return a pytree of normally distributed numbers; of DTensors as of whole tensors.
+
+        Parameters
+        ----------
+        generator
+            Of the CPU, whatever the devices of the space, so that all see the same numbers;
+            None for PyTorch's own.
+
+        Returns
+        -------
+        pytree
+            Structured like the space.
+        """
         source = torch.default_generator if generator is None else generator
+        if not self.layouts:
+            return self.element_of([leaf.random(source) for leaf in self.tensors])
         drawn = int(torch.randint(1 << 62, (), generator=source))
         alike = torch.Generator().manual_seed(agreed_number(drawn, self.group))
         parts = []
@@ -422,15 +335,27 @@ class Space(VectorSpace):
                 parts.append(layout.whole_numbers(whole))
         return self.element_of(parts)
 
-    def ravel(self, element: Any) -> torch.Tensor:
-        """Return the flat vector of an element, see `VectorSpace`; not of DTensors."""
-        check_no_layouts(self, "ravel")
-        return super().ravel(element)
+    def join(self, parts: Sequence[torch.Tensor], *, stacked: bool = False) -> torch.Tensor:
+        """Return the flat vector of one tensor per differentiable leaf; of K stacked ones, K rows.
 
-    def unravel(self, vector: torch.Tensor) -> Any:
-        """Return the element that a flat vector stands for, see `VectorSpace`."""
-        check_no_layouts(self, "unravel")
-        return super().unravel(vector)
+        The tensors are not looked at.
+        """
+        spec = self.vector
+        rows = [
+            t.reshape((*t.shape[: int(stacked)], leaf.numel)).to(
+                dtype=spec.dtype, device=spec.device
+            )
+            for t, leaf in zip(parts, self.tensors, strict=True)
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+    def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Return one tensor per differentiable leaf; of K rows, K stacked ones."""
+        sizes = [leaf.numel for leaf in self.tensors]
+        return [
+            part.reshape((*flat.shape[:-1], *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)
+            for part, leaf in zip(flat.split(sizes, dim=-1), self.tensors, strict=True)
+        ]
 
     def alike(self, parts: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Return parts that are the same where several ranks have a tensor: their means."""
@@ -438,6 +363,22 @@ class Space(VectorSpace):
             t if t is None or layout is None else layout.mean(t)
             for t, layout in zip(parts, self.layouts or [None] * len(parts), strict=True)
         ]
+
+    def _one_or_stacked(self, element: Any) -> tuple[list[torch.Tensor | None], bool]:
+        """Return the tensors of an element or of stacked ones, and whether they are stacked."""
+        element = self._element(element)
+        try:
+            return self.tensors_of(element), False
+        except SpaceError:
+            try:
+                given = self.tensors_of(element, stacked=True)
+            except SpaceError:
+                pass
+            else:
+                lengths = {t.shape[0] for t in given if t is not None}
+                if len(lengths) == 1:
+                    return given, True
+            raise
 
     def _element(self, given: Any) -> Any:
         """Return an element; of a tuple of one, its only entry may be given alone."""

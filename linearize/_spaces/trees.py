@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .._torch.names import key_string, pytree, spec_children
+from .specs import differentiable
 
 #: Types that PyTorch takes for leaves, asked after first.
 _LEAVES = frozenset(
@@ -81,6 +82,16 @@ def flatten(tree: Any) -> tuple[list[Any], Tree]:
         return spec, [key_string(path) for path, _ in with_paths]
 
     return leaves, _interned(tuple(tokens), look)
+
+
+def tangent_leaves(tree: Any) -> list[torch.Tensor]:
+    """Return the leaves of a pytree that have tangents."""
+    return [x for x in pytree.tree_leaves(tree) if differentiable(x)]
+
+
+def tangent_part(tree: Any) -> Any:
+    """Return a pytree with None in the place of leaves that have no tangents."""
+    return pytree.tree_map(lambda x: x if differentiable(x) else None, tree)
 
 
 def _interned(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from cachetools import LRUCache
 
 from .._capture.contexts import ContextRecords
 from .._capture.graph import edge_of, in_graph
@@ -17,8 +17,7 @@ from .._capture.reads import Reads
 from .._capture.state import State, stamps
 from .._derivatives.gradient import check_scalar
 from .._points.memo import Stamp, changed, numbers
-from .._spaces.space import differentiable
-from .._torch.names import pytree
+from .._spaces.trees import tangent_leaves
 from ._operators import Array
 
 
@@ -40,14 +39,8 @@ class Slope(NamedTuple):
 class FirstOrder:
     """Runs f and its backward once at each point; the points are recognised by their numbers.
 
-    Parameters
-    ----------
-    f
-        A function of one pytree that returns one real number as a tensor.
-    maxsize
-        The most points that are remembered.
-    unravel, ravel
-        Make the pytree of a flat vector, and the flat vector of its differentiable tensors.
+    `unravel` and `ravel` make the pytree of a flat vector, and the flat vector of its
+    differentiable tensors.
     """
 
     def __init__(
@@ -59,9 +52,8 @@ class FirstOrder:
     ) -> None:
         self._f = f
         self._unravel, self._ravel = unravel, ravel
-        self._maxsize = maxsize
         self._reach = Reach(f)
-        self._known: OrderedDict[Hashable, Slope] = OrderedDict()
+        self._known: LRUCache[Hashable, Slope] = LRUCache(maxsize)
 
     def at(self, x: Array) -> Slope:
         """Return value and gradient at a flat vector."""
@@ -76,14 +68,12 @@ class FirstOrder:
         state = self._reach.now()
         if found is None or not found.fresh(state):
             found = self._run(self._unravel(x), state)
-            self._known[key] = found
-        self._known.move_to_end(key)
-        while len(self._known) > self._maxsize:
-            self._known.popitem(last=False)
+            if self._known.maxsize:
+                self._known[key] = found
         return found
 
     def _run(self, x: Any, state: State) -> Slope:
-        leaves = [t for t in pytree.tree_leaves(x) if differentiable(t)]
+        leaves = tangent_leaves(x)
         inference = torch.is_inference_mode_enabled()
         with torch.inference_mode(False) if inference else nullcontext(), torch.enable_grad():
             for t in leaves:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import scipy.sparse
@@ -18,13 +18,14 @@ from .._points.point import Point
 from .._spaces.between import as_complex, as_real
 from .._spaces.operators import LinearOperator
 from .._spaces.space import Space, differentiable
+from .._spaces.trees import tangent_leaves
 from .._torch.modes import grad_enabled
 from .._torch.names import pytree
 from ..errors import OptionError, SpaceError, StructureError
 from ._operators import Array, array, aslinearoperator
 
 _WHAT = "functions for SciPy's optimizers"
-KINDS = ("dense", "operator", "sparse")
+Kind: TypeAlias = Literal["dense", "operator", "sparse"]
 
 
 class Flattened:
@@ -49,13 +50,10 @@ class Flattened:
         self._shape = (
             leaf.shape if self._space.spec.is_leaf() and self._vector.dtype == leaf.dtype else None
         )
-        leaves = pytree.tree_leaves(start)
         # What is no variable stays as it is given.
-        self._others = [None if differentiable(x) else x for x in leaves]
+        self._others = [None if differentiable(x) else x for x in pytree.tree_leaves(start)]
         #: The start as SciPy wants it.
-        self.x0: Array = self._of_parts([x.detach() for x in leaves if differentiable(x)]).astype(
-            float
-        )
+        self.x0: Array = self._of_parts(tangent_leaves(start)).astype(float)
         self.linearizer = Linearizer(f, match="value", maxsize=maxsize, has_aux=has_aux)
 
     def unravel(self, x: Array) -> Any:
@@ -127,9 +125,8 @@ class Flattened:
         """Return the value at a flat vector by a run of f of which nothing is kept."""
         with grad_enabled():  # as f runs elsewhere
             given = self.unravel(x)
-            for t in pytree.tree_leaves(given):
-                if differentiable(t):
-                    t.requires_grad_()
+            for t in tangent_leaves(given):
+                t.requires_grad_()
             value = self.linearizer.f(given)
         return _flat(value, Space.of_tree(value, "cotangent", "value"))
 
@@ -144,33 +141,21 @@ class Flattened:
         return f"<{type(self).__name__} of {self._name}: {self._space}>"
 
 
-class Matrices:
-    """Hands out the matrix of an operator in the form that was asked for.
+def check_kind(kind: str, option: str) -> None:
+    """Raise `OptionError` for what is no form of a matrix."""
+    if kind not in get_args(Kind):
+        raise OptionError(f'{option} must be "dense", "operator" or "sparse", got {kind!r}')
 
-    Parameters
-    ----------
-    kind
-        That form.
-    option
-        By which argument it was asked for.
-    symmetric
-        Whether the matrices are Hessians.
-    """
 
-    def __init__(self, kind: str, option: str, *, symmetric: bool = False) -> None:
-        if kind not in KINDS:
-            raise OptionError(f'{option} must be "dense", "operator" or "sparse", got {kind!r}')
-        self._kind, self._symmetric = kind, symmetric
-
-    def of(self, J: Jacobian) -> Any:
-        """Return the matrix of a Jacobian, of real and imaginary parts."""
-        A: LinearOperator = J.as_real()
-        if self._kind == "operator":
-            return aslinearoperator(A)
-        if self._kind == "dense":
-            return array(A.materialize())
-        found = sparse.jacobian(A, symmetric=self._symmetric and A is J, layout="scipy")
-        return scipy.sparse.csr_matrix(found)  # the older class, which all solvers take
+def matrix(J: Jacobian, kind: Kind, *, symmetric: bool = False) -> Any:
+    """Return the matrix of a Jacobian, of real and imaginary parts, in the form asked for."""
+    A: LinearOperator = J.as_real()
+    if kind == "operator":
+        return aslinearoperator(A)
+    if kind == "dense":
+        return array(A.materialize())
+    found = sparse.jacobian(A, symmetric=symmetric and A is J, layout="scipy")
+    return scipy.sparse.csr_matrix(found)  # the older class, which all solvers take
 
 
 def values(here: Linearization | Point) -> Array:
@@ -179,8 +164,7 @@ def values(here: Linearization | Point) -> Array:
 
 
 def _flat(value: Any, space: Space) -> Array:
-    parts = [t for t in pytree.tree_leaves(value) if differentiable(t)]
-    return array(space.as_real().join(as_real(parts, space)))
+    return array(space.as_real().join(as_real(tangent_leaves(value), space)))
 
 
 def as_tensors(x0: Any) -> Any:

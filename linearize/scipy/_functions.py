@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 import scipy.sparse
@@ -15,15 +15,13 @@ from .._derivatives.gradient import gradient_and_value
 from .._points.linearization import Linearization
 from .._points.linearizer import Linearizer
 from .._spaces.between import as_real
-from .._spaces.space import differentiable
+from .._spaces.trees import tangent_leaves, tangent_part
 from .._text.labels import function_name
-from .._torch.names import pytree
 from ..errors import SpaceError
 from ._first_order import FirstOrder
-from ._flattened import Flattened, Matrices, values
+from ._flattened import Flattened, Kind, check_kind, matrix, values
 from ._operators import Array, array, through
 
-Kind: TypeAlias = Literal["dense", "operator", "sparse"]
 #: What matrices come as.
 M = TypeVar("M")
 
@@ -99,9 +97,9 @@ class VectorFunction(Flattened, Generic[M]):
         jac: Kind = "dense",
         maxsize: int = 8,
     ) -> None:
+        check_kind(jac, "jac")
         self._many, self._values_alone = max(maxsize, 1), 0
-        self._jacobians = Matrices(jac, "jac")
-        self._hessians = Matrices(jac, "jac", symmetric=True)
+        self._kind = jac
         super().__init__(f, x0, maxsize, has_aux=False)
         self._name = function_name(f)
 
@@ -150,7 +148,7 @@ class VectorFunction(Flattened, Generic[M]):
         numpy.ndarray, scipy.sparse.csr_matrix or scipy.sparse.linalg.LinearOperator
             Of shape (m, n).
         """
-        found: M = self._jacobians.of(self.at(x).jacobian)
+        found: M = matrix(self.at(x).jacobian, self._kind)
         return found
 
     def hess(self, x: Array, v: Array) -> M:
@@ -176,7 +174,8 @@ class VectorFunction(Flattened, Generic[M]):
             If a vector has another length.
         """
         weights = torch.tensor(np.ascontiguousarray(v))
-        found: M = self._hessians.of(self._weighted.at(self.unravel(x), weights).jacobian)
+        here = self._weighted.at(self.unravel(x), weights)
+        found: M = matrix(here.jacobian, self._kind, symmetric=True)
         return found
 
     def gradient(self, x: Array) -> Array:
@@ -193,9 +192,9 @@ class VectorFunction(Flattened, Generic[M]):
             Of shape (n,).
         """
         here = self.at(x)
-        value = here.out_space.tensors_of(_differentiable_part(here))
+        value = here.out_space.filled(tangent_part(here.value))
         J = here.jacobian.as_real()
-        parts = as_real([t for t in value if t is not None], here.out_space)
+        parts = as_real(value, here.out_space)
         return array(J.in_space.join(J._apply_adjoint(parts, stacked=False)))
 
 
@@ -265,7 +264,8 @@ class ScalarFunction(Flattened, Generic[M]):
         hess: Kind = "operator",
         maxsize: int = 8,
     ) -> None:
-        self._hessians = Matrices(hess, "hess", symmetric=True)
+        check_kind(hess, "hess")
+        self._kind = hess
         super().__init__(gradient_and_value(f), x0, maxsize, has_aux=True)
         self._name = function_name(f)
         self._first_order: FirstOrder | None = FirstOrder(f, maxsize, self.unravel, self._of_parts)
@@ -326,17 +326,13 @@ class ScalarFunction(Flattened, Generic[M]):
         return through(self.at(x).jacobian.as_real().H, np.asarray(p))
 
     def _hess(self, x: Array) -> M:
-        found: M = self._hessians.of(self.at(x).jacobian)
+        found: M = matrix(self.at(x).jacobian, self._kind, symmetric=True)
         return found
-
-
-def _differentiable_part(here: Linearization) -> Any:
-    return pytree.tree_map(lambda t: t if differentiable(t) else None, here.value)
 
 
 def _weighted_sum(value: Any, weights: torch.Tensor) -> torch.Tensor:
     """Return the inner product of a value's real and imaginary parts with a vector."""
-    parts = [t for t in pytree.tree_leaves(value) if differentiable(t)]
+    parts = tangent_leaves(value)
     flat = torch.cat([(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in parts])
     if flat.shape != weights.shape:
         raise SpaceError(f"v: expected shape {tuple(flat.shape)}, got {tuple(weights.shape)}")

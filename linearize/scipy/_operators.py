@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from .._points.linearization import Linearization
-from .._spaces.flat import flat_spec
 from .._spaces.operators import LinearOperator
 from ..distributed import gathered
 from ..errors import StructureError, UnsupportedError
@@ -86,7 +85,7 @@ def aslinearoperator(
     if real:
         operator = operator.as_real()
     operator.check_complex_linear("aslinearoperator")
-    kinds = {flat_spec(s).dtype.is_complex for s in (operator.in_space, operator.out_space)}
+    kinds = {s.vector.dtype.is_complex for s in (operator.in_space, operator.out_space)}
     if len(kinds) > 1:
         raise UnsupportedError(
             "aslinearoperator: the operator maps between real and complex numbers, and its "
@@ -103,7 +102,7 @@ def _numpy_dtype(dtype: torch.dtype) -> Any:
 
 def through(operator: LinearOperator, x: Array) -> Array:
     """Apply an operator to a NumPy vector or matrix."""
-    spec = flat_spec(operator.in_space)
+    spec = operator.in_space.vector
     if np.iscomplexobj(x) and not spec.dtype.is_complex:
         return through(operator, x.real) + 1j * through(operator, x.imag)
     given = torch.tensor(np.ascontiguousarray(x)).to(dtype=spec.dtype, device=spec.device)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
 from .._spaces.compare import tolerance
-from .._spaces.flat import join, random, split
+from .._spaces.flat import random
 from .._spaces.operators import ChunkSize, LinearOperator
 from .._text.progress import progress
 from ..errors import LinearizeError
@@ -19,7 +19,7 @@ from ._patterns import Pattern
 from ._ways import Way
 
 Layout: TypeAlias = Literal["coo", "csr", "csc", "scipy"]
-LAYOUTS = ("coo", "csr", "csc", "scipy")
+LAYOUTS = get_args(Layout)
 
 
 def entries(
@@ -27,78 +27,64 @@ def entries(
 ) -> torch.Tensor:
     """Return the entries of a matrix in the order of its pattern.
 
-    Parameters
-    ----------
-    A
-        The operator.
-    pattern, way
-        Where it has entries, and how they are had.
-    chunk_size
-        How many products go in one pass.
-    sure
-        Whether the pattern is the program's own. Then it is checked thoroughly once, at other
-        points by one product more in the same pass.
+    Of a pattern that is `sure`, the program's own, they are checked thoroughly once, at other
+    points by one product more in the same pass.
     """
     back = way.reverse > 0
     ahead = way.forward > 0 or not back
-    forward = _results(A, way, chunk_size, adjoint=False) if ahead else None
-    reverse = _results(A, way, chunk_size, adjoint=True) if back else None
-    stacks = [t for t in (forward, reverse) if t is not None]
+    sides = [(A, way.seeds(A.in_space, adjoint=False))] if ahead else []
+    if back:
+        sides.append((A.H, way.seeds(A.out_space, adjoint=True)))
+    stacks = [_images(B, seeds, chunk_size) for B, seeds in sides]
     flat = torch.cat([t.reshape(-1) for t in stacks]) if len(stacks) > 1 else stacks[0].reshape(-1)
     take, conjugated = way.places(flat.device)
     values = flat.index_select(0, take)
     if values.is_complex():
         values = torch.where(conjugated, values.conj(), values)
-    side = _Side(A, pattern, values, adjoint=not ahead)
+    row, column = pattern.places(values.device)
+    if ahead:
+        side = _Side(A, "row", row, column, values)
+    else:
+        side = _Side(A.H, "column", column, row, values.conj())
     if not (sure and pattern.checked and side.agrees(way.random(side.ours), stacks[0][-1])):
         side.verify()
         pattern.checked = True
     return values
 
 
-def _results(A: LinearOperator, way: Way, chunk_size: ChunkSize, *, adjoint: bool) -> torch.Tensor:
-    """Return the products of one direction, the first direction's with one for a random vector."""
-    ours, theirs = (A.out_space, A.in_space) if adjoint else (A.in_space, A.out_space)
-    seeds = way.seeds(ours, adjoint=adjoint)
-    count = len(seeds)
-    chunk = A._chunk(chunk_size, count, adjoint=adjoint)
+def _images(A: LinearOperator, seeds: torch.Tensor, chunk_size: ChunkSize) -> torch.Tensor:
+    """Return the products with the rows of a matrix."""
+    chunk = A._chunk(chunk_size, len(seeds))
 
     def images(some: torch.Tensor) -> torch.Tensor:
-        return join(theirs, A._several(split(ours, some), adjoint=adjoint), stacked=True)
+        return A.out_space.join(A._several(A.in_space.split(some)), stacked=True)
 
-    if chunk >= count:
+    if chunk >= len(seeds):
         return images(seeds)
     pieces = seeds.split(chunk)
     return torch.cat([images(s) for s in progress(pieces, len(pieces), "sparse Jacobian")])
 
 
 class _Side:
-    """The entries of a matrix, held against products of one direction.
+    """Row, column and number of each entry that was found, held against products with A.
 
-    Parameters
-    ----------
-    A
-        The operator.
-    pattern, values
-        The entries that were found.
-    adjoint
-        Whether the products are those of its adjoint.
+    `word` is what a row of A is called: A may be an adjoint.
     """
 
     def __init__(
-        self, A: LinearOperator, pattern: Pattern, values: torch.Tensor, *, adjoint: bool
+        self,
+        A: LinearOperator,
+        word: str,
+        to: torch.Tensor,
+        by: torch.Tensor,
+        values: torch.Tensor,
     ) -> None:
-        row, column = pattern.places(values.device)
-        if adjoint:
-            self.ours, self._theirs, self._apply = A.out_space, A.in_space, A._apply_adjoint
-            self._to, self._by, self._values = column, row, values.conj()
-        else:
-            self.ours, self._theirs, self._apply = A.in_space, A.out_space, A._apply
-            self._to, self._by, self._values = row, column, values
-        self._word = "column" if adjoint else "row"
+        self.ours = A.in_space
+        self._A, self._word = A, word
+        self._to, self._by, self._values = to, by, values
 
     def _added(self, terms: torch.Tensor) -> torch.Tensor:
-        zero = torch.zeros(self._theirs.size, dtype=terms.dtype, device=terms.device)
+        zero = torch.zeros(self._A.shape[0], dtype=terms.dtype, device=terms.device)
         return zero.index_add(0, self._to, terms)
 
     def _times(self, x: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +113,7 @@ class _Side:
         if 0 < most < math.inf:
             weights = (largest / most).clamp(min=math.sqrt(torch.finfo(sizes.dtype).eps))
         for scale in (torch.ones_like(weights), weights):
-            x, y = (join(self.ours, random(self.ours, generator)) / scale for _ in range(2))
+            x, y = (self.ours.join(random(self.ours, generator)) / scale for _ in range(2))
             want = self._image(x)
             got, limit = self._times(x, want)
             off, finite = (got - want).abs(), torch.isfinite(want)
@@ -144,7 +130,7 @@ class _Side:
                 )
 
     def _image(self, x: torch.Tensor) -> torch.Tensor:
-        return join(self._theirs, self._apply(split(self.ours, x), stacked=False))
+        return self._A.out_space.join(self._A._apply(self.ours.split(x), stacked=False))
 
 
 def _named(word: str, numbers: torch.Tensor) -> str:

@@ -18,7 +18,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-Integers: TypeAlias = NDArray[np.int64]
+from ._boolean import Integers, places
+
 #: A colour for each column or row, -1 for those that need none.
 Colors: TypeAlias = Integers
 
@@ -34,13 +35,7 @@ def count(colors: Colors) -> int:
 
 
 def grouped(pattern: Any) -> Colors:
-    """Return a colour for each column, so that columns of one colour share no row.
-
-    Parameters
-    ----------
-    pattern
-        A SciPy matrix in CSR format whose stored entries count.
-    """
+    """Return a colour for each column, so that columns of one colour share no row."""
     columns = pattern.shape[1]
     fewest = int(np.diff(pattern.indptr).max(initial=0))
     if 2 * fewest > columns:  # next to nothing can be saved
@@ -50,22 +45,10 @@ def grouped(pattern: Any) -> Colors:
 
 
 def split_by(pattern: Any, rows: NDArray[np.bool_], columns: NDArray[np.bool_]) -> tuple[Any, Any]:
-    """Colour columns and rows together.
+    """Return colours of the columns and of the rows.
 
     Products with J give the entries outside of some rows, and those in some columns; products
     with Jᵀ the others.
-
-    Parameters
-    ----------
-    pattern
-        As for `grouped`, of booleans.
-    rows, columns
-        For each row, and each column, whether it is among these.
-
-    Returns
-    -------
-    columns, rows
-        A colour for each.
     """
     row, column = places(pattern)
     forward = ~rows[row] | columns[column]
@@ -73,12 +56,6 @@ def split_by(pattern: Any, rows: NDArray[np.bool_], columns: NDArray[np.bool_]) 
     marked = sp.csr_array((forward + 1, pattern.indices, pattern.indptr), shape=shape)
     other = sp.csr_array((2 - forward, pattern.indices, pattern.indptr), shape=shape)
     return _best(_Columns(marked.tocsc(), 2), 0), _best(_Columns(other.T.tocsc(), 2), 0)
-
-
-def places(pattern: Any) -> tuple[Integers, Integers]:
-    """Return row and column of each entry of a CSR matrix, in its order."""
-    row = np.repeat(np.arange(pattern.shape[0]), np.diff(pattern.indptr))
-    return row, pattern.indices.astype(np.int64)
 
 
 def _best(columns: _Columns, fewest: int) -> Colors:
@@ -111,62 +88,45 @@ def _last_first(colors: Colors) -> Sequence[int]:
 class _Columns:
     """Colours columns one after the other.
 
-    Parameters
-    ----------
-    csc
-        The pattern. Where its numbers are `direct`, an entry is had by these products: columns of
-        one colour share no row in which that is so for one of them. By default all are.
+    Where the numbers of the matrix are `direct`, an entry is had by these products: columns of
+    one colour share no row in which that is so for one of them. By default all are.
     """
 
     def __init__(self, csc: Any, direct: int | None = None) -> None:
         self.height, self.width = csc.shape
         self.entries = csc.nnz
         self.sizes = np.diff(csc.indptr)
-        self._rows: list[int] = csc.indices.tolist()
-        self._bounds: list[int] = csc.indptr.tolist()
-        self._direct: list[bool] | None = None
-        if direct is not None:
-            self._direct = (csc.data == direct).tolist()
+        alone = np.ones(csc.nnz, dtype=bool) if direct is None else csc.data == direct
+        self._alone, self._beside = _rows(csc, alone), _rows(csc, ~alone)
 
     def colored(self, order: Iterable[int]) -> Colors:
         """Return the greedy colouring in an order of columns."""
         colors = [-1] * self.width
-        if self._direct is not None:
-            self._color_partly(order, colors, self._direct)
-            return np.array(colors, dtype=np.int64)
-        taken = [0] * self.height
-        bounds, all_rows = self._bounds, self._rows
-        for j in order:
-            rows = all_rows[bounds[j] : bounds[j + 1]]
-            forbidden = 0
-            for i in rows:
-                forbidden |= taken[i]
-            bit = ~forbidden & (forbidden + 1)
-            for i in rows:
-                taken[i] |= bit
-            if rows:
-                colors[j] = bit.bit_length() - 1
-        return np.array(colors, dtype=np.int64)
-
-    def _color_partly(self, order: Iterable[int], colors: list[int], direct: list[bool]) -> None:
-        met = [0] * self.height  # colours of columns that are had elsewhere in this row
+        met = [0] * self.height  # colours of columns in this row
         taken = [0] * self.height  # of columns that have to be alone in it
-        bounds, all_rows = self._bounds, self._rows
+        (own, first), (others, start) = self._alone, self._beside
         for j in order:
-            span = slice(bounds[j], bounds[j + 1])
-            rows, alone = all_rows[span], direct[span]
-            if True not in alone:
+            alone, beside = own[first[j] : first[j + 1]], others[start[j] : start[j + 1]]
+            if not alone:
                 continue
             forbidden = 0
-            for i, by in zip(rows, alone, strict=True):
-                forbidden |= taken[i] | met[i] if by else taken[i]
+            for i in alone:
+                forbidden |= met[i]
+            for i in beside:
+                forbidden |= taken[i]
             bit = ~forbidden & (forbidden + 1)
-            for i, by in zip(rows, alone, strict=True):
-                if by:
-                    taken[i] |= bit
-                else:
-                    met[i] |= bit
+            for i in alone:
+                met[i] |= bit
+                taken[i] |= bit
+            for i in beside:
+                met[i] |= bit
             colors[j] = bit.bit_length() - 1
+        return np.array(colors, dtype=np.int64)
+
+
+def _rows(csc: Any, chosen: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+    """Return the rows of the chosen entries, and where those of each column begin."""
+    return csc.indices[chosen].tolist(), np.append(0, np.cumsum(chosen))[csc.indptr].tolist()
 
 
 def star(pattern: Any) -> Colors:
@@ -174,11 +134,6 @@ def star(pattern: Any) -> Colors:
 
     Neighbours have different colours; and of each two, one is the only neighbour of its colour
     that the other one has.
-
-    Parameters
-    ----------
-    pattern
-        A symmetric matrix in CSR format whose stored entries count.
     """
     orders: list[Iterable[int]] = [range(pattern.shape[0])]
     if pattern.nnz <= _SMALL:

@@ -23,6 +23,7 @@ from .._spaces.space import TensorSpec
 from .._torch.graphs import operator_of
 from .._torch.names import OpOverload
 from ..errors import FunctionContractError, OptionError, StructureError
+from ._boolean import in_parts, marked
 from ._coloring import count, grouped
 
 Shapes: TypeAlias = list[tuple[int, ...]]
@@ -99,17 +100,9 @@ def declare(function: Any, pattern: Declared) -> None:
 
 
 def relation(eq: Equation) -> Any:
-    """Return which results of an opaque operation depend on which entries of its variables.
+    """Return the same as `_probing.relation` of an opaque operation; None if nothing was declared.
 
-    Returns
-    -------
-    scipy.sparse.csr_array or None
-        As of `_probing.relation`; None if nothing was declared.
-
-    Raises
-    ------
-    FunctionContractError
-        If what was declared does not fit.
+    Raises `FunctionContractError` if what was declared does not fit.
     """
     if not isinstance(eq.op, (CustomBackward, CustomJvp)):
         return None
@@ -148,7 +141,7 @@ def _connected(node: CustomNode, given: str, into: TensorSpec, out: TensorSpec) 
                 f"{node.name} was declared to be elementwise, but its input of shape {a} is not "
                 f"broadcast to its output of shape {b}; declare a matrix"
             ) from None
-        return _ones(np.arange(out.numel), read, (out.numel, into.numel))
+        return marked(np.arange(out.numel), read, (out.numel, into.numel))
     same = bool(a) and bool(b) and a[0] == b[0]
     rows = a[0] if same else 1
     ones = np.ones((out.numel // max(rows, 1), into.numel // max(rows, 1)), dtype=bool)
@@ -195,10 +188,6 @@ def _of_equation(eq: Equation, op: CustomBackward | CustomJvp, blocks: list[list
     return sp.block_array(rows, format="csr").astype(bool)
 
 
-def _ones(row: Any, column: Any, shape: tuple[int, int]) -> Any:
-    return sp.csr_array((np.ones(len(row), dtype=bool), (row, column)), shape=shape)
-
-
 def _check(eq: Equation, node: CustomNode, pattern: Any) -> None:
     """Raise unless products have no other entries than a pattern.
 
@@ -207,7 +196,7 @@ def _check(eq: Equation, node: CustomNode, pattern: Any) -> None:
     """
     variables = list(dict.fromkeys(eq.inputs()))
     outs = [v.spec for v in eq.outputs if v is not None]
-    pattern = _in_parts(pattern, outs, [v.spec for v in variables])
+    pattern = in_parts(pattern, outs, [v.spec for v in variables])
     colors = torch.from_numpy(grouped(pattern))
 
     def image(x: torch.Tensor) -> torch.Tensor:
@@ -243,15 +232,3 @@ def _check(eq: Equation, node: CustomNode, pattern: Any) -> None:
             f"{lacking[0]} of its result, and {len(lacking) - 1} others, have other numbers than "
             f"a matrix with the pattern that was declared for {node.name}"
         )
-
-
-def _in_parts(pattern: Any, outs: Sequence[TensorSpec], ins: Sequence[TensorSpec]) -> Any:
-    """Return a pattern by real and imaginary parts."""
-    rows, columns = (
-        np.repeat(
-            np.arange(sum(s.numel for s in specs)),
-            np.repeat([1 + s.dtype.is_complex for s in specs], [s.numel for s in specs]),
-        )
-        for specs in (outs, ins)
-    )
-    return pattern[rows][:, columns].tocsr()

@@ -29,7 +29,8 @@ from .._spaces.nested import map_leaves
 from .._text.labels import beside
 from .._torch.names import OpOverload
 from . import _declared, _probing, _reading
-from ._reading import Look, Reader, Rows, TooDenseError
+from ._boolean import Rows
+from ._reading import Look, Reader, TooDenseError
 from ._rules import rule_for
 
 
@@ -90,55 +91,53 @@ class Dependence:
             return False
 
 
-class _Walk:
+class _Walk(Reader):
     """Reads one equation after the other, and notes what they do."""
 
     def __init__(self, program: BoundProgram) -> None:
-        self.reader = Reader(program)
+        super().__init__(program)
         self.steps: list[Step] = []
         self._tried: dict[Hashable, Rows | None] = {}
 
     def read(self, eq: Equation) -> None:
         """Find the rows of an equation's results."""
-        reader = self.reader
         results = self._found(eq)
         guessed = results is None
         if results is None:
-            results = reader.everything(eq)
+            results = self.everything(eq)
         after = 0
         for out, rows in zip(eq.outputs, results, strict=True):
             if out is not None:
                 if rows.nnz > _reading.LIMIT:
                     raise TooDenseError
-                assert rows.shape == (out.spec.numel, reader.width), eq.name
-                reader.rows[out] = rows
+                assert rows.shape == (out.spec.numel, self.width), eq.name
+                self.rows[out] = rows
                 after = max(after, _most(rows))
         if eq.kwargs.get("memory_format") == torch.contiguous_format or eq.kind == "contiguous":
-            reader.contiguous.update(v for v in eq.outputs if v is not None)
-        before = max((_most(reader.rows[v]) for v in eq.inputs()), default=0)
+            self.contiguous.update(v for v in eq.outputs if v is not None)
+        before = max((_most(self.rows[v]) for v in eq.inputs()), default=0)
         if guessed or after > before:
             name = beside(eq.name, eq.source)
             self.steps.append(Step(name, before, after, guessed and after > 1))
 
     def _found(self, eq: Equation) -> list[Rows] | None:
-        reader = self.reader
         if not isinstance(eq.op, OpOverload):
             declared = _declared.relation(eq)
             if declared is not None:
-                return reader.linked(eq, declared)
+                return self.linked(eq, declared)
         elif eq.op.namespace != "aten":
             return None
         elif (rule := rule_for(eq.op)) is not None:
-            results = rule(reader, eq)
+            results = rule(self, eq)
             if results is not None:
                 return results
-        return reader.linked(eq, self._try(eq)) if _probing.tried(eq) else None
+        return self.linked(eq, self._try(eq)) if _probing.tried(eq) else None
 
     def _try(self, eq: Equation) -> Rows | None:
         """Try an operation out, once for all that are alike."""
-        reader, variables, kept = self.reader, eq.inputs(), _probing.kept(eq)
+        variables, kept = eq.inputs(), _probing.kept(eq)
         for c in kept:
-            reader.read_numbers(c)
+            self.read_numbers(c)
 
         def kind(x: Any) -> Any:
             if isinstance(x, Var):
@@ -147,7 +146,7 @@ class _Walk:
 
         key = frozen(eq.op, map_leaves(kind, eq.args), map_leaves(kind, eq.kwargs))
         if key not in self._tried:
-            self._tried[key] = _probing.relation(eq, reader.numbers, _reading.LIMIT)
+            self._tried[key] = _probing.relation(eq, self.numbers, _reading.LIMIT)
         return self._tried[key]
 
 
@@ -164,15 +163,14 @@ def dependence(program: BoundProgram) -> Dependence:
         If it would have too many entries to be worth it.
     """
     walk = _Walk(program)
-    reader = walk.reader
     for eq, gone in zip(program.equations, program.program.last_uses(), strict=True):
         walk.read(eq)
         for v in gone:
-            del reader.rows[v]
+            del walk.rows[v]
     blocks = [
-        sp.csr_array((spec.numel, reader.width), dtype=bool) if v is None else reader.rows[v]
+        sp.csr_array((spec.numel, walk.width), dtype=bool) if v is None else walk.rows[v]
         for v, spec in zip(program.outputs, program.specs, strict=True)
     ]
-    empty = sp.csr_array((0, reader.width), dtype=bool)
+    empty = sp.csr_array((0, walk.width), dtype=bool)
     rows = sp.vstack([*blocks, empty], format="csr").astype(bool)
-    return Dependence(rows, walk.steps, reader.looked_at, bool(program.program.fixed))
+    return Dependence(rows, walk.steps, walk.looked_at, bool(program.program.fixed))

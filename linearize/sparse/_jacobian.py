@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from .._points.jacobian import Jacobian
 from .._points.linearization import Linearization
-from .._spaces.flat import flat_spec
 from .._spaces.operators import ChunkSize, LinearOperator, SelfAdjoint, check_chunk_size
 from .._spaces.space import check_whole
 from .._spaces.specs import describe
@@ -53,8 +52,7 @@ def pattern(of: Linearization | LinearOperator) -> sp.csr_array:
     StructureError
         If what is given is none of these.
     """
-    A = _operator(of)
-    check_whole(A.in_space, "a sparsity pattern")
+    A = _operator(of, "a sparsity pattern")
     return pattern_of(A).entries.copy()
 
 
@@ -149,8 +147,7 @@ def jacobian(
     UnsupportedError
         If the spaces are complex and the map is only real-linear: it has no such matrix.
     """
-    A = _operator(of)
-    check_whole(A.in_space, "a sparse Jacobian")
+    A = _operator(of, "a sparse Jacobian")
     check_chunk_size(chunk_size)
     if layout not in LAYOUTS:
         raise OptionError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -185,8 +182,7 @@ def explain(
     OptionError, SpaceError
         As by `jacobian`.
     """
-    A = _operator(of)
-    check_whole(A.in_space, "a sparse Jacobian")
+    A = _operator(of, "a sparse Jacobian")
     known, way, compared = _chosen(A, pattern, direction, symmetric)
     found = known.entries
     by_row, (rows, columns) = np.diff(found.indptr), found.shape
@@ -218,15 +214,15 @@ def _filling(known: Pattern) -> Iterator[str]:
         yield f"  filled by {step.name}: from {step.before} to {step.after} for an entry"
 
 
-def _operator(of: Any) -> LinearOperator:
-    if isinstance(of, Linearization):
-        return of.jacobian
-    if not isinstance(of, LinearOperator):
+def _operator(of: Any, what: str) -> LinearOperator:
+    A = of.jacobian if isinstance(of, Linearization) else of
+    if not isinstance(A, LinearOperator):
         raise StructureError(
             "sparse: expected a linearization, Linearizer(f).at(x), or an operator, its Jacobian "
             f"for instance, got {describe(of)}"
         )
-    return of
+    check_whole(A.in_space, what)
+    return A
 
 
 def _chosen(
@@ -241,10 +237,9 @@ def _chosen(
     mirrored = isinstance(A, SelfAdjoint) if symmetric is None else symmetric
     if (symmetric or direction == "symmetric") and A.shape[0] != A.shape[1]:
         raise SpaceError(f"a symmetric matrix is square, this one is {A.shape}")
-    mixed = flat_spec(A.in_space).dtype.is_complex != flat_spec(A.out_space).dtype.is_complex
-    if mixed and direction == "auto":
+    if A._is_mixed and direction == "auto":
         direction = "forward"
-    if mixed and direction != "forward":
+    if A._is_mixed and direction != "forward":
         raise UnsupportedError(
             "a sparse Jacobian: the adjoint of a map from real to complex numbers keeps real "
             'parts only; use direction="forward"'

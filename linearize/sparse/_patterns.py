@@ -2,68 +2,58 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 
 from .._execute.binding import BoundProgram
-from .._points.jacobian import Gram, Jacobian
+from .._points.jacobian import Jacobian
 from .._points.product import Product
 from .._programs.price import price
 from .._spaces.operators import LinearOperator
-from .._spaces.space import Space
 from .._transpose.missing import resolve
-from ..curvature import Curvature
 from ..errors import LinearizeError, MissingDerivativeError, StructureError
-from ._coloring import places
+from ._boolean import Rows, in_parts, places, same
 from ._declared import times_declared
 from ._dependence import Dependence, Step, dependence
 from ._reading import TooDenseError
-from ._ways import Direction, Prices, Way, ways
+from ._ways import Direction, OnDevices, Prices, Way, ways
 
 
 class Pattern:
-    """Where a matrix may have entries, with the ways to have it.
+    """Where a matrix may have entries, with the operations that fill it and the ways to have it.
 
-    Parameters
-    ----------
-    entries
-        In CSR format.
-    steps
-        The operations that fill it.
-    prices
-        Of products.
-    reads
-        What was looked at to find it, by products.
-
-    Attributes
-    ----------
-    checked
-        Whether products were seen to have no other entries.
+    `reads` is what was looked at to find it, with the number of the product.
     """
 
     def __init__(
         self,
         entries: Any,
-        steps: list[Step] | None = None,
+        steps: Sequence[Step] = (),
         prices: Prices | None = None,
-        reads: list[tuple[int, Dependence]] | None = None,
+        reads: Sequence[tuple[int, Dependence]] = (),
     ) -> None:
         found = sp.csr_array(entries, dtype=bool)
         found.sum_duplicates()
         found.sort_indices()
         self.entries = found
-        self.steps = steps or []
+        self.steps = steps
         self.prices = prices or Prices()
+        #: Whether products were seen to have no other entries.
         self.checked = False
         self._in_parts: Pattern | None = None
-        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._reads = reads or []
+        self._reads = reads
         self._declared = times_declared()
         self._ways: dict[tuple[Direction, bool], tuple[Way, list[tuple[str, float]]]] = {}
+
+    @functools.cached_property
+    def places(self) -> OnDevices:
+        """Row and column of each entry."""
+        return OnDevices(*places(self.entries))
 
     def way(self, direction: Direction, *, symmetric: bool) -> tuple[Way, list[tuple[str, float]]]:
         """Return the cheapest way to have the matrix, and what was compared, with prices."""
@@ -72,29 +62,15 @@ class Pattern:
             self._ways[key] = ways(self.entries, direction, self.prices, symmetric=symmetric)
         return self._ways[key]
 
-    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return row and column of each entry as tensors."""
-        if device not in self._places:
-            row, column = (torch.from_numpy(x).to(device) for x in places(self.entries))
-            self._places[device] = row, column
-        return self._places[device]
-
     def learn(self, other: Pattern) -> None:
         """Take over the ways to another pattern, if that has the same entries."""
-        if _same(self.entries, other.entries):
+        if same(self.entries, other.entries):
             self._ways = other._ways
 
     def in_parts(self, of: LinearOperator) -> Pattern:
-        """Return the pattern by real and imaginary parts: all of them where a number is complex.
-
-        Parameters
-        ----------
-        of
-            The operator whose pattern this is.
-        """
+        """Return the pattern by real and imaginary parts, as that of an operator."""
         if self._in_parts is None:
-            rows, columns = _parts(of.out_space), _parts(of.in_space)
-            entries = rows @ self.entries.astype(int) @ columns.T
+            entries = in_parts(self.entries, of.out_space.tensors, of.in_space.tensors)
             self._in_parts = Pattern(entries, self.steps, self.prices)
         return self._in_parts
 
@@ -120,29 +96,38 @@ def pattern_of(A: Any) -> Pattern:
         return _of_jacobian(A)
     if isinstance(A, LinearOperator) and A.of_parts is not None:
         return pattern_of(A.of_parts).in_parts(A.of_parts)
-    if isinstance(A, Gram):
-        found = _found(A._product)
-        if found is not None:
-            return Pattern(found.rows, found.steps, reads=[(0, found)])
-        return Pattern(np.ones(A.shape, dtype=bool))
-    if isinstance(A, Curvature):
-        total = sp.csr_array(A.shape, dtype=bool)
-        steps: list[Step] = []
-        for chain in A._chains():
-            rows: Any = None
-            for product in chain:
-                one = _found(product)
-                if one is None:
-                    return Pattern(np.ones(A.shape, dtype=bool))
-                rows = one.rows if rows is None else (one.rows @ rows).astype(bool)
-                steps += one.steps
-            total = total + rows
-        return Pattern(total, steps)
+    if isinstance(A, Summed):
+        return _of_chains(A)
     raise StructureError(
         "pattern: expected a linearization, its Jacobian, the gram operator of that, an operator "
         f"of linearize.curvature, or the real operator of one of these, got {A!r}; the pattern of "
         "any other has to be given"
     )
+
+
+@runtime_checkable
+class Summed(Protocol):
+    """An operator that is a sum of chains: products that are applied one after another."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def _chains(self) -> Iterable[Sequence[Product]]: ...
+
+
+def _of_chains(A: Summed) -> Pattern:
+    total = sp.csr_array(A.shape, dtype=bool)
+    steps: list[Step] = []
+    for chain in A._chains():
+        rows: Rows = None
+        for product in chain:
+            one = _found(product)
+            if one is None:
+                return Pattern(np.ones(A.shape, dtype=bool))
+            rows = one.rows if rows is None else (one.rows @ rows).astype(bool)
+            steps += one.steps
+        total = total + rows
+    return Pattern(total, steps)
 
 
 def _of_jacobian(J: Jacobian) -> Pattern:
@@ -160,15 +145,6 @@ def _of_jacobian(J: Jacobian) -> Pattern:
         known = products[1]._notes()[_NOTE] = found  # only now the structure need be known
     here[_NOTE] = known
     return known
-
-
-def _parts(space: Space) -> Any:
-    """Return the matrix that has a one where a real coordinate is part of a number."""
-    sizes = [leaf.numel for leaf in space.tensors]
-    count = np.repeat([1 + leaf.dtype.is_complex for leaf in space.tensors], sizes)
-    number = np.repeat(np.arange(len(count)), count)
-    ones = np.ones(len(number), dtype=int), (np.arange(len(number)), number)
-    return sp.csr_array(ones, shape=(len(number), len(count)))
 
 
 #: Under which name a structure's pattern is noted.
@@ -231,7 +207,7 @@ def given(entries: Any) -> Pattern:
     """Return a pattern that the user gives, as it was met before if it is the same."""
     made = Pattern(entries)
     for known in reversed(_MET):
-        if _same(known.entries, made.entries):
+        if same(known.entries, made.entries):
             return known
     _MET.append(made)
     del _MET[:-_MOST_MET]
@@ -241,12 +217,3 @@ def given(entries: Any) -> Pattern:
 #: Patterns that users gave, the last ones, with their colourings.
 _MET: list[Pattern] = []
 _MOST_MET = 8
-
-
-def _same(a: Any, b: Any) -> bool:
-    return (
-        a.shape == b.shape
-        and a.nnz == b.nnz
-        and np.array_equal(a.indptr, b.indptr)
-        and np.array_equal(a.indices, b.indices)
-    )

@@ -31,6 +31,7 @@ from .._record.node_formulas import Differential
 from .._spaces.nested import map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload
+from ._boolean import marked
 from ._coloring import grouped
 
 #: Operations whose floating point constants do not decide which results are zero, by name.
@@ -97,22 +98,10 @@ def kept(eq: Equation) -> list[Constant]:
 
 
 def relation(eq: Equation, numbers: Numbers, limit: int) -> Any:
-    """Return which results of an equation may depend on which entries of its variables.
+    """Return which results of an equation, see `tried`, depend on which entries of its variables.
 
-    Parameters
-    ----------
-    eq
-        The equation; see `tried`.
-    numbers
-        Of its constants: integers and positions are read.
-    limit
-        The most entries that are of use.
-
-    Returns
-    -------
-    scipy.sparse.csr_array or None
-        Booleans: rows are the entries of all results, one after the other, columns those of the
-        variables. None if it cannot be tried, or has more entries.
+    Rows are the entries of all results, one after the other, columns those of the variables. None
+    if it cannot be tried, or has more entries than `limit`.
     """
     for natural in (False, True):
         trial = _Trial(eq, numbers, natural=natural)
@@ -130,17 +119,7 @@ def relation(eq: Equation, numbers: Numbers, limit: int) -> Any:
 class _Trial:
     """Applies an operation to numbers that are zero outside of some places.
 
-    Parameters
-    ----------
-    eq, numbers
-        The operation, and the numbers of its constants.
-    natural
-        Whether it runs with its own dtypes where it is, else in double precision on the CPU.
-
-    Attributes
-    ----------
-    variables
-        What varies, each once.
+    If `natural`, it runs with its own dtypes where it is, else in double precision on the CPU.
     """
 
     def __init__(self, eq: Equation, numbers: Numbers, *, natural: bool) -> None:
@@ -198,11 +177,7 @@ def _block(trial: _Trial, v: Var, k: int, limit: int) -> Any:
     out = trial.eq.outputs[k]
     assert out is not None
     ins, outs = v.spec.shape, out.spec.shape
-
-    def flat(chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        hit = trial(v, torch.from_numpy(chosen).reshape(ins), k)
-        return hit.reshape(-1).numpy()
-
+    flat = _along(trial, v, k, None)
     if 1 < len(ins) == len(outs):
         # Most kernels do the same at each place of a dimension, whatever the other dimensions.
         factors = [
@@ -218,12 +193,15 @@ def _block(trial: _Trial, v: Var, k: int, limit: int) -> Any:
 Call: TypeAlias = Callable[[NDArray[np.bool_]], NDArray[np.bool_]]
 
 
-def _along(trial: _Trial, v: Var, k: int, d: int) -> Call:
-    """Return the same for the places of one dimension, taken as a whole."""
-    shape = [-1 if i == d else 1 for i in range(len(v.spec.shape))]
+def _along(trial: _Trial, v: Var, k: int, d: int | None) -> Call:
+    """Return a trial of entries, or of the places of one dimension, taken as a whole."""
+    ins = v.spec.shape
+    shape = ins if d is None else [-1 if i == d else 1 for i in range(len(ins))]
 
     def call(chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
         hit = trial(v, torch.from_numpy(chosen).reshape(shape), k)
+        if d is None:
+            return hit.reshape(-1).numpy()
         return hit.movedim(d, 0).reshape(hit.shape[d], -1).any(1).numpy()
 
     return call
@@ -288,14 +266,8 @@ def _split(
 ) -> Any:
     """Return which rows read which blocks, None if that would take too much work.
 
-    Parameters
-    ----------
-    call
-        The operation.
-    known, kinds
-        Which kind of row reads which larger block, and of which kind each row is.
-    parents, lengths
-        For each block, the larger one that it is part of, and how many columns it has.
+    It is known which kind of row reads which larger block, and of which of the `kinds` each row
+    is; for each block, the larger one that it is part of, and how many columns it has.
     """
     colors = grouped(known)[parents]
     part = np.arange(len(parents)) - np.searchsorted(parents, parents)
@@ -317,5 +289,4 @@ def _split(
         reads = block[kinds[rows]]
         places.append(np.stack([rows, reads])[:, reads >= 0])
     row, column = np.concatenate(places, axis=1)
-    ones = np.ones(len(row), dtype=bool)
-    return sp.csr_array((ones, (row, column)), shape=(len(kinds), len(parents)))
+    return marked(row, column, (len(kinds), len(parents)))

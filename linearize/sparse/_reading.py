@@ -13,9 +13,8 @@ from .._execute.binding import BoundProgram
 from .._programs.origins import Origin, Saved, ordered
 from .._programs.program import Equation
 from .._programs.values import Constant, Var
+from ._boolean import Rows
 
-#: A boolean matrix in SciPy's CSR format.
-Rows: TypeAlias = Any
 #: What is looked at of a constant.
 Look: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 

@@ -19,7 +19,8 @@ from .._programs.values import Constant, Var
 from .._spaces.nested import map_leaves
 from .._torch.names import OpOverload
 from . import _reading
-from ._reading import Reader, Rows, TooDenseError
+from ._boolean import Rows, marked
+from ._reading import Reader, TooDenseError
 
 Rule: TypeAlias = Callable[[Reader, Equation], "list[Rows] | None"]
 
@@ -111,9 +112,7 @@ def _gathered(reader: Reader, rows: Rows, target: torch.Tensor, height: int) -> 
     index = target.reshape(-1).numpy()
     source = np.arange(index.size)
     source, index = source[index >= 0], index[index >= 0]
-    ones = np.ones(index.size, dtype=bool)
-    relation = sp.csr_array((ones, (index, source)), shape=(height, rows.shape[0]))
-    return reader.joined(relation, rows)
+    return reader.joined(marked(index, source, (height, rows.shape[0])), rows)
 
 
 def _matmul(reader: Reader, eq: Equation) -> list[Rows] | None:
@@ -147,60 +146,55 @@ def _matmul(reader: Reader, eq: Equation) -> list[Rows] | None:
         size = stack * height * count, stack * width * count
     if out.numel() > _reading.LIMIT:
         raise TooDenseError
-    ones = np.ones(out.numel(), dtype=bool)
-    places = out.reshape(-1).numpy(), into.reshape(-1).numpy()
-    return [reader.joined(sp.csr_array((ones, places), shape=size), reader.rows[v])]
+    relation = marked(out.reshape(-1).numpy(), into.reshape(-1).numpy(), size)
+    return [reader.joined(relation, reader.rows[v])]
 
 
 def _index_put(reader: Reader, eq: Equation) -> list[Rows] | None:
-    base, indices, values = eq.args[:3]
+    _, indices, values = eq.args[:3]
     out = eq.outputs[0]
     if out is None or any(isinstance(i, Var) for i in indices):
         return None
     places = [None if i is None else reader.read_numbers(i).cpu() for i in indices]
     target = torch.ops.aten.index.Tensor(_index(out.spec.shape), places)
-    height = out.spec.numel
-    total = _kept(reader, base, None if eq.argument(3, False, "accumulate") else target, height)
-    if isinstance(values, Var):
-        source = _index(values.spec.shape).expand(target.shape).reshape(-1).numpy()
-        rows = reader.taken(reader.rows[values], source)
-        total = total + _gathered(reader, rows, target, height)
-    return [total.tocsr()]
+    return _put(reader, eq, values, target, adds=eq.argument(3, False, "accumulate"))
 
 
 def _scatter(reader: Reader, eq: Equation) -> list[Rows] | None:
-    base, dim, index, source = eq.args[:4]
+    _, dim, index, source = eq.args[:4]
     out = eq.outputs[0]
     if out is None or not isinstance(index, Constant):
         return None
     places = reader.read_numbers(index).cpu()
     name, numbers = schema_of(eq.op).name, _index(out.spec.shape)
-    whole = name.startswith("index")
-    if whole:
+    if name.startswith("index"):
         target = numbers.index_select(dim, places.reshape(-1))
     else:
         target = numbers.gather(dim, places)
-    replaced = None if name.endswith("_add") else target
-    total = _kept(reader, base, replaced, out.spec.numel)
-    if isinstance(source, Var):
-        rows = reader.rows[source]
-        if name == "index_fill":
-            rows = reader.taken(rows, np.zeros(target.numel(), dtype=np.int64))
-        elif not whole:
-            read = tuple(slice(0, n) for n in places.shape)
-            rows = reader.taken(rows, _index(source.spec.shape)[read].numpy())
-        total = total + _gathered(reader, rows, target, out.spec.numel)
-    return [total.tocsr()]
+    return _put(reader, eq, source, target, adds=name.endswith("_add"))
 
 
-def _kept(reader: Reader, base: Any, replaced: torch.Tensor | None, height: int) -> Rows:
-    """Return the rows of what something is put into, without those that it replaces."""
-    if not isinstance(base, Var):
-        return sp.csr_array((height, reader.width), dtype=bool)
+def _put(
+    reader: Reader, eq: Equation, source: Any, target: torch.Tensor, *, adds: bool
+) -> list[Rows]:
+    """Return the rows of what an argument is put into, or added to, at the places of `target`."""
+    base, out = eq.args[0], eq.outputs[0]
+    assert out is not None
+    height = out.spec.numel
     index = np.arange(height)
-    if replaced is not None:
-        index[replaced.reshape(-1).numpy()] = -1
-    return reader.taken(reader.rows[base], index)
+    if not adds:
+        index[target.reshape(-1).numpy()] = -1
+    if isinstance(base, Var):
+        total = reader.taken(reader.rows[base], index)
+    else:
+        total = sp.csr_array((height, reader.width), dtype=bool)
+    if isinstance(source, Var):
+        read = _index(source.spec.shape)
+        if read.dim() == target.dim():  # scattered is the corner that there are places for
+            read = read[tuple(slice(0, n) for n in target.shape)]
+        rows = reader.taken(reader.rows[source], read.expand(target.shape).numpy())
+        total = total + _gathered(reader, rows, target, height)
+    return [total.tocsr()]
 
 
 def _unfold_backward(reader: Reader, eq: Equation) -> list[Rows] | None:
@@ -228,25 +222,16 @@ def _strided(reader: Reader, eq: Equation) -> list[Rows] | None:
 
 
 _RULES: dict[str, Rule] = {
-    "sum": _reduction,
-    "mean": _reduction,
-    "nansum": _reduction,
-    "mm": _matmul,
-    "bmm": _matmul,
-    "mv": _matmul,
-    "dot": _matmul,
-    "vdot": _matmul,
-    "_sparse_mm": _matmul,
-    "index_put": _index_put,
-    "_unsafe_index_put": _index_put,
-    "scatter": _scatter,
-    "scatter_add": _scatter,
-    "index_add": _scatter,
-    "index_copy": _scatter,
-    "index_fill": _scatter,
-    "view_as_real": _as_parts,
-    "view_as_complex": _of_parts,
-    "as_strided": _strided,
-    "as_strided_scatter": _strided,
-    "unfold_backward": _unfold_backward,
+    name: rule
+    for rule, names in (
+        (_reduction, "sum mean nansum"),
+        (_matmul, "mm bmm mv dot vdot _sparse_mm"),
+        (_index_put, "index_put _unsafe_index_put"),
+        (_scatter, "scatter scatter_add index_add index_copy index_fill"),
+        (_as_parts, "view_as_real"),
+        (_of_parts, "view_as_complex"),
+        (_strided, "as_strided as_strided_scatter"),
+        (_unfold_backward, "unfold_backward"),
+    )
+    for name in names.split()
 }

@@ -8,18 +8,19 @@ mirror.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._spaces.flat import join, random
+from .._spaces.flat import random
 from .._spaces.space import Space, TensorSpec
-from ._coloring import Colors, count, grouped, places, split_by, star
+from ._boolean import Integers, places
+from ._coloring import Colors, count, grouped, split_by, star
 
 Direction: TypeAlias = Literal["auto", "forward", "reverse", "both", "symmetric"]
-DIRECTIONS = ("auto", "forward", "reverse", "both", "symmetric")
+DIRECTIONS = get_args(Direction)
 
 #: The most numbers in a stack of seeds that is kept for the next point.
 _KEPT = 1_000_000
@@ -41,6 +42,21 @@ def _cost(price: float, products: int) -> float:
     return price * products if products else 0.0  # a direction that there is none of costs inf
 
 
+class OnDevices:
+    """Two arrays as tensors, made once on each device."""
+
+    def __init__(self, first: NDArray[Any], second: NDArray[Any]) -> None:
+        self._arrays = first, second
+        self._made: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return them on a device."""
+        if device not in self._made:
+            first, second = (torch.from_numpy(x).to(device) for x in self._arrays)
+            self._made[device] = first, second
+        return self._made[device]
+
+
 class Way:
     """Products that give a matrix, and where each entry stands in their results.
 
@@ -53,13 +69,6 @@ class Way:
     columns, rows
         Colours; columns of one colour are summed up by one product with J, rows by one with Jᴴ.
         Those of a symmetric matrix are either.
-
-    Attributes
-    ----------
-    take
-        For each entry its place in the results: those of J, one after the other, then of Jᴴ.
-    conjugated
-        Whether what stands there is the conjugate.
     """
 
     def __init__(self, name: str, pattern: Any, columns: Colors, rows: Colors) -> None:
@@ -71,21 +80,14 @@ class Way:
             own = _alone(colors, column, row)
             straight = colors[column] * size + row
             mirror = colors[row] * size + column
-            self.take, self.conjugated = np.where(own, straight, mirror), ~own
+            found = np.where(own, straight, mirror), ~own
         else:
-            self._take_from_both(pattern.shape, row, column)
-        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+            found = self._from_both(pattern.shape, row, column)
+        #: For each entry its place in the results, those of J, one after the other, then of Jᴴ;
+        #: and whether what stands there is the conjugate.
+        self.places = OnDevices(*found)
         self._seeds: dict[object, torch.Tensor] = {}
         self._random: dict[TensorSpec, torch.Tensor] = {}
-
-    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `take` and `conjugated` as tensors."""
-        if device not in self._places:
-            self._places[device] = (
-                torch.from_numpy(self.take).to(device),
-                torch.from_numpy(self.conjugated).to(device),
-            )
-        return self._places[device]
 
     def seeds(self, space: Space, *, adjoint: bool) -> torch.Tensor:
         """Return the arguments of the products of one direction, one in each row.
@@ -111,12 +113,12 @@ class Way:
         spec = space.vector
         if spec not in self._random:
             generator = torch.Generator().manual_seed(20_011)
-            self._random[spec] = join(space, random(space, generator))
+            self._random[spec] = space.join(random(space, generator))
         return self._random[spec]
 
-    def _take_from_both(
-        self, shape: tuple[int, int], row: NDArray[np.int64], column: NDArray[np.int64]
-    ) -> None:
+    def _from_both(
+        self, shape: tuple[int, int], row: Integers, column: Integers
+    ) -> tuple[Integers, NDArray[np.bool_]]:
         height, width = shape
         by_row = np.zeros(len(row), dtype=bool)
         if self.reverse:
@@ -126,7 +128,7 @@ class Way:
         straight = self.columns[column] * height + row
         # After the results of products with J, and the one to check these.
         turned = (self.forward + (self.forward > 0)) * height + self.rows[row] * width + column
-        self.take, self.conjugated = np.where(by_row, turned, straight), by_row
+        return np.where(by_row, turned, straight), by_row
 
     @property
     def products(self) -> int:
@@ -143,9 +145,7 @@ def _counted(products: int) -> str:
     return "1 product" if products == 1 else f"{products} products"
 
 
-def _alone(
-    colors: Colors, line: NDArray[np.int64], crossing: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+def _alone(colors: Colors, line: Integers, crossing: Integers) -> NDArray[np.bool_]:
     """Whether no other entry on the line that crosses an entry's own has its line's colour."""
     keys = crossing * (count(colors) + 1) + colors[line]
     _, which, counts = np.unique(keys, return_inverse=True, return_counts=True)
@@ -158,16 +158,7 @@ def ways(
 ) -> tuple[Way, list[tuple[str, float]]]:
     """Return the cheapest way, and what was compared, with prices.
 
-    Parameters
-    ----------
-    pattern
-        In CSR format with sorted indices.
-    direction
-        Which way, or "auto".
-    prices
-        Of products.
-    symmetric
-        Whether the matrix is known to be its own adjoint.
+    With `symmetric` the matrix is known to be its own adjoint.
     """
     none = _none(pattern.shape[1]), _none(pattern.shape[0])
     found: list[tuple[float, Way]] = []

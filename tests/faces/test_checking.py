@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import linearize as lz
 from linearize.errors import CheckFailure, MissingDerivativeError
 from linearize.testing import Report, check_linearization
+from tests.support.functions import rand
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +21,6 @@ def random_state() -> Iterator[None]:
     """Seeding in a test must not reach the next one."""
     with torch.random.fork_rng(devices=[]):
         yield
-
-
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def cube(
@@ -237,3 +234,22 @@ def test_errors_of_the_function_itself_come_through() -> None:
         check_linearization(f, rand(3))
     with pytest.raises(lz.LinearizeError, match="no differentiable primal"):
         check_linearization(torch.sin, torch.tensor([1]))
+
+
+def test_nan_in_a_later_result_is_the_fault_of_the_jvp() -> None:
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x.sin(), x.cos()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def jvp(ctx: Any, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            (x,) = ctx.saved_tensors
+            return x.cos() * v, torch.full_like(x, torch.nan)
+
+    with pytest.raises(CheckFailure, match=r"J·v differs .* by inf .*Both\.jvp differs"):
+        check_linearization(Both.apply, rand(3), opaque="materialize")

@@ -7,12 +7,9 @@ import torch
 import linearize as lz
 import linearize.cupy
 from linearize.cupy import Products
+from tests.support.functions import rand
 
 F64 = torch.float64
-
-
-def rand(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 A = rand(4, 3)
@@ -28,12 +25,12 @@ def test_products_of_foreign_arrays():
     products = Products(lz.Linearizer(f).at(x), np.from_dlpack)
     v, u, V, U = (rand(*s, seed=2).numpy() for s in ((3,), (4,), (3, 2), (4, 2)))
     for _ in range(4):
-        np.testing.assert_allclose(products.matvec(v), M @ v)
-        np.testing.assert_allclose(products.rmatvec(u), M.T @ u)
-        np.testing.assert_allclose(products.matmat(V), M @ V)
-        np.testing.assert_allclose(products.matmat(np.asfortranarray(V)), M @ V)
-        np.testing.assert_allclose(products.rmatmat(U), M.T @ U)
-        np.testing.assert_allclose(products.matvec(v[:, None]), M @ v[:, None])
+        np.testing.assert_allclose(products.forward(v), M @ v)
+        np.testing.assert_allclose(products.back(u), M.T @ u)
+        np.testing.assert_allclose(products.forward(V), M @ V)
+        np.testing.assert_allclose(products.forward(np.asfortranarray(V)), M @ V)
+        np.testing.assert_allclose(products.back(U), M.T @ U)
+        np.testing.assert_allclose(products.forward(v[:, None]), M @ v[:, None])
 
 
 def test_complex_products():
@@ -41,8 +38,8 @@ def test_complex_products():
     products = Products(lz.Linearizer(lambda z: z.exp() * (1 + 2j)).at(z), np.from_dlpack)
     M = torch.diag(z.exp() * (1 + 2j)).numpy()
     v = rand(3, dtype=torch.complex128, seed=1).numpy()
-    np.testing.assert_allclose(products.matvec(v), M @ v)
-    np.testing.assert_allclose(products.rmatvec(v), M.conj().T @ v)
+    np.testing.assert_allclose(products.forward(v), M @ v)
+    np.testing.assert_allclose(products.back(v), M.conj().T @ v)
 
 
 def test_nothing_is_copied_on_the_way():
@@ -61,7 +58,7 @@ def test_nothing_is_copied_on_the_way():
 
     J._apply = watched
     v = rand(3).numpy()
-    result = Products(J, back).matvec(v)
+    result = Products(J, back).forward(v)
     given, returned = seen
     assert given.data_ptr() == v.__array_interface__["data"][0]
     assert returned.data_ptr() == result.__array_interface__["data"][0]
@@ -70,9 +67,9 @@ def test_nothing_is_copied_on_the_way():
 def test_what_does_not_fit():
     products = Products(lz.Linearizer(f).at(rand(3)), np.from_dlpack)
     with pytest.raises(lz.errors.SpaceError, match="float32"):
-        products.matvec(np.ones(3, dtype=np.float32))
+        products.forward(np.ones(3, dtype=np.float32))
     with pytest.raises(lz.errors.SpaceError, match=r"\(4,\)"):
-        products.matvec(np.ones(4))
+        products.forward(np.ones(4))
     half = lz.Linearizer(torch.sin).at(torch.ones(3, dtype=torch.bfloat16))
     with pytest.raises(lz.errors.UnsupportedError, match="bfloat16"):
         Products(half, np.from_dlpack)

@@ -13,13 +13,10 @@ from torch.func import functional_call
 import linearize as lz
 import linearize.curvature
 from linearize.curvature import fisher, gauss_newton, hessian
+from tests.support.functions import rand
 from tests.support.operator_contract import check_operator
 
 F64 = torch.float64
-
-
-def rand(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def classes(n, k, seed=0):

@@ -9,11 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import linearize as lz
 from linearize.curvature import fisher, gauss_newton, hessian
 from tests.support.comparing import Counted
-
-
-def rand(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+from tests.support.functions import rand
 
 
 def net(seed=0):

@@ -8,12 +8,9 @@ from torch.autograd import forward_ad
 
 import linearize as lz
 from linearize.implicit import least_squares, minimum, root
+from tests.support.functions import rand
 
 F64 = torch.float64
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def kepler(x, p):

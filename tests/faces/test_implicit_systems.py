@@ -7,12 +7,9 @@ import linearize as lz
 from linearize import func
 from linearize._spaces import solvers as ways
 from linearize.implicit import least_squares, minimum, root
+from tests.support.functions import rand
 
 F64 = torch.float64
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def tridiagonal(x, p):

@@ -8,12 +8,9 @@ from torch.autograd import functional as taf
 
 import linearize as lz
 from linearize import func, functional
+from tests.support.functions import rand
 
 F64 = torch.float64
-
-
-def rand(*shape, dtype=F64, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 class Opaque(torch.autograd.Function):
@@ -151,6 +148,17 @@ def test_hessian_of_scalars_and_of_trees(argnums):
     equal(func.hessian(two, argnums)(x, y), torch.func.hessian(two, argnums)(x, y))
     p, s = {"w": rand(3, 4), "b": rand(2, seed=1)}, rand(4, seed=2)
     equal(func.hessian(tree, argnums)(p, s), torch.func.hessian(tree, argnums)(p, s))
+
+
+def test_hessian_of_no_numbers():
+    x = rand(3)
+
+    def f(x):
+        return {"none": x[:0] ** 2, "some": (x**3).sum()}
+
+    expected = torch.func.hessian(f)(x)
+    equal(func.hessian(f)(x), expected)
+    equal(func.hessian(lambda x: f(x)["none"])(x), expected["none"])
 
 
 def test_f_runs_once_and_is_not_looked_into():

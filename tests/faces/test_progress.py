@@ -5,13 +5,9 @@ import pytest
 import torch
 
 import linearize as lz
+from tests.support.functions import rand
 
 tqdm_auto = pytest.importorskip("tqdm.auto")
-
-
-def rand(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
 A = rand(30, 30) + 12 * torch.eye(30, dtype=torch.float64)

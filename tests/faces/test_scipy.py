@@ -1,7 +1,5 @@
 """The bridge to SciPy: its solvers against dense algebra, with the runs of f counted."""
 
-import functools
-
 import numpy as np
 import pytest
 import scipy.optimize as so
@@ -10,35 +8,8 @@ import torch
 
 import linearize as lz
 import linearize.scipy
-
-
-class Counted:
-    """Counts its calls."""
-
-    def __init__(self, f):
-        self.f = f
-        self.runs = 0
-        self.points = set()
-
-    def __call__(self, x):
-        self.runs += 1
-        return self.f(x)
-
-
-def rand(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def visited(method, points):
-    """Wrap a bound method to note the points that it is asked for."""
-
-    @functools.wraps(method)
-    def wrapper(x, *args):
-        points.add(np.asarray(x, dtype=float).tobytes())
-        return method(x, *args)
-
-    return wrapper
-
+from tests.support.comparing import Counted, noted
+from tests.support.functions import rand
 
 # -- linear solvers -----------------------------------------------------------------------
 
@@ -149,7 +120,7 @@ def test_least_squares(kind, method):
     points = set()
     options = {} if method == "lm" else {"tr_solver": "lsmr" if kind == "operator" else "exact"}
     sol = so.least_squares(
-        visited(p.fun, points), p.x0, visited(p.jac, points), method=method, **options
+        noted(p.fun, points), p.x0, noted(p.jac, points), method=method, **options
     )
     assert sol.success
     np.testing.assert_allclose(sol.x, np.ones(4), atol=1e-6)
@@ -165,10 +136,8 @@ def test_minimize(method):
     f = Counted(rosenbrock)
     p = lz.scipy.ScalarFunction(f, torch.tensor([-1.2, 1.0, 0.7], dtype=torch.float64))
     points, x0 = set(), p.x0
-    hessp = {} if method == "BFGS" else {"hessp": visited(p.hessp, points)}
-    sol = so.minimize(
-        visited(p.fun, points), x0, jac=visited(p.jac, points), method=method, **hessp
-    )
+    hessp = {} if method == "BFGS" else {"hessp": noted(p.hessp, points)}
+    sol = so.minimize(noted(p.fun, points), x0, jac=noted(p.jac, points), method=method, **hessp)
     assert sol.success, sol.message
     np.testing.assert_allclose(sol.x, np.ones(3), atol=1e-4)
     assert f.runs == len(points)
@@ -223,7 +192,7 @@ def test_root_krylov_runs_on_values_alone():
     f = Counted(lambda x: x + 0.5 * x.sin() - 1)
     p = lz.scipy.VectorFunction(f, torch.zeros(5, dtype=torch.float64))
     points = set()
-    sol = so.root(visited(p.fun, points), p.x0, method="krylov", tol=1e-9)
+    sol = so.root(noted(p.fun, points), p.x0, method="krylov", tol=1e-9)
     assert sol.success
     assert f.runs == len(points)
     sol = so.root(p.fun, p.x0, jac=p.jac, tol=1e-12)

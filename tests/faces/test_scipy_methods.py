@@ -13,22 +13,8 @@ import torch
 
 import linearize as lz
 import linearize.scipy
-from tests.support.comparing import Counted
-
-
-def rand(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def noted(method, points):
-    """Wrap a bound method to note the points that it is asked for."""
-
-    @functools.wraps(method)
-    def wrapper(x, *args):
-        points.add(np.asarray(x, dtype=float).tobytes())
-        return method(x, *args)
-
-    return wrapper
+from tests.support.comparing import Counted, noted
+from tests.support.functions import rand
 
 
 def rosenbrock(x):

@@ -12,12 +12,9 @@ from torch.autograd import Function
 
 import linearize as lz
 import linearize.sparse as sparse
+from tests.support.functions import rand
 
 F64 = torch.float64
-
-
-def rand(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 GRID = torch.rand(1, 3, 4, 2, generator=torch.Generator().manual_seed(3), dtype=F64) * 1.6 - 0.8

@@ -13,12 +13,9 @@ import linearize.curvature
 import linearize.scipy
 import linearize.sparse as sparse
 from linearize.sparse import _coloring, _ways
+from tests.support.functions import rand
 
 F64 = torch.float64
-
-
-def rand(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def arrow(x):

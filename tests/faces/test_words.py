@@ -7,11 +7,7 @@ import torch
 import linearize as lz
 from linearize.curvature import gauss_newton, hessian
 from linearize.implicit import root
-
-
-def rand(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+from tests.support.functions import rand
 
 
 @pytest.mark.parametrize("make", [hessian, gauss_newton], ids=lambda f: f.__name__)

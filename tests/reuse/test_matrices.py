@@ -240,7 +240,7 @@ def chosen(f: Callable[..., Any], n: int, *, adjoint: bool = False) -> tuple[int
     """Return how many vectors are taken at once, and the bytes that one of them takes."""
     J = lz.Linearizer(f).at(torch.rand(n, dtype=torch.float64)).jacobian
     product = J._products[adjoint]
-    count = J._chunk("auto", 1 << 40, adjoint=adjoint)
+    count = (J.H if adjoint else J)._chunk("auto", 1 << 40)
     return count, product.program.peak_bytes()
 
 

@@ -16,13 +16,10 @@ from linearize.operators import (
     inverse,
     vertical,
 )
+from tests.support.functions import rand
 from tests.support.operator_contract import check_operator
 
 F64 = torch.float64
-
-
-def rand(*shape, dtype=F64, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def model(p):

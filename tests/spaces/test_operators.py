@@ -9,6 +9,7 @@ import torch
 
 import linearize as lz
 from linearize.operators import LinearOperator, from_diagonal, identity
+from tests.support.functions import rand
 from tests.support.operator_contract import check_operator
 
 torch_jacobian = torch.autograd.functional.jacobian
@@ -53,10 +54,6 @@ def several(p, s):
 def holomorphic(z):
     """Complex-linear derivative."""
     return torch.stack([z[0] * z[1], z[1].exp(), (z * z).sum(), z[2] * (1 + 2j)])
-
-
-def rand(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def vector_case():

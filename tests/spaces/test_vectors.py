@@ -4,11 +4,8 @@ import pytest
 import torch
 
 import linearize as lz
+from tests.support.functions import rand
 from tests.support.operator_contract import element, flat
-
-
-def rand(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def point():
@@ -142,7 +139,7 @@ def test_a_solver_by_hand_needs_no_helper():
     def residual(p):
         return {"r": p["a"] * (-p["k"] * t).exp() + p["c"] - y}
 
-    p = {"a": torch.ones((), dtype=torch.float64), "k": rand(()), "c": rand((), seed=1)}
+    p = {"a": torch.ones((), dtype=torch.float64), "k": rand(), "c": rand(seed=1)}
     lin = lz.Linearizer(residual)
     for _ in range(25):
         here = lin.at(p)

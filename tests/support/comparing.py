@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 import linearize as lz
@@ -25,6 +27,17 @@ class Counted:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.runs += 1
         return self.f(*args, **kwargs)
+
+
+def noted(method: Callable[..., Any], points: set[bytes]) -> Callable[..., Any]:
+    """Wrap a method of a function for SciPy to note the points that it is asked for."""
+
+    @functools.wraps(method)
+    def wrapper(x: Any, *args: Any) -> Any:
+        points.add(np.asarray(x, dtype=float).tobytes())
+        return method(x, *args)
+
+    return wrapper
 
 
 @contextlib.contextmanager

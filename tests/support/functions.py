@@ -13,6 +13,11 @@ from torch.autograd import Function
 F64 = torch.float64
 
 
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
+    """Return normal random numbers, the same for the same seed."""
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
 def point(n: int = 6, dtype: torch.dtype = F64, seed: int = 0) -> torch.Tensor:
     """Return numbers of order one, away from zero."""
     generator = torch.Generator().manual_seed(seed)
