@@ -17,6 +17,7 @@ import torch
 from .._spaces.nested import NESTED, map_leaves
 from .._spaces.space import TensorSpec
 from .._text.labels import joined
+from .._torch.names import aten
 from ..errors import LinearizeError
 from .numbers import Numbers
 from .values import Constant, Value, Var, last_uses, zeros
@@ -153,7 +154,7 @@ _READ = frozenset((Var, Constant))
 
 def _other_term(eq: Equation, zero: set[Var]) -> Var | None:
     """Return a in `a + 0` where that is the sum as it stands."""
-    if eq.op is not torch.ops.aten.add.Tensor or eq.kwargs:
+    if eq.op is not aten.add.Tensor or eq.kwargs:
         return None
     terms = [v for v in eq.inputs() if v not in zero]
     other = terms[0] if len(terms) == 1 else None
@@ -405,8 +406,30 @@ class Emitter:
     ) -> Var:
         """Append an equation with one output and return that output."""
         out = Var(spec)
-        self.equations.append(Equation(op, args, kwargs, (out,), self.source))
+        self.add(op, args, (out,), **kwargs)
         return out
+
+    def add(
+        self, op: Any, args: tuple[Any, ...], outputs: Iterable[Var | None], **kwargs: Any
+    ) -> None:
+        """Append an equation that defines some variables."""
+        self.equations.append(Equation(op, args, kwargs, tuple(outputs), self.source))
+
+    def shaped(self, v: Var, *shape: int) -> Var:
+        """Return a value in another shape."""
+        if v.spec.shape == shape:
+            return v
+        return self.emit(aten.reshape.default, (v, list(shape)), v.spec.shaped(*shape))
+
+    def dense(self, v: Var) -> Var:
+        """Return a copy of a value that lies in memory in order."""
+        return self.emit(aten.clone.default, (v,), v.spec, memory_format=torch.contiguous_format)
+
+    def cast(self, v: Var, spec: TensorSpec) -> Var:
+        """Return a value in the dtype and on the device of a specification of its shape."""
+        if v.spec == spec:
+            return v
+        return self.emit(aten._to_copy.default, (v,), spec, dtype=spec.dtype, device=spec.device)
 
     def constant(self, tensor: torch.Tensor) -> Constant:
         """Make a constant of a tensor of which nothing more is known."""

@@ -51,6 +51,10 @@ class TensorSpec:
         # A dtype is one object, and is compared as such: this runs at every call.
         return t.dtype is self.dtype and t.shape == self.shape and t.device == self.device
 
+    def shaped(self, *shape: int) -> TensorSpec:
+        """Return the specification of another shape."""
+        return TensorSpec(shape, self.dtype, self.device)
+
     def zeros(self) -> torch.Tensor:
         """Return a tensor of zeros."""
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)

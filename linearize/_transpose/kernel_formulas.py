@@ -27,6 +27,7 @@ def _spans(count: int, each: int) -> Iterator[tuple[int, int]]:
 
 
 def cdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
+    """Differentiate |x - y|ₚ along a tangent of x, for blocks of rows x."""
     (t,) = tangents
     assert t is not None
     x, y, dist = a["x1"], a["x2"], a["cdist"]
@@ -39,6 +40,7 @@ def cdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
 
 
 def pdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
+    """Differentiate |xᵢ - xⱼ|ₚ for i < j, for blocks of pairs."""
     (t,) = tangents
     assert t is not None
     x, dist = a["self"], a["pdist"]
@@ -52,7 +54,7 @@ def pdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
 
 
 def weight_norm_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
-    """Differentiate w = g v / |v|, with the norm over all dimensions but one."""
+    """Differentiate w = g v / |v|, the norm over all dimensions but one (`weight_norm`)."""
     dv, dg = tangents
     v, g, dim = a["saved_v"], a["saved_g"], a["dim"]
     others = [i for i in range(v.dim()) if i != dim % v.dim()]
