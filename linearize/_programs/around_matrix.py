@@ -28,8 +28,8 @@ def times(matrix: torch.Tensor) -> Callable[[Emitter, Var], Var]:
     """Return what writes down the product of a matrix with a vector."""
 
     def emit(e: Emitter, v: Var) -> Var:
-        result = TensorSpec((matrix.shape[0],), matrix.dtype, matrix.device)
-        return e.emit(aten.mv.default, (e.constant(matrix), v), result)
+        spec = v.spec.shaped(matrix.shape[0])
+        return e.emit(aten.mv.default, (e.constant(matrix), v), spec)
 
     return emit
 
@@ -66,9 +66,8 @@ def matrix_program(
             v = e.emit(aten.resolve_conj.default, (v,), spec)
             spec = TensorSpec((*spec.shape, 2), spec.dtype.to_real(), spec.device)
             v = e.emit(aten.view_as_real.default, (v,), spec)
-        flat = TensorSpec((math.prod(spec.shape),), spec.dtype, spec.device)
-        v = e.emit(aten.reshape.default, (v, [flat.shape[0]]), flat)
-        parts.append(_cast(e, v, TensorSpec(flat.shape, dtype, device)))
+        v = e.shaped(v, spec.numel)
+        parts.append(e.cast(v, TensorSpec(v.spec.shape, dtype, device)))
     joined = TensorSpec((matrix.shape[1],), dtype, device)
     vector = parts[0] if len(parts) == 1 else e.emit(aten.cat.default, (parts,), joined)
     vector = multiply(e, vector)
@@ -84,18 +83,10 @@ def matrix_program(
         v = vector if whole else e.emit(aten.slice.Tensor, (vector, 0, start, end), part)
         real = spec.dtype.to_real()
         shape = (*spec.shape, 2) if spec.dtype.is_complex else spec.shape
-        v = e.emit(aten.reshape.default, (v, list(shape)), TensorSpec(shape, dtype, device))
-        v = _cast(e, v, TensorSpec(shape, real, spec.device))
+        v = e.cast(e.shaped(v, *shape), TensorSpec(shape, real, spec.device))
         if spec.dtype.is_complex:
             # Pairs must lie side by side, in a batched run too.
-            v = e.emit(aten.clone.default, (v,), v.spec, memory_format=torch.contiguous_format)
-            v = e.emit(aten.view_as_complex.default, (v,), spec)
+            v = e.emit(aten.view_as_complex.default, (e.dense(v),), spec)
         outputs.append(v)
         start = end
     return Program(inputs, e.equations, outputs, list(all_rows), e.source)
-
-
-def _cast(e: Emitter, v: Var, spec: TensorSpec) -> Var:
-    if v.spec == spec:
-        return v
-    return e.emit(aten._to_copy.default, (v,), spec, dtype=spec.dtype, device=spec.device)

@@ -98,6 +98,11 @@ class Equation:
         """The name without the overload: `add` for `add.Tensor`."""
         return self.name if isinstance(self.op, Operation) else self.name.partition(".")[0]
 
+    @property
+    def result(self) -> Var | None:
+        """Its output, None if that is not used or there are several."""
+        return self.outputs[0] if len(self.outputs) == 1 else None
+
     def inputs(self) -> list[Var]:
         """Return the variables that the equation reads, repeated as they are."""
         reads = self.reads() if self._reads is None else self._reads
@@ -337,13 +342,7 @@ class Program:
         return peak
 
     def check(self) -> None:
-        """Raise if a variable is read before it is defined, or defined twice.
-
-        Raises
-        ------
-        LinearizeError
-            Naming the program, the equation and the variable.
-        """
+        """Raise `LinearizeError` if a variable is read before it is defined, or defined twice."""
         defined = set(self.inputs)
         if len(defined) != len(self.inputs):
             raise LinearizeError(f"{self.name}: an input stands twice")

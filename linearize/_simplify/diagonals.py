@@ -90,7 +90,7 @@ class _Folding:
     def run(self) -> Program:
         with torch.no_grad():
             for eq, gone in zip(self.program.equations, self.program.last_uses(), strict=True):
-                out = eq.outputs[0] if len(eq.outputs) == 1 else None
+                out = eq.result
                 form = self.folded(eq, out) if out is not None else None
                 if form is not None and out is not None:
                     self.forms[out] = form
@@ -344,8 +344,7 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _foldable(coefficients: _Coefficients, eq: Equation) -> bool:
     """Whether an equation can become a part of a sum of terms."""
-    out = eq.outputs[0] if len(eq.outputs) == 1 else None
-    variables = eq.inputs()
+    out, variables = eq.result, eq.inputs()
     if out is None or not isinstance(eq.op, OpOverload):
         return False
     if eq.op in _MOVES:
