@@ -24,6 +24,7 @@ from .._programs.aten import (
 )
 from .._programs.origins import Literal, Number, Origin, Zeros, filled, results
 from .._programs.program import Emitter
+from .._programs.values import Constant
 from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten, has_memory
@@ -68,10 +69,10 @@ class Constants:
         for t, origin in saved:
             self._saved.setdefault(_place(t), origin)
 
-    def given(self, tensors: Iterable[tuple[torch.Tensor, Origin]]) -> None:
-        """Make tensors known that the recorded code uses."""
-        for t, origin in tensors:
-            self._lasting.setdefault(_place(t), origin)
+    def given(self, constants: Iterable[Constant]) -> None:
+        """Make constants known that the recorded code uses."""
+        for c in constants:
+            self._lasting.setdefault(_place(self._emitter.numbers[c]), c.origin)
         self._saved = dict(self._lasting)
 
     def decided(self, what: str) -> None:

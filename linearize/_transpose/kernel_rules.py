@@ -17,7 +17,7 @@ import torch
 from .._programs.aten import schema_of
 from .._programs.program import Emitter, Equation, Operation
 from .._programs.values import Constant, Var, zeros
-from .._record.node_formulas import LogCumSumExpDifferential, MatrixExpDifferential
+from .._record.node_formulas import Differential
 from .._spaces.nested import map_leaves
 from .._torch.names import OpOverload, aten
 from .kernel_formulas import (
@@ -129,7 +129,7 @@ def _kernel_again(e: Emitter, eq: Equation, ct: Var) -> Result:
     return [(t, out) for t, out in zip(tangents, outs, strict=True) if out is not None]
 
 
-@rule(MatrixExpDifferential, LogCumSumExpDifferential)
+@rule(Differential)
 def _differential(e: Emitter, eq: Equation, ct: Var) -> Result:
     x, *point = eq.args
     turned = eq.op.turned()  # type: ignore[attr-defined]

@@ -27,14 +27,14 @@ Rule: TypeAlias = Callable[[Emitter, Equation, Cotangents], Result | None]
 #: Of an operation with one result, whose cotangent it receives.
 SingleRule: TypeAlias = Callable[[Emitter, Equation, Var], Result | None]
 
-#: By ATen overload, or by class of `Operation`.
+#: By ATen overload, or by class of `Operation`, subclasses included.
 _RULES: dict[Any, Rule] = {}
 
 
 def rule_for(op: Any) -> Rule | None:
     """Return the transpose rule of an operation, None if it has none of its own."""
     if isinstance(op, Operation):
-        return _RULES.get(type(op))
+        return next((_RULES[kind] for kind in type(op).__mro__ if kind in _RULES), None)
     if not isinstance(op, OpOverload):
         return None
     own = _RULES.get(op)
