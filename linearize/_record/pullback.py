@@ -21,8 +21,9 @@ from .._spaces.compare import close_at, magnitudes
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node
 from ..errors import LinearizeError, NotLinearError, UnsupportedError
+from .calls import NotRecordedError, SpreadError
 from .node_programs import Gradient
-from .stretch import Cut, NotRecordedError, SpreadError
+from .stretch import Cut
 from .walk import Walk
 from .witness import Unseen
 

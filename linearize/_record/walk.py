@@ -35,7 +35,7 @@ from .._torch.names import aten
 from .._torch.ranks import collectives_seen
 from .._torch.sharded import is_sharded, local_of
 from ..errors import UnsupportedError
-from .calls import as_it_is, called, unpacked
+from .calls import NotRecordedError, as_it_is, called, check_dense, unpacked
 from .node_formulas import formula_of, refuse_repeated
 from .node_programs import (
     NODE_PROGRAMS,
@@ -53,11 +53,8 @@ from .recording import OpaqueError, Recording, SparseError
 from .stretch import (
     Cut,
     NodeBackward,
-    NotRecordedError,
-    SpreadError,
     Stretch,
     alone,
-    check_dense,
     edges_of,
     fitted,
     metadata_spec,
@@ -404,7 +401,7 @@ class Walk:
         result: Sequence[torch.Tensor | None] = ()
         try:
             result = self.call(node, numbers, witness)
-            check_dense(node, result)
+            check_dense([node], node.next_functions, result)
             if node.name().endswith("CopySlices"):
                 known = self.emitter.numbers, self.recording.constants.decided_by
                 refuse_repeated(node, self.emitter.equations[mark:], *known)
@@ -450,14 +447,7 @@ class Walk:
             return
         self.emitter.source = stretch.label
         numbers = [None if g is None else g.var.spec.random(self.generator) for g in grads]
-        result = stretch(*numbers)
-        sparse = [
-            target
-            for (target, _), g in zip(stretch.exits, result, strict=True)
-            if g is not None and g.layout != torch.strided
-        ]
-        if sparse:
-            raise SpreadError([*stretch.nodes, *sparse])
+        check_dense(stretch.nodes, stretch.exits, stretch(*numbers))
         self.place(NodeBackward(stretch, reason), stretch.exits, stretch.gives(), grads)
 
     def custom(self, custom: OpaqueNode, node: Node, received: dict[int, Gradient]) -> None:

@@ -26,11 +26,11 @@ from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor
 from .._programs.program import Operation
 from .._record.node_formulas import mended
-from .._record.stretch import fitted, metadata_spec
+from .._record.stretch import by_edges, handed_on
 from .._spaces.compare import close, tolerance
 from .._spaces.sharding import Layout
 from .._spaces.space import TensorSpec
-from .._torch.graphs import Node, input_metadata, walking
+from .._torch.graphs import Node, walking
 from .._torch.modes import unobserved
 from .._torch.ranks import collectives_seen
 
@@ -81,46 +81,31 @@ def engine_pullback(
     places
         Where custom Functions stand that are called all the same.
     """
-    pending: dict[Node, dict[int, torch.Tensor]] = {}
-
     outs, ins = graph.layouts or ((None,) * len(graph.roots), (None,) * len(graph.leaves))
 
-    def deliver(edge: Edge, g: torch.Tensor) -> None:
-        node, nr = edge
-        g = fitted(g, metadata_spec(input_metadata(node)[nr]))
-        slot = pending.setdefault(node, {})
-        slot[nr] = slot[nr] + g if nr in slot else g
-
-    def called(node: Node, received: dict[int, torch.Tensor]) -> Tensors:
-        grads = [received.get(i) for i in range(len(input_metadata(node)))]
+    def called(node: Node, grads: list[torch.Tensor | None]) -> Tensors:
         custom = graph.custom.get(node)
         if custom is None:
             return mended(node)(grads)
         if graph.places[node] in places and isinstance(custom, CustomNode):
-            custom.know_outputs(received)
+            custom.know_outputs([i for i, g in enumerate(grads) if g is not None])
             custom.unpack()
-            results = iter(custom.backward(grads))
-        else:
-            results = iter(stand_ins(custom, backward=True)(*grads))
-        return [None if target is None else next(results) for target, _ in node.next_functions]
+            return by_edges(node, custom.backward(grads))
+        return by_edges(node, stand_ins(custom, backward=True)(*grads))
 
-    def walk() -> None:
-        for edge, g, layout in zip(graph.roots, cotangents, outs, strict=True):
-            if edge is not None and g is not None:
-                deliver(edge, g if layout is None else layout.given(g))
+    def walk() -> dict[Edge, torch.Tensor]:
+        given = [
+            (edge, g if g is None or layout is None else layout.given(g))
+            for edge, g, layout in zip(graph.roots, cotangents, outs, strict=True)
+            if edge is not None
+        ]
         ends = set(graph.leaves)
-        for node in graph.order:
-            received = None if node in ends else pending.pop(node, None)
-            if received:
-                for (target, nr), g in zip(
-                    node.next_functions, called(node, received), strict=False
-                ):
-                    if target is not None and g is not None and target in graph.places:
-                        deliver((target, nr), g)
+        nodes = [n for n in graph.order if n not in ends]
+        return handed_on(nodes, given, called, graph.places)
 
     with collectives_seen():
-        walking(walk)
-        arrived = [pending.get(leaf, {}).get(0) for leaf in graph.leaves]
+        left = walking(walk)
+        arrived = [left.get((leaf, 0)) for leaf in graph.leaves]
         return [
             g if g is None or layout is None else layout.scaled(layout.lying(g))
             for g, layout in zip(arrived, ins, strict=True)

@@ -16,11 +16,11 @@ import torch
 from .._capture.graph import Graph
 from .._programs.program import Equation, Operation, Program
 from .._programs.values import Var
-from .._record.stretch import served
+from .._record.calls import unpacked
 from .._spaces.compare import close_at, magnitudes, tolerance
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, gradient_edge
-from ..errors import LinearizeError, StalenessError
+from ..errors import LinearizeError, StalenessError, UnsupportedError
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
 #: A linear map, differentiable in grad mode.
@@ -47,7 +47,7 @@ class TwiceDifferentiated(Operation):
 
     def __call__(self, *directions: torch.Tensor | None) -> Tensors:
         """Apply the transpose: one for each result of the map, None for zero."""
-        return served(self.name, self._transposed, directions)  # type: ignore[no-any-return]
+        return unpacked(self.name, lambda: self._transposed(*directions), UnsupportedError)
 
     def bytes_kept(self) -> Iterable[torch.Tensor]:
         """Return the tensors that the graph of the map keeps."""

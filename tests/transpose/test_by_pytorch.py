@@ -78,6 +78,9 @@ SPARSE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "there and back": lambda x: x.to_sparse().to_dense() * x,
     "to dense": lambda x: (coo(x).to_dense() @ x).sin(),
     "times dense": lambda x: torch.sparse.mm(coo(x.sin()), x.cos()),
+    "broadcast between": lambda x: torch.sparse.mm(
+        coo(x), torch.sparse.mm(twice_there(x), x)[:1].sin() * x
+    ),
     "by operator": lambda x: coo(x) @ x,
     "transposed": lambda x: coo(x).t() @ x,
     "sum": lambda x: torch.sparse.sum(x.to_sparse()) * x,
