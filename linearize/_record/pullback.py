@@ -17,7 +17,7 @@ from .._execute.executor import runner
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Program
 from .._programs.values import Constant, Var
-from .._spaces.compare import close_at, magnitudes
+from .._spaces.compare import agree, magnitudes
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node
 from ..errors import LinearizeError, NotLinearError, UnsupportedError
@@ -145,18 +145,15 @@ def _sparse(name: str) -> UnsupportedError:
 
 def _try_elsewhere(graph: Graph, program: BoundProgram, what: str) -> None:
     """Raise if a program is not right for other cotangents than it was recorded with."""
-    dtypes = {v.spec.dtype for v in program.inputs}
-    for factor in (1.0, *magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max))):
+    for factor in (1.0, *magnitudes(*(v.spec.dtype for v in program.inputs))):
         generator = torch.Generator().manual_seed(1)
         walk = Walk(graph, Emitter(), generator, factor=factor)
         seeds = [walk.seed(v, numbers=True) for v in program.inputs]
         expected = [None if g is None else g.tensor for g in walk.run(seeds)]
         with torch.inference_mode(False), torch.no_grad():
             got = runner(program)([walk.number(g) for g in seeds])
-        for a, b, spec in zip(got, expected, program.specs, strict=True):
-            a, b = (spec.or_zeros(t) for t in (a, b))
-            if not close_at(factor, a, b):
-                raise NotLinearError(
-                    f"{program.name}: its result depends on a comparison with the cotangent "
-                    f"({what}), so that it is not a linear map"
-                )
+        if not agree(got, expected, program.specs, factor):
+            raise NotLinearError(
+                f"{program.name}: its result depends on a comparison with the cotangent "
+                f"({what}), so that it is not a linear map"
+            )

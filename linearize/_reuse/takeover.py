@@ -9,7 +9,6 @@ rank one stands for each, the same on both sides.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Sequence
 from typing import Any, TypeAlias
 
@@ -20,14 +19,14 @@ from .._capture.custom import CustomNode
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.mesh_collectives import OnMesh
-from .._check.adjoint import RankOne
+from .._check.adjoint import RankOne, StandIns
 from .._check.balance import Balance
 from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor
 from .._programs.program import Operation
 from .._record.node_formulas import mended
 from .._record.stretch import by_edges, handed_on
-from .._spaces.compare import close, tolerance
+from .._spaces.compare import agree, tolerance
 from .._spaces.sharding import Layout
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, walking
@@ -35,31 +34,6 @@ from .._torch.modes import unobserved
 from .._torch.ranks import collectives_seen
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
-
-
-class StandIns:
-    """Maps of rank one for the custom Functions of a graph, adjoint to each other."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(5)
-        self._vectors: dict[int, tuple[Tensors, Tensors]] = {}
-
-    def __call__(self, node: OpaqueNode, *, backward: bool) -> RankOne:
-        """Return what stands for a Function's `backward`, or for its `jvp`."""
-        known = self._vectors.get(id(node))
-        if known is None:
-            known = self._vectors[id(node)] = self._some(node.outputs), self._some(node.inputs)
-        outputs, inputs = known
-        name = f"a stand-in for {node.name}"
-        return RankOne(outputs, inputs, name) if backward else RankOne(inputs, outputs, name)
-
-    def _some(self, specs: Sequence[TensorSpec | None]) -> Tensors:
-        return [
-            None
-            if s is None
-            else s.random(self._generator) / math.sqrt(max(math.prod(s.shape), 1))
-            for s in specs
-        ]
 
 
 def engine_pullback(
@@ -91,7 +65,7 @@ def engine_pullback(
             custom.know_outputs([i for i, g in enumerate(grads) if g is not None])
             custom.unpack()
             return by_edges(node, custom.backward(grads))
-        return by_edges(node, stand_ins(custom, backward=True)(*grads))
+        return by_edges(node, _stand_in(stand_ins, custom, backward=True)(*grads))
 
     def walk() -> dict[Edge, torch.Tensor]:
         given = [
@@ -150,10 +124,7 @@ class Comparison:
         if expected is None:
             return None
         got = self._run(executor, binding, self._u, present)
-        return all(
-            close(s.or_zeros(a), s.or_zeros(b))
-            for a, b, s in zip(got, expected, self._ins, strict=True)
-        )
+        return agree(got, expected, self._ins)
 
     def pushforward(
         self,
@@ -210,7 +181,11 @@ class Comparison:
             kept: Operation = op
             return kept
         backward = op.back if isinstance(op, Collective) else isinstance(op, CustomBackward)
-        return self._stand_ins(node, backward=backward)
+        return _stand_in(self._stand_ins, node, backward=backward)
+
+
+def _stand_in(stand_ins: StandIns, node: OpaqueNode, *, backward: bool) -> RankOne:
+    return stand_ins.of(node, node.outputs, node.inputs, node.name, backward=backward)
 
 
 def _drawn(

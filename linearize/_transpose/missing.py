@@ -19,7 +19,7 @@ from .._programs.values import Var
 from .._record.function import record_function
 from .._record.recording import OpaqueError
 from .._record.witness import Unseen, Witness
-from .._spaces.compare import close_at, magnitudes
+from .._spaces.compare import agree, magnitudes
 from .._spaces.space import TensorSpec
 from .._text.labels import beside
 from .._torch.names import aten
@@ -227,7 +227,7 @@ def _recorded(
                 if storage_of(r) in written:
                     r.replace(r.tensor.clone())
         bound = BoundProgram.of(program, numbers)
-        if not _agree(1.0, runner(bound)(arguments), expected, outs):
+        if not agree(runner(bound)(arguments), expected, outs):
             raise OpaqueError("the result depends on its argument in a way not seen by PyTorch")
         kind = method, tuple(ins), tuple(outs)
         tried = _TRIED.setdefault(node.cls, set())
@@ -249,24 +249,11 @@ def _try_scaled(
     outs: Sequence[TensorSpec],
 ) -> None:
     """Raise unless a method does what its program does at several magnitudes."""
-    dtypes = {t.dtype for t in arguments}
-    for factor in magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max)):
+    for factor in magnitudes(*(t.dtype for t in arguments)):
         scaled = [factor * t for t in arguments]
         expected = fn(*(t.clone() for t in scaled))
-        if not _agree(factor, runner(program)(scaled), expected, outs):
+        if not agree(runner(program)(scaled), expected, outs, factor):
             raise OpaqueError(
                 f"it is not linear: its result for arguments {factor:.0e} times as large is not "
                 "as much larger, as where gradients are clipped or rounded"
             )
-
-
-def _agree(
-    factor: float,
-    got: Sequence[torch.Tensor | None],
-    expected: Sequence[torch.Tensor | None],
-    specs: Sequence[TensorSpec],
-) -> bool:
-    return all(
-        close_at(factor, spec.or_zeros(a), spec.or_zeros(b))
-        for a, b, spec in zip(got, expected, specs, strict=True)
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -17,7 +17,7 @@ from .._capture.graph import Graph
 from .._programs.program import Equation, Operation, Program
 from .._programs.values import Var
 from .._record.calls import unpacked
-from .._spaces.compare import close_at, magnitudes, tolerance
+from .._spaces.compare import agree, magnitudes, tolerance
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, gradient_edge
 from ..errors import LinearizeError, StalenessError, UnsupportedError
@@ -129,22 +129,17 @@ def _fault(op: TwiceDifferentiated, fn: Direction, outs: Sequence[TensorSpec]) -
             results = fn(*[u.clone() for u in arguments])
         return [s.or_zeros(w) for w, s in zip(results, outs, strict=True)]
 
-    def same(a: Sequence[Any], b: Sequence[Any], factor: float = 1.0) -> bool:
-        return all(close_at(factor, x, y) for x, y in zip(a, b, strict=True))
-
     generator = torch.Generator().manual_seed(11)
     u = op.arguments()
     w = at(u)
-    seen = [s.or_zeros(t) for t, s in zip(op.results(), outs, strict=True)]
-    if not same(seen, w):
+    if not agree(op.results(), w, outs):
         return "it gives something else where gradients are recorded"
     other = [TensorSpec.of(t).random(generator) for t in u]
     more = at(other)
-    if not same(at([a + b for a, b in zip(u, other, strict=True)]), _added(w, more)):
+    if not agree(at(_added(u, other)), _added(w, more), outs):
         return "it is not linear"
-    narrowest = min((t.dtype for t in (*u, *w)), key=lambda d: torch.finfo(d).max)
-    for factor in magnitudes(narrowest):
-        if not same(at([factor * a for a in u]), [factor * b for b in w], factor):
+    for factor in magnitudes(*(t.dtype for t in (*u, *w))):
+        if not agree(at([factor * a for a in u]), [factor * b for b in w], outs, factor):
             return f"it is not linear: {factor:g} times its argument gives something else"
     for _ in range(2):
         v = [s.random(generator) for s in outs]
