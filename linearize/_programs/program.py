@@ -409,7 +409,7 @@ class Emitter:
         return out
 
     def add(
-        self, op: Any, args: tuple[Any, ...], outputs: Iterable[Var | None], **kwargs: Any
+        self, op: Any, args: tuple[Any, ...], outputs: Iterable[Var | None], /, **kwargs: Any
     ) -> None:
         """Append an equation that defines some variables."""
         self.equations.append(Equation(op, args, kwargs, tuple(outputs), self.source))

@@ -20,7 +20,7 @@ from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by, scales_at
 from .._programs.origins import Number, Origin, Saved
-from .._programs.program import Emitter, Equation, Operation
+from .._programs.program import Emitter, Operation
 from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._torch.aot import reading_of
@@ -208,14 +208,13 @@ class Walk:
         shape, target = grad.var.spec.shape, spec.shape
         more = len(shape) - len(target)
         over = [i for i in range(len(shape)) if i < more or target[i - more] != shape[i]]
-        kept = tuple([1 if i in over else n for i, n in enumerate(shape)])
         if over == list(range(more)):
             var = self.emitter.emit(aten.sum.dim_IntList, (grad.var, over), spec)
         else:
-            middle = TensorSpec(kept, spec.dtype, spec.device)
-            var = self.emitter.emit(aten.sum.dim_IntList, (grad.var, over, True), middle)
-            if kept != target:
-                var = self.emitter.emit(aten.reshape.default, (var, list(target)), spec)
+            kept = [1 if i in over else n for i, n in enumerate(shape)]
+            args = grad.var, over, True
+            var = self.emitter.emit(aten.sum.dim_IntList, args, spec.shaped(*kept))
+            var = self.emitter.shaped(var, *target)
         return Gradient(var, dense(target))
 
     def sum(self, a: Gradient, b: Gradient) -> Gradient:
@@ -485,6 +484,6 @@ class Walk:
             outputs.append(var)
             after.append(((node, nr), var))
         args = (*(None if g is None else g.var for g in grads), *point)
-        self.emitter.equations.append(Equation(op, args, {}, tuple(outputs), self.emitter.source))
+        self.emitter.add(op, args, outputs)
         for target, var in after:
             self.deliver(target, self.seed(var, numbers=not self.lazy))
