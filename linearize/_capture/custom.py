@@ -75,10 +75,9 @@ class CustomNode:
         #: Arguments that are not tensors.
         self._others = tuple(i for i, spec in enumerate(record.inputs or ()) if spec is None)
         edges = [edge for edge in ctx.next_functions if edge[0] is not None]
-        self.inputs = tuple(_received(input_metadata(node)[nr]) for node, nr in edges)
-        self.outputs: tuple[TensorSpec | None, ...] = tuple(
-            _received(meta) for meta in input_metadata(ctx)
-        )
+        self.inputs = tuple(TensorSpec.of(input_metadata(node)[nr]) for node, nr in edges)
+        self.outputs: tuple[TensorSpec | None, ...]
+        self.outputs = tuple(map(TensorSpec.of, input_metadata(ctx)))
         self._saved: list[Residual] = []
         self._unusable = ""
         #: What a hook unpacked (a checkpoint computes it again each time), kept once it was.
@@ -467,10 +466,6 @@ def _kind(t: Any) -> str:
     if isinstance(t, torch.Tensor) and t.layout != torch.strided:
         return f"a tensor of layout {t.layout}"
     return f"a {type(t).__name__}"
-
-
-def _received(meta: Any) -> TensorSpec:
-    return TensorSpec(tuple(meta.shape), meta.dtype, meta.device)
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

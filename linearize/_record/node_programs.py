@@ -21,7 +21,6 @@ from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.scales import marked
 from .._programs.values import Constant, Var
 from .._spaces.nested import map_leaves
-from .._spaces.space import TensorSpec
 from .._torch.names import aten
 
 #: Strides, and whether the numbers are stored conjugated or negated.
@@ -232,23 +231,24 @@ class NodePrograms:
 NODE_PROGRAMS = NodePrograms()
 
 
-def placeholder_like(layout: Layout, spec: TensorSpec, numbers: torch.Tensor) -> torch.Tensor:
+def placeholder_like(layout: Layout, numbers: torch.Tensor) -> torch.Tensor:
     """Return `numbers`, some of them repeated, laid out in memory like a gradient."""
     strides, conjugate, negative = layout
     if strides != numbers.stride():
-        repeated = [n > 1 and s == 0 for n, s in zip(spec.shape, strides, strict=True)]
+        shape = numbers.shape
+        repeated = [n > 1 and s == 0 for n, s in zip(shape, strides, strict=True)]
         few = numbers[tuple(slice(0, 1) if again else slice(None) for again in repeated)]
         order = sorted(range(few.dim()), key=lambda i: -strides[i])
         back = [order.index(i) for i in range(few.dim())]
-        numbers = few.permute(order).contiguous().permute(back).expand(spec.shape)
+        numbers = few.permute(order).contiguous().permute(back).expand(shape)
     if conjugate:
         numbers = aten._conj.default(numbers)
     return aten._neg_view.default(numbers) if negative else numbers
 
 
-def copied(layout: Layout, spec: TensorSpec, t: torch.Tensor) -> torch.Tensor:
+def copied(layout: Layout, t: torch.Tensor) -> torch.Tensor:
     """Return a copy of a gradient that lies in memory like it."""
     _, conjugate, negative = layout
     numbers = t.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
     numbers = numbers.conj().resolve_conj() if conjugate else numbers
-    return placeholder_like(layout, spec, -numbers if negative else numbers)
+    return placeholder_like(layout, -numbers if negative else numbers)

@@ -80,7 +80,7 @@ def record_pullback(
             walk.inputs = set(inputs)
             walk.recording.constants.given(given)
             try:
-                return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
+                return walk, walk.run([walk.seed(v) for v in inputs])
             except UnsupportedError:
                 if not (lazy and walk.invented):
                     raise
@@ -148,7 +148,7 @@ def _try_elsewhere(graph: Graph, program: BoundProgram, what: str) -> None:
     for factor in (1.0, *magnitudes(*(v.spec.dtype for v in program.inputs))):
         generator = torch.Generator().manual_seed(1)
         walk = Walk(graph, Emitter(), generator, factor=factor)
-        seeds = [walk.seed(v, numbers=True) for v in program.inputs]
+        seeds = [walk.seed(v) for v in program.inputs]
         expected = [None if g is None else g.tensor for g in walk.run(seeds)]
         with torch.inference_mode(False), torch.no_grad():
             got = runner(program)([walk.number(g) for g in seeds])

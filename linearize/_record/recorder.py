@@ -68,13 +68,7 @@ class Recorder(DispatchMode):
         self.emitter, self.constants = recording.emitter, recording.constants
         self.writes = Writes(recording)
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if has_sharded(types):
             return NotImplemented  # it comes again, with the parts that are on this rank
         if is_fake(types):
@@ -114,11 +108,10 @@ class Recorder(DispatchMode):
         derived = any(self.recording.derived(x) for x in leaves((args, kwargs)))
         if not derived or func in CONSTANT or _only_shape(kwargs):
             note = self.constants.seen(func, args, kwargs)
-            if schema.writes:
-                targets = self.writes.constant_written(schema, args, kwargs)
+            targets = self.writes.constant_written(schema, args, kwargs) if schema.writes else ()
             out = func(*args, **kwargs)
             note(out)
-            for t in targets if schema.writes else ():
+            for t in targets:
                 self.writes.partly_constant(t, self.recording.aliases(t))
             empty = func in UNINITIALIZED or (
                 schema.is_view and self.recording.uninitialized(args[0])

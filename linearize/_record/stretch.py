@@ -16,18 +16,13 @@ from torch.autograd.graph import GradientEdge
 from .._capture.custom import CustomNode
 from .._capture.graph import Edge, Graph
 from .._programs.program import Operation
-from .._spaces.space import TensorSpec, tensor_spec
+from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, input_metadata, outside_backward, saved_tensors
 from ..errors import UnsupportedError
 from .calls import unpacked
 from .node_formulas import differentiable, mended
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
-
-
-def metadata_spec(meta: Any) -> TensorSpec:
-    """Return what a node expects at one of its places."""
-    return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
 
 
 def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
@@ -110,11 +105,11 @@ class Stretch:
 
     def takes(self) -> list[TensorSpec]:
         """Return the specifications of the gradients that come in."""
-        return [metadata_spec(input_metadata(n)[i]) for n, i in self.entries]
+        return [TensorSpec.of(input_metadata(n)[i]) for n, i in self.entries]
 
     def gives(self) -> list[TensorSpec]:
         """Return those of the gradients that go out."""
-        return [metadata_spec(input_metadata(n)[i]) for n, i in self.exits]
+        return [TensorSpec.of(input_metadata(n)[i]) for n, i in self.exits]
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the nodes keep."""
@@ -201,12 +196,6 @@ def alone(graph: Graph, node: Node) -> Stretch:
     return Stretch(graph, [node], [(node, i) for i in range(len(input_metadata(node)))])
 
 
-def edges_of(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSpec | None]]:
-    """Return where a node's results go, and what is expected there."""
-    edges = node.next_functions
-    return edges, [None if n is None else metadata_spec(input_metadata(n)[i]) for n, i in edges]
-
-
 def _distinct(edges: Iterable[Any]) -> list[Edge]:
     return list(dict.fromkeys((node, nr) for node, nr in edges))
 
@@ -257,7 +246,7 @@ def handed_on(
 
     def deliver(edge: Edge, g: torch.Tensor) -> None:
         if g.layout == torch.strided:
-            g = fitted(g, metadata_spec(input_metadata(edge[0])[edge[1]]))
+            g = fitted(g, TensorSpec.of(input_metadata(edge[0])[edge[1]]))
         known = pending.get(edge, g)
         if known is not g:  # a sparse tensor can be added to a dense one only
             g = known + g if known.layout == torch.strided else g + known

@@ -55,9 +55,7 @@ from .stretch import (
     NodeBackward,
     Stretch,
     alone,
-    edges_of,
     fitted,
-    metadata_spec,
     sums_to,
 )
 from .witness import Unseen, Witness
@@ -111,23 +109,19 @@ class Walk:
         self.pending: dict[Node, dict[int, Gradient]] = {}
         self.inputs: set[Var] = set()
 
-    def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
-        """Return random numbers that stand for `var`."""
-        t = spec.random(self.generator) * self.factor
-        self.recording.define(t, var)
-        return t
-
-    def seed(self, var: Var, *, numbers: bool) -> Gradient:
+    def seed(self, var: Var) -> Gradient:
         """Return a gradient to begin with, or to go on with after an operation not executed."""
-        t = self.placeholder(var.spec, var) if numbers else None
-        return Gradient(var, dense(var.spec.shape), t)
+        g = Gradient(var, dense(var.spec.shape))
+        if not self.lazy:
+            self.number(g)
+        return g
 
     def number(self, g: Gradient) -> torch.Tensor:
         """Return numbers that stand for a gradient."""
         if g.tensor is None:
-            self.invented |= g.var not in self.inputs
+            self.invented |= self.lazy and g.var not in self.inputs
             numbers = g.var.spec.random(self.generator) * self.factor
-            g.tensor = placeholder_like(g.layout, g.var.spec, numbers)
+            g.tensor = placeholder_like(g.layout, numbers)
             self.recording.define(g.tensor, g.var)
         return g.tensor
 
@@ -135,7 +129,7 @@ class Walk:
         """Return the same gradient with numbers that lie apart from all others."""
         own = Gradient(g.var, g.layout)
         if not self.lazy:  # those that it has can come about
-            own.tensor = copied(g.layout, g.var.spec, self.number(g))
+            own.tensor = copied(g.layout, self.number(g))
             self.recording.define(own.tensor, g.var)
         return own
 
@@ -186,7 +180,7 @@ class Walk:
     def deliver(self, edge: Edge, grad: Gradient) -> None:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
-        spec = metadata_spec(input_metadata(node)[nr])
+        spec = TensorSpec.of(input_metadata(node)[nr])
         fits = grad.var.spec is spec or grad.var.spec == spec
         if grad.tensor is not None and is_sharded(grad.tensor):
             fits = spec.matches(grad.tensor)
@@ -245,8 +239,7 @@ class Walk:
         formula = None if sharded else formula_of(node)
         if formula is not None:
             op, point = unpacked(self.graph.label(node), lambda: formula(node))
-            edges, specs = edges_of(node)
-            self.place(op, edges, specs, grads, [self.recording.constant(t) for t in point])
+            self.place(op, node.next_functions, grads, map(self.recording.constant, point))
             return
         mark = len(self.emitter.equations)
         before = self.emitter.fixed, self.recording.frozen
@@ -398,8 +391,11 @@ class Walk:
         numbers = [None if g is None else self.number(g) for g in grads]
         self.lay_out(node, grads, numbers)
         result: Sequence[torch.Tensor | None] = ()
+        if witness is not None:
+            witness.begin(numbers)
         try:
-            result = self.call(node, numbers, witness)
+            with self.recorder, NOTHING if witness is None else witness:
+                result = called(node, numbers, self.emitter.source)
             check_dense([node], node.next_functions, result)
             if node.name().endswith("CopySlices"):
                 known = self.emitter.numbers, self.recording.constants.decided_by
@@ -418,15 +414,6 @@ class Walk:
             return result, as_it_is(node, numbers, error, helped=self.remembered)
         return result, ""
 
-    def call(
-        self, node: Node, grads: list[torch.Tensor | None], witness: Witness | None = None
-    ) -> Sequence[torch.Tensor | None]:
-        """Call a built-in node."""
-        if witness is not None:
-            witness.begin(grads)
-        with self.recorder, NOTHING if witness is None else witness:
-            return called(node, grads, self.graph.label(node))
-
     def is_opaque(self, result: Sequence[torch.Tensor | None]) -> bool:
         """Whether a gradient does not descend from the cotangents although it is not zero."""
         return any(
@@ -437,7 +424,7 @@ class Walk:
     def opaque(self, stretch: Stretch, received: dict[int, Gradient], reason: str) -> None:
         """Write down a node as one operation, because of `reason`."""
         grads = [received.get(nr) for _, nr in stretch.entries]
-        self.place(NodeBackward(stretch, reason), stretch.exits, stretch.gives(), grads)
+        self.place(NodeBackward(stretch, reason), stretch.exits, grads)
 
     def part(self, stretch: Stretch, reason: str) -> None:
         """Write down a part of the graph as one operation."""
@@ -447,43 +434,36 @@ class Walk:
         self.emitter.source = stretch.label
         numbers = [None if g is None else g.var.spec.random(self.generator) for g in grads]
         check_dense(stretch.nodes, stretch.exits, stretch(*numbers))
-        self.place(NodeBackward(stretch, reason), stretch.exits, stretch.gives(), grads)
+        self.place(NodeBackward(stretch, reason), stretch.exits, grads)
 
     def custom(self, custom: OpaqueNode, node: Node, received: dict[int, Gradient]) -> None:
         """Write down the node of a custom Function, or of a collective, as one operation."""
         custom.know_outputs(received.keys())
-        unpacked(
-            self.graph.label(node), custom.unpack
-        )  # together with what the nodes around it saved
+        unpacked(self.emitter.source, custom.unpack)  # together with what those around it saved
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         grads = [received.get(i) for i in range(len(custom.outputs))]
-        op: Operation
-        if isinstance(custom, CollectiveNode):
-            op = Collective(custom, back=True)
-        else:
-            op = CustomBackward(custom)
-        self.place(op, edges, custom.inputs, grads)
+        op: Operation = (
+            Collective(custom, back=True)
+            if isinstance(custom, CollectiveNode)
+            else CustomBackward(custom)
+        )
+        self.place(op, edges, grads)
 
     def place(
         self,
         op: Operation,
         edges: Sequence[tuple[Node | None, int]],
-        specs: Sequence[TensorSpec | None],
         grads: Sequence[Gradient | None],
-        point: Sequence[Constant] = (),
+        point: Iterable[Constant] = (),
     ) -> None:
         """Write down an operation that is not executed."""
-        outputs: list[Var | None] = []
-        after: list[tuple[Edge, Var]] = []
-        for edge, spec in zip(edges, specs, strict=True):
-            node, nr = edge
-            if node is None or spec is None or node not in self.graph.places:
-                outputs.append(None)
-                continue
-            var = Var(spec)
-            outputs.append(var)
-            after.append(((node, nr), var))
+        within = [n is not None and n in self.graph.places for n, _ in edges]
+        outputs = [
+            Var(TensorSpec.of(input_metadata(n)[nr])) if here else None
+            for (n, nr), here in zip(edges, within, strict=True)
+        ]
         args = (*(None if g is None else g.var for g in grads), *point)
         self.emitter.add(op, args, outputs)
-        for target, var in after:
-            self.deliver(target, self.seed(var, numbers=not self.lazy))
+        for (n, nr), var in zip(edges, outputs, strict=True):
+            if n is not None and var is not None:
+                self.deliver((n, nr), self.seed(var))

@@ -20,9 +20,9 @@ class TensorSpec:
 
     @classmethod
     def of(cls, t: torch.Tensor) -> TensorSpec:
-        """Return the specification that `t` meets."""
+        """Return the specification that `t` meets, or what a graph node expects by metadata."""
         try:
-            return tensor_spec(t.shape, t.dtype, t.device)
+            return tensor_spec(tuple(t.shape), t.dtype, t.device)
         except TypeError:  # a size that is a symbol has no hash
             return cls(tuple(t.shape), t.dtype, t.device)
 
