@@ -26,10 +26,10 @@ from .._programs.numbers import Numbers
 from .._programs.program import Equation, Operation, Program, op_name
 from .._programs.residuals import Residual
 from .._programs.values import Var
+from .._spaces.balance import Balance, Tensors, Total, eps_of, inner, over, weights_of
 from .._spaces.compare import close, roughly, tolerance
 from .._spaces.space import TensorSpec
 from ..errors import AdjointError, NotLinearError
-from .balance import Balance, Tensors, Total, eps_of, inner, over, weights_of
 
 #: A linear map on flat lists of tensors; None is zero.
 Map: TypeAlias = Callable[[Sequence[Any]], Tensors]

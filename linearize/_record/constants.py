@@ -142,18 +142,14 @@ class Constants:
         if decided:
             self.decided(f"{schema.name} in {self._emitter.source}")
         if schema.writes:
-            origin = self._written(func, args, kwargs)
-        elif func in CONSTANT:
+            left, targets = self._written(func, args, kwargs), schema.targets(args, kwargs)
+            return lambda out: self.overwritten(targets, left)
+        if func in CONSTANT:
             return lambda out: self._define(out, _filled_like(schema.name, args, out))
-        elif func in UNINITIALIZED:
-            if self.witness is not None:  # it may be filled out of sight
-                return lambda out: self._define(out, None)
-            return lambda out: self._define(out, filled(out.shape, 0, out))
-        else:
-            origin = self._computed(func, args, kwargs)
-        if schema.writes:
-            targets = schema.targets(args, kwargs)
-            return lambda out: self.overwritten(targets, origin)
+        if func in UNINITIALIZED:
+            watched = self.witness is not None  # it may be filled out of sight
+            return lambda out: self._define(out, None if watched else filled(out.shape, 0, out))
+        origin = self._computed(func, args, kwargs)
         return lambda out: self._define(out, origin)
 
     def _computed(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Origin | None:

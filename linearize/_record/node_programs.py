@@ -198,34 +198,25 @@ def _placed(eq: Equation, place: int) -> Equation:
     return Equation(eq.op, args, kwargs, eq.outputs, eq.source)
 
 
-class NodePrograms:
+class NodePrograms(cachetools.LRUCache[Hashable, NodeProgram]):
     """What is remembered of the nodes and operations met lately, for the whole process.
 
     It holds shapes, static arguments and operations; no tensors but single numbers.
     """
 
-    def __init__(self, most: int = 4096) -> None:
+    def __init__(self) -> None:
+        super().__init__(4096)
         self._lock = threading.Lock()
-        self._known: cachetools.LRUCache[Hashable, NodeProgram | None]
-        self._known = cachetools.LRUCache(most)
 
     def find(self, key: Hashable) -> NodeProgram | None:
         """Return the program of a kind of node."""
         with self._lock:
-            return self._known.get(key)
+            return self.get(key)
 
     def keep(self, key: Hashable, program: NodeProgram) -> None:
         """Remember the program of a kind of node."""
         with self._lock:
-            self._known[key] = program
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def clear(self) -> None:
-        """Forget all."""
-        with self._lock:
-            self._known.clear()
+            self[key] = program
 
 
 NODE_PROGRAMS = NodePrograms()

@@ -8,7 +8,7 @@ what enters and leaves it is dense.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge
@@ -16,13 +16,12 @@ from torch.autograd.graph import GradientEdge
 from .._capture.custom import CustomNode
 from .._capture.graph import Edge, Graph
 from .._programs.program import Operation
+from .._spaces.balance import Tensors
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, input_metadata, outside_backward, saved_tensors
 from ..errors import UnsupportedError
 from .calls import unpacked
 from .node_formulas import differentiable, mended
-
-Tensors: TypeAlias = Sequence[torch.Tensor | None]
 
 
 def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

@@ -10,7 +10,7 @@ rank one stands for each, the same on both sides.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -20,20 +20,18 @@ from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.mesh_collectives import OnMesh
 from .._check.adjoint import RankOne, StandIns
-from .._check.balance import Balance
 from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor
 from .._programs.program import Operation
 from .._record.node_formulas import mended
 from .._record.stretch import by_edges, handed_on
+from .._spaces.balance import Balance, Tensors
 from .._spaces.compare import agree, tolerance
 from .._spaces.sharding import Layout
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, walking
 from .._torch.modes import unobserved
 from .._torch.ranks import collectives_seen
-
-Tensors: TypeAlias = Sequence[torch.Tensor | None]
 
 
 def engine_pullback(

@@ -158,16 +158,14 @@ class _Moves:
 
     def step(self, eq: Equation) -> None:
         """Keep an equation."""
-        out = eq.outputs[0]
-        is_product = eq.op in (aten.mm.default, aten.bmm.default) and out is not None
-        a = eq.args[0] if is_product else None
-        if isinstance(a, Var) and self.uses[a] == 1 and a in self.forms:
-            self.operands[out] = self.forms[a]  # type: ignore[index]
-
+        before = self.forms.get(eq.args[0]) if eq.args and isinstance(eq.args[0], Var) else None
         kept = eq.renamed(lambda x: self.value(x) if type(x) is Var else x)
         self.e.equations.append(kept)
-        if is_product:
-            self.products[out] = kept  # type: ignore[index]
+        out = eq.result
+        if eq.op in (aten.mm.default, aten.bmm.default) and out is not None:
+            self.products[out] = kept
+            if before is not None and self.uses[eq.args[0]] == 1:
+                self.operands[out] = before
 
     def form(self, v: Var) -> _Form:
         """Return what a value is made of, if nobody else needs it as it is."""
@@ -181,7 +179,7 @@ class _Moves:
         """Whether an equation only shows or permutes its one argument."""
         if not (eq.op in RESHAPES or permutation(eq.op, eq.args) is not None):
             return False
-        x, out = eq.args[0], eq.outputs[0]
+        x, out = eq.args[0], eq.result
         if not isinstance(x, Var) or out is None or 0 in out.spec.shape:
             return False
         return x not in self.strided and out not in self.strided
@@ -224,8 +222,7 @@ class _Moves:
         """Multiply rows in the order in which they lie, and permute them afterwards."""
         if eq.op is not aten.mm.default or not isinstance(eq.args[0], Var):
             return False
-        a, factor = eq.args
-        out = eq.outputs[0]
+        (a, factor), out = eq.args, eq.result
         if out is None or out in self.results or a not in self.forms or self.uses[a] != 1:
             return False
         form = self.form(a)
@@ -247,7 +244,7 @@ class _Moves:
 
     def stack(self, eq: Equation) -> bool:
         """Stack parts as they lie, if all are permuted in the same way, and permute the whole."""
-        out = eq.outputs[0]
+        out = eq.result
         if eq.op is not aten.stack.default or out is None or out in self.strided:
             return False
         parts, dim = eq.args[0], eq.argument(1, 0)

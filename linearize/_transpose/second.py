@@ -17,12 +17,12 @@ from .._capture.graph import Graph
 from .._programs.program import Equation, Operation, Program
 from .._programs.values import Var
 from .._record.calls import unpacked
+from .._spaces.balance import Balance, Tensors
 from .._spaces.compare import agree, magnitudes, tolerance
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, gradient_edge
 from ..errors import LinearizeError, StalenessError, UnsupportedError
 
-Tensors: TypeAlias = Sequence[torch.Tensor | None]
 #: A linear map, differentiable in grad mode.
 Direction: TypeAlias = Callable[..., Tensors]
 
@@ -141,26 +141,16 @@ def _fault(op: TwiceDifferentiated, fn: Direction, outs: Sequence[TensorSpec]) -
     for factor in magnitudes(*(t.dtype for t in (*u, *w))):
         if not agree(at([factor * a for a in u]), [factor * b for b in w], outs, factor):
             return f"it is not linear: {factor:g} times its argument gives something else"
+    limit = max(tolerance(t.dtype) for t in (*u, *w))
     for _ in range(2):
         v = [s.random(generator) for s in outs]
-        if not _adjoint(op(*v), other, v, more):
+        balance = Balance()
+        balance.add(1, other, op(*v))
+        balance.add(-1, v, more)
+        if not balance.holds(limit):
             return "PyTorch's derivative of it lacks terms"
     return ""
 
 
 def _added(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [x + y for x, y in zip(a, b, strict=True)]
-
-
-def _adjoint(ju: Tensors, u: Tensors, v: Tensors, pulled: Tensors) -> bool:
-    """Whether Re⟨J·v, u⟩ = Re⟨v, Jᴴ·u⟩ within rounding."""
-    total = size = 0.0
-    limit = 0.0
-    for sign, left, right in ((1, ju, u), (-1, v, pulled)):
-        for a, b in zip(left, right, strict=True):
-            if a is not None and b is not None:
-                products = (a.to(torch.complex128) * b.to(torch.complex128).conj()).real
-                total += sign * float(products.sum())
-                size += float(products.square().sum().sqrt())
-                limit = max(limit, tolerance(a.dtype))
-    return abs(total) <= limit * size or not abs(total) < float("inf")
