@@ -127,8 +127,7 @@ def check_built_in(
     stand_ins = StandIns()
     back = stand_ins.placed(pullback, backward=True)
     forth = stand_ins.placed(pushforward, backward=False)
-    maps = runner(back), runner(forth)
-    off = parting(*maps, generator, lambda: (back, forth), back, forth)
+    off = _parting_of(back, forth, generator)
     if off is not None:
         raise AdjointError(
             f"pushforward and pullback are not adjoint ({_by(off)}): "
@@ -429,14 +428,16 @@ def _first_at_fault(pullback: BoundProgram, transposed: Transposed) -> str:
         if isinstance(eq.op, Operation):
             continue
         alone = BoundProgram.of(_alone(eq), numbers)
-        if _parts(alone, alone.made(transposed), generator):
+        if _parting_of(alone, alone.made(transposed), generator) is not None:
             return f"the first to part is {eq.name}, from {eq.source or 'the graph'}"
     return "each of its operations by itself is right, together they are not"
 
 
-def _parts(back: BoundProgram, forth: BoundProgram, generator: torch.Generator) -> bool:
+def _parting_of(
+    back: BoundProgram, forth: BoundProgram, generator: torch.Generator
+) -> float | None:
     maps = runner(back), runner(forth)
-    return parting(*maps, generator, lambda: (back, forth), back, forth) is not None
+    return parting(*maps, generator, lambda: (back, forth), back, forth)
 
 
 def _alone(eq: Equation) -> Program:

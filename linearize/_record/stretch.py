@@ -35,16 +35,6 @@ def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     return grad
 
 
-def sums_to(spec: TensorSpec, target: TensorSpec) -> bool:
-    """Whether a gradient only has to be summed over dimensions of a broadcast."""
-    pairs = zip(reversed(target.shape), reversed(spec.shape), strict=False)
-    return (
-        (spec.dtype, spec.device) == (target.dtype, target.device)
-        and len(target.shape) <= len(spec.shape)
-        and all(a in (1, b) for a, b in pairs)
-    )
-
-
 class Stretch:
     """Nodes of a graph whose gradients are computed by calling them, one after the other.
 

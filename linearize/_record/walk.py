@@ -19,6 +19,7 @@ from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.signature import HiddenError, arguments, node_key, saved_by, scales_at
+from .._programs.broadcast import broadcasts, summed
 from .._programs.origins import Number, Origin, Saved
 from .._programs.program import Emitter, Operation
 from .._programs.values import Constant, Var
@@ -56,7 +57,6 @@ from .stretch import (
     Stretch,
     alone,
     fitted,
-    sums_to,
 )
 from .witness import Unseen, Witness
 
@@ -181,11 +181,13 @@ class Walk:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
         spec = TensorSpec.of(input_metadata(node)[nr])
-        fits = grad.var.spec is spec or grad.var.spec == spec
+        given = grad.var.spec
+        fits = given is spec or given == spec
         if grad.tensor is not None and is_sharded(grad.tensor):
             fits = spec.matches(grad.tensor)
-        if not fits and self.lazy and sums_to(grad.var.spec, spec):
-            grad = self.summed(grad, spec)
+        same = (given.dtype, given.device) == (spec.dtype, spec.device)
+        if not fits and self.lazy and same and broadcasts(spec.shape, given.shape):
+            grad = Gradient(summed(self.emitter, grad.var, spec.shape), dense(spec.shape))
         elif not fits:
             number = self.number(grad)
             with self.recorder:
@@ -196,20 +198,6 @@ class Walk:
             grad = computed
         slot = self.pending.setdefault(node, {})
         slot[nr] = self.sum(slot[nr], grad) if nr in slot else grad
-
-    def summed(self, grad: Gradient, spec: TensorSpec) -> Gradient:
-        """Sum a gradient over the dimensions along which a value was broadcast."""
-        shape, target = grad.var.spec.shape, spec.shape
-        more = len(shape) - len(target)
-        over = [i for i in range(len(shape)) if i < more or target[i - more] != shape[i]]
-        if over == list(range(more)):
-            var = self.emitter.emit(aten.sum.dim_IntList, (grad.var, over), spec)
-        else:
-            kept = [1 if i in over else n for i, n in enumerate(shape)]
-            args = grad.var, over, True
-            var = self.emitter.emit(aten.sum.dim_IntList, args, spec.shaped(*kept))
-            var = self.emitter.shaped(var, *target)
-        return Gradient(var, dense(target))
 
     def sum(self, a: Gradient, b: Gradient) -> Gradient:
         """Add two gradients of one shape and dtype."""

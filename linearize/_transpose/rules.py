@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from .._programs.aten import schema_of, wants_contiguous
+from .._programs.broadcast import summed
 from .._programs.program import Emitter, Equation, Operation
 from .._programs.values import Constant, Var, zeros
 from .._spaces.space import TensorSpec
@@ -43,15 +44,8 @@ def rule_for(op: Any) -> Rule | None:
 
 def fit(e: Emitter, ct: Var, spec: TensorSpec) -> Var:
     """Emit the transpose of a broadcast and of a cast, from `ct` to `spec`."""
-    shape, to = ct.spec.shape, spec.shape
-    if shape != to:
-        lead = len(shape) - len(to)
-        dims = [*range(lead)]
-        dims += [lead + i for i, n in enumerate(to) if n == 1 and shape[lead + i] != 1]
-        if dims:
-            kept = [1 if i in dims else n for i, n in enumerate(shape)]
-            ct = e.emit(aten.sum.dim_IntList, (ct, dims, True), ct.spec.shaped(*kept))
-        ct = e.shaped(ct, *to)
+    to = spec.shape
+    ct = summed(e, ct, to)
     if ct.spec.dtype.is_complex and not spec.dtype.is_complex:
         pairs = TensorSpec((*to, 2), ct.spec.dtype.to_real(), ct.spec.device)
         ct = e.emit(aten.resolve_conj.default, (ct,), ct.spec)  # view_as_real wants it plain
