@@ -15,12 +15,7 @@ from .._programs.program import Equation, Operation
 from .._spaces.balance import Balance, Tensors, over_sizes
 from .._torch.modes import being_traced, functorch_active, outside_transforms, unobserved
 from ..errors import AdjointError
-from .adjoint import (
-    Transposed,
-    check_built_in,
-    node_of,
-    rounding_limit,
-)
+from .adjoint import Transposed, check_built_in, node_of, rounding_limit
 
 
 class Proof:

@@ -30,16 +30,14 @@ from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten, has_memory
 from .by_tensor import ByTensor
 from .scales import Scales
+from .storage import covers_storage, geometry
 from .witness import Witness
 
 
 class Constants:
     """Origins of the constants of one recording.
 
-    Parameters
-    ----------
-    emitter
-        Its `fixed` is set where the recording is found to hold at this point only.
+    `fixed` of the emitter is set where the recording is found to hold at this point only.
     """
 
     def __init__(self, emitter: Emitter) -> None:
@@ -82,16 +80,10 @@ class Constants:
     def decided_by(
         self, t: torch.Tensor, before: torch.Tensor | None = None, *, some: bool = False
     ) -> None:
-        """Note that the numbers of `t` decided something about the recording.
+        """Note that the numbers of a constant decided something about the recording.
 
-        Parameters
-        ----------
-        t
-            A constant.
-        before
-            What it held before it was overwritten, if that is what decided.
-        some
-            Whether nothing mattered but that there are some which are not zero.
+        Or what it held `before` it was overwritten. Of `some` nothing mattered but that there are
+        some which are not zero.
         """
         if self.static(t) or (
             self.witness is not None and self.witness.relies(t, before, some=some)
@@ -189,7 +181,7 @@ class Constants:
         flat = None if exact is None or whole is None else _scattered(*whole, written, exact)
         for a in sharing:
             same = flat is not None and a.dtype == written.dtype and not _lazy(a)
-            now = Origin(aten.as_strided.default, (flat, *_strides(a))) if same else None
+            now = Origin(aten.as_strided.default, (flat, *geometry(a))) if same else None
             self._known[a] = now
         for t in targets:
             self._known[t] = exact
@@ -210,17 +202,13 @@ def _as(t: torch.Tensor, origin: Origin) -> Origin:
     return Origin(aten.clone.default, (whole,), {"memory_format": torch.contiguous_format})
 
 
-def _strides(t: torch.Tensor) -> tuple[list[int], list[int], int]:
-    return list(t.shape), list(t.stride()), int(t.storage_offset())
-
-
 def _lazy(t: torch.Tensor) -> bool:
     return t.is_conj() or t.is_neg()
 
 
 def _covers(t: torch.Tensor) -> bool:
     """Whether a tensor is its whole storage, in order."""
-    return t.is_contiguous() and t.nbytes == t.untyped_storage().nbytes() and not _lazy(t)
+    return covers_storage(t) and not _lazy(t)
 
 
 def _scattered(
@@ -230,7 +218,7 @@ def _scattered(
     if whole.dtype != part.dtype or _lazy(part):
         return None
     dense = Origin(aten.clone.default, (before,), {"memory_format": torch.contiguous_format})
-    return Origin(aten.as_strided_scatter.default, (dense, now, *_strides(part)))
+    return Origin(aten.as_strided_scatter.default, (dense, now, *geometry(part)))
 
 
 def _filled_like(name: str, args: Any, out: torch.Tensor) -> Origin | None:

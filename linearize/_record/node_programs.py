@@ -62,15 +62,7 @@ class Gradient:
 
 
 class NodeProgram(Portable):
-    """What one kind of node does to gradients.
-
-    Parameters
-    ----------
-    program
-        From the gradients that it takes to those that it gives.
-    layouts
-        How these lie in memory.
-    """
+    """What one kind of node does to gradients: a program, and how what it gives lies in memory."""
 
     __slots__ = ("_layouts", "_marked")
 

@@ -54,13 +54,7 @@ def _only_shape(kwargs: dict[str, Any]) -> bool:
 
 
 class Recorder(DispatchMode):
-    """Writes down what is done to variables.
-
-    Parameters
-    ----------
-    recording
-        Says what variables are, and receives the equations.
-    """
+    """Writes down what is done to variables, which a recording tells, and that receives it."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()

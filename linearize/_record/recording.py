@@ -44,13 +44,7 @@ class _Known(NamedTuple):
 
 
 class Recording:
-    """Which variables and constants the tensors stand for that are met.
-
-    Parameters
-    ----------
-    emitter
-        Receives the equations.
-    """
+    """Which variables and constants the tensors stand for that are met."""
 
     def __init__(self, emitter: Emitter) -> None:
         self.emitter = emitter
@@ -91,15 +85,7 @@ class Recording:
         return self.constant(x) if var is None else var
 
     def constant(self, t: torch.Tensor, origin: Origin | None = None) -> Constant:
-        """Return a constant of the program, one for each tensor.
-
-        Parameters
-        ----------
-        t
-            The tensor.
-        origin
-            How it comes about, if that is told.
-        """
+        """Return a constant of the program, one for each tensor; its origin may be told."""
         key = id(t), self.constants.witness  # what was met in a call belongs to it
         known = self._read.get(key)
         if known is None:

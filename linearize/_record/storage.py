@@ -30,13 +30,21 @@ def common_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype | None:
     return real.pop() if len(real) == 1 else None
 
 
-def geometry(t: torch.Tensor, itemsize: int) -> Geometry:
-    """Return size, stride and offset in items; one more dimension if an element has several."""
+def geometry(t: torch.Tensor, itemsize: int = 0) -> Geometry:
+    """Return size, stride and offset in elements, or in smaller items.
+
+    There is one more dimension if an element has several items.
+    """
     size, stride, offset = list(t.shape), list(t.stride()), int(t.storage_offset())
-    count = t.element_size() // itemsize
+    count = t.element_size() // (itemsize or t.element_size())
     if count == 1:
         return size, stride, offset
     return [*size, count], [*(count * s for s in stride), 1], count * offset
+
+
+def covers_storage(t: torch.Tensor) -> bool:
+    """Whether a tensor is its whole storage, in order."""
+    return t.is_contiguous() and t.nbytes == t.untyped_storage().nbytes()
 
 
 def covered(t: torch.Tensor, others: Sequence[torch.Tensor]) -> list[torch.Tensor]:

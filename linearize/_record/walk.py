@@ -25,12 +25,7 @@ from .._programs.program import Emitter, Operation
 from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._torch.aot import reading_of
-from .._torch.graphs import (
-    Node,
-    input_metadata,
-    saved_tensors,
-    walking,
-)
+from .._torch.graphs import Node, input_metadata, saved_tensors, walking
 from .._torch.modes import NOTHING
 from .._torch.names import aten
 from .._torch.ranks import collectives_seen
@@ -51,13 +46,7 @@ from .opinion import second_opinion
 from .parts import closed, opened, parts, takes_sharded
 from .recorder import Recorder
 from .recording import OpaqueError, Recording, SparseError
-from .stretch import (
-    Cut,
-    NodeBackward,
-    Stretch,
-    alone,
-    fitted,
-)
+from .stretch import Cut, NodeBackward, Stretch, alone, fitted
 from .witness import Unseen, Witness
 
 

@@ -19,7 +19,7 @@ from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
 from .linearity import known_linear, tested_linear
 from .recording import OpaqueError, Recording
-from .storage import common_dtype, covered, flat_spec, flattened, scattered, shown
+from .storage import common_dtype, covered, covers_storage, flat_spec, flattened, scattered, shown
 
 
 class Functionalized(Operation):
@@ -53,13 +53,7 @@ class Functionalized(Operation):
 
 
 class Writes:
-    """Writes down what is done to the memory of variables and constants.
-
-    Parameters
-    ----------
-    recording
-        What is known of the tensors.
-    """
+    """Writes down what is done to the memory of variables and constants."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
@@ -264,11 +258,7 @@ class Writes:
         spec = flat_spec(t, dtype)
         for a in group:
             var = self.recording.variable(a)
-            if (
-                var is not None
-                and a.nbytes == spec.shape[0] * dtype.itemsize
-                and a.is_contiguous()
-            ):
+            if var is not None and covers_storage(a):
                 return flattened(self.emitter, var, a, dtype)
         flat: Var | Constant = zeros(spec)
         for a in group:
