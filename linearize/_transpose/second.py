@@ -30,10 +30,11 @@ Direction: TypeAlias = Callable[..., Tensors]
 class TwiceDifferentiated(Operation):
     """The transpose of a linear map, by PyTorch's derivative of it.
 
-    `name` is whose it is, and `note` what a user is told.
+    `name` is whose it is, and `note` what a user is told. `arguments` is at what the map was
+    differentiated, `results` what it gave there.
     """
 
-    __slots__ = ("_arguments", "_lock", "_results", "name", "note")
+    __slots__ = ("_lock", "arguments", "name", "note", "results")
     may_return_none = True
     may_alias = False
 
@@ -42,8 +43,8 @@ class TwiceDifferentiated(Operation):
         self._lock = threading.RLock()
         generator = torch.Generator().manual_seed(7)
         with torch.inference_mode(False), torch.enable_grad():
-            self._arguments = [spec.random(generator).requires_grad_() for spec in ins]
-            self._results = list(fn(*self._arguments))
+            self.arguments = [spec.random(generator).requires_grad_() for spec in ins]
+            self.results = list(fn(*self.arguments))
 
     def __call__(self, *directions: torch.Tensor | None) -> Tensors:
         """Apply the transpose: one for each result of the map, None for zero."""
@@ -52,32 +53,24 @@ class TwiceDifferentiated(Operation):
     def bytes_kept(self) -> Iterable[torch.Tensor]:
         """Return the tensors that the graph of the map keeps."""
         edges = [gradient_edge(w) for w in self._used()]
-        ends: list[Node] = [gradient_edge(u).node for u in self._arguments]
+        ends: list[Node] = [gradient_edge(u).node for u in self.arguments]
         return Graph([(e.node, e.output_nr) for e in edges], ends).saved_tensors()
 
-    def arguments(self) -> list[torch.Tensor]:
-        """Return at what the map was differentiated."""
-        return [u.detach() for u in self._arguments]
-
-    def results(self) -> Tensors:
-        """Return what the map gave there."""
-        return [None if w is None else w.detach() for w in self._results]
-
     def _used(self) -> list[torch.Tensor]:
-        return [w for w in self._results if w is not None and w.requires_grad]
+        return [w for w in self.results if w is not None and w.requires_grad]
 
     def _transposed(self, *directions: torch.Tensor | None) -> Tensors:
         pairs = [
             (w, t)
-            for w, t in zip(self._results, directions, strict=True)
+            for w, t in zip(self.results, directions, strict=True)
             if w is not None and w.requires_grad and t is not None
         ]
         if not pairs:
-            return [None] * len(self._arguments)
+            return [None] * len(self.arguments)
         with self._lock, torch.inference_mode(False):
             return torch.autograd.grad(
                 [w for w, _ in pairs],
-                self._arguments,
+                self.arguments,
                 [t for _, t in pairs],
                 retain_graph=True,
                 allow_unused=True,
@@ -130,9 +123,9 @@ def _fault(op: TwiceDifferentiated, fn: Direction, outs: Sequence[TensorSpec]) -
         return [s.or_zeros(w) for w, s in zip(results, outs, strict=True)]
 
     generator = torch.Generator().manual_seed(11)
-    u = op.arguments()
+    u = [t.detach() for t in op.arguments]
     w = at(u)
-    if not agree(op.results(), w, outs):
+    if not agree(op.results, w, outs):
         return "it gives something else where gradients are recorded"
     other = [TensorSpec.of(t).random(generator) for t in u]
     more = at(other)
