@@ -285,8 +285,8 @@ class CollectiveNode:
     def __init__(self, ctx: Any, record: ContextRecord) -> None:
         kind = collective_kind(forward_class(ctx))
         edges = [edge for edge in ctx.next_functions if edge[0] is not None]
-        self.inputs = tuple([TensorSpec.of(input_metadata(node)[nr]) for node, nr in edges])
-        self.outputs = tuple(map(TensorSpec.of, input_metadata(ctx)))
+        self.inputs = tuple([TensorSpec.received(input_metadata(node)[nr]) for node, nr in edges])
+        self.outputs = tuple(map(TensorSpec.received, input_metadata(ctx)))
         #: All that is handed in, and where the inputs stand in it.
         self.takes = self.inputs[:1]
         self._where: tuple[int, ...] = (0,)

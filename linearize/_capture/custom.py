@@ -75,9 +75,9 @@ class CustomNode:
         #: Arguments that are not tensors.
         self._others = tuple(i for i, spec in enumerate(record.inputs or ()) if spec is None)
         edges = [edge for edge in ctx.next_functions if edge[0] is not None]
-        self.inputs = tuple(TensorSpec.of(input_metadata(node)[nr]) for node, nr in edges)
+        self.inputs = tuple(TensorSpec.received(input_metadata(node)[nr]) for node, nr in edges)
         self.outputs: tuple[TensorSpec | None, ...]
-        self.outputs = tuple(map(TensorSpec.of, input_metadata(ctx)))
+        self.outputs = tuple(map(TensorSpec.received, input_metadata(ctx)))
         self._saved: list[Residual] = []
         self._unusable = ""
         #: What a hook unpacked (a checkpoint computes it again each time), kept once it was.

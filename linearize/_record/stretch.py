@@ -94,11 +94,11 @@ class Stretch:
 
     def takes(self) -> list[TensorSpec]:
         """Return the specifications of the gradients that come in."""
-        return [TensorSpec.of(input_metadata(n)[i]) for n, i in self.entries]
+        return [TensorSpec.received(input_metadata(n)[i]) for n, i in self.entries]
 
     def gives(self) -> list[TensorSpec]:
         """Return those of the gradients that go out."""
-        return [TensorSpec.of(input_metadata(n)[i]) for n, i in self.exits]
+        return [TensorSpec.received(input_metadata(n)[i]) for n, i in self.exits]
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the nodes keep."""
@@ -235,7 +235,7 @@ def handed_on(
 
     def deliver(edge: Edge, g: torch.Tensor) -> None:
         if g.layout == torch.strided:
-            g = fitted(g, TensorSpec.of(input_metadata(edge[0])[edge[1]]))
+            g = fitted(g, TensorSpec.received(input_metadata(edge[0])[edge[1]]))
         known = pending.get(edge, g)
         if known is not g:  # a sparse tensor can be added to a dense one only
             g = known + g if known.layout == torch.strided else g + known

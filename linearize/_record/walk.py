@@ -169,7 +169,7 @@ class Walk:
     def deliver(self, edge: Edge, grad: Gradient) -> None:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
-        spec = TensorSpec.of(input_metadata(node)[nr])
+        spec = TensorSpec.received(input_metadata(node)[nr])
         given = grad.var.spec
         fits = given is spec or given == spec
         if grad.tensor is not None and is_sharded(grad.tensor):
@@ -436,7 +436,7 @@ class Walk:
         """Write down an operation that is not executed."""
         within = [n is not None and n in self.graph.places for n, _ in edges]
         outputs = [
-            Var(TensorSpec.of(input_metadata(n)[nr])) if here else None
+            Var(TensorSpec.received(input_metadata(n)[nr])) if here else None
             for (n, nr), here in zip(edges, within, strict=True)
         ]
         args = (*(None if g is None else g.var for g in grads), *point)

@@ -338,7 +338,7 @@ def _called(graph: Graph, call: Unseen, witness: Witness) -> Sequence[torch.Tens
             return fn(*arguments)
     layouts = dict(call.how)
     grads = [
-        placeholder_like(layouts[i], TensorSpec.of(meta).random(generator))
+        placeholder_like(layouts[i], TensorSpec.received(meta).random(generator))
         if i in layouts
         else None
         for i, meta in enumerate(input_metadata(node))

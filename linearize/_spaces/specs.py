@@ -20,11 +20,16 @@ class TensorSpec:
 
     @classmethod
     def of(cls, t: torch.Tensor) -> TensorSpec:
-        """Return the specification that `t` meets, or what a graph node expects by metadata."""
+        """Return the specification that `t` meets."""
         try:
-            return tensor_spec(tuple(t.shape), t.dtype, t.device)
+            return tensor_spec(t.shape, t.dtype, t.device)
         except TypeError:  # a size that is a symbol has no hash
             return cls(tuple(t.shape), t.dtype, t.device)
+
+    @classmethod
+    def received(cls, meta: Any) -> TensorSpec:
+        """Return what a graph node expects, given its metadata."""
+        return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
