@@ -236,8 +236,8 @@ def handed_on(
     def deliver(edge: Edge, g: torch.Tensor) -> None:
         if g.layout == torch.strided:
             g = fitted(g, TensorSpec.received(input_metadata(edge[0])[edge[1]]))
-        known = pending.get(edge, g)
-        if known is not g:  # a sparse tensor can be added to a dense one only
+        known = pending.get(edge)
+        if known is not None:  # a sparse tensor can be added to a dense one only
             g = known + g if known.layout == torch.strided else g + known
         pending[edge] = g
 
