@@ -15,7 +15,7 @@ import torch
 
 from .._programs.residuals import Residual
 from .._spaces.nested import leaves
-from .._spaces.space import TensorSpec, tensor_spec
+from .._spaces.space import TensorSpec
 from .._text.labels import Line
 from .._torch.contexts import ContextWatcher
 from .._torch.graphs import forward_class, has_outputs, input_metadata, library_name
@@ -198,11 +198,6 @@ def _expect_steps(record: ContextRecord) -> None:
             r.version += 1
 
 
-def metadata_spec(meta: Any) -> TensorSpec:
-    """Return what a node expects at one of its places."""
-    return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
-
-
 def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """Do what the autograd engine does to a gradient before it hands it on."""
     if grad.shape != spec.shape:
@@ -217,12 +212,12 @@ def fitted(grad: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 def input_specs(ctx: Any) -> tuple[TensorSpec, ...]:
     """Return what is known of the arguments of `forward` that required grad, in order."""
     edges = [(node, nr) for node, nr in ctx.next_functions if node is not None]
-    return tuple([metadata_spec(input_metadata(node)[nr]) for node, nr in edges])
+    return tuple([TensorSpec.received(input_metadata(node)[nr]) for node, nr in edges])
 
 
 def output_specs(ctx: Any) -> tuple[TensorSpec, ...]:
     """Return what is known of the results of `forward`."""
-    return tuple(map(metadata_spec, input_metadata(ctx)))
+    return tuple(map(TensorSpec.received, input_metadata(ctx)))
 
 
 def attributes(ctx: Any) -> list[torch.Tensor]:

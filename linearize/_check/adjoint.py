@@ -26,13 +26,14 @@ from .._programs.numbers import Numbers
 from .._programs.program import Equation, Operation, Program, op_name
 from .._programs.residuals import Residual
 from .._programs.values import Var
+from .._spaces.balance import Balance, Tensors, Total, eps_of, inner, over, weights_of
 from .._spaces.compare import close, roughly, tolerance
 from .._spaces.space import TensorSpec
 from ..errors import AdjointError, NotLinearError
-from .balance import Balance, Tensors, Total, eps_of, inner, over, weights_of
 
 #: A linear map on flat lists of tensors; None is zero.
 Map: TypeAlias = Callable[[Sequence[Any]], Tensors]
+Specs: TypeAlias = Sequence[TensorSpec | None]
 #: What makes a program's transpose.
 Transposed: TypeAlias = Callable[[Program, Numbers], Program]
 
@@ -73,38 +74,44 @@ class RankOne(Operation):
         return [None if b is None else b * total for b in self.b]
 
 
-class _StandIns:
-    """Replaces opaque operations; those of one node are adjoint to each other."""
+class StandIns:
+    """Maps of rank one for opaque operations; those of one node are adjoint to each other."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-        self.vectors: dict[Any, torch.Tensor] = {}
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(5)
+        self._vectors: dict[Any, torch.Tensor] = {}
 
-    def vector(self, node: Any, place: tuple[bool, int], spec: TensorSpec) -> torch.Tensor:
-        key = (id(node), place)
-        if key not in self.vectors:
-            size = math.sqrt(max(math.prod(spec.shape), 1))
-            self.vectors[key] = spec.random(self.generator) / size
-        return self.vectors[key]
+    def of(
+        self, node: Any, outputs: Specs, inputs: Specs, name: str, *, backward: bool
+    ) -> RankOne:
+        """Return what stands for the `backward` of a node, or for its `jvp`."""
+        sides = self._some((id(node), "out"), outputs), self._some((id(node), "in"), inputs)
+        return RankOne(*(sides if backward else sides[::-1]), f"a stand-in for {name}")
 
     def placed(self, program: BoundProgram, *, backward: bool) -> BoundProgram:
         """Return a program without user code."""
-        return program.with_opaque(lambda eq: self._placed(eq, backward))
 
-    def _placed(self, eq: Equation, backward: bool) -> Any:
-        node = node_of(eq.op)
-        if node is None:
-            return eq.op
-
-        def vectors(variables: Iterable[Any], side: bool) -> list[torch.Tensor | None]:
-            return [
-                self.vector(node, (side, i), v.spec) if isinstance(v, Var) else None
-                for i, v in enumerate(variables)
+        def placed(eq: Equation) -> Any:
+            node = node_of(eq.op)
+            if node is None:
+                return eq.op
+            specs = [
+                [v.spec if isinstance(v, Var) else None for v in side]
+                for side in (eq.args, eq.outputs)
             ]
+            # A backward takes what belongs to the node's outputs, a jvp what to its inputs.
+            outputs, inputs = specs if backward else specs[::-1]
+            return self.of(node, outputs, inputs, op_name(eq.op), backward=backward)
 
-        # A backward takes what belongs to the node's outputs, a jvp what belongs to its inputs.
-        a, b = vectors(eq.args, not backward), vectors(eq.outputs, backward)
-        return RankOne(a, b, f"a stand-in for {op_name(eq.op)}")
+        return program.with_opaque(placed)
+
+    def _some(self, side: Any, specs: Specs) -> Tensors:
+        return [None if s is None else self._vector((side, i), s) for i, s in enumerate(specs)]
+
+    def _vector(self, key: Any, spec: TensorSpec) -> torch.Tensor:
+        if key not in self._vectors:
+            self._vectors[key] = spec.random(self._generator) / math.sqrt(max(spec.numel, 1))
+        return self._vectors[key]
 
 
 def check_built_in(
@@ -117,11 +124,10 @@ def check_built_in(
     equations it tells the one at fault, which the error names.
     """
     generator = torch.Generator().manual_seed(3)
-    stand_ins = _StandIns(generator)
+    stand_ins = StandIns()
     back = stand_ins.placed(pullback, backward=True)
     forth = stand_ins.placed(pushforward, backward=False)
-    maps = runner(back), runner(forth)
-    off = parting(*maps, generator, lambda: (back, forth), back, forth)
+    off = _parting_of(back, forth, generator)
     if off is not None:
         raise AdjointError(
             f"pushforward and pullback are not adjoint ({_by(off)}): "
@@ -422,14 +428,16 @@ def _first_at_fault(pullback: BoundProgram, transposed: Transposed) -> str:
         if isinstance(eq.op, Operation):
             continue
         alone = BoundProgram.of(_alone(eq), numbers)
-        if _parts(alone, alone.made(transposed), generator):
+        if _parting_of(alone, alone.made(transposed), generator) is not None:
             return f"the first to part is {eq.name}, from {eq.source or 'the graph'}"
     return "each of its operations by itself is right, together they are not"
 
 
-def _parts(back: BoundProgram, forth: BoundProgram, generator: torch.Generator) -> bool:
+def _parting_of(
+    back: BoundProgram, forth: BoundProgram, generator: torch.Generator
+) -> float | None:
     maps = runner(back), runner(forth)
-    return parting(*maps, generator, lambda: (back, forth), back, forth) is not None
+    return parting(*maps, generator, lambda: (back, forth), back, forth)
 
 
 def _alone(eq: Equation) -> Program:

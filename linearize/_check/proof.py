@@ -12,15 +12,10 @@ import torch
 from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor, runner
 from .._programs.program import Equation, Operation
+from .._spaces.balance import Balance, Tensors, over_sizes
 from .._torch.modes import being_traced, functorch_active, outside_transforms, unobserved
 from ..errors import AdjointError
-from .adjoint import (
-    Transposed,
-    check_built_in,
-    node_of,
-    rounding_limit,
-)
-from .balance import Balance, Tensors, over_sizes
+from .adjoint import Transposed, check_built_in, node_of, rounding_limit
 
 
 class Proof:

@@ -11,8 +11,8 @@ from typing import TypeAlias
 import torch
 
 from .._check.adjoint import check_maps
-from .._check.balance import Total
 from .._execute.binding import BoundProgram
+from .._spaces.balance import Total
 from .._torch.modes import outside_transforms
 from .._transpose.missing import resolve
 from .._transpose.transpose import transpose

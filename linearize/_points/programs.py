@@ -209,8 +209,7 @@ class PointPrograms:
         assert graph is not None
         self._search()
         numbers = Numbers(self.pool)
-        unseen: list[Unseen] = []
-        program = record_pullback(graph, *self._specs, numbers, remembered=True, unseen=unseen)
+        program, unseen = record_pullback(graph, *self._specs, numbers, remembered=True)
         if self._structures.counts["recorded"] and self._counted is None:
             why = reasons.of_program(program) or self._watched.differs
             latest = self._structures.latest()
@@ -346,7 +345,7 @@ class PointPrograms:
         assert self._graph is not None
         assert self._comparison is not None
         numbers = Numbers()
-        program = record_pullback(self._graph, *self._specs, numbers, remembered=True)
+        program, _ = record_pullback(self._graph, *self._specs, numbers, remembered=True)
         fresh = BoundProgram.of(program, numbers)
         turned = direction == PUSHFORWARD
         right = self._among_ranks(fresh.made(transpose)) if turned else fresh

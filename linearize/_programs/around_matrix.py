@@ -28,8 +28,8 @@ def times(matrix: torch.Tensor) -> Callable[[Emitter, Var], Var]:
     """Return what writes down the product of a matrix with a vector."""
 
     def emit(e: Emitter, v: Var) -> Var:
-        result = TensorSpec((matrix.shape[0],), matrix.dtype, matrix.device)
-        return e.emit(aten.mv.default, (e.constant(matrix), v), result)
+        spec = v.spec.shaped(matrix.shape[0])
+        return e.emit(aten.mv.default, (e.constant(matrix), v), spec)
 
     return emit
 
@@ -66,7 +66,8 @@ def matrix_program(
             v = e.emit(aten.resolve_conj.default, (v,), spec)
             spec = TensorSpec((*spec.shape, 2), spec.dtype.to_real(), spec.device)
             v = e.emit(aten.view_as_real.default, (v,), spec)
-        parts.append(_cast(e, _reshaped(e, v, (spec.numel,)), dtype, device))
+        v = e.shaped(v, spec.numel)
+        parts.append(e.cast(v, TensorSpec(v.spec.shape, dtype, device)))
     joined = TensorSpec((matrix.shape[1],), dtype, device)
     vector = parts[0] if len(parts) == 1 else e.emit(aten.cat.default, (parts,), joined)
     vector = multiply(e, vector)
@@ -80,26 +81,12 @@ def matrix_program(
         part = TensorSpec((end - start,), dtype, device)
         whole = end - start == matrix.shape[0]
         v = vector if whole else e.emit(aten.slice.Tensor, (vector, 0, start, end), part)
-        v = _reshaped(e, v, (*spec.shape, 2) if spec.dtype.is_complex else spec.shape)
-        v = _cast(e, v, spec.dtype.to_real(), spec.device)
+        real = spec.dtype.to_real()
+        shape = (*spec.shape, 2) if spec.dtype.is_complex else spec.shape
+        v = e.cast(e.shaped(v, *shape), TensorSpec(shape, real, spec.device))
         if spec.dtype.is_complex:
             # Pairs must lie side by side, in a batched run too.
-            v = e.emit(aten.clone.default, (v,), v.spec, memory_format=torch.contiguous_format)
-            v = e.emit(aten.view_as_complex.default, (v,), spec)
+            v = e.emit(aten.view_as_complex.default, (e.dense(v),), spec)
         outputs.append(v)
         start = end
     return Program(inputs, e.equations, outputs, list(all_rows), e.source)
-
-
-def _reshaped(e: Emitter, v: Var, shape: tuple[int, ...]) -> Var:
-    if v.spec.shape == shape:
-        return v
-    spec = TensorSpec(shape, v.spec.dtype, v.spec.device)
-    return e.emit(aten.reshape.default, (v, list(shape)), spec)
-
-
-def _cast(e: Emitter, v: Var, dtype: torch.dtype, device: torch.device) -> Var:
-    spec = TensorSpec(v.spec.shape, dtype, device)
-    if v.spec == spec:
-        return v
-    return e.emit(aten._to_copy.default, (v,), spec, dtype=dtype, device=device)

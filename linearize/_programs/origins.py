@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .._spaces.nested import leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
+
+T = TypeVar("T")
 
 
 class Origin:
@@ -202,17 +204,22 @@ def filled(shape: Sequence[int], value: Any, like: torch.Tensor) -> Origin:
 
 
 def ordered(wanted: Sequence[Origin]) -> list[Origin]:
-    """Return what has to be computed, each after what it needs. Iterative: chains are long."""
-    order: dict[Origin, None] = {}
-    entered: set[Origin] = set()
-    stack = list(reversed(wanted))
+    """Return what has to be computed, each after what it needs."""
+    return postorder(wanted, Origin.inputs)
+
+
+def postorder(first: Sequence[T], needs: Callable[[T], Iterable[T]]) -> list[T]:
+    """Return things and all that they need, each after that. Iterative: chains are long."""
+    order: dict[T, None] = {}
+    entered: set[T] = set()
+    stack = list(reversed(first))
     while stack:
-        o = stack[-1]
-        if o in order:
+        x = stack[-1]
+        if x in order:
             stack.pop()
-        elif o in entered:
+        elif x in entered:
             order[stack.pop()] = None
         else:
-            entered.add(o)
-            stack.extend(x for x in o.inputs() if x not in order)
+            entered.add(x)
+            stack.extend(y for y in needs(x) if y not in order)
     return list(order)

@@ -17,6 +17,7 @@ import torch
 from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
 from .._text.labels import joined
+from .._torch.names import aten
 from ..errors import LinearizeError
 from .numbers import Numbers
 from .values import Constant, Value, Var, last_uses, zeros
@@ -94,6 +95,11 @@ class Equation:
         """The name without the overload: `add` for `add.Tensor`."""
         return self.name if isinstance(self.op, Operation) else self.name.partition(".")[0]
 
+    @property
+    def result(self) -> Var | None:
+        """Its output, None if that is not used or there are several."""
+        return self.outputs[0] if len(self.outputs) == 1 else None
+
     def inputs(self) -> list[Var]:
         """Return the variables that the equation reads, repeated as they are."""
         reads = self.reads() if self._reads is None else self._reads
@@ -149,7 +155,7 @@ _READ = frozenset((Var, Constant))
 
 def _other_term(eq: Equation, zero: set[Var]) -> Var | None:
     """Return a in `a + 0` where that is the sum as it stands."""
-    if eq.op is not torch.ops.aten.add.Tensor or eq.kwargs:
+    if eq.op is not aten.add.Tensor or eq.kwargs:
         return None
     terms = [v for v in eq.inputs() if v not in zero]
     other = terms[0] if len(terms) == 1 else None
@@ -317,13 +323,7 @@ class Program:
         return peak
 
     def check(self) -> None:
-        """Raise if a variable is read before it is defined, or defined twice.
-
-        Raises
-        ------
-        LinearizeError
-            Naming the program, the equation and the variable.
-        """
+        """Raise `LinearizeError` if a variable is read before it is defined, or defined twice."""
         defined = set(self.inputs)
         if len(defined) != len(self.inputs):
             raise LinearizeError(f"{self.name}: an input stands twice")
@@ -386,8 +386,30 @@ class Emitter:
     ) -> Var:
         """Append an equation with one output and return that output."""
         out = Var(spec)
-        self.equations.append(Equation(op, args, kwargs, (out,), self.source))
+        self.add(op, args, (out,), **kwargs)
         return out
+
+    def add(
+        self, op: Any, args: tuple[Any, ...], outputs: Iterable[Var | None], /, **kwargs: Any
+    ) -> None:
+        """Append an equation that defines some variables."""
+        self.equations.append(Equation(op, args, kwargs, tuple(outputs), self.source))
+
+    def shaped(self, v: Var, *shape: int) -> Var:
+        """Return a value in another shape."""
+        if v.spec.shape == shape:
+            return v
+        return self.emit(aten.reshape.default, (v, list(shape)), v.spec.shaped(*shape))
+
+    def dense(self, v: Var) -> Var:
+        """Return a copy of a value that lies in memory in order."""
+        return self.emit(aten.clone.default, (v,), v.spec, memory_format=torch.contiguous_format)
+
+    def cast(self, v: Var, spec: TensorSpec) -> Var:
+        """Return a value in the dtype and on the device of a specification of its shape."""
+        if v.spec == spec:
+            return v
+        return self.emit(aten._to_copy.default, (v,), spec, dtype=spec.dtype, device=spec.device)
 
     def constant(self, tensor: torch.Tensor) -> Constant:
         """Make a constant of a tensor of which nothing more is known."""

@@ -21,13 +21,13 @@ class ByTensor(Generic[T]):
         self._known[id(t)] = weakref.ref(t), value
 
     def __contains__(self, t: object) -> bool:
-        known = self._known.get(id(t))
-        return known is not None and known[0]() is t
+        ref, _ = self._known.get(id(t), (None, None))
+        return ref is not None and ref() is t
 
     def __getitem__(self, t: torch.Tensor) -> T:
         return self._known[id(t)][1]
 
-    def get(self, t: torch.Tensor) -> T | None:
+    def get(self, t: object) -> T | None:
         """Return what is known of a tensor; None if nothing is."""
         ref, value = self._known.get(id(t), (None, None))
         return value if ref is not None and ref() is t else None

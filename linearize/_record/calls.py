@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,9 +11,26 @@ import torch
 from .._torch.graphs import Node
 from ..errors import LinearizeError, StalenessError, UnsupportedError
 from .node_formulas import mended
-from .stretch import NotRecordedError, check_dense
 
 T = TypeVar("T")
+
+
+class NotRecordedError(UnsupportedError):
+    """A node was not written down, but PyTorch's engine may serve it."""
+
+
+class SpreadError(LinearizeError):
+    """A gradient between nodes is no dense tensor: these belong to one part.
+
+    Attributes
+    ----------
+    nodes
+        What must not be taken apart.
+    """
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        super().__init__()
+        self.nodes = frozenset(nodes)
 
 
 def called(
@@ -34,10 +51,12 @@ def called(
     return unpacked(label, lambda: mended(node)(grads))
 
 
-def unpacked(label: str, do: Callable[[], T]) -> T:
-    """Do something that unpacks what a built-in node has saved.
+def unpacked(
+    label: str, do: Callable[[], T], refused: type[UnsupportedError] = NotRecordedError
+) -> T:
+    """Do something that unpacks what a graph has saved; an error says what it concerns.
 
-    A `StalenessError` if that was changed in place, a `NotRecordedError` if PyTorch cannot do it.
+    A `StalenessError` if that was changed in place, `refused` if PyTorch cannot do it.
     """
     try:
         return do()
@@ -54,13 +73,13 @@ def unpacked(label: str, do: Callable[[], T]) -> T:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         if "Sparse" in text:
-            raise NotRecordedError(
+            raise refused(
                 f"{label}: a sparse tensor that depends on the primals is not supported (a "
                 "constant one is); compute with its values by index_select and index_add, or "
                 "put the operation into a custom Function"
             ) from error
         # PyTorch goes on with a table of all backends.
-        raise NotRecordedError(
+        raise refused(
             f"{label}: PyTorch cannot apply its derivative: {text.partition(chr(10))[0]}"
         ) from error
 
@@ -83,8 +102,23 @@ def as_it_is(
         result = mended(node)([None if t is None else t.clone() for t in numbers])
     except RuntimeError:
         raise error from error.__cause__
-    check_dense(node, result)
+    check_dense([node], node.next_functions, result)
     return str(error)
+
+
+def check_dense(
+    nodes: Sequence[Node],
+    edges: Iterable[tuple[Node | None, int]],
+    result: Sequence[torch.Tensor | None],
+) -> None:
+    """Raise if nodes and those that they hand something on to must not be taken apart."""
+    sparse = [
+        target
+        for (target, _), g in zip(edges, result, strict=False)
+        if g is not None and g.layout != torch.strided and target is not None
+    ]
+    if sparse:
+        raise SpreadError([*nodes, *sparse])
 
 
 def _what_changed(text: str) -> str:

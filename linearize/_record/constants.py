@@ -24,21 +24,20 @@ from .._programs.aten import (
 )
 from .._programs.origins import Literal, Number, Origin, Zeros, filled, results
 from .._programs.program import Emitter
+from .._programs.values import Constant
 from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten, has_memory
 from .by_tensor import ByTensor
 from .scales import Scales
+from .storage import covers_storage, geometry
 from .witness import Witness
 
 
 class Constants:
     """Origins of the constants of one recording.
 
-    Parameters
-    ----------
-    emitter
-        Its `fixed` is set where the recording is found to hold at this point only.
+    `fixed` of the emitter is set where the recording is found to hold at this point only.
     """
 
     def __init__(self, emitter: Emitter) -> None:
@@ -68,10 +67,10 @@ class Constants:
         for t, origin in saved:
             self._saved.setdefault(_place(t), origin)
 
-    def given(self, tensors: Iterable[tuple[torch.Tensor, Origin]]) -> None:
-        """Make tensors known that the recorded code uses."""
-        for t, origin in tensors:
-            self._lasting.setdefault(_place(t), origin)
+    def given(self, constants: Iterable[Constant]) -> None:
+        """Make constants known that the recorded code uses."""
+        for c in constants:
+            self._lasting.setdefault(_place(self._emitter.numbers[c]), c.origin)
         self._saved = dict(self._lasting)
 
     def decided(self, what: str) -> None:
@@ -81,16 +80,10 @@ class Constants:
     def decided_by(
         self, t: torch.Tensor, before: torch.Tensor | None = None, *, some: bool = False
     ) -> None:
-        """Note that the numbers of `t` decided something about the recording.
+        """Note that the numbers of a constant decided something about the recording.
 
-        Parameters
-        ----------
-        t
-            A constant.
-        before
-            What it held before it was overwritten, if that is what decided.
-        some
-            Whether nothing mattered but that there are some which are not zero.
+        Or what it held `before` it was overwritten. Of `some` nothing mattered but that there are
+        some which are not zero.
         """
         if self.static(t) or (
             self.witness is not None and self.witness.relies(t, before, some=some)
@@ -141,18 +134,14 @@ class Constants:
         if decided:
             self.decided(f"{schema.name} in {self._emitter.source}")
         if schema.writes:
-            origin = self._written(func, args, kwargs)
-        elif func in CONSTANT:
+            left, targets = self._written(func, args, kwargs), schema.targets(args, kwargs)
+            return lambda out: self.overwritten(targets, left)
+        if func in CONSTANT:
             return lambda out: self._define(out, _filled_like(schema.name, args, out))
-        elif func in UNINITIALIZED:
-            if self.witness is not None:  # it may be filled out of sight
-                return lambda out: self._define(out, None)
-            return lambda out: self._define(out, filled(out.shape, 0, out))
-        else:
-            origin = self._computed(func, args, kwargs)
-        if schema.writes:
-            targets = schema.targets(args, kwargs)
-            return lambda out: self.overwritten(targets, origin)
+        if func in UNINITIALIZED:
+            watched = self.witness is not None  # it may be filled out of sight
+            return lambda out: self._define(out, None if watched else filled(out.shape, 0, out))
+        origin = self._computed(func, args, kwargs)
         return lambda out: self._define(out, origin)
 
     def _computed(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Origin | None:
@@ -192,7 +181,7 @@ class Constants:
         flat = None if exact is None or whole is None else _scattered(*whole, written, exact)
         for a in sharing:
             same = flat is not None and a.dtype == written.dtype and not _lazy(a)
-            now = Origin(aten.as_strided.default, (flat, *_strides(a))) if same else None
+            now = Origin(aten.as_strided.default, (flat, *geometry(a))) if same else None
             self._known[a] = now
         for t in targets:
             self._known[t] = exact
@@ -213,17 +202,13 @@ def _as(t: torch.Tensor, origin: Origin) -> Origin:
     return Origin(aten.clone.default, (whole,), {"memory_format": torch.contiguous_format})
 
 
-def _strides(t: torch.Tensor) -> tuple[list[int], list[int], int]:
-    return list(t.shape), list(t.stride()), int(t.storage_offset())
-
-
 def _lazy(t: torch.Tensor) -> bool:
     return t.is_conj() or t.is_neg()
 
 
 def _covers(t: torch.Tensor) -> bool:
     """Whether a tensor is its whole storage, in order."""
-    return t.is_contiguous() and t.nbytes == t.untyped_storage().nbytes() and not _lazy(t)
+    return covers_storage(t) and not _lazy(t)
 
 
 def _scattered(
@@ -233,7 +218,7 @@ def _scattered(
     if whole.dtype != part.dtype or _lazy(part):
         return None
     dense = Origin(aten.clone.default, (before,), {"memory_format": torch.contiguous_format})
-    return Origin(aten.as_strided_scatter.default, (dense, now, *_strides(part)))
+    return Origin(aten.as_strided_scatter.default, (dense, now, *geometry(part)))
 
 
 def _filled_like(name: str, args: Any, out: torch.Tensor) -> Origin | None:

@@ -21,21 +21,20 @@ def record_function(
     in_specs: Sequence[TensorSpec],
     out_specs: Sequence[TensorSpec | None],
     numbers: Numbers,
+    source: str,
     *,
-    seed: int = 0,
-    name: str = "map",
-    source: str = "",
     given: Iterable[Constant] = (),
     witness: Witness | None = None,
-) -> tuple[Program, list[torch.Tensor], list[torch.Tensor | None]]:
+) -> tuple[Program, list[torch.Tensor | None]]:
     """Record a linear function written in PyTorch operations by calling it once.
 
-    The tensors that the program reads come into `numbers`. A `witness` watches the call.
+    The tensors that the program reads come into `numbers`; constants that `fn` uses are `given`. A
+    `witness` watches the call.
 
     Returns
     -------
-    program, arguments, results
-        The program, the random numbers that `fn` was called with, and what it returned.
+    program, results
+        The program, and what `fn` returned.
 
     Raises
     ------
@@ -45,8 +44,8 @@ def record_function(
     """
     emitter = Emitter(source, numbers)
     recording = Recording(emitter)
-    recording.constants.given([(numbers[c], c.origin) for c in given])
-    generator = torch.Generator().manual_seed(seed)
+    recording.constants.given(given)
+    generator = torch.Generator().manual_seed(0)
     inputs = [Var(spec) for spec in in_specs]
     arguments = [spec.random(generator) for spec in in_specs]
     for t, v in zip(arguments, inputs, strict=True):
@@ -54,9 +53,13 @@ def record_function(
     if witness is not None:
         witness.begin(arguments)
         recording.constants.witness = witness
-    watching = NOTHING if witness is None else witness
-    modes = torch.inference_mode(False), torch.no_grad(), subclasses_ignored()
-    with modes[0], modes[1], modes[2], Recorder(recording), watching:
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        subclasses_ignored(),
+        Recorder(recording),
+        NOTHING if witness is None else witness,
+    ):
         results = list(fn(*arguments))
     recording.finish()
     outputs: list[Var | None] = []
@@ -69,5 +72,5 @@ def record_function(
         if got is not None and var is None and not recording.vanishes(got):
             raise OpaqueError("returns something that does not descend from its argument")
         outputs.append(var)
-    program = Program(inputs, emitter.equations, outputs, specs, name, emitter.fixed)
-    return program.live(), arguments, results
+    program = Program(inputs, emitter.equations, outputs, specs, source, emitter.fixed)
+    return program.live(), results

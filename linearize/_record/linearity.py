@@ -102,15 +102,9 @@ def tested_linear(
             linear.append(True)
         else:
             return None
-    dtypes = {x.dtype for x in leaves((args, kwargs)) if is_variable(x)}
-    for factor in magnitudes(_narrowest(dtypes)):
+    for factor in magnitudes(*(x.dtype for x in leaves((args, kwargs)) if is_variable(x))):
         for x, y, same in zip(first, at(factor, 0.0), linear, strict=True):
             number = x.is_floating_point() or x.is_complex()
             if number and not close_at(factor, y, factor * x if same else x):
                 return None
     return linear
-
-
-def _narrowest(dtypes: set[torch.dtype]) -> torch.dtype:
-    """Return the dtype of the smallest range."""
-    return min(dtypes, key=lambda d: torch.finfo(d).max)

@@ -21,7 +21,6 @@ from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.scales import marked
 from .._programs.values import Constant, Var
 from .._spaces.nested import map_leaves
-from .._spaces.space import TensorSpec
 from .._torch.names import aten
 
 #: Strides, and whether the numbers are stored conjugated or negated.
@@ -63,15 +62,7 @@ class Gradient:
 
 
 class NodeProgram(Portable):
-    """What one kind of node does to gradients.
-
-    Parameters
-    ----------
-    program
-        From the gradients that it takes to those that it gives.
-    layouts
-        How these lie in memory.
-    """
+    """What one kind of node does to gradients: a program, and how what it gives lies in memory."""
 
     __slots__ = ("_layouts", "_marked")
 
@@ -199,56 +190,48 @@ def _placed(eq: Equation, place: int) -> Equation:
     return Equation(eq.op, args, kwargs, eq.outputs, eq.source)
 
 
-class NodePrograms:
+class NodePrograms(cachetools.LRUCache[Hashable, NodeProgram]):
     """What is remembered of the nodes and operations met lately, for the whole process.
 
     It holds shapes, static arguments and operations; no tensors but single numbers.
     """
 
-    def __init__(self, most: int = 4096) -> None:
+    def __init__(self) -> None:
+        super().__init__(4096)
         self._lock = threading.Lock()
-        self._known: cachetools.LRUCache[Hashable, NodeProgram | None]
-        self._known = cachetools.LRUCache(most)
 
     def find(self, key: Hashable) -> NodeProgram | None:
         """Return the program of a kind of node."""
         with self._lock:
-            return self._known.get(key)
+            return self.get(key)
 
     def keep(self, key: Hashable, program: NodeProgram) -> None:
         """Remember the program of a kind of node."""
         with self._lock:
-            self._known[key] = program
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def clear(self) -> None:
-        """Forget all."""
-        with self._lock:
-            self._known.clear()
+            self[key] = program
 
 
 NODE_PROGRAMS = NodePrograms()
 
 
-def placeholder_like(layout: Layout, spec: TensorSpec, numbers: torch.Tensor) -> torch.Tensor:
+def placeholder_like(layout: Layout, numbers: torch.Tensor) -> torch.Tensor:
     """Return `numbers`, some of them repeated, laid out in memory like a gradient."""
     strides, conjugate, negative = layout
     if strides != numbers.stride():
-        repeated = [n > 1 and s == 0 for n, s in zip(spec.shape, strides, strict=True)]
+        shape = numbers.shape
+        repeated = [n > 1 and s == 0 for n, s in zip(shape, strides, strict=True)]
         few = numbers[tuple(slice(0, 1) if again else slice(None) for again in repeated)]
         order = sorted(range(few.dim()), key=lambda i: -strides[i])
         back = [order.index(i) for i in range(few.dim())]
-        numbers = few.permute(order).contiguous().permute(back).expand(spec.shape)
+        numbers = few.permute(order).contiguous().permute(back).expand(shape)
     if conjugate:
         numbers = aten._conj.default(numbers)
     return aten._neg_view.default(numbers) if negative else numbers
 
 
-def copied(layout: Layout, spec: TensorSpec, t: torch.Tensor) -> torch.Tensor:
+def copied(layout: Layout, t: torch.Tensor) -> torch.Tensor:
     """Return a copy of a gradient that lies in memory like it."""
     _, conjugate, negative = layout
     numbers = t.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
     numbers = numbers.conj().resolve_conj() if conjugate else numbers
-    return placeholder_like(layout, spec, -numbers if negative else numbers)
+    return placeholder_like(layout, -numbers if negative else numbers)

@@ -17,12 +17,13 @@ from .._execute.executor import runner
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Program
 from .._programs.values import Constant, Var
-from .._spaces.compare import close_at, magnitudes
+from .._spaces.compare import agree, magnitudes
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node
 from ..errors import LinearizeError, NotLinearError, UnsupportedError
+from .calls import NotRecordedError, SpreadError
 from .node_programs import Gradient
-from .stretch import Cut, NotRecordedError, SpreadError
+from .stretch import Cut
 from .walk import Walk
 from .witness import Unseen
 
@@ -35,12 +36,9 @@ def record_pullback(
     in_specs: Sequence[TensorSpec],
     numbers: Numbers,
     *,
-    seed: int = 0,
-    name: str = "pullback",
     remembered: bool = False,
     given: Iterable[Constant] = (),
-    unseen: list[Unseen] | None = None,
-) -> Program:
+) -> tuple[Program, list[Unseen]]:
     """Record the linear program from cotangents of a graph's roots to those of its leaves.
 
     Parameters
@@ -53,17 +51,16 @@ def record_pullback(
         The specification of each leaf.
     numbers
         Receive what the program reads.
-    seed
-        Of the random cotangents.
-    name
-        The program's name.
     remembered
         Whether to trace constants back to what the graph saved, so that the program can be
         taken over by other graphs, and to use what is known of single nodes.
     given
         Constants that the graph was made from, with numbers.
-    unseen
-        Receives the calls of what does not show all that it does.
+
+    Returns
+    -------
+    program, unseen
+        The program, and the calls of what does not show all that it does.
 
     Raises
     ------
@@ -72,19 +69,18 @@ def record_pullback(
     StalenessError
         If a tensor saved by the graph was changed in place.
     """
-    known = [(numbers[c], c.origin) for c in given]
     inputs = [Var(spec) for spec in out_specs]
 
     def attempt(lazy: bool, cut: Cut | None) -> tuple[Walk, list[Gradient | None]]:
         # Not by calling itself: that would be a cycle, which keeps the graph.
         while True:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(0)
             emitter = Emitter(numbers=numbers)
             walk = Walk(graph, emitter, generator, remembered=remembered, lazy=lazy, cut=cut)
             walk.inputs = set(inputs)
-            walk.recording.constants.given(known)
+            walk.recording.constants.given(given)
             try:
-                return walk, walk.run([walk.seed(v, numbers=not lazy) for v in inputs])
+                return walk, walk.run([walk.seed(v) for v in inputs])
             except UnsupportedError:
                 if not (lazy and walk.invented):
                     raise
@@ -96,13 +92,13 @@ def record_pullback(
     helped = remembered and not graph.communicates
     walk, arrived = _with_help(graph, lambda cut: attempt(remembered, cut), helped)
     emitter = walk.emitter
-    if unseen is not None:
-        unseen += walk.unseen
     outputs = [None if g is None else g.var for g in arrived]
-    program = Program(inputs, emitter.equations, outputs, in_specs, name, emitter.fixed).live()
+    program = Program(
+        inputs, emitter.equations, outputs, in_specs, "pullback", emitter.fixed
+    ).live()
     if walk.recording.frozen and not program.is_opaque():
-        _try_elsewhere(graph, BoundProgram.of(program, numbers), seed + 1, walk.recording.frozen)
-    return program
+        _try_elsewhere(graph, BoundProgram.of(program, numbers), walk.recording.frozen)
+    return program, walk.unseen
 
 
 def _with_help(graph: Graph, attempt: Callable[[Cut | None], T], helped: bool) -> T:
@@ -147,20 +143,17 @@ def _sparse(name: str) -> UnsupportedError:
     )
 
 
-def _try_elsewhere(graph: Graph, program: BoundProgram, seed: int, what: str) -> None:
+def _try_elsewhere(graph: Graph, program: BoundProgram, what: str) -> None:
     """Raise if a program is not right for other cotangents than it was recorded with."""
-    dtypes = {v.spec.dtype for v in program.inputs}
-    for factor in (1.0, *magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max))):
-        generator = torch.Generator().manual_seed(seed)
+    for factor in (1.0, *magnitudes(*(v.spec.dtype for v in program.inputs))):
+        generator = torch.Generator().manual_seed(1)
         walk = Walk(graph, Emitter(), generator, factor=factor)
-        seeds = [walk.seed(v, numbers=True) for v in program.inputs]
+        seeds = [walk.seed(v) for v in program.inputs]
         expected = [None if g is None else g.tensor for g in walk.run(seeds)]
         with torch.inference_mode(False), torch.no_grad():
             got = runner(program)([walk.number(g) for g in seeds])
-        for a, b, spec in zip(got, expected, program.specs, strict=True):
-            a, b = (spec.or_zeros(t) for t in (a, b))
-            if not close_at(factor, a, b):
-                raise NotLinearError(
-                    f"{program.name}: its result depends on a comparison with the cotangent "
-                    f"({what}), so that it is not a linear map"
-                )
+        if not agree(got, expected, program.specs, factor):
+            raise NotLinearError(
+                f"{program.name}: its result depends on a comparison with the cotangent "
+                f"({what}), so that it is not a linear map"
+            )

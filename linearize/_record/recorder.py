@@ -23,7 +23,6 @@ from .._programs.aten import (
     schema_of,
     wants_contiguous,
 )
-from .._programs.program import Equation
 from .._programs.values import Var
 from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
@@ -55,26 +54,15 @@ def _only_shape(kwargs: dict[str, Any]) -> bool:
 
 
 class Recorder(DispatchMode):
-    """Writes down what is done to variables.
-
-    Parameters
-    ----------
-    recording
-        Says what variables are, and receives the equations.
-    """
+    """Writes down what is done to variables, which a recording tells, and that receives it."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()
         self.recording = recording
+        self.emitter, self.constants = recording.emitter, recording.constants
         self.writes = Writes(recording)
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if has_sharded(types):
             return NotImplemented  # it comes again, with the parts that are on this rank
         if is_fake(types):
@@ -96,36 +84,35 @@ class Recorder(DispatchMode):
         var = self.recording.variable(given)
         if var is None:
             self.recording.define(out, None)
-            self.recording.constants.decided(f"{name} in {self.recording.emitter.source}")
+            self.constants.decided(f"{name} in {self.emitter.source}")
             return out
         spec = TensorSpec.of(out)
         done = OnMesh(MeshCollective(name, args, TensorSpec.of(given), spec), back=False)
-        self.recording.define(out, self.recording.emitter.emit(done, (var,), spec))
+        self.recording.define(out, self.emitter.emit(done, (var,), spec))
         return out
 
     def _see(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         schema = schema_of(func)
-        if self.recording.constants.scales:
-            args, kwargs = self.recording.constants.scales.marked(func, (args, kwargs))
-        if self.recording.mixed:
-            if schema.is_view and id(args[0]) in self.recording.mixed:
-                return self.writes.view_of_mixed(func, args, kwargs)
+        if self.constants.scales:
+            args, kwargs = self.constants.scales.marked(func, (args, kwargs))
+        if schema.is_view and self.recording.is_mixed(args[0]):
+            return self.writes.view_of_mixed(func, args, kwargs)
+        if schema.writes:
             self.writes.overwritten(schema, args, kwargs)
         derived = any(self.recording.derived(x) for x in leaves((args, kwargs)))
         if not derived or func in CONSTANT or _only_shape(kwargs):
-            note = self.recording.constants.seen(func, args, kwargs)
-            if schema.writes:
-                targets = self.writes.constant_written(schema, args, kwargs)
+            note = self.constants.seen(func, args, kwargs)
+            targets = self.writes.constant_written(schema, args, kwargs) if schema.writes else ()
             out = func(*args, **kwargs)
             note(out)
-            for t in targets if schema.writes else ():
+            for t in targets:
                 self.writes.partly_constant(t, self.recording.aliases(t))
             empty = func in UNINITIALIZED or (
                 schema.is_view and self.recording.uninitialized(args[0])
             )
             for t in leaves(out):
                 if isinstance(t, torch.Tensor) and not self.recording.derived(t):
-                    self.recording.define(t, None, empty)
+                    self.recording.define(t, None, uninitialized=empty)
             return out
         if func in READS_NUMBERS:
             raise OpaqueError(f"reads the numbers in its argument ({schema.name})")
@@ -133,7 +120,7 @@ class Recorder(DispatchMode):
             others = [
                 x for x in args if isinstance(x, torch.Tensor) and not self.recording.derived(x)
             ]
-            self.recording.constants.masking(others)
+            self.constants.masking(others)
         out = None
         try:
             if schema.writes:
@@ -199,25 +186,16 @@ class Recorder(DispatchMode):
                     if depends:
                         # A comparison with the cotangent is kept as it is at a random one;
                         # whoever records must test that it does not matter elsewhere.
-                        self.recording.frozen = (
-                            f"{schema_of(func).name} in {self.recording.emitter.source}"
-                        )
-                        self.recording.constants.decided(self.recording.frozen)
+                        self.recording.frozen = f"{schema_of(func).name} in {self.emitter.source}"
+                        self.constants.decided(self.recording.frozen)
                 continue
             var = Var(TensorSpec.of(t))
             outputs.append(var)
             self.recording.define(t, var)
         if any(v is not None for v in outputs):
             operation, arguments = self._any_layout(func, args)
-            self.recording.emitter.equations.append(
-                Equation(
-                    operation,
-                    tuple(arguments),
-                    map_leaves(self.recording.argument, dict(kwargs)),
-                    tuple(outputs),
-                    self.recording.emitter.source,
-                )
-            )
+            keywords = map_leaves(self.recording.argument, dict(kwargs))
+            self.emitter.add(operation, tuple(arguments), outputs, **keywords)
 
     def _any_layout(self, func: Callable[..., Any], args: Any) -> tuple[Any, list[Any]]:
         """Return an operation and its arguments that do not rely on strides seen now.
@@ -232,11 +210,11 @@ class Recorder(DispatchMode):
         if func is aten.view_as_real.default and isinstance(arguments[0], Var):
             # It refuses numbers that are stored conjugated, as a cotangent may be.
             (v,) = arguments
-            return func, [self.recording.emitter.emit(aten.resolve_conj.default, (v,), v.spec)]
+            return func, [self.emitter.emit(aten.resolve_conj.default, (v,), v.spec)]
         if func not in STRIDED or func is aten.view_as_real.default:
             if isinstance(func, OpOverload) and wants_contiguous(func):
                 pairs = zip(arguments, args, strict=True)
-                arguments = [self._dense(a) if _is_dense(t) else a for a, t in pairs]
+                arguments = [self._contiguous(a) if _is_dense(t) else a for a, t in pairs]
             return func, arguments
         x = args[0]
         strided = func is not aten.view_as_complex.default
@@ -246,24 +224,17 @@ class Recorder(DispatchMode):
             raise OpaqueError("as_strided of something that is not contiguous")
         if strided and len(args) != 4 + (func is aten.as_strided_scatter.default):
             raise OpaqueError("as_strided without an offset")
-        if isinstance(arguments[0], Var):
+        v = arguments[0]
+        if isinstance(v, Var):
             if order and not x.is_contiguous():
-                shape = tuple(x.shape[d] for d in order)
-                spec = TensorSpec(shape, x.dtype, x.device)
-                arguments[0] = self.recording.emitter.emit(
-                    aten.permute.default, (arguments[0], order), spec
-                )
-            arguments[0] = self.recording.emitter.emit(
-                aten.clone.default,
-                (arguments[0],),
-                arguments[0].spec,
-                memory_format=torch.contiguous_format,
-            )
+                spec = v.spec.shaped(*(x.shape[d] for d in order))
+                v = self.emitter.emit(aten.permute.default, (v, order), spec)
+            arguments[0] = self.emitter.dense(v)
             if strided:
                 arguments[-1] -= x.storage_offset()
         return func, arguments
 
-    def _dense(self, a: Any) -> Any:
+    def _contiguous(self, a: Any) -> Any:
         if not isinstance(a, Var):
             return a
-        return self.recording.emitter.emit(aten.contiguous.default, (a,), a.spec)
+        return self.emitter.emit(aten.contiguous.default, (a,), a.spec)

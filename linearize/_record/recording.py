@@ -6,7 +6,6 @@ which tensors lie on the same memory.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,28 +33,24 @@ class SparseError(OpaqueError):
 
 
 class _Known(NamedTuple):
-    """What a tensor stands for: a variable, or None for a constant."""
+    """What a tensor stands for: a variable, or None for a constant.
+
+    One that is `mixed` is linear in the cotangents in some places and constant in others.
+    """
 
     var: Var | None
     uninitialized: bool = False
+    mixed: bool = False
 
 
 class Recording:
-    """Which variables and constants the tensors stand for that are met.
-
-    Parameters
-    ----------
-    emitter
-        Receives the equations.
-    """
+    """Which variables and constants the tensors stand for that are met."""
 
     def __init__(self, emitter: Emitter) -> None:
         self.emitter = emitter
         self._known: ByTensor[_Known] = ByTensor()
         #: The constants that are read, by their tensors, which they keep alive.
         self._read: dict[Any, tuple[torch.Tensor, Constant]] = {}
-        #: Tensors that are linear in the cotangents in some places and constant in others.
-        self.mixed: dict[int, weakref.ref[torch.Tensor]] = {}
         #: How the constants that are met come about.
         self.constants = Constants(emitter)
         #: A comparison of something derived from a cotangent, if one was met.
@@ -63,17 +58,20 @@ class Recording:
         #: The DTensors that nodes saved, by where the memory of their parts begins.
         self.sharded: dict[int, Residual] = {}
 
-    def define(self, t: torch.Tensor, var: Var | None, uninitialized: bool = False) -> None:
+    def define(
+        self, t: torch.Tensor, var: Var | None, *, uninitialized: bool = False, mixed: bool = False
+    ) -> None:
         """Let `t` stand for `var` from now on."""
-        self._known[t] = _Known(var, uninitialized)
+        self._known[t] = _Known(var, uninitialized, mixed)
 
     def variable(self, t: Any) -> Var | None:
         """Return the variable that `t` stands for, None for a constant."""
-        if t not in self._known:
+        known = self._known.get(t)
+        if known is None:
             return None
-        if id(t) in self.mixed:
+        if known.mixed:
             raise OpaqueError("writes a constant into something linear in the cotangent")
-        return self._known[t].var
+        return known.var
 
     def derived(self, x: Any) -> bool:
         """Whether something is a tensor that stands for a variable."""
@@ -87,15 +85,7 @@ class Recording:
         return self.constant(x) if var is None else var
 
     def constant(self, t: torch.Tensor, origin: Origin | None = None) -> Constant:
-        """Return a constant of the program, one for each tensor.
-
-        Parameters
-        ----------
-        t
-            The tensor.
-        origin
-            How it comes about, if that is told.
-        """
+        """Return a constant of the program, one for each tensor; its origin may be told."""
         key = id(t), self.constants.witness  # what was met in a call belongs to it
         known = self._read.get(key)
         if known is None:
@@ -151,7 +141,13 @@ class Recording:
 
     def uninitialized(self, t: torch.Tensor) -> bool:
         """Whether nothing was written to `t` yet."""
-        return t in self._known and self._known[t].uninitialized
+        known = self._known.get(t)
+        return known is not None and known.uninitialized
+
+    def is_mixed(self, t: Any) -> bool:
+        """Whether `t` is linear in the cotangents in some places and constant in others."""
+        known = self._known.get(t)
+        return known is not None and known.mixed
 
     def initialized(self, t: torch.Tensor) -> None:
         """Note that something is written to `t`, and to what shares its memory."""
@@ -161,9 +157,4 @@ class Recording:
 
     def aliases(self, t: torch.Tensor) -> list[torch.Tensor]:
         """Return the other live tensors on the same storage."""
-        return [a for a in self._known.sharing([t]) if a is not t and id(a) not in self.mixed]
-
-    def set_mixed(self, t: torch.Tensor) -> None:
-        """Note that `t` is linear in the cotangents in some places and constant in others."""
-        key = id(t)
-        self.mixed[key] = weakref.ref(t, lambda _: self.mixed.pop(key, None))
+        return [a for a in self._known.sharing([t]) if a is not t and not self._known[a].mixed]

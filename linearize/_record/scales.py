@@ -21,11 +21,6 @@ class Scales:
 
     A number of the node's code that is none of them could be computed of one: then nothing is
     known of any.
-
-    Parameters
-    ----------
-    numbers
-        What they are called, and what they are.
     """
 
     __slots__ = ("_marks", "_numbers")

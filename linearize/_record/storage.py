@@ -30,13 +30,21 @@ def common_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype | None:
     return real.pop() if len(real) == 1 else None
 
 
-def geometry(t: torch.Tensor, itemsize: int) -> Geometry:
-    """Return size, stride and offset in items; one more dimension if an element has several."""
+def geometry(t: torch.Tensor, itemsize: int = 0) -> Geometry:
+    """Return size, stride and offset in elements, or in smaller items.
+
+    There is one more dimension if an element has several items.
+    """
     size, stride, offset = list(t.shape), list(t.stride()), int(t.storage_offset())
-    count = t.element_size() // itemsize
+    count = t.element_size() // (itemsize or t.element_size())
     if count == 1:
         return size, stride, offset
     return [*size, count], [*(count * s for s in stride), 1], count * offset
+
+
+def covers_storage(t: torch.Tensor) -> bool:
+    """Whether a tensor is its whole storage, in order."""
+    return t.is_contiguous() and t.nbytes == t.untyped_storage().nbytes()
 
 
 def covered(t: torch.Tensor, others: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -78,7 +86,7 @@ def stored(
     value = _lazily(e, value, t)
     if paired:
         value = e.emit(aten.resolve_conj.default, (value,), spec)
-        value = _dense(e, value)
+        value = e.dense(value)
         value = e.emit(aten.view_as_real.default, (value,), pairs)
     return value
 
@@ -90,7 +98,7 @@ def shown(e: Emitter, flat: Var | Constant, t: torch.Tensor) -> Var:
     pairs = TensorSpec(tuple(where[0]), dtype, spec.device)
     value = e.emit(aten.as_strided.default, (flat, *where), pairs)
     if dtype != spec.dtype:
-        value = e.emit(aten.view_as_complex.default, (_dense(e, value),), spec)
+        value = e.emit(aten.view_as_complex.default, (e.dense(value),), spec)
     return _lazily(e, value, t)
 
 
@@ -108,11 +116,7 @@ def flattened(e: Emitter, value: Var, t: torch.Tensor, dtype: torch.dtype) -> Va
     assert isinstance(whole, Var)
     spec = flat_spec(t, dtype)
     # Contiguous, because the strides at a later run may be others.
-    return e.emit(aten.view.default, (_dense(e, whole), list(spec.shape)), spec)
-
-
-def _dense(e: Emitter, v: Var) -> Var:
-    return e.emit(aten.clone.default, (v,), v.spec, memory_format=torch.contiguous_format)
+    return e.emit(aten.view.default, (e.dense(whole), list(spec.shape)), spec)
 
 
 def _lazily(e: Emitter, value: Var, t: torch.Tensor) -> Var:

@@ -7,51 +7,22 @@ what enters and leaves it is dense.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge
 
-from .._capture.contexts import fitted as fitted
-from .._capture.contexts import metadata_spec as metadata_spec
+from .._capture.contexts import fitted
 from .._capture.custom import CustomNode
 from .._capture.graph import Edge, Graph
 from .._programs.program import Operation
+from .._spaces.balance import Tensors
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, input_metadata, outside_backward, saved_tensors
-from ..errors import LinearizeError, StalenessError, UnsupportedError
+from ..errors import UnsupportedError
+from .calls import unpacked
 from .node_formulas import differentiable, mended
-
-Tensors: TypeAlias = Sequence[torch.Tensor | None]
-
-
-class NotRecordedError(UnsupportedError):
-    """A node was not written down, but PyTorch's engine may serve it."""
-
-
-class SpreadError(LinearizeError):
-    """A gradient between nodes is no dense tensor: these belong to one part.
-
-    Attributes
-    ----------
-    nodes
-        What must not be taken apart.
-    """
-
-    def __init__(self, nodes: Iterable[Node]) -> None:
-        super().__init__()
-        self.nodes = frozenset(nodes)
-
-
-def sums_to(spec: TensorSpec, target: TensorSpec) -> bool:
-    """Whether a gradient only has to be summed over dimensions of a broadcast."""
-    pairs = zip(reversed(target.shape), reversed(spec.shape), strict=False)
-    return (
-        (spec.dtype, spec.device) == (target.dtype, target.device)
-        and len(target.shape) <= len(spec.shape)
-        and all(a in (1, b) for a, b in pairs)
-    )
 
 
 class Stretch:
@@ -113,11 +84,11 @@ class Stretch:
 
     def takes(self) -> list[TensorSpec]:
         """Return the specifications of the gradients that come in."""
-        return [metadata_spec(input_metadata(n)[i]) for n, i in self.entries]
+        return [TensorSpec.received(input_metadata(n)[i]) for n, i in self.entries]
 
     def gives(self) -> list[TensorSpec]:
         """Return those of the gradients that go out."""
-        return [metadata_spec(input_metadata(n)[i]) for n, i in self.exits]
+        return [TensorSpec.received(input_metadata(n)[i]) for n, i in self.exits]
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that the nodes keep."""
@@ -139,18 +110,9 @@ class Stretch:
         return self._fitted(found)
 
     def _by_hand(self, grads: Tensors) -> Tensors:
-        pending: dict[Edge, torch.Tensor] = {}
-        for edge, g in zip(self.entries, grads, strict=True):
-            _add(pending, edge, g)
-        for node in self.nodes:
-            received = [pending.pop((node, i), None) for i in range(len(input_metadata(node)))]
-            if any(g is not None for g in received):
-                for (target, nr), g in zip(
-                    node.next_functions, self._called(node, received), strict=False
-                ):
-                    if target in self._places:
-                        _add(pending, (target, nr), g)
-        return self._fitted([pending.get(e) for e in self.exits])
+        given = zip(self.entries, grads, strict=True)
+        left = handed_on(self.nodes, given, self._called, self._places)
+        return self._fitted([left.get(e) for e in self.exits])
 
     def _called(self, node: Node, grads: Tensors) -> Tensors:
         custom = self._custom.get(node)
@@ -161,8 +123,7 @@ class Stretch:
             custom.know_outputs([i for i, g in enumerate(grads) if g is not None])
             custom.unpack()
             self._ready.add(node)
-        results = iter(custom.backward(grads))
-        return [None if target is None else next(results) for target, _ in node.next_functions]
+        return by_edges(node, custom.backward(grads))
 
     def _fitted(self, grads: Tensors) -> Tensors:
         found: list[torch.Tensor | None] = []
@@ -214,23 +175,6 @@ def alone(graph: Graph, node: Node) -> Stretch:
     return Stretch(graph, [node], [(node, i) for i in range(len(input_metadata(node)))])
 
 
-def edges_of(node: Node) -> tuple[Sequence[tuple[Node | None, int]], list[TensorSpec | None]]:
-    """Return where a node's results go, and what is expected there."""
-    edges = node.next_functions
-    return edges, [None if n is None else metadata_spec(input_metadata(n)[i]) for n, i in edges]
-
-
-def check_dense(node: Node, result: Sequence[torch.Tensor | None]) -> None:
-    """Raise if a node and those that it hands something on to must not be taken apart."""
-    sparse = [
-        target
-        for (target, _), g in zip(node.next_functions, result, strict=False)
-        if g is not None and g.layout != torch.strided and target is not None
-    ]
-    if sparse:
-        raise SpreadError([node, *sparse])
-
-
 def _distinct(edges: Iterable[Any]) -> list[Edge]:
     return list(dict.fromkeys((node, nr) for node, nr in edges))
 
@@ -253,16 +197,57 @@ def _above(graph: Graph, nodes: Collection[Node]) -> set[Node]:
     return found
 
 
-def _add(pending: dict[Edge, torch.Tensor], edge: Edge, g: torch.Tensor | None) -> None:
-    if g is None:
-        return
-    known = pending.get(edge)
-    if known is None:
+def handed_on(
+    nodes: Iterable[Node],
+    given: Iterable[tuple[Edge, torch.Tensor | None]],
+    call: Callable[[Node, list[torch.Tensor | None]], Tensors],
+    places: Container[Node],
+) -> dict[Edge, torch.Tensor]:
+    """Call nodes, one after the other, and hand on what they give as PyTorch's engine does.
+
+    Parameters
+    ----------
+    nodes
+        Each before all that it leads to.
+    given
+        The gradients that they begin with.
+    call
+        Returns one gradient for each edge of a node.
+    places
+        The nodes that receive gradients.
+
+    Returns
+    -------
+    dict
+        What arrived at other nodes.
+    """
+    pending: dict[Edge, torch.Tensor] = {}
+
+    def deliver(edge: Edge, g: torch.Tensor) -> None:
+        if g.layout == torch.strided:
+            g = fitted(g, TensorSpec.received(input_metadata(edge[0])[edge[1]]))
+        known = pending.get(edge)
+        if known is not None:  # a sparse tensor can be added to a dense one only
+            g = known + g if known.layout == torch.strided else g + known
         pending[edge] = g
-    elif known.layout == torch.strided:  # a sparse tensor can be added to a dense one only
-        pending[edge] = known + g
-    else:
-        pending[edge] = g + known
+
+    for edge, g in given:
+        if g is not None:
+            deliver(edge, g)
+    for node in nodes:
+        received = [pending.pop((node, i), None) for i in range(len(input_metadata(node)))]
+        if all(g is None for g in received):
+            continue
+        for (target, nr), g in zip(node.next_functions, call(node, received), strict=False):
+            if g is not None and target is not None and target in places:
+                deliver((target, nr), g)
+    return pending
+
+
+def by_edges(node: Node, results: Iterable[torch.Tensor | None]) -> Tensors:
+    """Return the gradients of a custom Function's inputs, with None for other arguments."""
+    rest = iter(results)
+    return [None if target is None else next(rest) for target, _ in node.next_functions]
 
 
 class NodeBackward(Operation):
@@ -291,34 +276,9 @@ class NodeBackward(Operation):
     def __call__(self, *grads: torch.Tensor | None) -> Any:
         """Call the nodes."""
         with torch.no_grad():
-            return served(self.label, self.node, [None if g is None else g.clone() for g in grads])
+            copies = [None if g is None else g.clone() for g in grads]
+            return unpacked(self.label, lambda: self.node(*copies), UnsupportedError)
 
     def bytes_kept(self) -> Iterable[torch.Tensor]:
         """Return the tensors that the nodes keep."""
         return self.node.kept()
-
-
-def served(name: str, call: Any, arguments: Tensors) -> Any:
-    """Call what reads a graph that is kept; an error of PyTorch's says what it concerns.
-
-    Raises
-    ------
-    StalenessError
-        If something that was saved for it has been changed in place.
-    UnsupportedError
-        If PyTorch cannot do it.
-    """
-    try:
-        return call(*arguments)
-    except (LinearizeError, torch.OutOfMemoryError):
-        raise
-    except RuntimeError as error:
-        text = str(error)
-        if "modified by an inplace operation" in text or "modified in-place" in text:
-            raise StalenessError(
-                f"{name}: a tensor that it needs was changed in place, inside f after it was "
-                f"used or since the linearization: {text}"
-            ) from error
-        raise UnsupportedError(
-            f"{name}: PyTorch cannot apply its derivative: {text.partition(chr(10))[0]}"
-        ) from error

@@ -16,27 +16,24 @@ import torch
 from cachetools.keys import hashkey
 
 from .._capture.collectives import Collective, CollectiveNode, OpaqueNode
+from .._capture.contexts import fitted
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.scales import scales_at
 from .._capture.signature import HiddenError, arguments, node_key, saved_by
+from .._programs.broadcast import broadcasts, summed
 from .._programs.origins import Number, Origin, Saved
-from .._programs.program import Emitter, Equation, Operation
+from .._programs.program import Emitter, Operation
 from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._torch.aot import reading_of
-from .._torch.graphs import (
-    Node,
-    input_metadata,
-    saved_tensors,
-    walking,
-)
+from .._torch.graphs import Node, input_metadata, saved_tensors, walking
 from .._torch.modes import NOTHING
 from .._torch.names import aten
 from .._torch.ranks import collectives_seen
 from .._torch.sharded import is_sharded, local_of
 from ..errors import UnsupportedError
-from .calls import as_it_is, called, unpacked
+from .calls import NotRecordedError, as_it_is, called, check_dense, unpacked
 from .node_formulas import formula_of, refuse_repeated
 from .node_programs import (
     NODE_PROGRAMS,
@@ -51,19 +48,7 @@ from .opinion import second_opinion
 from .parts import closed, opened, parts, takes_sharded
 from .recorder import Recorder
 from .recording import OpaqueError, Recording, SparseError
-from .stretch import (
-    Cut,
-    NodeBackward,
-    NotRecordedError,
-    SpreadError,
-    Stretch,
-    alone,
-    check_dense,
-    edges_of,
-    fitted,
-    metadata_spec,
-    sums_to,
-)
+from .stretch import Cut, NodeBackward, Stretch, alone
 from .witness import Unseen, Witness
 
 
@@ -115,23 +100,19 @@ class Walk:
         self.pending: dict[Node, dict[int, Gradient]] = {}
         self.inputs: set[Var] = set()
 
-    def placeholder(self, spec: TensorSpec, var: Var) -> torch.Tensor:
-        """Return random numbers that stand for `var`."""
-        t = spec.random(self.generator) * self.factor
-        self.recording.define(t, var)
-        return t
-
-    def seed(self, var: Var, *, numbers: bool) -> Gradient:
+    def seed(self, var: Var) -> Gradient:
         """Return a gradient to begin with, or to go on with after an operation not executed."""
-        t = self.placeholder(var.spec, var) if numbers else None
-        return Gradient(var, dense(var.spec.shape), t)
+        g = Gradient(var, dense(var.spec.shape))
+        if not self.lazy:
+            self.number(g)
+        return g
 
     def number(self, g: Gradient) -> torch.Tensor:
         """Return numbers that stand for a gradient."""
         if g.tensor is None:
-            self.invented |= g.var not in self.inputs
+            self.invented |= self.lazy and g.var not in self.inputs
             numbers = g.var.spec.random(self.generator) * self.factor
-            g.tensor = placeholder_like(g.layout, g.var.spec, numbers)
+            g.tensor = placeholder_like(g.layout, numbers)
             self.recording.define(g.tensor, g.var)
         return g.tensor
 
@@ -139,7 +120,7 @@ class Walk:
         """Return the same gradient with numbers that lie apart from all others."""
         own = Gradient(g.var, g.layout)
         if not self.lazy:  # those that it has can come about
-            own.tensor = copied(g.layout, g.var.spec, self.number(g))
+            own.tensor = copied(g.layout, self.number(g))
             self.recording.define(own.tensor, g.var)
         return own
 
@@ -190,12 +171,14 @@ class Walk:
     def deliver(self, edge: Edge, grad: Gradient) -> None:
         """Add a gradient to what a node receives, in the shape and dtype that it expects."""
         node, nr = edge
-        spec = metadata_spec(input_metadata(node)[nr])
-        fits = grad.var.spec is spec or grad.var.spec == spec
+        spec = TensorSpec.received(input_metadata(node)[nr])
+        given = grad.var.spec
+        fits = given is spec or given == spec
         if grad.tensor is not None and is_sharded(grad.tensor):
             fits = spec.matches(grad.tensor)
-        if not fits and self.lazy and sums_to(grad.var.spec, spec):
-            grad = self.summed(grad, spec)
+        same = (given.dtype, given.device) == (spec.dtype, spec.device)
+        if not fits and self.lazy and same and broadcasts(spec.shape, given.shape):
+            grad = Gradient(summed(self.emitter, grad.var, spec.shape), dense(spec.shape))
         elif not fits:
             number = self.number(grad)
             with self.recorder:
@@ -206,21 +189,6 @@ class Walk:
             grad = computed
         slot = self.pending.setdefault(node, {})
         slot[nr] = self.sum(slot[nr], grad) if nr in slot else grad
-
-    def summed(self, grad: Gradient, spec: TensorSpec) -> Gradient:
-        """Sum a gradient over the dimensions along which a value was broadcast."""
-        shape, target = grad.var.spec.shape, spec.shape
-        more = len(shape) - len(target)
-        over = [i for i in range(len(shape)) if i < more or target[i - more] != shape[i]]
-        kept = tuple([1 if i in over else n for i, n in enumerate(shape)])
-        if over == list(range(more)):
-            var = self.emitter.emit(aten.sum.dim_IntList, (grad.var, over), spec)
-        else:
-            middle = TensorSpec(kept, spec.dtype, spec.device)
-            var = self.emitter.emit(aten.sum.dim_IntList, (grad.var, over, True), middle)
-            if kept != target:
-                var = self.emitter.emit(aten.reshape.default, (var, list(target)), spec)
-        return Gradient(var, dense(target))
 
     def sum(self, a: Gradient, b: Gradient) -> Gradient:
         """Add two gradients of one shape and dtype."""
@@ -250,8 +218,7 @@ class Walk:
         formula = None if sharded else formula_of(node)
         if formula is not None:
             op, point = unpacked(self.graph.label(node), lambda: formula(node))
-            edges, specs = edges_of(node)
-            self.place(op, edges, specs, grads, [self.recording.constant(t) for t in point])
+            self.place(op, node.next_functions, grads, map(self.recording.constant, point))
             return
         mark = len(self.emitter.equations)
         before = self.emitter.fixed, self.recording.frozen
@@ -403,9 +370,12 @@ class Walk:
         numbers = [None if g is None else self.number(g) for g in grads]
         self.lay_out(node, grads, numbers)
         result: Sequence[torch.Tensor | None] = ()
+        if witness is not None:
+            witness.begin(numbers)
         try:
-            result = self.call(node, numbers, witness)
-            check_dense(node, result)
+            with self.recorder, NOTHING if witness is None else witness:
+                result = called(node, numbers, self.emitter.source)
+            check_dense([node], node.next_functions, result)
             if node.name().endswith("CopySlices"):
                 known = self.emitter.numbers, self.recording.constants.decided_by
                 refuse_repeated(node, self.emitter.equations[mark:], *known)
@@ -423,15 +393,6 @@ class Walk:
             return result, as_it_is(node, numbers, error, helped=self.remembered)
         return result, ""
 
-    def call(
-        self, node: Node, grads: list[torch.Tensor | None], witness: Witness | None = None
-    ) -> Sequence[torch.Tensor | None]:
-        """Call a built-in node."""
-        if witness is not None:
-            witness.begin(grads)
-        with self.recorder, NOTHING if witness is None else witness:
-            return called(node, grads, self.graph.label(node))
-
     def is_opaque(self, result: Sequence[torch.Tensor | None]) -> bool:
         """Whether a gradient does not descend from the cotangents although it is not zero."""
         return any(
@@ -442,7 +403,7 @@ class Walk:
     def opaque(self, stretch: Stretch, received: dict[int, Gradient], reason: str) -> None:
         """Write down a node as one operation, because of `reason`."""
         grads = [received.get(nr) for _, nr in stretch.entries]
-        self.place(NodeBackward(stretch, reason), stretch.exits, stretch.gives(), grads)
+        self.place(NodeBackward(stretch, reason), stretch.exits, grads)
 
     def part(self, stretch: Stretch, reason: str) -> None:
         """Write down a part of the graph as one operation."""
@@ -451,51 +412,37 @@ class Walk:
             return
         self.emitter.source = stretch.label
         numbers = [None if g is None else g.var.spec.random(self.generator) for g in grads]
-        result = stretch(*numbers)
-        sparse = [
-            target
-            for (target, _), g in zip(stretch.exits, result, strict=True)
-            if g is not None and g.layout != torch.strided
-        ]
-        if sparse:
-            raise SpreadError([*stretch.nodes, *sparse])
-        self.place(NodeBackward(stretch, reason), stretch.exits, stretch.gives(), grads)
+        check_dense(stretch.nodes, stretch.exits, stretch(*numbers))
+        self.place(NodeBackward(stretch, reason), stretch.exits, grads)
 
     def custom(self, custom: OpaqueNode, node: Node, received: dict[int, Gradient]) -> None:
         """Write down the node of a custom Function, or of a collective, as one operation."""
         custom.know_outputs(received.keys())
-        unpacked(
-            self.graph.label(node), custom.unpack
-        )  # together with what the nodes around it saved
+        unpacked(self.emitter.source, custom.unpack)  # together with what those around it saved
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         grads = [received.get(i) for i in range(len(custom.outputs))]
-        op: Operation
-        if isinstance(custom, CollectiveNode):
-            op = Collective(custom, back=True)
-        else:
-            op = CustomBackward(custom)
-        self.place(op, edges, custom.inputs, grads)
+        op: Operation = (
+            Collective(custom, back=True)
+            if isinstance(custom, CollectiveNode)
+            else CustomBackward(custom)
+        )
+        self.place(op, edges, grads)
 
     def place(
         self,
         op: Operation,
         edges: Sequence[tuple[Node | None, int]],
-        specs: Sequence[TensorSpec | None],
         grads: Sequence[Gradient | None],
-        point: Sequence[Constant] = (),
+        point: Iterable[Constant] = (),
     ) -> None:
         """Write down an operation that is not executed."""
-        outputs: list[Var | None] = []
-        after: list[tuple[Edge, Var]] = []
-        for edge, spec in zip(edges, specs, strict=True):
-            node, nr = edge
-            if node is None or spec is None or node not in self.graph.places:
-                outputs.append(None)
-                continue
-            var = Var(spec)
-            outputs.append(var)
-            after.append(((node, nr), var))
+        within = [n is not None and n in self.graph.places for n, _ in edges]
+        outputs = [
+            Var(TensorSpec.received(input_metadata(n)[nr])) if here else None
+            for (n, nr), here in zip(edges, within, strict=True)
+        ]
         args = (*(None if g is None else g.var for g in grads), *point)
-        self.emitter.equations.append(Equation(op, args, {}, tuple(outputs), self.emitter.source))
-        for target, var in after:
-            self.deliver(target, self.seed(var, numbers=not self.lazy))
+        self.emitter.add(op, args, outputs)
+        for (n, nr), var in zip(edges, outputs, strict=True):
+            if n is not None and var is not None:
+                self.deliver((n, nr), self.seed(var))

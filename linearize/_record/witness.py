@@ -26,14 +26,14 @@ from .._programs.origins import Saved
 from .._programs.residuals import Residual
 from .._spaces.compare import exact
 from .._spaces.nested import leaves
-from .._torch.graphs import Node, input_metadata
+from .._spaces.space import TensorSpec
+from .._torch.graphs import input_metadata
 from .._torch.modes import DispatchMode, lazy_bits_respected
 from .._torch.names import OpOverload, aten, has_memory, storage_token
 from ..errors import LinearizeError
 from .by_tensor import ByTensor
 from .calls import called
-from .node_programs import Layout, placeholder_like
-from .stretch import metadata_spec
+from .node_programs import placeholder_like
 
 #: How the names begin under which stands what was met in a call.
 MET = "met in"
@@ -139,14 +139,7 @@ class Witness(DispatchMode):
     ) -> bool:
         """Note that the numbers in a constant decided something, if it was met.
 
-        Parameters
-        ----------
-        t
-            The constant.
-        before
-            What it held when it was met, where it is being overwritten.
-        some
-            Whether nothing matters but that there are some which are not zero.
+        `before` and `some` as of `Constants.decided_by`.
         """
         if t not in self._numbers or (before is None and self._numbers.sharing(self._written)):
             return False
@@ -180,13 +173,7 @@ class Witness(DispatchMode):
             for n in call.asked
         }
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten.detach.default and self._is_new(args[0]):
             return self._taken(args[0])
@@ -351,18 +338,14 @@ def _called(graph: Graph, call: Unseen, witness: Witness) -> Sequence[torch.Tens
             return fn(*arguments)
     layouts = dict(call.how)
     grads = [
-        _stand_in(layouts[i], node, i, generator) if i in layouts else None
-        for i in range(len(input_metadata(node)))
+        placeholder_like(layouts[i], TensorSpec.received(meta).random(generator))
+        if i in layouts
+        else None
+        for i, meta in enumerate(input_metadata(node))
     ]
     witness.begin(grads)
     with witness:
         return called(node, grads, graph.label(node))
-
-
-def _stand_in(layout: Layout, node: Node, i: int, generator: torch.Generator) -> torch.Tensor:
-    """Return random numbers that stand for a gradient which a node receives."""
-    spec = metadata_spec(input_metadata(node)[i])
-    return placeholder_like(layout, spec, spec.random(generator))
 
 
 def _difference(now: Trace, before: Trace) -> str:

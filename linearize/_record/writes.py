@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from .._programs.aten import Schema, functional_variant, schema_of
-from .._programs.program import Equation, Operation
+from .._programs.program import Operation
 from .._programs.values import Constant, Var, zeros
 from .._spaces.nested import leaves, map_leaves
 from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
 from .linearity import known_linear, tested_linear
 from .recording import OpaqueError, Recording
-from .storage import common_dtype, covered, flat_spec, flattened, scattered, shown
+from .storage import common_dtype, covered, covers_storage, flat_spec, flattened, scattered, shown
 
 
 class Functionalized(Operation):
@@ -53,16 +53,11 @@ class Functionalized(Operation):
 
 
 class Writes:
-    """Writes down what is done to the memory of variables and constants.
-
-    Parameters
-    ----------
-    recording
-        What is known of the tensors.
-    """
+    """Writes down what is done to the memory of variables and constants."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
+        self.emitter, self.constants = recording.emitter, recording.constants
 
     def write(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """Run and write down an operation that writes to its arguments."""
@@ -72,10 +67,10 @@ class Writes:
         contents = [self._content(t) for t in written]
         values = self._functional(func, args, kwargs, written, contents)
         self.recording.spare_constants(written)
-        note = self.recording.constants.seen(func, args, kwargs)
+        note = self.constants.seen(func, args, kwargs)
         out = func(*args, **kwargs)
         if any(var is not None for var in values):
-            self.recording.constants.overwritten(written, None)
+            self.constants.overwritten(written, None)
         else:
             note(out)
         for t, var, group in zip(written, values, before, strict=True):
@@ -112,26 +107,20 @@ class Writes:
             return  # zero is linear
         for a, here in zip(variables, covered(t, variables), strict=True):
             if bool(here.any()):
-                self.recording.define(a, None)
-                if not bool(here.all()):
-                    self.recording.set_mixed(a)
+                self.recording.define(a, None, mixed=not bool(here.all()))
 
     def view_of_mixed(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """Run an operation that shows a part of a tensor that is mixed."""
         out = func(*args, **kwargs)
         for t in leaves(out):
-            self.recording.define(t, None)
-            self.recording.set_mixed(t)
+            self.recording.define(t, None, mixed=True)
         return out
 
     def overwritten(self, schema: Schema, args: Any, kwargs: Any) -> None:
         """Forget what was in tensors that are written to without being read."""
-        if schema.name in ("copy_", "zero_", "fill_"):
-            targets = [args[0]]
-        else:
-            targets = [kwargs[name] for position, name in schema.writes if position == -1]
-        for t in targets:
-            if self.recording.mixed.pop(id(t), None) is not None:
+        unread = schema.into_out or schema.name in ("copy_", "zero_", "fill_")
+        for t in schema.targets(args, kwargs) if unread else ():
+            if self.recording.is_mixed(t):
                 self.recording.define(t, None, uninitialized=True)
 
     def _old(self, a: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
@@ -141,7 +130,7 @@ class Writes:
         """
         if self.recording.derived(a) or self.recording.uninitialized(a):
             return None, True
-        return a.clone(), self.recording.constants.static(a)
+        return a.clone(), self.constants.static(a)
 
     def _overlapping(
         self, t: torch.Tensor, group: list[tuple[torch.Tensor, torch.Tensor | None, bool]]
@@ -162,7 +151,7 @@ class Writes:
                         else old[..., None]
                     )
                 if not static:
-                    self.recording.constants.decided_by(a, before)
+                    self.constants.decided_by(a, before)
                 if old is not None and bool((old != 0).logical_and(~here).any()):
                     raise OpaqueError("writes into a buffer that holds something else")
         return found
@@ -177,8 +166,8 @@ class Writes:
         if self.recording.uninitialized(t) or not self.recording.some(t, still=True):
             # One zero, expanded: it costs no memory.
             return zeros(TensorSpec.of(t))
-        return self.recording.emitter.numbers.constant(
-            t.clone(), self.recording.emitter.source, self.recording.constants.origin(t)
+        return self.emitter.numbers.constant(
+            t.clone(), self.emitter.source, self.constants.origin(t)
         )
 
     def _functional(
@@ -202,11 +191,9 @@ class Writes:
                 return [None]
             return [self._shaped(self.recording.variable(source), target)]
 
-        def replaced(x: Any) -> Any:
-            for t, content in zip(written, contents, strict=True):
-                if x is t:
-                    return content
-            return self.recording.argument(x)
+        def held(x: Any) -> Var | Constant | None:
+            pairs = zip(written, contents, strict=True)
+            return next((content for t, content in pairs if x is t), None)
 
         if schema.into_out:
             read = [x for x in leaves((args, kwargs)) if all(x is not t for t in written)]
@@ -217,10 +204,14 @@ class Writes:
         operation: Any = Functionalized(func) if variant is None else variant
 
         def is_variable(x: Any) -> bool:
-            for t, content in zip(written, contents, strict=True):
-                if x is t:
-                    return isinstance(content, Var) or content.is_zero
-            return self.recording.derived(x)
+            content = held(x)
+            if content is None:
+                return self.recording.derived(x)
+            return isinstance(content, Var) or content.is_zero
+
+        def replaced(x: Any) -> Any:
+            content = held(x)
+            return self.recording.argument(x) if content is None else content
 
         holds = [any(is_variable(x) for x in leaves(a)) for a in args]
         if variant is None or keywords or not known_linear(variant, holds):
@@ -232,15 +223,8 @@ class Writes:
             if linear is None or not all(linear):
                 raise OpaqueError(f"{name} is not linear in the cotangent")
         outputs = [Var(self._natural(variant, t, args)) for t in written]
-        self.recording.emitter.equations.append(
-            Equation(
-                operation,
-                tuple(map_leaves(replaced, list(args))),
-                map_leaves(replaced, keywords),
-                tuple(outputs),
-                self.recording.emitter.source,
-            )
-        )
+        arguments = tuple(map_leaves(replaced, list(args)))
+        self.emitter.add(operation, arguments, outputs, **map_leaves(replaced, keywords))
         return [self._shaped(var, t) for var, t in zip(outputs, written, strict=True)]
 
     @staticmethod
@@ -260,13 +244,11 @@ class Writes:
         assert var is not None
         spec = TensorSpec.of(like)
         if var.spec.shape != spec.shape:
-            middle = TensorSpec(spec.shape, var.spec.dtype, var.spec.device)
-            var = self.recording.emitter.emit(aten.expand.default, (var, list(spec.shape)), middle)
-        if var.spec != spec:
-            var = self.recording.emitter.emit(
-                aten._to_copy.default, (var,), spec, dtype=spec.dtype, device=spec.device
+            shape = spec.shape
+            var = self.emitter.emit(
+                aten.expand.default, (var, list(shape)), var.spec.shaped(*shape)
             )
-        return var
+        return self.emitter.cast(var, spec)
 
     def _flat_content(self, t: torch.Tensor, group: Sequence[torch.Tensor]) -> Var | Constant:
         """Return the whole storage under `t`, as it was before, as a flat value."""
@@ -276,17 +258,13 @@ class Writes:
         spec = flat_spec(t, dtype)
         for a in group:
             var = self.recording.variable(a)
-            if (
-                var is not None
-                and a.nbytes == spec.shape[0] * dtype.itemsize
-                and a.is_contiguous()
-            ):
-                return flattened(self.recording.emitter, var, a, dtype)
+            if var is not None and covers_storage(a):
+                return flattened(self.emitter, var, a, dtype)
         flat: Var | Constant = zeros(spec)
         for a in group:
             var = self.recording.variable(a)
             if var is not None:
-                flat = scattered(self.recording.emitter, flat, var, a)
+                flat = scattered(self.emitter, flat, var, a)
         return flat
 
     def _propagate(
@@ -297,6 +275,6 @@ class Writes:
         flat: Var | Constant,
     ) -> None:
         """After a write to `t`, let the changed tensors on its storage stand for the result."""
-        flat = scattered(self.recording.emitter, flat, var, t)
+        flat = scattered(self.emitter, flat, var, t)
         for a in changed:
-            self.recording.define(a, shown(self.recording.emitter, flat, a))
+            self.recording.define(a, shown(self.emitter, flat, a))

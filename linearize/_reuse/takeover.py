@@ -9,9 +9,8 @@ rank one stands for each, the same on both sides.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -20,46 +19,19 @@ from .._capture.custom import CustomNode
 from .._capture.custom_operations import CustomBackward
 from .._capture.graph import Edge, Graph
 from .._capture.mesh_collectives import OnMesh
-from .._check.adjoint import RankOne
-from .._check.balance import Balance
+from .._check.adjoint import RankOne, StandIns
 from .._execute.binding import Binding, BoundProgram
 from .._execute.executor import Executor
 from .._programs.program import Operation
 from .._record.node_formulas import mended
-from .._record.stretch import fitted, metadata_spec
-from .._spaces.compare import close, tolerance
+from .._record.stretch import by_edges, handed_on
+from .._spaces.balance import Balance, Tensors
+from .._spaces.compare import agree, tolerance
 from .._spaces.sharding import Layout
 from .._spaces.space import TensorSpec
-from .._torch.graphs import Node, input_metadata, walking
+from .._torch.graphs import Node, walking
 from .._torch.modes import unobserved
 from .._torch.ranks import collectives_seen
-
-Tensors: TypeAlias = Sequence[torch.Tensor | None]
-
-
-class StandIns:
-    """Maps of rank one for the custom Functions of a graph, adjoint to each other."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(5)
-        self._vectors: dict[int, tuple[Tensors, Tensors]] = {}
-
-    def __call__(self, node: OpaqueNode, *, backward: bool) -> RankOne:
-        """Return what stands for a Function's `backward`, or for its `jvp`."""
-        known = self._vectors.get(id(node))
-        if known is None:
-            known = self._vectors[id(node)] = self._some(node.outputs), self._some(node.inputs)
-        outputs, inputs = known
-        name = f"a stand-in for {node.name}"
-        return RankOne(outputs, inputs, name) if backward else RankOne(inputs, outputs, name)
-
-    def _some(self, specs: Sequence[TensorSpec | None]) -> Tensors:
-        return [
-            None
-            if s is None
-            else s.random(self._generator) / math.sqrt(max(math.prod(s.shape), 1))
-            for s in specs
-        ]
 
 
 def engine_pullback(
@@ -73,46 +45,31 @@ def engine_pullback(
     There is a cotangent for each root, None for zero. Of custom Functions, stand-ins are called,
     except at `places`.
     """
-    pending: dict[Node, dict[int, torch.Tensor]] = {}
-
     outs, ins = graph.layouts or ((None,) * len(graph.roots), (None,) * len(graph.leaves))
 
-    def deliver(edge: Edge, g: torch.Tensor) -> None:
-        node, nr = edge
-        g = fitted(g, metadata_spec(input_metadata(node)[nr]))
-        slot = pending.setdefault(node, {})
-        slot[nr] = slot[nr] + g if nr in slot else g
-
-    def called(node: Node, received: dict[int, torch.Tensor]) -> Tensors:
-        grads = [received.get(i) for i in range(len(input_metadata(node)))]
+    def called(node: Node, grads: list[torch.Tensor | None]) -> Tensors:
         custom = graph.custom.get(node)
         if custom is None:
             return mended(node)(grads)
         if graph.places[node] in places and isinstance(custom, CustomNode):
-            custom.know_outputs(received)
+            custom.know_outputs([i for i, g in enumerate(grads) if g is not None])
             custom.unpack()
-            results = iter(custom.backward(grads))
-        else:
-            results = iter(stand_ins(custom, backward=True)(*grads))
-        return [None if target is None else next(results) for target, _ in node.next_functions]
+            return by_edges(node, custom.backward(grads))
+        return by_edges(node, _stand_in(stand_ins, custom, backward=True)(*grads))
 
-    def walk() -> None:
-        for edge, g, layout in zip(graph.roots, cotangents, outs, strict=True):
-            if edge is not None and g is not None:
-                deliver(edge, g if layout is None else layout.given(g))
+    def walk() -> dict[Edge, torch.Tensor]:
+        given = [
+            (edge, g if g is None or layout is None else layout.given(g))
+            for edge, g, layout in zip(graph.roots, cotangents, outs, strict=True)
+            if edge is not None
+        ]
         ends = set(graph.leaves)
-        for node in graph.order:
-            received = None if node in ends else pending.pop(node, None)
-            if received:
-                for (target, nr), g in zip(
-                    node.next_functions, called(node, received), strict=False
-                ):
-                    if target is not None and g is not None and target in graph.places:
-                        deliver((target, nr), g)
+        nodes = [n for n in graph.order if n not in ends]
+        return handed_on(nodes, given, called, graph.places)
 
     with collectives_seen():
-        walking(walk)
-        arrived = [pending.get(leaf, {}).get(0) for leaf in graph.leaves]
+        left = walking(walk)
+        arrived = [left.get((leaf, 0)) for leaf in graph.leaves]
         return [
             g if g is None or layout is None else layout.scaled(layout.lying(g))
             for g, layout in zip(arrived, ins, strict=True)
@@ -158,10 +115,7 @@ class Comparison:
         got = self._run(executor, binding, self._v if forward else self._u, present)
         if forward:
             return self._are_adjoint(got, expected, present)
-        return all(
-            close(s.or_zeros(a), s.or_zeros(b))
-            for a, b, s in zip(got, expected, self._ins, strict=True)
-        )
+        return agree(got, expected, self._ins)
 
     def _are_adjoint(self, got: Tensors, expected: Tensors, present: Sequence[bool]) -> bool:
         balance = Balance()
@@ -205,7 +159,11 @@ class Comparison:
             kept: Operation = op
             return kept
         backward = op.back if isinstance(op, Collective) else isinstance(op, CustomBackward)
-        return self._stand_ins(node, backward=backward)
+        return _stand_in(self._stand_ins, node, backward=backward)
+
+
+def _stand_in(stand_ins: StandIns, node: OpaqueNode, *, backward: bool) -> RankOne:
+    return stand_ins.of(node, node.outputs, node.inputs, node.name, backward=backward)
 
 
 def _drawn(

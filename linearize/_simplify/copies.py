@@ -19,15 +19,6 @@ def merge_copies(program: Program, _: Numbers | None = None) -> Program:
     return _Merging(program).run()
 
 
-class _Call:
-    """An operation on its way into the program, with one result or several."""
-
-    __slots__ = ("args", "kwargs", "op", "out")
-
-    def __init__(self, op: OpOverload, args: Any, kwargs: Any, out: Var) -> None:
-        self.op, self.args, self.kwargs, self.out = op, args, kwargs, out
-
-
 class _Merging:
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -45,24 +36,24 @@ class _Merging:
         for eq in self.program.equations:
             left: Equation | None = eq.renamed(lambda x: self.same.get(x, x))
             if left is not None and isinstance(eq.op, OpOverload):
-                left = self.merged(left, eq.op)
+                left = self.merged(left)
             if left is not None:
                 kept.append(left)
         outputs = [None if v is None else self.same.get(v, v) for v in self.program.outputs]
         return self.program.with_equations(kept, outputs).live()
 
-    def merged(self, eq: Equation, op: OpOverload) -> Equation | None:
+    def merged(self, eq: Equation) -> Equation | None:
         """Return what an equation becomes, None if its results are there already."""
-        out = eq.outputs[0] if len(eq.outputs) == 1 else None
-        if out is not None:
-            call = _Call(op, eq.args, eq.kwargs, out)
-            steps = (self.idle, self.reshaped, self.permuted, self.turned_back)
-            before = next((v for v in (step(call) for step in steps) if v is not None), None)
-            if before is not None:
-                self.same[out] = before
+        out = eq.result
+        for step in (self.idle, self.reshaped, self.permuted, self.turned_back):
+            if out is None:
+                break
+            found = step(eq, out)
+            if isinstance(found, Var):
+                self.same[out] = found
                 return None
-            op, eq = call.op, Equation(call.op, call.args, call.kwargs, eq.outputs, eq.source)
-        key = frozen(op, eq.args, eq.kwargs)
+            eq = found
+        key = frozen(eq.op, eq.args, eq.kwargs)
         known = self.known.get(key)
         if known is not None and all(
             a is not None or b is None for a, b in zip(known, eq.outputs, strict=True)
@@ -73,47 +64,53 @@ class _Merging:
         self.known[key] = eq.outputs
         return eq
 
-    # Each returns what the result is, if it is there already, and may change the call.
+    # Each returns what the result is, if it is there already, else what the equation becomes.
 
-    def idle(self, c: _Call) -> Var | None:
-        x = c.args[0] if c.args else None
-        idle = c.op in IDLE and isinstance(x, Var) and x.spec == c.out.spec
-        if c.op is aten.view.default:  # other than that, `reshape` takes any strides
-            c.op = aten.reshape.default
-        return x if idle and c.out not in self.strided else None
+    def idle(self, eq: Equation, out: Var) -> Var | Equation:
+        x = eq.args[0] if eq.args else None
+        idle = eq.op in IDLE and out not in self.strided
+        if idle and isinstance(x, Var) and x.spec == out.spec:
+            return x
+        if eq.op is aten.view.default:  # other than that, `reshape` takes any strides
+            return _other(eq, aten.reshape.default, *eq.args)
+        return eq
 
-    def reshaped(self, c: _Call) -> Var | None:
-        if c.op not in RESHAPES or not isinstance(c.args[0], Var):
-            return None
-        x = c.args[0]
-        base = self.origin[c.out] = self.origin.get(x, x)
-        if base.spec == c.out.spec:
+    def reshaped(self, eq: Equation, out: Var) -> Var | Equation:
+        if eq.op not in RESHAPES or not isinstance(eq.args[0], Var):
+            return eq
+        x = eq.args[0]
+        base = self.origin[out] = self.origin.get(x, x)
+        if base.spec == out.spec:
             return base
         # What is permuted is copied to be shown in another shape, and that once.
         copied = base in self.turned and self.uses[x] > 1
-        if base is not x and not copied:
-            c.op, c.args, c.kwargs = aten.reshape.default, (base, list(c.out.spec.shape)), {}
-        return None
+        if base is x or copied:
+            return eq
+        return _other(eq, aten.reshape.default, base, list(out.spec.shape))
 
-    def permuted(self, c: _Call) -> Var | None:
-        order = permutation(c.op, c.args)
+    def permuted(self, eq: Equation, out: Var) -> Var | Equation:
+        order = permutation(eq.op, eq.args)
         if order is None:
-            return None
-        base, before = self.turned.get(c.args[0], (c.args[0], None))
+            return eq
+        base, before = self.turned.get(eq.args[0], (eq.args[0], None))
         if before is not None:
             order = tuple([before[i] for i in order])
-            c.op, c.args, c.kwargs = aten.permute.default, (base, list(order)), {}
-        self.turned[c.out] = base, order
-        return base if order == tuple(range(len(order))) else None
+            eq = _other(eq, aten.permute.default, base, list(order))
+        self.turned[out] = base, order
+        return base if order == tuple(range(len(order))) else eq
 
-    def turned_back(self, c: _Call) -> Var | None:
-        if c.op is not aten.flip.default or not isinstance(c.args[0], Var):
-            return None
-        base, dims = self.flipped.get(c.args[0], (None, ()))
-        if dims == c.args[1]:
+    def turned_back(self, eq: Equation, out: Var) -> Var | Equation:
+        if eq.op is not aten.flip.default or not isinstance(eq.args[0], Var):
+            return eq
+        base, dims = self.flipped.get(eq.args[0], (None, ()))
+        if base is not None and dims == eq.args[1]:
             return base
-        self.flipped[c.out] = c.args[0], c.args[1]
-        return None
+        self.flipped[out] = eq.args[0], eq.args[1]
+        return eq
+
+
+def _other(eq: Equation, op: OpOverload, *args: Any) -> Equation:
+    return Equation(op, args, {}, eq.outputs, eq.source)
 
 
 def laid_out(program: Program) -> set[Var]:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .._programs.aten import CHOICES, MULTIPLYING, SHOWN, chooses, schema_of
+from .._programs.broadcast import broadcasts
 from .._programs.numbers import Numbers
 from .._programs.program import Emitter, Equation, Operation, Program
 from .._programs.residuals import finite
@@ -90,7 +91,7 @@ class _Folding:
     def run(self) -> Program:
         with torch.no_grad():
             for eq, gone in zip(self.program.equations, self.program.last_uses(), strict=True):
-                out = eq.outputs[0] if len(eq.outputs) == 1 else None
+                out = eq.result
                 form = self.folded(eq, out) if out is not None else None
                 if form is not None and out is not None:
                     self.forms[out] = form
@@ -176,7 +177,7 @@ class _Folding:
 
     def choice(self, eq: Equation, x: Var) -> _Form | None:
         """Return the form of chosen entries of d ⊙ base: d ⊙ the chosen entries of the base."""
-        if x.spec.dtype.is_complex or not all(_fits(c.spec, x.spec) for c in eq.constants()):
+        if not _real_and_broadcast(eq, x):
             return None
         form = self.form(x)
         if len(form.terms) != 1:
@@ -344,8 +345,7 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _foldable(coefficients: _Coefficients, eq: Equation) -> bool:
     """Whether an equation can become a part of a sum of terms."""
-    out = eq.outputs[0] if len(eq.outputs) == 1 else None
-    variables = eq.inputs()
+    out, variables = eq.result, eq.inputs()
     if out is None or not isinstance(eq.op, OpOverload):
         return False
     if eq.op in _MOVES:
@@ -382,25 +382,23 @@ def _factor(
     assert isinstance(op, OpOverload)
     if schema_of(op).name not in MULTIPLYING:
         return None
-    if x.spec.dtype.is_complex or not all(_fits(r.spec, x.spec) for r in eq.constants()):
+    if not _real_and_broadcast(eq, x):
         return None
 
     def apply(c: Coefficient) -> Coefficient | None:
         # Numbers are left for later: where they stand differs between the two directions.
         given = coefficients.constant(c if isinstance(c, Constant) else 1, x.spec)
         whole = coefficients.evaluated(aten.expand.default, given, list(x.spec.shape))
-        args = [whole if a is x else a for a in eq.args]
-        made = coefficients.evaluated(op, *args, **eq.kwargs)
+        made = coefficients.evaluated(op, *_with(eq, x, whole), **eq.kwargs)
         return made if isinstance(c, Constant) else coefficients.product(made, c)
 
     return apply
 
 
-def _fits(factor: TensorSpec, spec: TensorSpec) -> bool:
-    """Whether a tensor broadcasts to a shape."""
-    # `torch.broadcast_shapes` would load a computer algebra system.
-    pairs = zip(reversed(factor.shape), reversed(spec.shape), strict=False)
-    return len(factor.shape) <= len(spec.shape) and all(a in (1, b) for a, b in pairs)
+def _real_and_broadcast(eq: Equation, x: Var) -> bool:
+    """Whether a variable is real, and the constants besides broadcast to its shape."""
+    shapes = (c.spec.shape for c in eq.constants())
+    return not x.spec.dtype.is_complex and all(broadcasts(s, x.spec.shape) for s in shapes)
 
 
 def _is_one(c: Coefficient) -> bool:
@@ -447,7 +445,7 @@ class _Coefficients:
         if not isinstance(by, (Constant, int, float, complex)):
             return None
         if isinstance(by, Constant):
-            if not _fits(by.spec, spec):
+            if not broadcasts(by.spec.shape, spec.shape):
                 return None
             if by.spec.dtype != spec.dtype:
                 by = self.evaluated(aten._to_copy.default, by, dtype=spec.dtype)

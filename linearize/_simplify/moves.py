@@ -120,6 +120,15 @@ def _whole(v: Var) -> _Form:
     return _Form(v, sizes, tuple(range(len(sizes))))
 
 
+def turned(e: Emitter, x: Var | Constant) -> Var | Constant:
+    """Return a matrix, or each of a batch, transposed."""
+    *batch, rows, columns = x.spec.shape
+    op, dims = (aten.transpose.int, (1, 2)) if batch else (aten.t.default, ())
+    if isinstance(x, Constant):
+        return e.numbers.viewed(op, x, *dims)
+    return e.emit(op, (x, *dims), x.spec.shaped(*batch, columns, rows))
+
+
 class _Moves:
     def __init__(self, program: Program, numbers: Numbers) -> None:
         self.program = program
@@ -149,16 +158,14 @@ class _Moves:
 
     def step(self, eq: Equation) -> None:
         """Keep an equation."""
-        out = eq.outputs[0]
-        is_product = eq.op in (aten.mm.default, aten.bmm.default) and out is not None
-        a = eq.args[0] if is_product else None
-        if isinstance(a, Var) and self.uses[a] == 1 and a in self.forms:
-            self.operands[out] = self.forms[a]  # type: ignore[index]
-
+        before = self.forms.get(eq.args[0]) if eq.args and isinstance(eq.args[0], Var) else None
         kept = eq.renamed(lambda x: self.value(x) if type(x) is Var else x)
         self.e.equations.append(kept)
-        if is_product:
-            self.products[out] = kept  # type: ignore[index]
+        out = eq.result
+        if eq.op in (aten.mm.default, aten.bmm.default) and out is not None:
+            self.products[out] = kept
+            if before is not None and self.uses[eq.args[0]] == 1:
+                self.operands[out] = before
 
     def form(self, v: Var) -> _Form:
         """Return what a value is made of, if nobody else needs it as it is."""
@@ -172,7 +179,7 @@ class _Moves:
         """Whether an equation only shows or permutes its one argument."""
         if not (eq.op in RESHAPES or permutation(eq.op, eq.args) is not None):
             return False
-        x, out = eq.args[0], eq.outputs[0]
+        x, out = eq.args[0], eq.result
         if not isinstance(x, Var) or out is None or 0 in out.spec.shape:
             return False
         return x not in self.strided and out not in self.strided
@@ -215,8 +222,7 @@ class _Moves:
         """Multiply rows in the order in which they lie, and permute them afterwards."""
         if eq.op is not aten.mm.default or not isinstance(eq.args[0], Var):
             return False
-        a, factor = eq.args
-        out = eq.outputs[0]
+        (a, factor), out = eq.args, eq.result
         if out is None or out in self.results or a not in self.forms or self.uses[a] != 1:
             return False
         form = self.form(a)
@@ -238,7 +244,7 @@ class _Moves:
 
     def stack(self, eq: Equation) -> bool:
         """Stack parts as they lie, if all are permuted in the same way, and permute the whole."""
-        out = eq.outputs[0]
+        out = eq.result
         if eq.op is not aten.stack.default or out is None or out in self.strided:
             return False
         parts, dim = eq.args[0], eq.argument(1, 0)
@@ -260,7 +266,7 @@ class _Moves:
         groups = [[i + 1 for i in group] for group in cut.groups(shape)]
         groups.insert(dim % (len(shape) + 1), [0])
         spec = first.base.spec
-        whole = TensorSpec((len(parts), *spec.shape), spec.dtype, spec.device)
+        whole = spec.shaped(len(parts), *spec.shape)
         base = self.e.emit(aten.stack.default, ([f.base for f in forms], 0), whole)
         self.uses[base] = 1
         order = tuple([i for group in groups for i in group])
@@ -279,31 +285,23 @@ class _Moves:
 
     def emitted(self, form: _Form, spec: TensorSpec) -> Var:
         """Emit the steps from a base to a value."""
-        base = form.base
-
-        def like(shape: Sequence[int]) -> TensorSpec:
-            return TensorSpec(tuple(shape), spec.dtype, spec.device)
-
-        def shaped(v: Var, shape: Sequence[int]) -> Var:
-            if v.spec.shape == tuple(shape):
-                return v
-            # What is copied to be shown in another shape is copied once.
-            new = self.e.emit(
-                aten.reshape.default, (self.copied.get(v, v), list(shape)), like(shape)
-            )
-            self.copied.setdefault(v, new)
-            return new
-
         if form.straight:
-            return shaped(base, spec.shape)
+            return self.shaped(form.base, spec)
         form = form.shortest(spec.shape)
-        turned = shaped(base, form.sizes)
+        pieces = self.shaped(form.base, spec.shaped(*form.sizes))
+        moved = spec.shaped(*form.moved)
         if len(form.order) == 2:
-            turned = self.e.emit(aten.t.default, (turned,), like(form.moved))
-        else:
-            args = turned, list(form.order)
-            turned = self.e.emit(aten.permute.default, args, like(form.moved))
-        return shaped(turned, spec.shape)
+            return self.shaped(self.e.emit(aten.t.default, (pieces,), moved), spec)
+        args = pieces, list(form.order)
+        return self.shaped(self.e.emit(aten.permute.default, args, moved), spec)
+
+    def shaped(self, v: Var, spec: TensorSpec) -> Var:
+        """Emit a value in another shape; what is copied to be shown in one is copied once."""
+        if v.spec.shape == spec.shape:
+            return v
+        new = self.e.shaped(self.copied.get(v, v), *spec.shape)
+        self.copied.setdefault(v, new)
+        return new
 
     def transposed(self, form: _Form) -> _Form:
         """Replace (A B)ᵀ by Bᵀ Aᵀ where that leaves less to permute."""
@@ -317,23 +315,13 @@ class _Moves:
         places = [form.order.index(i) for i in (*second, *first)]
         if places != sorted(places):
             return form
-        a, b = map(self.turned, eq.args)
-        spec = form.base.spec
-        shape = TensorSpec((count, columns, rows), spec.dtype, spec.device)
-        new = self.e.emit(eq.op, (b, a), shape)
+        a, b = (turned(self.e, x) for x in eq.args)
+        new = self.e.emit(eq.op, (b, a), form.base.spec.shaped(count, columns, rows))
         self.uses[new] = 1
         self.products[new] = self.e.equations[-1]
         lie = [*batch, *second, *first]
         order = tuple([lie.index(i) for i in form.order])
         return _Form(new, tuple([form.sizes[i] for i in lie]), order)
-
-    def turned(self, x: Var | Constant) -> Var | Constant:
-        """Return a batch of matrices, each transposed."""
-        if isinstance(x, Constant):
-            return self.e.numbers.viewed(aten.transpose.int, x, 1, 2)
-        count, rows, columns = x.spec.shape
-        spec = TensorSpec((count, columns, rows), x.spec.dtype, x.spec.device)
-        return self.e.emit(aten.transpose.int, (x, 1, 2), spec)
 
     def reordered(self, form: _Form) -> _Form:
         """Have a product's rows come in the order in which they are wanted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from .._programs.aten import SHOWN, SHOWN_IN_ORDER
@@ -11,31 +12,39 @@ from .._programs.program import Emitter, Equation, Program
 from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
+from .moves import turned
+
+
+def _rewritten(
+    program: Program, numbers: Numbers, rewrite: Callable[[Emitter, Equation, Var], bool]
+) -> Program:
+    """Return a program in which the results of some equations come about in another way.
+
+    `rewrite` emits what defines the result of an equation, or returns False.
+    """
+    e = Emitter(numbers=numbers)
+    for eq in program.equations:
+        e.source = eq.source
+        if eq.result is None or not rewrite(e, eq, eq.result):
+            e.equations.append(eq)
+    return program.with_equations(e.equations).live()
 
 
 def share_matrices(program: Program, numbers: Numbers) -> Program:
     """Multiply a batch by one matrix, instead of by as many copies of it."""
-    e = Emitter()
-    for eq in program.equations:
-        out = eq.outputs[0]
-        if eq.op is not aten.bmm.default or out is None:
-            e.equations.append(eq)
-            continue
-        v, r = eq.args
+
+    def share(e: Emitter, eq: Equation, out: Var) -> bool:
+        v, r = eq.args if eq.op is aten.bmm.default else (None, None)
         if not (isinstance(v, Var) and isinstance(r, Constant) and numbers[r].stride(0) == 0):
-            e.equations.append(eq)
-            continue
+            return False
         count, rows, inner = v.spec.shape
-        columns = out.spec.shape[-1]
-        e.source = eq.source
-        matrix = numbers.viewed(aten.select.int, r, 0, 0)
-        flat = TensorSpec((count * rows, inner), out.spec.dtype, out.spec.device)
-        tall = e.emit(aten.reshape.default, (v, list(flat.shape)), flat)
-        product = TensorSpec((count * rows, columns), out.spec.dtype, out.spec.device)
-        done = e.emit(aten.mm.default, (tall, matrix), product)
-        args = (done, list(out.spec.shape))
-        e.equations.append(Equation(aten.reshape.default, args, {}, (out,), eq.source))
-    return program.with_equations(e.equations)
+        factors = e.shaped(v, count * rows, inner), numbers.viewed(aten.select.int, r, 0, 0)
+        spec = out.spec.shaped(count * rows, out.spec.shape[-1])
+        product = e.emit(aten.mm.default, factors, spec)
+        e.add(aten.reshape.default, (product, list(out.spec.shape)), (out,))
+        return True
+
+    return _rewritten(program, numbers, share)
 
 
 def _definitions(program: Program, *ops: Any) -> dict[Var, Equation]:
@@ -48,56 +57,46 @@ def _definitions(program: Program, *ops: Any) -> dict[Var, Equation]:
 def transpose_products(program: Program, numbers: Numbers) -> Program:
     """Replace (A B)ᵀ by Bᵀ Aᵀ: a transposed factor costs nothing, a transposed sum does."""
     uses, products = program.uses(), _definitions(program, aten.mm.default)
-    e = Emitter()
 
-    def turned(x: Var | Constant) -> Var | Constant:
-        if isinstance(x, Constant):
-            return numbers.viewed(aten.t.default, x)
-        rows, columns = x.spec.shape
-        spec = TensorSpec((columns, rows), x.spec.dtype, x.spec.device)
-        return e.emit(aten.t.default, (x,), spec)
-
-    for eq in program.equations:
+    def turn(e: Emitter, eq: Equation, out: Var) -> bool:
         product = products.get(eq.args[0]) if eq.op is aten.t.default else None
-        out = eq.outputs[0]
-        if product is None or out is None or uses[eq.args[0]] != 1:
-            e.equations.append(eq)
-            continue
-        e.source = eq.source
-        factors = turned(product.args[1]), turned(product.args[0])
-        new = Equation(aten.mm.default, factors, {}, (out,), eq.source)
-        e.equations.append(new)
-        products[out] = new
-    return program.with_equations(e.equations).live()
+        if product is None or uses[eq.args[0]] != 1:
+            return False
+        a, b = product.args
+        e.add(aten.mm.default, (turned(e, b), turned(e, a)), (out,))
+        products[out] = e.equations[-1]
+        return True
+
+    return _rewritten(program, numbers, turn)
 
 
 _FUSED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
 
 
-def add_products(program: Program, _: Numbers | None = None) -> Program:
+def add_products(program: Program, numbers: Numbers) -> Program:
     """Add products to sums in one operation, where they are made."""
     uses = program.uses()
     made = _definitions(program, *_FUSED, *SHOWN_IN_ORDER, aten.expand.default, aten.mul.Tensor)
-    e = Emitter()
-    for eq in program.equations:
-        if eq.op is not aten.add.Tensor or not _fused(e, eq, made, uses):
-            e.equations.append(eq)
-    return program.with_equations(e.equations).live()
+
+    def add(e: Emitter, eq: Equation, out: Var) -> bool:
+        return eq.op is aten.add.Tensor and _fused(e, eq, out, made, uses)
+
+    return _rewritten(program, numbers, add)
 
 
-def _fused(e: Emitter, eq: Equation, made: dict[Var, Equation], uses: Counter[Var]) -> bool:
+def _fused(
+    e: Emitter, eq: Equation, out: Var, made: dict[Var, Equation], uses: Counter[Var]
+) -> bool:
     """Emit a sum as one operation that multiplies and adds, if one of its terms is a product."""
-    a, b = eq.args
-    out, alpha = eq.outputs[0], eq.kwargs.get("alpha", 1)
-    if out is None or not out.spec.dtype.is_floating_point:
+    (a, b), alpha = eq.args, eq.kwargs.get("alpha", 1)
+    if not out.spec.dtype.is_floating_point:
         return False
     if not all(isinstance(x, Var) and x.spec == out.spec for x in (a, b)):
         return False
-    e.source = eq.source
     for other, x, factors in ((a, b, {"alpha": alpha}), (b, a, {"beta": alpha})):
         product, shown = made.get(x), None
         if product is not None and product.op is aten.mul.Tensor and other is not x:
-            if _add_entries(e, eq, other, product, made, uses):
+            if _add_entries(e, eq, out, other, product, made, uses):
                 return True
             continue
         if product is not None and product.op in SHOWN_IN_ORDER and uses[x] == 1:
@@ -108,35 +107,34 @@ def _fused(e: Emitter, eq: Equation, made: dict[Var, Equation], uses: Counter[Va
         if v is None or uses[v] != 1 or product.inputs()[0].spec.dtype != out.spec.dtype:
             continue
         kwargs = {k: n for k, n in factors.items() if n != 1}
-        term = _row(other, made, v.spec.shape[-1])
-        if term is other and shown is not None:
-            term = e.emit(aten.reshape.default, (other, list(v.spec.shape)), v.spec)
-        args, outputs = (term, *product.args), (out,)
+        term = _row(other, made, v.spec)
+        if term is other:
+            term = e.shaped(other, *v.spec.shape)
         if shown is None:
-            e.equations.append(Equation(_FUSED[product.op], args, kwargs, outputs, eq.source))
+            e.add(_FUSED[product.op], (term, *product.args), (out,), **kwargs)
         else:
-            total = e.emit(_FUSED[product.op], args, v.spec, **kwargs)
-            args = total, list(out.spec.shape)
-            e.equations.append(Equation(aten.reshape.default, args, {}, outputs, eq.source))
+            total = e.emit(_FUSED[product.op], (term, *product.args), v.spec, **kwargs)
+            e.add(aten.reshape.default, (total, list(out.spec.shape)), (out,))
         return True
-    terms = [_row(x, made, out.spec.shape[-1]) if out.spec.shape else x for x in (a, b)]
+    terms = [_row(x, made, out.spec) for x in (a, b)]
     if terms == [a, b] or (terms[0] is not a and terms[1] is not b):
         return False
-    e.equations.append(Equation(eq.op, tuple(terms), eq.kwargs, (out,), eq.source))
+    e.add(eq.op, tuple(terms), (out,), **eq.kwargs)
     return True
 
 
 def _add_entries(
     e: Emitter,
     eq: Equation,
+    out: Var,
     other: Var,
     product: Equation,
     made: dict[Var, Equation],
     uses: Counter[Var],
 ) -> bool:
     """Emit a sum in which one term is multiplied entry by entry."""
-    (x,), (v,), out = product.inputs() or (None,), product.outputs, eq.outputs[0]
-    if v is None or out is None or x is None or product.kwargs or uses[v] != 1:
+    (x,), (v,) = product.inputs() or (None,), product.outputs
+    if v is None or x is None or product.kwargs or uses[v] != 1:
         return False
     if x.spec.dtype != out.spec.dtype or not product.constants():
         return False
@@ -147,20 +145,19 @@ def _add_entries(
     if (factor.spec.dtype, factor.spec.device) != (out.spec.dtype, out.spec.device):
         return False
     kwargs = {} if number == 1 else {"value": number}
-    term = _row(other, made, out.spec.shape[-1]) if out.spec.shape else other
-    args = term, x, factor
-    e.equations.append(Equation(aten.addcmul.default, args, kwargs, (out,), eq.source))
+    e.add(aten.addcmul.default, (_row(other, made, out.spec), x, factor), (out,), **kwargs)
     return True
 
 
-def _row(v: Var, made: dict[Var, Equation], columns: int) -> Var:
-    """Return the one row that all rows of a value repeat, else the value."""
+def _row(v: Var, made: dict[Var, Equation], like: TensorSpec) -> Var:
+    """Return the one row, as those of `like`, that all rows of a value repeat, else the value."""
     x: Var = v
-    while x in made and made[x].op in (aten.expand.default, *SHOWN_IN_ORDER):
+    row = like.shape[-1:]
+    while row and x in made and made[x].op in (aten.expand.default, *SHOWN_IN_ORDER):
         x = made[x].args[0]
-        if x.spec.shape == (columns,) and v.spec.shape[-1] == columns:
+        if x.spec.shape == row and v.spec.shape[-1:] == row:
             return x
-        if x.spec.shape[-1:] != (columns,):
+        if x.spec.shape[-1:] != row:
             break
     return v
 
@@ -219,30 +216,28 @@ def apply_diagonals(program: Program, numbers: Numbers) -> Program:
         if len(v.spec.shape) == 2 and v.spec.shape[0] == v.spec.shape[1] and _is_main(eq.args[2:])
     }
     products = _definitions(program, aten.mm.default)
-    e = Emitter()
-    for eq in program.equations:
-        e.source = eq.source
-        out = eq.outputs[0]
-        if eq.op is aten.mm.default and isinstance(eq.args[1], Constant):
-            diagonal = diagonals.get(eq.args[0])
-            if diagonal is not None and out is not None:  # diag(v) R
-                v = diagonal.args[0]
-                spec = TensorSpec((*v.spec.shape, 1), v.spec.dtype, v.spec.device)
-                column = e.emit(aten.unsqueeze.default, (v, 1), spec)
-                factors = (column, eq.args[1])
-                e.equations.append(Equation(aten.mul.Tensor, factors, {}, (out,), eq.source))
-                continue
-        if eq.op is aten.diagonal.default and _is_main(eq.args[1:]):
-            product = products.get(eq.args[0])
-            if product is not None and out is not None and uses[eq.args[0]] == 1:
-                a, r = product.args
-                if isinstance(a, Var) and isinstance(r, Constant) and _square(product):
-                    rows = e.emit(aten.mul.Tensor, (a, numbers.viewed(aten.t.default, r)), a.spec)
-                    args = (rows, [1])
-                    e.equations.append(Equation(aten.sum.dim_IntList, args, {}, (out,), eq.source))
-                    continue
-        e.equations.append(eq)
-    return program.with_equations(e.equations).live()
+
+    def apply(e: Emitter, eq: Equation, out: Var) -> bool:
+        if eq.op is aten.mm.default:  # diag(v) R
+            diagonal, r = diagonals.get(eq.args[0]), eq.args[1]
+            if diagonal is None or not isinstance(r, Constant):
+                return False
+            v = diagonal.args[0]
+            e.add(aten.mul.Tensor, (e.shaped(v, *v.spec.shape, 1), r), (out,))
+            return True
+        if eq.op is not aten.diagonal.default or not _is_main(eq.args[1:]):
+            return False
+        product = products.get(eq.args[0])
+        if product is None or uses[eq.args[0]] != 1 or not _square(product):
+            return False
+        a, r = product.args
+        if not (isinstance(a, Var) and isinstance(r, Constant)):
+            return False
+        rows = e.emit(aten.mul.Tensor, (a, turned(e, r)), a.spec)
+        e.add(aten.sum.dim_IntList, (rows, [1]), (out,))
+        return True
+
+    return _rewritten(program, numbers, apply)
 
 
 def _is_main(args: tuple[Any, ...]) -> bool:

@@ -9,13 +9,14 @@ rows at once, need less work and less memory than the steps.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from .._programs.aten import chooses, schema_of
 from .._programs.numbers import Numbers
+from .._programs.origins import postorder
 from .._programs.program import Emitter, Equation, Program
 from .._programs.values import Var
 from .._torch.names import OpOverload, aten
@@ -42,87 +43,46 @@ def multiply_rows(program: Program, numbers: Numbers) -> Program:
             groups.setdefault((at, kind), []).append(eq)
         depth.update((v, at + (kind is None)) for v in eq.outputs if v is not None)
     uses = program.uses() if groups else Counter[Var]()
-    stretches = [
-        stretch
-        for equations in groups.values()
-        for part in _connected(equations)
-        if (stretch := _Stretch.of(part, uses)) is not None
-    ]
+    stretches = [s for equations in groups.values() for s in _stretches(equations, uses)]
     if not stretches:
         return program
-    inside = {id(eq): s for s in stretches for eq in s.equations}
+    inside = {eq: s for s in stretches for eq in s.equations}
     e = Emitter(numbers=numbers)
-    done: set[int] = set()
+    done: set[Program] = set()
     for eq in program.equations:
-        stretch = inside.get(id(eq))
+        stretch = inside.get(eq)
         if stretch is None:
             e.equations.append(eq)
-        elif id(stretch) not in done:
-            done.add(id(stretch))
-            stretch.emit(e)
-    return program.with_equations(_ordered(e.equations)).live()
+        elif stretch not in done:
+            done.add(stretch)
+            multiply(e, stretch)
+    # There is an order: what is at one depth does not need, through other steps, what is at the
+    # same depth.
+    made = {v: eq for eq in e.equations for v in eq.outputs if v is not None}
+    order = postorder(e.equations, lambda eq: [made[v] for v in eq.inputs() if v in made])
+    return program.with_equations(order).live()
 
 
-def _ordered(equations: Sequence[Equation]) -> list[Equation]:
-    """Move equations before those that read them.
+def _stretches(equations: Sequence[Equation], uses: Counter[Var]) -> Iterator[Program]:
+    """Yield steps that have variables in common, from few numbers a row to few numbers a row.
 
-    There is an order: what is at one depth does not need, through other steps, what is at the
-    same depth.
+    Only what is worth replacing; `uses` are those in the whole program.
     """
-    made = {v: eq for eq in equations for v in eq.outputs if v is not None}
-    order: list[Equation] = []
-    entered: set[int] = set()
-    left: set[int] = set()
-    for first in equations:
-        stack = [first]
-        while stack:
-            eq = stack[-1]
-            if id(eq) in left:
-                stack.pop()
-            elif id(eq) in entered:
-                left.add(id(stack.pop()))
-                order.append(eq)
-            else:
-                entered.add(id(eq))
-                needed = (made[v] for v in eq.inputs() if v in made)
-                stack.extend(x for x in needed if id(x) not in left)
-    return order
-
-
-class _Stretch:
-    """Steps that treat each row by itself, between few numbers a row and few numbers a row."""
-
-    def __init__(
-        self, equations: Sequence[Equation], inputs: Sequence[Var], outputs: Sequence[Var]
-    ) -> None:
-        self.equations = equations
-        self.inputs = inputs
-        self.outputs = outputs
-
-    @staticmethod
-    def of(equations: Sequence[Equation], uses: Counter[Var]) -> _Stretch | None:
-        """Return the stretch if it is worth replacing; `uses` are those in the whole program."""
+    for part in _connected(equations):
         # In the order of the equations.
-        made = dict.fromkeys(v for eq in equations for v in eq.outputs if v is not None)
-        inputs = list(dict.fromkeys(v for eq in equations for v in eq.inputs() if v not in made))
-        inner = Counter(v for eq in equations for v in eq.inputs())
+        made = dict.fromkeys(v for eq in part for v in eq.outputs if v is not None)
+        inputs = list(dict.fromkeys(v for eq in part for v in eq.inputs() if v not in made))
+        inner = Counter(v for eq in part for v in eq.inputs())
         outputs = [v for v in made if uses[v] > inner[v]]
+        if not (inputs and outputs and len(part) > 3 + len(inputs) + len(outputs)):
+            continue
         into, out = (sum(width(v.spec) for v in side) for side in (inputs, outputs))
-        now = sum(
-            sum(x.spec.numel for x in (*eq.reads(), *eq.outputs) if x is not None)
-            for eq in equations
-        )
-        rows = outputs[0].spec.shape[0] if outputs else 0
-        then = rows * (into * out + 2 * into + 2 * out)
-        few = len(equations) <= 3 + len(inputs) + len(outputs)
-        mixed = any(eq.op in _MIXING for eq in equations)  # diagonals are for `fold_diagonals`
-        worth = bool(inputs) and bool(outputs) and mixed and not few and then <= GAIN * now
-        return _Stretch(equations, inputs, outputs) if worth else None
-
-    def emit(self, e: Emitter) -> None:
-        """Emit the products with the matrices."""
-        specs = [v.spec for v in self.outputs]
-        multiply(e, Program(self.inputs, self.equations, self.outputs, specs, SOURCE))
+        passed = (x for eq in part for x in (*eq.reads(), *eq.outputs) if x is not None)
+        now = sum(x.spec.numel for x in passed)
+        then = outputs[0].spec.shape[0] * (into * out + 2 * into + 2 * out)
+        mixed = any(eq.op in _MIXING for eq in part)  # diagonals are for `fold_diagonals`
+        if mixed and then <= GAIN * now:
+            yield Program(inputs, part, outputs, [v.spec for v in outputs], SOURCE)
 
 
 def _connected(equations: Sequence[Equation]) -> list[list[Equation]]:
@@ -158,10 +118,10 @@ def rows_apart(program: Program) -> bool:
 
 def _keeps_rows(eq: Equation, count: int) -> bool:
     """Whether an operation treats each of so many rows by itself."""
-    if not isinstance(eq.op, OpOverload) or len(eq.outputs) != 1 or eq.outputs[0] is None:
+    if not isinstance(eq.op, OpOverload) or eq.result is None:
         return False
-    out = eq.outputs[0].spec.shape
-    if any(v.spec.shape[:1] != (count,) for v in (*eq.inputs(), eq.outputs[0])):
+    out = eq.result.spec.shape
+    if any(v.spec.shape[:1] != (count,) for v in (*eq.inputs(), eq.result)):
         return False
     rule = _RULES.get(eq.op)
     return rule(eq, out) if rule is not None else _is_pointwise(eq, out)
@@ -169,7 +129,7 @@ def _keeps_rows(eq: Equation, count: int) -> bool:
 
 def _rows(eq: Equation) -> Any:
     """Return the number of rows, their dtype and device; None if they are not small and apart."""
-    result = eq.outputs[0] if len(eq.outputs) == 1 else None
+    result = eq.result
     if result is None:
         return None
     out = result.spec
@@ -215,33 +175,36 @@ def _rank(x: Any) -> int:
 
 Rule = Callable[[Equation, Sequence[int]], bool]
 _RULES: dict[Any, Rule] = {
-    aten.sum.dim_IntList: lambda eq, _: bool(eq.args[1]) and _other(eq.args[1], _rank(eq.args[0])),
-    aten.mean.dim: lambda eq, _: bool(eq.args[1]) and _other(eq.args[1], _rank(eq.args[0])),
+    **dict.fromkeys(
+        (aten.sum.dim_IntList, aten.mean.dim),
+        lambda eq, _: bool(eq.args[1]) and _other(eq.args[1], _rank(eq.args[0])),
+    ),
+    **dict.fromkeys(
+        (aten.reshape.default, aten.view.default, aten.clone.default), lambda eq, shape: True
+    ),
+    **dict.fromkeys(
+        (aten.squeeze.dim, aten.select.int, aten.slice.Tensor),
+        lambda eq, _: _other([eq.argument(1, 0)], _rank(eq.args[0])),
+    ),
+    **dict.fromkeys(
+        (aten.select_backward.default, aten.slice_backward.default),
+        lambda eq, shape: _other([eq.args[2]], len(shape)),
+    ),
+    **dict.fromkeys(
+        (aten.stack.default, aten.cat.default),
+        lambda eq, shape: not eq.constants() and _other([eq.argument(1, 0)], len(shape)),
+    ),
+    **dict.fromkeys(
+        (aten.bmm.default, aten.baddbmm.default),
+        lambda eq, shape: all(c.spec.shape[0] == shape[0] for c in eq.constants()),
+    ),
     aten.expand.default: lambda eq, shape: _rank(eq.args[0]) == len(shape),
-    aten.reshape.default: lambda eq, shape: True,
-    aten.view.default: lambda eq, shape: True,
-    aten.clone.default: lambda eq, shape: True,
     aten.unsqueeze.default: lambda eq, shape: _other([eq.args[1]], len(shape)),
-    aten.squeeze.dim: lambda eq, _: _other([eq.args[1]], _rank(eq.args[0])),
     aten.squeeze.dims: lambda eq, _: _other(eq.args[1], _rank(eq.args[0])),
-    aten.select.int: lambda eq, _: _other([eq.args[1]], _rank(eq.args[0])),
-    aten.slice.Tensor: lambda eq, _: _other([eq.argument(1, 0)], _rank(eq.args[0])),
-    aten.select_backward.default: lambda eq, shape: _other([eq.args[2]], len(shape)),
-    aten.slice_backward.default: lambda eq, shape: _other([eq.args[2]], len(shape)),
     aten.transpose.int: lambda eq, shape: _other(eq.args[1:3], len(shape)),
     aten.permute.default: lambda eq, shape: eq.args[1][0] % len(shape) == 0,
     aten.linalg_cross.default: lambda eq, shape: (
         _aligned(eq, shape) and _other([eq.kwargs.get("dim", -1)], len(shape))
-    ),
-    aten.stack.default: lambda eq, shape: (
-        not eq.constants() and _other([eq.argument(1, 0)], len(shape))
-    ),
-    aten.cat.default: lambda eq, shape: (
-        not eq.constants() and _other([eq.argument(1, 0)], len(shape))
-    ),
-    aten.bmm.default: lambda eq, shape: all(c.spec.shape[0] == shape[0] for c in eq.constants()),
-    aten.baddbmm.default: lambda eq, shape: all(
-        c.spec.shape[0] == shape[0] for c in eq.constants()
     ),
     aten.mm.default: lambda eq, _: isinstance(eq.args[0], Var),
     aten.addmm.default: lambda eq, _: all(isinstance(a, Var) for a in eq.args[:2]),

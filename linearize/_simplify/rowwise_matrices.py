@@ -21,7 +21,7 @@ from .._execute.executor import Executor
 from .._programs.numbers import Numbers
 from .._programs.origins import Costly, Literal, Origin, roots
 from .._programs.price import price_of_many
-from .._programs.program import Emitter, Equation, Program
+from .._programs.program import Emitter, Program
 from .._programs.residuals import Residual
 from .._programs.values import Constant
 from .._spaces.compare import close, rounding
@@ -137,23 +137,19 @@ def _by_rows(e: Emitter, program: Program, into: int, out: int) -> bool:
         return False
     matrices = _evaluated(e, program, made)
     like, rows = program.inputs[0].spec, matrices.spec.shape[0]
-    columns = []
-    for v in program.inputs:
-        column = _like(like, rows, width(v.spec), 1)
-        columns.append(e.emit(aten.reshape.default, (v, list(column.shape)), column))
+    columns = [e.shaped(v, rows, width(v.spec), 1) for v in program.inputs]
     whole = columns[0]
     if len(columns) > 1:
-        whole = e.emit(aten.cat.default, (columns, 1), _like(like, rows, into, 1))
-    product = e.emit(aten.bmm.default, (matrices, whole), _like(like, rows, out, 1))
+        whole = e.emit(aten.cat.default, (columns, 1), like.shaped(rows, into, 1))
+    product = e.emit(aten.bmm.default, (matrices, whole), like.shaped(rows, out, 1))
     start = 0
     for v in (v for v in program.outputs if v is not None):
-        part = product
-        if width(v.spec) < out:
-            args = (product, 1, start, start + width(v.spec))
-            part = e.emit(aten.slice.Tensor, args, _like(like, rows, width(v.spec), 1))
-        start += width(v.spec)
-        shaped = (part, list(v.spec.shape))
-        e.equations.append(Equation(aten.reshape.default, shaped, {}, (v,), e.source))
+        part, count = product, width(v.spec)
+        if count < out:
+            args = (product, 1, start, start + count)
+            part = e.emit(aten.slice.Tensor, args, like.shaped(rows, count, 1))
+        start += count
+        e.add(aten.reshape.default, (part, list(v.spec.shape)), (v,))
     return True
 
 
@@ -190,41 +186,35 @@ def _by_numbers(e: Emitter, program: Program, into: int, out: int) -> None:
         matrices, starts = kept
         depends = matrices.origin.op.depends  # type: ignore[union-attr]
     like, rows = program.inputs[0].spec, matrices.spec.shape[-1]
-
-    def spec(*shape: int) -> TensorSpec:
-        return _like(like, *shape)
-
     inner, outer = starts if from_first else starts[::-1]
     parts = []
     for _, v in sorted(zip(inner, program.inputs, strict=True), key=lambda pair: pair[0]):
-        shape = spec(rows, width(v.spec))
-        args: tuple[Any, ...] = v, list(shape.shape)
-        flat = v if v.spec == shape else e.emit(aten.reshape.default, args, shape)
-        parts.append(e.emit(aten.t.default, (flat,), spec(width(v.spec), rows)))
+        count = width(v.spec)
+        flat = e.shaped(v, rows, count)
+        parts.append(e.emit(aten.t.default, (flat,), like.shaped(count, rows)))
     turned = parts[0]
     if len(parts) > 1:
-        turned = e.emit(aten.cat.default, (parts, 0), spec(into, rows))
+        turned = e.emit(aten.cat.default, (parts, 0), like.shaped(into, rows))
     if from_first:
-        turned = e.emit(aten.unsqueeze.default, (turned, 1), spec(into, 1, rows))
+        turned = e.emit(aten.unsqueeze.default, (turned, 1), like.shaped(into, 1, rows))
     # The first factor decides how the result lies in memory.
     terms = e.emit(aten.mul.Tensor, (matrices, turned), matrices.spec)
     if depends is not None:
         zero = _literal(e, torch.zeros((), dtype=like.dtype, device=like.device))
         chosen = _literal(e, depends), terms, zero
         terms = e.emit(aten.where.self, chosen, matrices.spec)
-    args = terms, [0 if from_first else 1]
-    total = e.emit(aten.sum.dim_IntList, args, spec(out, rows))
+    args: tuple[Any, ...] = terms, [0 if from_first else 1]
+    total = e.emit(aten.sum.dim_IntList, args, like.shaped(out, rows))
     for start, v in zip(outer, outs, strict=True):
-        part, shape = total, spec(rows, width(v.spec))
-        if width(v.spec) < out:
-            args = (total, 0, start, start + width(v.spec))
-            part = e.emit(aten.slice.Tensor, args, spec(width(v.spec), rows))
-        if v.spec == shape:
-            e.equations.append(Equation(aten.t.default, (part,), {}, (v,), e.source))
+        part, count = total, width(v.spec)
+        if count < out:
+            args = (total, 0, start, start + count)
+            part = e.emit(aten.slice.Tensor, args, like.shaped(count, rows))
+        if len(v.spec.shape) == 2:
+            e.add(aten.t.default, (part,), (v,))
             continue
-        part = e.emit(aten.t.default, (part,), shape)
-        shaped = (part, list(v.spec.shape))
-        e.equations.append(Equation(aten.reshape.default, shaped, {}, (v,), e.source))
+        part = e.emit(aten.t.default, (part,), like.shaped(rows, count))
+        e.add(aten.reshape.default, (part, list(v.spec.shape)), (v,))
 
 
 def _evaluated(e: Emitter, program: Program, matrices: _Matrices) -> Constant:
@@ -305,7 +295,3 @@ def _ordered(
         parts = [t.narrow(dim, i, n) for i, n in zip(places[dim], widths[dim], strict=True)]
         t = torch.cat(parts, dim)
     return t
-
-
-def _like(spec: TensorSpec, *shape: int) -> TensorSpec:
-    return TensorSpec(shape, spec.dtype, spec.device)

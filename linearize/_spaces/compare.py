@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .specs import TensorSpec
+
 #: Kinds whose equal values are the same.
 _WHOLE = frozenset((int, str, type(None)))
 
@@ -143,15 +145,16 @@ def _pieces(t: torch.Tensor) -> Sequence[torch.Tensor]:
     return pieces
 
 
-def magnitudes(dtype: torch.dtype) -> tuple[float, ...]:
-    """Return factors at which a map that looks linear must be so too, over the range of a dtype.
+def magnitudes(*dtypes: torch.dtype) -> tuple[float, ...]:
+    """Return factors at which a map that looks linear must be so too, over the range of dtypes.
 
     Powers of two, which lose no digits: large ones of both signs, a small and a moderate one.
     What clips, rounds or saturates is told by one of them.
     """
-    if not (dtype.is_floating_point or dtype.is_complex):
+    ranges = [torch.finfo(d).max for d in dtypes if d.is_floating_point or d.is_complex]
+    if not ranges:
         return ()
-    most = torch.finfo(dtype).max
+    most = min(ranges)
     half = max(10, (math.frexp(most)[1] - 1) // 2)
     return 2.0**half, -(2.0**half), 2.0**-half, -(2.0 ** (half // 4))
 
@@ -173,6 +176,19 @@ def close_at(
         return _tiny(a) and _tiny(b)
     beyond = not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all()))
     return beyond and abs(factor) == most
+
+
+def agree(
+    found: Sequence[torch.Tensor | None],
+    expected: Sequence[torch.Tensor | None],
+    specs: Sequence[TensorSpec],
+    factor: float = 1.0,
+) -> bool:
+    """Whether results agree, None being zero, for arguments that were multiplied by a factor."""
+    return all(
+        close_at(factor, spec.or_zeros(a), spec.or_zeros(b))
+        for a, b, spec in zip(found, expected, specs, strict=True)
+    )
 
 
 def _tiny(t: torch.Tensor) -> bool:

@@ -26,6 +26,11 @@ class TensorSpec:
         except TypeError:  # a size that is a symbol has no hash
             return cls(tuple(t.shape), t.dtype, t.device)
 
+    @classmethod
+    def received(cls, meta: Any) -> TensorSpec:
+        """Return what a graph node expects, given its metadata."""
+        return tensor_spec(tuple(meta.shape), meta.dtype, meta.device)
+
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         where = "" if self.device.type == "cpu" else f" {self.device}"
@@ -50,6 +55,10 @@ class TensorSpec:
         """Whether `t` has this shape, dtype and device."""
         # A dtype is one object, and is compared as such: this runs at every call.
         return t.dtype is self.dtype and t.shape == self.shape and t.device == self.device
+
+    def shaped(self, *shape: int) -> TensorSpec:
+        """Return the specification of another shape."""
+        return TensorSpec(shape, self.dtype, self.device)
 
     def zeros(self) -> torch.Tensor:
         """Return a tensor of zeros."""

@@ -52,14 +52,12 @@ def among_ranks(
     e = Emitter(numbers=numbers, fixed=program.fixed)
     alike: dict[Any, frozenset[Any]] = {
         v: frozenset(layout.groups)
-        for v, layout in zip(program.inputs, takes or [None] * len(program.inputs), strict=True)
+        for v, layout in zip(program.inputs, takes, strict=True)
         if layout is not None
     }
     for eq in program.equations:
         e.equations.append(_written(eq, alike))
-    pairs = zip(
-        program.outputs, program.specs, gives or [None] * len(program.outputs), strict=True
-    )
+    pairs = zip(program.outputs, program.specs, gives, strict=True)
     outputs = [
         v if layout is None else _mean(e, v, spec, layout, alike.get(v, frozenset()))
         for v, spec, layout in pairs

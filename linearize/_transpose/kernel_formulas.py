@@ -27,6 +27,7 @@ def _spans(count: int, each: int) -> Iterator[tuple[int, int]]:
 
 
 def cdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
+    """Differentiate |x - y|ₚ along a tangent of x, for blocks of rows x."""
     (t,) = tangents
     assert t is not None
     x, y, dist = a["x1"], a["x2"], a["cdist"]
@@ -39,6 +40,7 @@ def cdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
 
 
 def pdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
+    """Differentiate |xᵢ - xⱼ|ₚ for i < j, for blocks of pairs."""
     (t,) = tangents
     assert t is not None
     x, dist = a["self"], a["pdist"]
@@ -52,7 +54,7 @@ def pdist_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
 
 
 def weight_norm_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
-    """Differentiate w = g v / |v|, with the norm over all dimensions but one."""
+    """Differentiate w = g v / |v|, the norm over all dimensions but one (`weight_norm`)."""
     dv, dg = tangents
     v, g, dim = a["saved_v"], a["saved_g"], a["dim"]
     others = [i for i in range(v.dim()) if i != dim % v.dim()]
@@ -94,12 +96,10 @@ def attention_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
     for i, j in _spans(q.shape[-2], heads.numel() * keys):
         end = min(j, keys) if causal else keys  # later keys are not seen by these queries
 
-        def rows(x: torch.Tensor | None, i: int = i, j: int = j) -> torch.Tensor | None:
-            return None if x is None else x[..., i:j, :].to(wide)
+        def rows(x: torch.Tensor, i: int = i, j: int = j) -> torch.Tensor:
+            return x[..., i:j, :].to(wide)
 
-        def columns(x: torch.Tensor | None, end: int = end) -> torch.Tensor | None:
-            if x is None:
-                return None
+        def columns(x: torch.Tensor, end: int = end) -> torch.Tensor:
             repeat = heads[-1] // max(x.shape[-3], 1) if x.dim() > 2 else 1
             x = x[..., :end, :].to(wide)
             return x.repeat_interleave(repeat, -3) if repeat > 1 else x
@@ -110,17 +110,7 @@ def attention_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
             x = x if x.shape[-2] == 1 else x[..., i:j, :]
             return (x if x.shape[-1] == 1 else x[..., :end]).to(wide)
 
-        q_, k_, v_, tq_, tk_, tv_ = (
-            rows(q),
-            columns(k),
-            columns(v),
-            rows(tq),
-            columns(tk),
-            columns(tv),
-        )
-        assert q_ is not None
-        assert k_ is not None
-        assert v_ is not None
+        q_, k_ = rows(q), columns(k)
         scores = scale * (q_ @ k_.mT) + block(bias)
         if causal:
             place = torch.arange(end, device=q.device)
@@ -131,12 +121,12 @@ def attention_tangent(tangents: Tangents, a: dict[str, Any]) -> torch.Tensor:
         if bias is not None:  # a query that may see no key gives zero
             share = share.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
         moved = torch.zeros((), dtype=wide, device=q.device) + block(tb)
-        if tq_ is not None:
-            moved = moved + scale * (tq_ @ k_.mT)
-        if tk_ is not None:
-            moved = moved + scale * (q_ @ tk_.mT)
+        if tq is not None:
+            moved = moved + scale * (rows(tq) @ k_.mT)
+        if tk is not None:
+            moved = moved + scale * (q_ @ columns(tk).mT)
         moved = share * moved
         moved = moved - share * moved.sum(-1, keepdim=True)
-        out = moved @ v_
-        parts.append(out if tv_ is None else out + share @ tv_)
+        out = moved @ columns(v)
+        parts.append(out if tv is None else out + share @ columns(tv))
     return torch.cat(parts, -2).to(q.dtype)

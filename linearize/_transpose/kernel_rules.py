@@ -8,6 +8,7 @@ entry of the gradient by a slope of its own become plain ATen equations; the oth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,8 @@ import torch
 from .._programs.aten import schema_of
 from .._programs.program import Emitter, Equation, Operation
 from .._programs.values import Constant, Var, zeros
-from .._record.node_formulas import LogCumSumExpDifferential, MatrixExpDifferential
+from .._record.node_formulas import Differential
 from .._spaces.nested import map_leaves
-from .._spaces.space import TensorSpec
 from .._torch.names import OpOverload, aten
 from .kernel_formulas import (
     Formula,
@@ -27,7 +27,7 @@ from .kernel_formulas import (
     pdist_tangent,
     weight_norm_tangent,
 )
-from .rules import Cotangents, Result, as_gradient, fit, rule
+from .rules import Cotangents, Result, as_gradient, fit, rule, rule_of_several
 
 
 class _Hole:
@@ -89,14 +89,14 @@ def _named(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str
     return named | kwargs
 
 
-def _read(e: Emitter, eq: Equation) -> dict[str, Any]:
-    """Return a kernel's arguments by name, with tensors in place of constants.
+def _read(e: Emitter, eq: Equation) -> tuple[Any, Any]:
+    """Return a kernel's arguments after the gradient, with tensors in place of constants.
 
     Others are made of them, so that they must be what they were.
     """
     for r in e.numbers.residuals(eq.constants()):
         r.check()
-    return _named(eq.op, e.numbers.filled(eq.args[1:]), e.numbers.filled(eq.kwargs))
+    return e.numbers.filled((eq.args[1:], eq.kwargs))  # type: ignore[no-any-return]
 
 
 def _linear_in_first(eq: Equation) -> bool:
@@ -120,84 +120,63 @@ def _turned(e: Emitter, eq: Equation, cts: Cotangents, formula: Formula) -> Resu
 
 
 @rule(KernelTranspose)
-def _kernel_again(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+def _kernel_again(e: Emitter, eq: Equation, ct: Var) -> Result:
     op: Any = eq.op
     tangents = eq.args[: op.count]
     args, kwargs = op.filled(eq.args[op.count :])
-    outs = tuple(Var(t.spec) if isinstance(t, Var) else None for t in tangents)
-    grad = as_gradient(e, op.kernel, cts[0])
-    e.equations.append(Equation(op.kernel, (grad, *args), kwargs, outs, e.source))
+    outs = [Var(t.spec) if isinstance(t, Var) else None for t in tangents]
+    e.add(op.kernel, (as_gradient(e, op.kernel, ct), *args), outs, **kwargs)
     return [(t, out) for t, out in zip(tangents, outs, strict=True) if out is not None]
 
 
-@rule(MatrixExpDifferential, LogCumSumExpDifferential)
-def _differential(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+@rule(Differential)
+def _differential(e: Emitter, eq: Equation, ct: Var) -> Result:
     x, *point = eq.args
     turned = eq.op.turned()  # type: ignore[attr-defined]
-    return [(x, e.emit(turned, (cts[0], *point), x.spec))]
+    return [(x, e.emit(turned, (ct, *point), x.spec))]
 
 
 # -- each entry of the gradient times a slope -------------------------------------------------
 
 
-def _slopes(e: Emitter, eq: Equation) -> Constant:
-    """Return the kernel's result for a gradient of ones.
-
-    It is kept in place of the residuals that it comes from, which must be what they were.
-    """
-    for r in e.numbers.residuals(eq.constants()):
-        r.check()
-    spec = eq.args[0].spec
-    ones = torch.ones(spec.shape, dtype=spec.dtype, device=spec.device)
-    args, kwargs = e.numbers.filled(eq.args[1:]), e.numbers.filled(eq.kwargs)
-    with torch.no_grad():
-        return e.constant(eq.op(ones, *args, **kwargs).detach())
-
-
 def _summed(e: Emitter, eq: Equation, ct: Var, dims: list[int]) -> Result:
-    """Emit the sum of slopes times tangents over the dimensions that the gradient lacks."""
+    """Emit the sum of slopes times tangents over the dimensions that the gradient lacks.
+
+    The slopes are the kernel's result for a gradient of ones.
+    """
     grad = eq.args[0]
-    out = e.emit(aten.mul.Tensor, (ct, _slopes(e, eq)), ct.spec)
+    args, kwargs = _read(e, eq)
+    ones = torch.ones(grad.spec.shape, dtype=grad.spec.dtype, device=grad.spec.device)
+    with torch.no_grad():
+        slopes = e.constant(eq.op(ones, *args, **kwargs).detach())
+    out = e.emit(aten.mul.Tensor, (ct, slopes), ct.spec)
     if dims:
-        shape = tuple(n for i, n in enumerate(ct.spec.shape) if i not in dims)
-        spec = TensorSpec(shape, ct.spec.dtype, ct.spec.device)
-        out = e.emit(aten.sum.dim_IntList, (out, dims), spec)
-    if out.spec.shape != grad.spec.shape:
-        out = e.emit(aten.reshape.default, (out, list(grad.spec.shape)), grad.spec)
-    return [(grad, fit(e, out, grad.spec))]
+        shape = [n for i, n in enumerate(ct.spec.shape) if i not in dims]
+        out = e.emit(aten.sum.dim_IntList, (out, dims), ct.spec.shaped(*shape))
+    return [(grad, fit(e, e.shaped(out, *grad.spec.shape), grad.spec))]
 
 
 @rule(aten.multi_margin_loss_backward.default, aten.multilabel_margin_loss_backward.default)
-def _margin(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _margin(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     """Scale slopes: the loss is a number for each row, or one for all."""
-    (ct,) = cts
-    if not _linear_in_first(eq) or ct is None:
+    if not _linear_in_first(eq):
         return None
     lead = len(eq.args[0].spec.shape)
     return _summed(e, eq, ct, list(range(lead, len(ct.spec.shape))))
 
 
 @rule(aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor)
-def _ctc(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _ctc(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     """Scale slopes of shape (time, sequence, class) for each sequence.
 
     Graves et al., ICML 2006, equation 16. PyTorch gives the gradient with respect to what
     `log_softmax` is applied to, and so does this: it is right for normalized `log_probs`.
     """
-    (ct,) = cts
-    if not _linear_in_first(eq) or ct is None or eq.args[0].spec.shape not in _rows(ct):
+    alone = len(ct.spec.shape) == 2  # one sequence, without a dimension for it
+    shapes = ((), (1,)) if alone else (ct.spec.shape[1:2],)
+    if not _linear_in_first(eq) or eq.args[0].spec.shape not in shapes:
         return None
-    rank = len(ct.spec.shape)
-    return _summed(e, eq, ct, [0, 1] if rank == 2 else [0, 2])
-
-
-def _rows(ct: Var) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes that the gradient of a CTC loss may have."""
-    return ((), (1,)) if len(ct.spec.shape) == 2 else (ct.spec.shape[1:2],)
-
-
-def _like(v: Var, shape: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec(shape, v.spec.dtype, v.spec.device)
+    return _summed(e, eq, ct, [0, 1] if alone else [0, 2])
 
 
 # -- bags of embeddings -----------------------------------------------------------------------
@@ -215,16 +194,15 @@ def _bags(named: dict[str, Any]) -> torch.Tensor:
 
 
 @rule(aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default)
-def _embedding_bag(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _embedding_bag(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     """Sum rows of the weight, each times a factor, or pick the largest of each column.
 
     `torch.nn.EmbeddingBag`. With `scale_grad_by_freq` the kernel gives something else than a
     derivative (and on the CPU its counts belong to other indices): that is left out.
     """
-    (ct,) = cts
-    if not _linear_in_first(eq) or ct is None:
+    if not _linear_in_first(eq):
         return None
-    grad, named = eq.args[0], _read(e, eq)
+    grad, named = eq.args[0], _named(eq.op, *_read(e, eq))
     if named.get("sparse") or named["scale_grad_by_freq"]:
         return None
     indices, size = named["indices"].long(), named["bag_size"]
@@ -239,7 +217,7 @@ def _embedding_bag(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
         factor = factor * named["per_sample_weights"].detach()
     if named["mode"] == 1:
         factor = factor / size.clamp(min=1)[bags]
-    spec = _like(ct, (indices.numel(), *ct.spec.shape[1:]))
+    spec = ct.spec.shaped(indices.numel(), *ct.spec.shape[1:])
     rows = e.emit(aten.index_select.default, (ct, 0, e.constant(indices)), spec)
     rows = e.emit(aten.mul.Tensor, (rows, e.constant(factor[:, None])), spec)
     args = (zeros(grad.spec), 0, e.constant(bags), rows)
@@ -247,51 +225,34 @@ def _embedding_bag(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
 
 
 @rule(aten._embedding_bag_per_sample_weights_backward.default)
-def _per_sample_weights(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _per_sample_weights(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     """Sum rows of the weight times tangents: a bag receives the row of each of its indices."""
-    (ct,) = cts
-    if not _linear_in_first(eq) or ct is None:
+    if not _linear_in_first(eq):
         return None
-    grad, named = eq.args[0], _read(e, eq)
+    grad, named = eq.args[0], _named(eq.op, *_read(e, eq))
     indices = named["indices"].long()
     rows = named["weight"].detach().index_select(0, indices)
     rows = rows * (indices != named["padding_idx"])[:, None]
-    column = _like(ct, (indices.numel(), 1))
-    out = e.emit(aten.unsqueeze.default, (ct, 1), column)
-    spec = _like(ct, tuple(rows.shape))
-    out = e.emit(aten.mul.Tensor, (out, e.constant(rows)), spec)
+    out = e.shaped(ct, indices.numel(), 1)
+    out = e.emit(aten.mul.Tensor, (out, e.constant(rows)), ct.spec.shaped(*rows.shape))
     args = (zeros(grad.spec), 0, e.constant(_bags(named).long()), out)
     return [(grad, e.emit(aten.index_add.default, args, grad.spec))]
 
 
-# -- distances --------------------------------------------------------------------------------
+# -- distances, and normalized weights --------------------------------------------------------
 
-
-@rule(aten._cdist_backward.default)
-def _cdist(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """Differentiate |x - y|ₚ along a tangent of x, for blocks of rows x."""
-    return _turned(e, eq, cts, cdist_tangent)
-
-
-@rule(aten._pdist_backward.default)
-def _pdist(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """Differentiate |xᵢ - xⱼ|ₚ for i < j, for blocks of pairs."""
-    return _turned(e, eq, cts, pdist_tangent)
-
-
-# -- normalized weights -----------------------------------------------------------------------
-
-
-@rule(aten._weight_norm_interface_backward.default)
-def _weight_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
-    """Differentiate g v / |v| along tangents of v and g (`torch.nn.utils.weight_norm`)."""
-    return _turned(e, eq, cts, weight_norm_tangent)
+for _kernel, _formula in {
+    aten._cdist_backward.default: cdist_tangent,
+    aten._pdist_backward.default: pdist_tangent,
+    aten._weight_norm_interface_backward.default: weight_norm_tangent,
+}.items():
+    rule_of_several(_kernel)(functools.partial(_turned, formula=_formula))
 
 
 # -- attention --------------------------------------------------------------------------------
 
 
-@rule(
+@rule_of_several(
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
     aten._scaled_dot_product_flash_attention_backward.default,
     aten._scaled_dot_product_efficient_attention_backward.default,
@@ -303,7 +264,7 @@ def _attention(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     With P = softmax(S), dP = P ∘ (dS - rowsum(P ∘ dS)) and dO = dP v + P dv, for blocks of
     queries, so that P as a whole is never there: Dao et al., FlashAttention (2022), appendix B.
     """
-    named = _read(e, eq)
+    named = _named(eq.op, *_read(e, eq))
     if named["dropout_p"] or any(
         isinstance(named.get(k), torch.Tensor) and named[k].numel()
         for k in ("cum_seq_q", "cum_seq_k")

@@ -19,7 +19,7 @@ from .._programs.values import Var
 from .._record.function import record_function
 from .._record.recording import OpaqueError
 from .._record.witness import Unseen, Witness
-from .._spaces.compare import close_at, magnitudes
+from .._spaces.compare import agree, magnitudes
 from .._spaces.space import TensorSpec
 from .._text.labels import beside
 from .._torch.names import aten
@@ -122,29 +122,28 @@ def _replacement(
 ) -> tuple[Program, Call]:
     """Return a program from the equation's variables to its outputs, and what it was made of."""
     op: Any = eq.op
-    if isinstance(op, CustomJvp):
-        chosen, has, lacks = op.wanted, "backward", "jvp"
-        fn, ins, outs = direction_of(op.node, has, chosen)
-        if not op.node.has_backward:
-            raise MissingDerivativeError(_neither(beside(op.node.name, eq.source)))
-        name = op.node.name
-    elif isinstance(op, CustomBackward):
-        chosen = tuple([isinstance(a, Var) for a in eq.args])
-        has, lacks, name = "jvp", "backward", op.node.name
-        fn, ins, outs = direction_of(op.node, has, chosen)
-        if not op.node.has_jvp:
-            raise MissingDerivativeError(_neither(beside(name, eq.source)))
+    direction: Direction
+    chosen: tuple[bool, ...]
+    if isinstance(op, TransposedNode):
+        name, chosen, has, lacks = op.label, (), "backward", "jvp"
+        direction = op, list(op.outputs), list(op.inputs)
     else:
-        fn, ins = op, list(op.outputs)
-        outs = list(op.inputs)
-        chosen, has, lacks, name = (), "backward", "jvp", op.label
+        name, forth = op.node.name, isinstance(op, CustomJvp)
+        has, lacks = ("backward", "jvp") if forth else ("jvp", "backward")
+        chosen = op.wanted if forth else tuple([isinstance(a, Var) for a in eq.args])
+        direction = direction_of(op.node, has, chosen)
+        if not (op.node.has_backward if forth else op.node.has_jvp):
+            raise MissingDerivativeError(
+                f"{beside(name, eq.source)} has neither a backward nor a jvp: give it one (a "
+                "torch.library operator: call register_autograd)"
+            )
     # `fn` maps the equation's outputs to its arguments: it is the given direction.
     with alone(
         f"{beside(name, eq.source)} has no {lacks}, and its {has} communicates with other ranks: "
         f"give it a {lacks}, as it cannot be derived from what one rank sees"
     ):
         witness = Witness(place, has, chosen) if place >= 0 else None
-        return _derived(eq, (fn, ins, outs), (name, has, lacks), numbers, limit, witness)
+        return _derived(eq, direction, (name, has, lacks), numbers, limit, witness)
 
 
 def _derived(
@@ -190,13 +189,6 @@ def _derived(
     return whole.restricted(present), call
 
 
-def _neither(name: str) -> str:
-    return (
-        f"{name} has neither a backward nor a jvp: give it one (a torch.library operator: call "
-        "register_autograd)"
-    )
-
-
 def storage_of(r: Residual) -> int:
     """Return where the memory of a residual begins."""
     return r.tensor.untyped_storage().data_ptr()
@@ -217,9 +209,7 @@ def _recorded(
     was recorded with.
     """
     source = f"{node.name}.{method}"
-    program, _, results = record_function(
-        fn, ins, outs, numbers, name=source, source=source, witness=witness
-    )
+    program, results = record_function(fn, ins, outs, numbers, source, witness=witness)
     call: Call = f"{method}: its graph is not known"
     if witness is not None:
         call = witness.ended(results) or f"{method}: {witness.blind}"
@@ -232,12 +222,12 @@ def _recorded(
         if written:
             # The method writes to what it keeps, at each call: the program gets a copy.
             call = f"{method}: it writes to what it keeps"
-            program, _, _ = record_function(fn, ins, outs, numbers, name=source, source=source)
+            program, _ = record_function(fn, ins, outs, numbers, source)
             for r in numbers.residuals(program.constants):
                 if storage_of(r) in written:
                     r.replace(r.tensor.clone())
         bound = BoundProgram.of(program, numbers)
-        if not _agree(1.0, runner(bound)(arguments), expected, outs):
+        if not agree(runner(bound)(arguments), expected, outs):
             raise OpaqueError("the result depends on its argument in a way not seen by PyTorch")
         kind = method, tuple(ins), tuple(outs)
         tried = _TRIED.setdefault(node.cls, set())
@@ -259,24 +249,11 @@ def _try_scaled(
     outs: Sequence[TensorSpec],
 ) -> None:
     """Raise unless a method does what its program does at several magnitudes."""
-    dtypes = {t.dtype for t in arguments}
-    for factor in magnitudes(min(dtypes, key=lambda d: torch.finfo(d).max)):
+    for factor in magnitudes(*(t.dtype for t in arguments)):
         scaled = [factor * t for t in arguments]
         expected = fn(*(t.clone() for t in scaled))
-        if not _agree(factor, runner(program)(scaled), expected, outs):
+        if not agree(runner(program)(scaled), expected, outs, factor):
             raise OpaqueError(
                 f"it is not linear: its result for arguments {factor:.0e} times as large is not "
                 "as much larger, as where gradients are clipped or rounded"
             )
-
-
-def _agree(
-    factor: float,
-    got: Sequence[torch.Tensor | None],
-    expected: Sequence[torch.Tensor | None],
-    specs: Sequence[TensorSpec],
-) -> bool:
-    return all(
-        close_at(factor, spec.or_zeros(a), spec.or_zeros(b))
-        for a, b, spec in zip(got, expected, specs, strict=True)
-    )

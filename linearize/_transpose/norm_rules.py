@@ -16,7 +16,7 @@ from .._programs.program import Emitter, Equation
 from .._programs.values import Constant, Var
 from .._spaces.space import TensorSpec
 from .._torch.names import aten
-from .rules import Cotangents, Result, as_gradient, conj, fit, rule
+from .rules import Cotangents, Result, as_gradient, conj, fit, rule_of_several
 
 _FIRST = [True, False, False]
 
@@ -24,8 +24,7 @@ _FIRST = [True, False, False]
 def _symmetric(e: Emitter, eq: Equation, ct: Var, args: tuple[Any, ...], spec: TensorSpec) -> Var:
     """Emit the gradient that the kernel gives of the input, for `ct` in place of its own."""
     out = Var(spec)
-    grad = as_gradient(e, eq.op, ct)
-    e.equations.append(Equation(eq.op, (grad, *args), {}, (out, None, None), e.source))
+    e.add(eq.op, (as_gradient(e, eq.op, ct), *args), (out, None, None))
     return out
 
 
@@ -38,15 +37,22 @@ def _affine(
     for ct, factor in ((cts[1], normal), (cts[2], None)):
         if ct is None:
             continue
-        seen = TensorSpec(tuple(shape), ct.spec.dtype, ct.spec.device)
-        out = e.emit(aten.reshape.default, (ct, shape), seen)
-        whole = TensorSpec(grad.spec.shape, ct.spec.dtype, ct.spec.device)
+        out, whole = e.shaped(ct, *shape), ct.spec.shaped(*grad.spec.shape)
         if factor is not None:
             out = e.emit(aten.mul.Tensor, (out, factor), whole)
         else:
             out = e.emit(aten.expand.default, (out, list(whole.shape)), whole)
         results.append((grad, fit(e, out, grad.spec)))
     return results
+
+
+def _computed(e: Emitter, op: Any, *args: Any, **kwargs: Any) -> Constant:
+    return e.numbers.evaluated(op, *args, source=e.source, **kwargs)
+
+
+def _normal(e: Emitter, x: Constant, mean: Constant, rstd: Constant) -> Constant:
+    """Return the normalised input."""
+    return _computed(e, aten.mul.Tensor, _computed(e, aten.sub.Tensor, x, mean), rstd)
 
 
 def _plain(*constants: Any) -> bool:
@@ -61,7 +67,7 @@ def _mixed(x: Constant, weight: Constant | None) -> bool:
     return weight is not None and weight.spec.dtype != x.spec.dtype
 
 
-@rule(aten.native_layer_norm_backward.default)
+@rule_of_several(aten.native_layer_norm_backward.default)
 def _layer_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     grad, x, shape, mean, rstd, weight, bias, _ = eq.args
     if not isinstance(grad, Var) or not _plain(x, mean, rstd, weight, bias) or _mixed(x, weight):
@@ -75,12 +81,11 @@ def _layer_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
         results.append((grad, out))
     normal = None
     if cts[1] is not None:
-        centred = e.numbers.evaluated(aten.sub.Tensor, x, mean, source=e.source)
-        normal = e.numbers.evaluated(aten.mul.Tensor, centred, rstd, source=e.source)
+        normal = _normal(e, x, mean, rstd)
     return [*results, *_affine(e, eq, cts, normal, list(shape))]
 
 
-@rule(aten.native_batch_norm_backward.default)
+@rule_of_several(aten.native_batch_norm_backward.default)
 def _batch_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     grad, x, weight, mean, var, save_mean, save_rstd, train, eps, _ = eq.args
     if not isinstance(grad, Var) or not _plain(x, weight, mean, var, save_mean, save_rstd):
@@ -90,24 +95,20 @@ def _batch_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
         args = (x, weight, mean, var, save_mean, save_rstd, train, eps, _FIRST)
         # The weight is constant over what the means are taken over.
         results.append((grad, _symmetric(e, eq, cts[0], args, grad.spec)))
-    rank = len(grad.spec.shape)
-    channels = [-1, *(1,) * (rank - 2)]
+    shape = [grad.spec.shape[1], *(1,) * (len(grad.spec.shape) - 2)]
     normal = None
     if cts[1] is not None:
         if train:
             centre, scale = save_mean, save_rstd
         else:
-            shifted = e.numbers.evaluated(aten.add.Scalar, var, eps, source=e.source)
-            centre, scale = mean, e.numbers.evaluated(aten.rsqrt.default, shifted, source=e.source)
-        centre = e.numbers.evaluated(aten.reshape.default, centre, channels, source=e.source)
-        scale = e.numbers.evaluated(aten.reshape.default, scale, channels, source=e.source)
-        centred = e.numbers.evaluated(aten.sub.Tensor, x, centre, source=e.source)
-        normal = e.numbers.evaluated(aten.mul.Tensor, centred, scale, source=e.source)
-    shape = [grad.spec.shape[1], *(1,) * (rank - 2)]
+            shifted = _computed(e, aten.add.Scalar, var, eps)
+            centre, scale = mean, _computed(e, aten.rsqrt.default, shifted)
+        columns = (_computed(e, aten.reshape.default, c, shape) for c in (centre, scale))
+        normal = _normal(e, x, *columns)
     return [*results, *_affine(e, eq, cts, normal, shape)]
 
 
-@rule(aten.native_group_norm_backward.default)
+@rule_of_several(aten.native_group_norm_backward.default)
 def _group_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     grad, x, mean, rstd, weight, n, c, size, groups, _ = eq.args
     if not isinstance(grad, Var) or not _plain(x, mean, rstd, weight) or c == 0 or n == 0:
@@ -120,30 +121,26 @@ def _group_norm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
         args = (x, mean, rstd, None, n, c, size, groups, _FIRST)
         out = _symmetric(e, eq, cts[0], args, grad.spec)
         if weight is not None:
-            column = e.numbers.evaluated(aten.reshape.default, weight, shape, source=e.source)
+            column = _computed(e, aten.reshape.default, weight, shape)
             out = e.emit(aten.mul.Tensor, (out, column), grad.spec)
         results.append((grad, out))
     normal = None
     if cts[1] is not None:
-        by_group = e.numbers.evaluated(aten.reshape.default, x, [n, groups, -1], source=e.source)
-        centre = e.numbers.evaluated(aten.unsqueeze.default, mean, -1, source=e.source)
-        scale = e.numbers.evaluated(aten.unsqueeze.default, rstd, -1, source=e.source)
-        centred = e.numbers.evaluated(aten.sub.Tensor, by_group, centre, source=e.source)
-        scaled = e.numbers.evaluated(aten.mul.Tensor, centred, scale, source=e.source)
-        whole = list(grad.spec.shape)
-        normal = e.numbers.evaluated(aten.reshape.default, scaled, whole, source=e.source)
+        by_group = _computed(e, aten.reshape.default, x, [n, groups, -1])
+        statistics = (_computed(e, aten.unsqueeze.default, c, -1) for c in (mean, rstd))
+        normal = _normal(e, by_group, *statistics)
+        normal = _computed(e, aten.reshape.default, normal, list(grad.spec.shape))
     return [*results, *_affine(e, eq, cts, normal, shape)]
 
 
 def _in_wide(e: Emitter, eq: Equation, cts: Cotangents, dtype: torch.dtype) -> Result:
     """Transpose the kernel in the precision of its weight, between casts."""
     grad, x, *rest = eq.args
-    x = e.numbers.evaluated(aten._to_copy.default, x, dtype=dtype, source=e.source)
+    x = _computed(e, aten._to_copy.default, x, dtype=dtype)
     wide = Var(TensorSpec(grad.spec.shape, dtype, grad.spec.device))
-    specs = [None if v is None else TensorSpec(v.spec.shape, dtype, v.spec.device) for v in cts]
     given = [
-        None if v is None or spec is None else fit(e, v, spec)
-        for v, spec in zip(cts, specs, strict=True)
+        None if v is None else e.cast(v, TensorSpec(v.spec.shape, dtype, v.spec.device))
+        for v in cts
     ]
     pairs = _group_norm(e, Equation(eq.op, (wide, x, *rest), {}, eq.outputs, eq.source), given)
     return [(grad, fit(e, ct, grad.spec)) for _, ct in pairs or ()]

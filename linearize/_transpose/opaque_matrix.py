@@ -59,19 +59,13 @@ def dense_transpose(
             f"{name}: its matrix of {height} by {width} would take {size:,} bytes, more than the "
             f"limit of {limit:,} (opaque_limit)"
         )
-    device = columns[0].device
-    matrix = torch.empty((height, width), dtype=dtype, device=device)
+    matrix = torch.empty((height, width), dtype=dtype, device=columns[0].device)
     units = _units(ins, wanted)
     with torch.inference_mode(False), torch.no_grad():
         for row in progress(range(height), height, f"matrix of {name}"):
             results = fn(*next(units))
-            parts = [
-                torch.zeros(reals(spec), dtype=dtype, device=device)
-                if t is None
-                else flat_real(t).to(dtype=dtype, device=device)
-                for t, spec, here in zip(results, outs, present, strict=True)
-                if here
-            ]
+            known = zip(results, outs, present, strict=True)
+            parts = [flat_real(spec.or_zeros(t)).to(matrix) for t, spec, here in known if here]
             matrix[row] = torch.cat(parts)
         _check_sum(matrix, fn, ins, outs, present, wanted, name)
     spec = TensorSpec.of(matrix)
@@ -128,8 +122,5 @@ def _units(ins: Sequence[TensorSpec], wanted: Sequence[bool]) -> Any:
             continue
         for i in range(reals(spec)):
             arguments = [s.zeros() for s in ins]
-            flat = (
-                torch.view_as_real(arguments[k]) if spec.dtype.is_complex else arguments[k]
-            ).view(-1)
-            flat[i] = 1
+            flat_real(arguments[k])[i] = 1
             yield arguments

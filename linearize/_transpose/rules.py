@@ -11,12 +11,12 @@ Operations without a rule are transposed by PyTorch's own derivative of that one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
-import torch
-
 from .._programs.aten import schema_of, wants_contiguous
+from .._programs.broadcast import summed
 from .._programs.program import Emitter, Equation, Operation
 from .._programs.values import Constant, Var, zeros
 from .._spaces.space import TensorSpec
@@ -25,45 +25,33 @@ from .._torch.names import OpOverload, aten
 Cotangents: TypeAlias = Sequence[Var | None]
 Result: TypeAlias = Iterable[tuple[Var, Var]]
 Rule: TypeAlias = Callable[[Emitter, Equation, Cotangents], Result | None]
+#: Of an operation with one result, whose cotangent it receives.
+SingleRule: TypeAlias = Callable[[Emitter, Equation, Var], Result | None]
 
-#: By ATen overload, or by class of `Operation`.
+#: By ATen overload, or by class of `Operation`, subclasses included.
 _RULES: dict[Any, Rule] = {}
 
 
 def rule_for(op: Any) -> Rule | None:
     """Return the transpose rule of an operation, None if it has none of its own."""
     if isinstance(op, Operation):
-        return _RULES.get(type(op))
+        return next((_RULES[kind] for kind in type(op).__mro__ if kind in _RULES), None)
     if not isinstance(op, OpOverload):
         return None
-    rule = _RULES.get(op)
-    if rule is None:
-        schema = schema_of(op)
-        if schema.by_entry:
-            return _diagonal
-    return rule
+    own = _RULES.get(op)
+    return _diagonal if own is None and schema_of(op).by_entry else own
 
 
 def fit(e: Emitter, ct: Var, spec: TensorSpec) -> Var:
     """Emit the transpose of a broadcast and of a cast, from `ct` to `spec`."""
-    shape, to = ct.spec.shape, spec.shape
-    if shape != to:
-        lead = len(shape) - len(to)
-        dims = [*range(lead)]
-        dims += [lead + i for i, n in enumerate(to) if n == 1 and shape[lead + i] != 1]
-        if dims:
-            kept = [1 if i in dims else n for i, n in enumerate(shape)]
-            ct = e.emit(aten.sum.dim_IntList, (ct, dims, True), _with(ct.spec, shape=tuple(kept)))
-        if ct.spec.shape != to:
-            ct = e.emit(aten.reshape.default, (ct, list(to)), _with(ct.spec, shape=to))
+    to = spec.shape
+    ct = summed(e, ct, to)
     if ct.spec.dtype.is_complex and not spec.dtype.is_complex:
         pairs = TensorSpec((*to, 2), ct.spec.dtype.to_real(), ct.spec.device)
         ct = e.emit(aten.resolve_conj.default, (ct,), ct.spec)  # view_as_real wants it plain
         ct = e.emit(aten.view_as_real.default, (ct,), pairs)
-        ct = e.emit(aten.select.int, (ct, -1, 0), _with(pairs, shape=to))
-    if ct.spec != spec:
-        ct = e.emit(aten._to_copy.default, (ct,), spec, dtype=spec.dtype, device=spec.device)
-    return ct
+        ct = e.emit(aten.select.int, (ct, -1, 0), pairs.shaped(*to))
+    return e.cast(ct, spec)
 
 
 def as_gradient(e: Emitter, op: Any, ct: Any) -> Any:
@@ -78,11 +66,6 @@ def _filled(args: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]
     return args + defaults[len(args) - 1 :]
 
 
-def _with(spec: TensorSpec, **changes: Any) -> TensorSpec:
-    fields = {"shape": spec.shape, "dtype": spec.dtype, "device": spec.device, **changes}
-    return TensorSpec(**fields)
-
-
 def conj(e: Emitter, x: Any) -> Any:
     """Return the conjugate of a constant or number; real ones as they are."""
     if isinstance(x, Constant):
@@ -95,46 +78,49 @@ def adjoint_matrix(e: Emitter, x: Constant) -> Constant:
     return e.numbers.viewed(aten.mH.default, x)
 
 
-def rule(*ops: Any) -> Callable[[Rule], Rule]:
-    """Register a rule."""
+def rule_of_several(*ops: Any) -> Callable[[Rule], Rule]:
+    """Register the rule of operations with several results."""
 
     def register(fn: Rule) -> Rule:
-        for op in ops:
-            _RULES[op] = fn
+        _RULES.update(dict.fromkeys(ops, fn))
         return fn
 
     return register
 
 
-def _same(op: Any) -> Rule:
-    """Return the rule that applies `op` with the same static arguments to the cotangent."""
+def rule(*ops: Any) -> Callable[[SingleRule], SingleRule]:
+    """Register the rule of operations with one result."""
 
-    def apply(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-        (x, *rest), ct = eq.args, cts[0]
-        assert ct is not None
-        out = e.emit(op, (ct, *rest), _with(x.spec, dtype=ct.spec.dtype), **eq.kwargs)
-        return [(x, fit(e, out, x.spec))]
+    def register(fn: SingleRule) -> SingleRule:
+        rule_of_several(*ops)(_of_one(fn))
+        return fn
+
+    return register
+
+
+def _of_one(fn: SingleRule) -> Rule:
+    def apply(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+        (ct,) = cts
+        return None if ct is None else fn(e, eq, ct)
 
     return apply
 
 
-def _diagonal(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+@_of_one
+def _diagonal(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     """Transpose a pointwise operation: a diagonal is its own transpose.
 
     Only for one real variable argument and a real result: a real-linear map of complex
     numbers is not its own transpose.
     """
-    variables = list(eq.inputs())
-    (ct,) = cts
-    assert ct is not None
+    variables = eq.inputs()
     if len(variables) != 1 or eq.args.count(variables[0]) != 1:
         return None
     x = variables[0]
     if x.spec.dtype.is_complex or ct.spec.dtype.is_complex or x.spec.dtype != ct.spec.dtype:
         return None
     args = tuple(ct if a is x else a for a in eq.args)
-    out = e.emit(eq.op, args, ct.spec, **eq.kwargs)
-    return [(x, fit(e, out, x.spec))]
+    return [(x, fit(e, e.emit(eq.op, args, ct.spec, **eq.kwargs), x.spec))]
 
 
 # -- identities, signs, sums, scalings --------------------------------------------------------
@@ -149,30 +135,33 @@ def _diagonal(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     aten.resolve_conj.default,
     aten.resolve_neg.default,
 )
-def _identity(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    assert cts[0] is not None
-    return [(eq.args[0], cts[0])]
+def _identity(e: Emitter, eq: Equation, ct: Var) -> Result:
+    return [(eq.args[0], ct)]
 
 
-@rule(aten._to_copy.default)
-def _cast(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    assert cts[0] is not None
-    return [(eq.args[0], fit(e, cts[0], eq.args[0].spec))]
+@rule(aten._to_copy.default, aten.expand.default)
+def _cast(e: Emitter, eq: Equation, ct: Var) -> Result:
+    return [(eq.args[0], fit(e, ct, eq.args[0].spec))]
 
 
-for _op in (
+@rule(
     aten.neg.default,
     aten._conj.default,
     aten.conj_physical.default,
     aten._neg_view.default,
-):
-    rule(_op)(_same(_op))
+    aten.t.default,
+    aten.transpose.int,
+    aten.flip.default,
+)
+def _same(e: Emitter, eq: Equation, ct: Var) -> Result:
+    """Apply the operation with the same static arguments to the cotangent."""
+    x, *rest = eq.args
+    out = e.emit(eq.op, (ct, *rest), ct.spec.shaped(*x.spec.shape), **eq.kwargs)
+    return [(x, fit(e, out, x.spec))]
 
 
 @rule(aten.add.Tensor, aten.sub.Tensor)
-def _add(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    ct = cts[0]
-    assert ct is not None
+def _add(e: Emitter, eq: Equation, ct: Var) -> Result:
     alpha = eq.kwargs.get("alpha", 1)
     for i, x in enumerate(eq.args[:2]):
         if not isinstance(x, Var):
@@ -186,10 +175,8 @@ def _add(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
-def _scale(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _scale(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     a, b = eq.args
-    ct = cts[0]
-    assert ct is not None
     if isinstance(a, Var) and isinstance(b, Var):
         return None
     x, c = (a, b) if isinstance(a, Var) else (b, a)
@@ -198,12 +185,10 @@ def _scale(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
 
 
 @rule(aten.where.self)
-def _where(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _where(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     condition, a, b = eq.args
-    ct = cts[0]
-    assert ct is not None
     results = []
-    zero = zeros(_with(ct.spec, shape=()))
+    zero = zeros(ct.spec.shaped())
     for i, x in enumerate((a, b)):
         if isinstance(x, Var):
             picked = (condition, ct, zero) if i == 0 else (condition, zero, ct)
@@ -224,76 +209,59 @@ def _where(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     aten.squeeze.dim,
     aten.squeeze.dims,
 )
-def _reshape(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    x, ct = eq.args[0], cts[0]
-    assert ct is not None
-    return [(x, e.emit(aten.reshape.default, (ct, list(x.spec.shape)), x.spec))]
-
-
-@rule(aten.t.default)
-def _t(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    assert cts[0] is not None
-    return [(eq.args[0], e.emit(aten.t.default, (cts[0],), eq.args[0].spec))]
-
-
-@rule(aten.transpose.int)
-def _transpose(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    x, i, j = eq.args
-    return [(x, e.emit(aten.transpose.int, (cts[0], i, j), x.spec))]
+def _reshape(e: Emitter, eq: Equation, ct: Var) -> Result:
+    x = eq.args[0]
+    return [(x, e.shaped(ct, *x.spec.shape))]
 
 
 @rule(aten.permute.default)
-def _permute(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+def _permute(e: Emitter, eq: Equation, ct: Var) -> Result:
     x, dims = eq.args
     rank = len(dims)
     inverse = sorted(range(rank), key=lambda i: dims[i] % rank)
-    return [(x, e.emit(aten.permute.default, (cts[0], inverse), x.spec))]
-
-
-@rule(aten.expand.default)
-def _expand(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    assert cts[0] is not None
-    return [(eq.args[0], fit(e, cts[0], eq.args[0].spec))]
+    return [(x, e.emit(aten.permute.default, (ct, inverse), x.spec))]
 
 
 @rule(aten.slice.Tensor)
-def _slice(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+def _slice(e: Emitter, eq: Equation, ct: Var) -> Result:
     x, dim, start, end, step = _filled(eq.args, (0, None, None, 1))
     size = x.spec.shape[dim]
     start, end, _ = slice(start, end).indices(size)
-    args = (cts[0], list(x.spec.shape), dim, start, max(start, end), step)
+    args = (ct, list(x.spec.shape), dim, start, max(start, end), step)
     return [(x, e.emit(aten.slice_backward.default, args, x.spec))]
 
 
-@rule(aten.slice_backward.default)
-def _slice_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    x, _, dim, start, end, step = eq.args
-    return [(x, e.emit(aten.slice.Tensor, (cts[0], dim, start, end, step), x.spec))]
-
-
 @rule(aten.select.int)
-def _select(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+def _select(e: Emitter, eq: Equation, ct: Var) -> Result:
     x, dim, index = eq.args
-    args = (cts[0], list(x.spec.shape), dim, index)
+    args = (ct, list(x.spec.shape), dim, index)
     return [(x, e.emit(aten.select_backward.default, args, x.spec))]
 
 
-@rule(aten.select_backward.default)
-def _select_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    x, _, dim, index = eq.args
-    return [(x, e.emit(aten.select.int, (cts[0], dim, index), x.spec))]
+#: What reads the part that an operation writes.
+_PART = {
+    aten.slice_backward.default: aten.slice.Tensor,
+    aten.select_backward.default: aten.select.int,
+    aten.slice_scatter.default: aten.slice.Tensor,
+    aten.select_scatter.default: aten.select.int,
+    aten.diagonal_scatter.default: aten.diagonal.default,
+}
+
+
+@rule(aten.slice_backward.default, aten.select_backward.default)
+def _part_backward(e: Emitter, eq: Equation, ct: Var) -> Result:
+    x, _, *part = eq.args
+    return [(x, e.emit(_PART[eq.op], (ct, *part), x.spec))]
 
 
 @rule(aten.view_as_real.default)
-def _view_as_real(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    x, ct = eq.args[0], cts[0]
-    assert ct is not None
-    dense = e.emit(aten.clone.default, (ct,), ct.spec, memory_format=torch.contiguous_format)
-    return [(x, e.emit(aten.view_as_complex.default, (dense,), x.spec))]
+def _view_as_real(e: Emitter, eq: Equation, ct: Var) -> Result:
+    x = eq.args[0]
+    return [(x, e.emit(aten.view_as_complex.default, (e.dense(ct),), x.spec))]
 
 
 @rule(aten.cat.default)
-def _cat(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _cat(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     tensors = eq.args[0]
     dim = eq.argument(1, 0)
     shapes = [x.spec.shape for x in tensors]
@@ -303,52 +271,33 @@ def _cat(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     for x, shape in zip(tensors, shapes, strict=True):
         end = start + shape[dim]
         if isinstance(x, Var):
-            ct = cts[0]
-            assert ct is not None
-            part = e.emit(aten.slice.Tensor, (ct, dim, start, end), _with(ct.spec, shape=shape))
+            part = e.emit(aten.slice.Tensor, (ct, dim, start, end), ct.spec.shaped(*shape))
             results.append((x, fit(e, part, x.spec)))
         start = end
     return results
 
 
 @rule(aten.roll.default)
-def _roll(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+def _roll(e: Emitter, eq: Equation, ct: Var) -> Result:
     x, shifts, *dims = eq.args
     back = [-s for s in shifts]
-    return [(x, e.emit(aten.roll.default, (cts[0], back, *dims), x.spec))]
+    return [(x, e.emit(aten.roll.default, (ct, back, *dims), x.spec))]
 
 
-@rule(aten.flip.default)
-def _flip(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    x, dims = eq.args
-    return [(x, e.emit(aten.flip.default, (cts[0], dims), x.spec))]
-
-
-_READ = {
-    aten.slice_scatter.default: aten.slice.Tensor,
-    aten.select_scatter.default: aten.select.int,
-    aten.diagonal_scatter.default: aten.diagonal.default,
-}
-
-
-@rule(*_READ)
-def _part_scatter(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
+@rule(aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)
+def _part_scatter(e: Emitter, eq: Equation, ct: Var) -> Result:
     x, src, *part = eq.args
-    ct = cts[0]
-    assert ct is not None
     if isinstance(x, Var):
         yield x, e.emit(eq.op, (ct, zeros(src.spec), *part), x.spec)
     if isinstance(src, Var):
-        read = e.emit(_READ[eq.op], (ct, *part), _with(ct.spec, shape=src.spec.shape))
+        read = e.emit(_PART[eq.op], (ct, *part), ct.spec.shaped(*src.spec.shape))
         yield src, fit(e, read, src.spec)
 
 
 @rule(aten.as_strided.default)
-def _as_strided(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _as_strided(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     # Only on a flat argument, where size, stride and offset mean the same at every run.
     x, size, stride, offset = _filled(eq.args, (None, None, 0))
-    ct = cts[0]
-    assert ct is not None
     if len(x.spec.shape) != 1 or offset is None or _overlaps(size, stride):
         return None
     args = (zeros(x.spec), ct, size, stride, offset)
@@ -356,17 +305,15 @@ def _as_strided(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
 
 
 @rule(aten.as_strided_scatter.default)
-def _as_strided_scatter(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _as_strided_scatter(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     # PyTorch's own derivative with respect to the first argument is not its transpose.
     x, src, size, stride, offset = eq.args
-    ct = cts[0]
-    assert ct is not None
     if len(ct.spec.shape) != 1 or _overlaps(size, stride):
         return None
-    ct = e.emit(aten.clone.default, (ct,), ct.spec, memory_format=torch.contiguous_format)
+    ct = e.dense(ct)
     results = []
     if isinstance(x, Var):
-        hole = zeros(_with(ct.spec, shape=tuple(size)))
+        hole = zeros(ct.spec.shaped(*size))
         args = (ct, hole, size, stride, offset)
         results.append((x, e.emit(aten.as_strided_scatter.default, args, x.spec)))
     if isinstance(src, Var):
@@ -389,43 +336,26 @@ def _overlaps(size: Sequence[int], stride: Sequence[int]) -> bool:
 # -- reductions -------------------------------------------------------------------------------
 
 
-@rule(aten.sum.default, aten.mean.default)
-def _sum(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    x = eq.args[0]
-    return [(x, _spread(e, eq, cts, list(range(len(x.spec.shape))), keepdim=False))]
-
-
-@rule(aten.sum.dim_IntList, aten.mean.dim)
-def _sum_dims(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
-    x, dims, keepdim = (*eq.args, False)[:3]
-    rank = len(x.spec.shape)
-    dims = [d % rank for d in dims] if dims else list(range(rank))
-    return [(x, _spread(e, eq, cts, dims, keepdim=keepdim))]
-
-
-def _spread(e: Emitter, eq: Equation, cts: Cotangents, dims: list[int], *, keepdim: bool) -> Var:
-    x, ct = eq.args[0], cts[0]
-    assert ct is not None
+@rule(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
+def _sum(e: Emitter, eq: Equation, ct: Var) -> Result:
+    """Give each entry the cotangent of the sum, or mean, that it is part of."""
+    x, over, *_ = (*eq.args, None)
     shape = x.spec.shape
-    if not keepdim and ct.spec.shape != shape:
-        kept = tuple(1 if i in dims else n for i, n in enumerate(shape))
-        ct = e.emit(aten.reshape.default, (ct, list(kept)), _with(ct.spec, shape=kept))
-    out = e.emit(aten.expand.default, (ct, list(shape)), _with(ct.spec, shape=shape))
+    dims = [d % len(shape) for d in over or range(len(shape))]
+    ct = e.shaped(ct, *(1 if i in dims else n for i, n in enumerate(shape)))
+    out = e.emit(aten.expand.default, (ct, list(shape)), ct.spec.shaped(*shape))
     if eq.op in (aten.mean.default, aten.mean.dim):
-        count = 1
-        for d in dims:
-            count *= shape[d]
+        count = math.prod(shape[d] for d in dims)
         out = e.emit(aten.div.Scalar, (out, count), out.spec)
-    return fit(e, out, x.spec)
+    return [(x, fit(e, out, x.spec))]
 
 
 # -- matrix products --------------------------------------------------------------------------
 
 
 @rule(aten.mm.default, aten.bmm.default)
-def _mm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _mm(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     a, b = eq.args
-    ct = cts[0]
     if isinstance(a, Var) and isinstance(b, Constant):
         return [(a, e.emit(eq.op, (ct, adjoint_matrix(e, b)), a.spec))]
     if isinstance(b, Var) and isinstance(a, Constant):
@@ -434,19 +364,17 @@ def _mm(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
 
 
 @rule(aten.mv.default)
-def _mv(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _mv(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     a, x = eq.args
     if isinstance(a, Constant):
-        return [(x, e.emit(aten.mv.default, (adjoint_matrix(e, a), cts[0]), x.spec))]
+        return [(x, e.emit(aten.mv.default, (adjoint_matrix(e, a), ct), x.spec))]
     return None
 
 
 @rule(aten._softmax_backward_data.default)
-def _softmax_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _softmax_backward(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     # diag(p) - p pᵀ is symmetric.
     x, *rest = eq.args
-    ct = cts[0]
-    assert ct is not None
     if ct.spec != x.spec:
         return None
     return [(x, e.emit(eq.op, (ct, *rest), x.spec))]
@@ -455,7 +383,7 @@ def _softmax_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result | Non
 # -- convolutions -----------------------------------------------------------------------------
 
 
-@rule(aten.convolution_backward.default)
+@rule_of_several(aten.convolution_backward.default)
 def _convolution_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     grad, image, weight, _, *geometry, _ = eq.args
     if not isinstance(grad, Var) or isinstance(image, Var) or isinstance(weight, Var):
@@ -471,16 +399,14 @@ def _convolution_backward(e: Emitter, eq: Equation, cts: Cotangents) -> Result |
     if ct_bias is not None:
         channels = (1, ct_bias.spec.shape[0], *(1,) * (len(grad.spec.shape) - 2))
         channels = channels[: len(grad.spec.shape)]
-        column = _with(ct_bias.spec, shape=channels)
-        bias = e.emit(aten.reshape.default, (ct_bias, list(channels)), column)
+        bias = e.shaped(ct_bias, *channels)
         terms.append(e.emit(aten.expand.default, (bias, list(grad.spec.shape)), grad.spec))
     return [(grad, t) for t in terms]
 
 
 @rule(aten.convolution.default)
-def _convolution(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
+def _convolution(e: Emitter, eq: Equation, ct: Var) -> Result | None:
     image, weight, bias, *geometry = eq.args
-    ct = cts[0]
     if bias is not None:
         return None
     if isinstance(image, Var) and isinstance(weight, Constant):
@@ -492,9 +418,5 @@ def _convolution(e: Emitter, eq: Equation, cts: Cotangents) -> Result | None:
     else:
         return None
     var = Var(out.spec)
-    outputs = [None, None, None]
-    outputs[index] = var  # type: ignore[call-overload]
-    e.equations.append(
-        Equation(aten.convolution_backward.default, args, {}, tuple(outputs), e.source)
-    )
+    e.add(aten.convolution_backward.default, args, [var if i == index else None for i in range(3)])
     return [(out, var)]

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from .._capture.graph import Graph
 from .._programs.program import Equation, Operation, Program
 from .._programs.values import Var
-from .._record.stretch import served
-from .._spaces.compare import close_at, magnitudes, tolerance
+from .._record.calls import unpacked
+from .._spaces.balance import Balance, Tensors
+from .._spaces.compare import agree, magnitudes, tolerance
 from .._spaces.space import TensorSpec
 from .._torch.graphs import Node, gradient_edge
-from ..errors import LinearizeError, StalenessError
+from ..errors import LinearizeError, StalenessError, UnsupportedError
 
-Tensors: TypeAlias = Sequence[torch.Tensor | None]
 #: A linear map, differentiable in grad mode.
 Direction: TypeAlias = Callable[..., Tensors]
 
@@ -30,10 +30,11 @@ Direction: TypeAlias = Callable[..., Tensors]
 class TwiceDifferentiated(Operation):
     """The transpose of a linear map, by PyTorch's derivative of it.
 
-    `name` is whose it is, and `note` what a user is told.
+    `name` is whose it is, and `note` what a user is told. `arguments` is at what the map was
+    differentiated, `results` what it gave there.
     """
 
-    __slots__ = ("_arguments", "_lock", "_results", "name", "note")
+    __slots__ = ("_lock", "arguments", "name", "note", "results")
     may_return_none = True
     may_alias = False
 
@@ -42,42 +43,34 @@ class TwiceDifferentiated(Operation):
         self._lock = threading.RLock()
         generator = torch.Generator().manual_seed(7)
         with torch.inference_mode(False), torch.enable_grad():
-            self._arguments = [spec.random(generator).requires_grad_() for spec in ins]
-            self._results = list(fn(*self._arguments))
+            self.arguments = [spec.random(generator).requires_grad_() for spec in ins]
+            self.results = list(fn(*self.arguments))
 
     def __call__(self, *directions: torch.Tensor | None) -> Tensors:
         """Apply the transpose: one for each result of the map, None for zero."""
-        return served(self.name, self._transposed, directions)  # type: ignore[no-any-return]
+        return unpacked(self.name, lambda: self._transposed(*directions), UnsupportedError)
 
     def bytes_kept(self) -> Iterable[torch.Tensor]:
         """Return the tensors that the graph of the map keeps."""
         edges = [gradient_edge(w) for w in self._used()]
-        ends: list[Node] = [gradient_edge(u).node for u in self._arguments]
+        ends: list[Node] = [gradient_edge(u).node for u in self.arguments]
         return Graph([(e.node, e.output_nr) for e in edges], ends).saved_tensors()
 
-    def arguments(self) -> list[torch.Tensor]:
-        """Return at what the map was differentiated."""
-        return [u.detach() for u in self._arguments]
-
-    def results(self) -> Tensors:
-        """Return what the map gave there."""
-        return [None if w is None else w.detach() for w in self._results]
-
     def _used(self) -> list[torch.Tensor]:
-        return [w for w in self._results if w is not None and w.requires_grad]
+        return [w for w in self.results if w is not None and w.requires_grad]
 
     def _transposed(self, *directions: torch.Tensor | None) -> Tensors:
         pairs = [
             (w, t)
-            for w, t in zip(self._results, directions, strict=True)
+            for w, t in zip(self.results, directions, strict=True)
             if w is not None and w.requires_grad and t is not None
         ]
         if not pairs:
-            return [None] * len(self._arguments)
+            return [None] * len(self.arguments)
         with self._lock, torch.inference_mode(False):
             return torch.autograd.grad(
                 [w for w, _ in pairs],
-                self._arguments,
+                self.arguments,
                 [t for _, t in pairs],
                 retain_graph=True,
                 allow_unused=True,
@@ -129,43 +122,28 @@ def _fault(op: TwiceDifferentiated, fn: Direction, outs: Sequence[TensorSpec]) -
             results = fn(*[u.clone() for u in arguments])
         return [s.or_zeros(w) for w, s in zip(results, outs, strict=True)]
 
-    def same(a: Sequence[Any], b: Sequence[Any], factor: float = 1.0) -> bool:
-        return all(close_at(factor, x, y) for x, y in zip(a, b, strict=True))
-
     generator = torch.Generator().manual_seed(11)
-    u = op.arguments()
+    u = [t.detach() for t in op.arguments]
     w = at(u)
-    seen = [s.or_zeros(t) for t, s in zip(op.results(), outs, strict=True)]
-    if not same(seen, w):
+    if not agree(op.results, w, outs):
         return "it gives something else where gradients are recorded"
     other = [TensorSpec.of(t).random(generator) for t in u]
     more = at(other)
-    if not same(at([a + b for a, b in zip(u, other, strict=True)]), _added(w, more)):
+    if not agree(at(_added(u, other)), _added(w, more), outs):
         return "it is not linear"
-    narrowest = min((t.dtype for t in (*u, *w)), key=lambda d: torch.finfo(d).max)
-    for factor in magnitudes(narrowest):
-        if not same(at([factor * a for a in u]), [factor * b for b in w], factor):
+    for factor in magnitudes(*(t.dtype for t in (*u, *w))):
+        if not agree(at([factor * a for a in u]), [factor * b for b in w], outs, factor):
             return f"it is not linear: {factor:g} times its argument gives something else"
+    limit = max(tolerance(t.dtype) for t in (*u, *w))
     for _ in range(2):
         v = [s.random(generator) for s in outs]
-        if not _adjoint(op(*v), other, v, more):
+        balance = Balance()
+        balance.add(1, other, op(*v))
+        balance.add(-1, v, more)
+        if not balance.holds(limit):
             return "PyTorch's derivative of it lacks terms"
     return ""
 
 
 def _added(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [x + y for x, y in zip(a, b, strict=True)]
-
-
-def _adjoint(ju: Tensors, u: Tensors, v: Tensors, pulled: Tensors) -> bool:
-    """Whether Re⟨J·v, u⟩ = Re⟨v, Jᴴ·u⟩ within rounding."""
-    total = size = 0.0
-    limit = 0.0
-    for sign, left, right in ((1, ju, u), (-1, v, pulled)):
-        for a, b in zip(left, right, strict=True):
-            if a is not None and b is not None:
-                products = (a.to(torch.complex128) * b.to(torch.complex128).conj()).real
-                total += sign * float(products.sum())
-                size += float(products.square().sum().sqrt())
-                limit = max(limit, tolerance(a.dtype))
-    return abs(total) <= limit * size or not abs(total) < float("inf")

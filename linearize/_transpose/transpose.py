@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -23,7 +23,7 @@ from .._capture.signature import shared_memory
 from .._programs.numbers import Numbers
 from .._programs.origins import Origin, Saved
 from .._programs.program import Emitter, Equation, Program
-from .._programs.values import Constant, Var
+from .._programs.values import Constant, Value, Var
 from .._record.function import record_function
 from .._record.node_programs import NODE_PROGRAMS, NodeProgram, dense
 from .._record.pullback import record_pullback
@@ -34,7 +34,7 @@ from .._torch.names import aten, decompositions
 from ..errors import LinearizeError, UnsupportedError
 from . import kernel_rules as kernel_rules  # registers its rules
 from . import norm_rules as norm_rules  # registers its rules
-from .rules import fit, rule_for
+from .rules import Cotangents, Result, fit, rule_for, rule_of_several
 
 
 def transpose(program: Program, numbers: Numbers, name: str = "pushforward") -> Program:
@@ -68,6 +68,7 @@ def transpose(program: Program, numbers: Numbers, name: str = "pushforward") -> 
     return Program(inputs, e.equations, outputs, specs, name, e.fixed).live()
 
 
+V = TypeVar("V", bound=Value)
 Mask: TypeAlias = Callable[[Emitter, Var], Var]
 
 _SCALINGS = frozenset({aten.mul.Tensor, aten.div.Tensor})
@@ -94,9 +95,7 @@ def _masks(program: Program, numbers: Numbers) -> dict[Var | None, Mask]:
     return masks
 
 
-def _kept_zero(
-    e: Emitter, eq: Equation, cts: Sequence[Var | None], mask: Mask
-) -> list[tuple[Var, Var]]:
+def _kept_zero(e: Emitter, eq: Equation, cts: Cotangents, mask: Mask) -> list[tuple[Var, Var]]:
     """Transpose a scaling, and drop from what it gives what was dropped before."""
     (out,), (x,) = eq.outputs, eq.inputs()
     assert out is not None
@@ -129,13 +128,11 @@ def _masked(mask: Equation, e: Emitter, v: Var) -> Var:
     return e.emit(mask.op, args, v.spec, **mask.kwargs)
 
 
-def _transposed(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
-    if isinstance(eq.op, (CustomBackward, CustomJvp, Collective, NodeBackward, TransposedNode)):
-        return _turned(e, eq, cts)
-    rule = rule_for(eq.op)
-    if rule is not None:
+def _transposed(e: Emitter, eq: Equation, cts: Cotangents) -> list[tuple[Var, Var]]:
+    own = rule_for(eq.op)
+    if own is not None:
         mark = len(e.equations)
-        result = rule(e, eq, cts)
+        result = own(e, eq, cts)
         if result is not None:
             return list(result)
         del e.equations[mark:]
@@ -156,7 +153,8 @@ class TransposedNode(NodeBackward):
         return f"transposed {self.label}"
 
 
-def _turned(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
+@rule_of_several(CustomBackward, CustomJvp, Collective, NodeBackward)
+def _turned(e: Emitter, eq: Equation, cts: Cotangents) -> Result:
     """Emit the other direction of an opaque operation."""
     op: Any = eq.op
     if isinstance(op, CustomBackward):
@@ -169,34 +167,34 @@ def _turned(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[V
     else:
         kind = NodeBackward if isinstance(op, TransposedNode) else TransposedNode
         turned = kind(op.node, op.reason)
-    outs = tuple(Var(a.spec) if isinstance(a, Var) else None for a in eq.args)
-    e.equations.append(Equation(turned, tuple(cts), {}, outs, eq.source))
+    outs = [Var(a.spec) if isinstance(a, Var) else None for a in eq.args]
+    e.add(turned, tuple(cts), outs)
     return [(a, out) for a, out in zip(eq.args, outs, strict=True) if isinstance(a, Var) and out]
 
 
 # -- operations without a rule ----------------------------------------------------------------
 
 
-def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tuple[Var, Var]]:
+def _by_autograd(e: Emitter, eq: Equation, cts: Cotangents) -> list[tuple[Var, Var]]:
     """Transpose one operation by recording PyTorch's own derivative of it.
 
     That is done once for all such operations, with arguments of the same kind.
     """
-    variables, constants = list(dict.fromkeys(eq.inputs())), list(dict.fromkeys(eq.constants()))
-    key = _kind(eq, cts, variables, constants, e.numbers)
+    variables, constants = _distinct(eq.inputs()), _distinct(eq.constants())
+    given = [ct for ct in cts if ct is not None]
+    key = _kind(eq, cts, e.numbers)
     known = NODE_PROGRAMS.find(key)
     if known is None:
         own = Numbers()
-        given = [Constant(c.spec, Saved(0, "given", i)) for i, c in enumerate(constants)]
-        own.put(given, e.numbers.residuals(constants))
-        program = _recorded_transpose(eq, cts, variables, given, own)
+        stand_ins = {c: Constant(c.spec, Saved(0, "given", i)) for i, c in enumerate(constants)}
+        own.put(stand_ins.values(), e.numbers.residuals(constants))
+        program = _recorded_transpose(eq.renamed(lambda x: stand_ins.get(x, x)), cts, own)
         outputs = [None if v is None else (v, dense(v.spec.shape)) for v in program.outputs]
         known = NodeProgram.of(0, program.inputs, program.equations, outputs)
         if known is None or program.fixed:  # it holds at this point only
-            theirs = {g.origin: c for g, c in zip(given, constants, strict=True)}
+            theirs = {s.origin: c for c, s in stand_ins.items()}
             moved = {c: theirs.get(c.origin) or e.constant(own[c]) for c in program.constants}
-            results = e.inline(program, [ct for ct in cts if ct is not None], moved)
-            return _fitted(e, variables, results)
+            return _fitted(e, variables, e.inline(program, given, moved))
         NODE_PROGRAMS.keep(key, known)
     mine = {id(e.numbers[c]): c for c in constants}
 
@@ -206,12 +204,16 @@ def _by_autograd(e: Emitter, eq: Equation, cts: Sequence[Var | None]) -> list[tu
     with torch.inference_mode(False), torch.no_grad():
         written = known.write(
             e,
-            [ct for ct in cts if ct is not None],
+            given,
             lambda o: e.numbers[constants[o.position or 0]],
             lambda o: constants[o.position or 0].origin,
             adopt,
         )
     return _fitted(e, variables, [None if g is None else g.var for g in written])
+
+
+def _distinct(values: Sequence[V]) -> list[V]:
+    return list(dict.fromkeys(values))
 
 
 def _fitted(
@@ -221,14 +223,9 @@ def _fitted(
     return [(v, fit(e, got, v.spec)) for v, got in pairs if got is not None]
 
 
-def _kind(
-    eq: Equation,
-    cts: Sequence[Var | None],
-    variables: Sequence[Var],
-    constants: Sequence[Constant],
-    numbers: Numbers,
-) -> Hashable:
+def _kind(eq: Equation, cts: Cotangents, numbers: Numbers) -> Hashable:
     """Return what the transpose of an operation depends on besides numbers."""
+    variables, constants = _distinct(eq.inputs()), _distinct(eq.constants())
 
     def kind(x: Any) -> Any:
         if isinstance(x, Var):
@@ -246,35 +243,21 @@ def _kind(
     return eq.op, kind(eq.args), keywords, wanted, shared
 
 
-def _recorded_transpose(
-    eq: Equation,
-    cts: Sequence[Var | None],
-    variables: Sequence[Var],
-    given: Sequence[Constant],
-    own: Numbers,
-) -> Program:
+def _recorded_transpose(eq: Equation, cts: Cotangents, own: Numbers) -> Program:
     """Record the transpose of an operation, from its cotangents to those of its variables.
 
-    What it reads is in `own`: `given` are its constants there.
+    What it reads is in `own`.
     """
     generator = torch.Generator().manual_seed(2)
-    stand_ins = dict(zip(dict.fromkeys(eq.constants()), given, strict=True))
     with torch.inference_mode(False), torch.enable_grad():
-        numbers = {v: v.spec.random(generator).requires_grad_() for v in variables}
-
-        def number(x: Any) -> Any:
-            if isinstance(x, Constant):
-                return own[stand_ins[x]]
-            return numbers[x] if isinstance(x, Var) else x
-
-        arguments, keywords = map_leaves(number, eq.args), map_leaves(number, eq.kwargs)
+        values = {v: v.spec.random(generator).requires_grad_() for v in _distinct(eq.inputs())}
         try:
-            out = eq.op(*arguments, **keywords)
-            return _pullback_of(out, [numbers[v] for v in variables], cts, given, own)
+            outs = _called(eq.op, eq, values, own)
+            return _pullback_of(outs, list(values.values()), cts, eq.constants(), own)
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            decomposed = _by_decomposition(eq, cts, variables, stand_ins, own)
+            decomposed = _by_decomposition(eq, cts, own)
             if decomposed is not None:
                 return decomposed
             raise UnsupportedError(
@@ -283,16 +266,28 @@ def _recorded_transpose(
             ) from error
 
 
+def _called(
+    op: Callable[..., Any], eq: Equation, values: Mapping[Var, torch.Tensor], own: Numbers
+) -> Sequence[torch.Tensor]:
+    """Return the results of an operation on what an equation reads."""
+
+    def number(x: Any) -> Any:
+        if isinstance(x, Constant):
+            return own[x]
+        return values[x] if isinstance(x, Var) else x
+
+    out = op(*map_leaves(number, eq.args), **map_leaves(number, eq.kwargs))
+    return out if isinstance(out, (tuple, list)) else (out,)
+
+
 def _pullback_of(
-    out: Any,
+    outs: Sequence[torch.Tensor],
     leaves: list[torch.Tensor],
-    cts: Sequence[Var | None],
+    cts: Cotangents,
     given: Sequence[Constant],
     own: Numbers,
 ) -> Program:
-    outs = out if isinstance(out, (tuple, list)) else (out,)
-    roots = []
-    specs = []
+    roots, specs = [], []
     for t, ct in zip(outs, cts, strict=True):
         if ct is None:
             continue
@@ -302,43 +297,24 @@ def _pullback_of(
         roots.append((edge.node, edge.output_nr))
         specs.append(ct.spec)
     graph = Graph(roots, [get_gradient_edge(x).node for x in leaves])
-    return record_pullback(graph, specs, [TensorSpec.of(x) for x in leaves], own, given=given)
+    program, _ = record_pullback(graph, specs, list(map(TensorSpec.of, leaves)), own, given=given)
+    return program
 
 
-def _by_decomposition(
-    eq: Equation,
-    cts: Sequence[Var | None],
-    variables: Sequence[Var],
-    stand_ins: Mapping[Constant, Constant],
-    own: Numbers,
-) -> Program | None:
+def _by_decomposition(eq: Equation, cts: Cotangents, own: Numbers) -> Program | None:
     """Transpose one operation through the operations that it decomposes into."""
     parts = decompositions(eq.op)
     if parts is None:
         return None
+    variables = _distinct(eq.inputs())
 
     def fn(*numbers: torch.Tensor) -> Sequence[torch.Tensor | None]:
-        given = dict(zip(variables, numbers, strict=True))
-
-        def number(x: Any) -> Any:
-            if isinstance(x, Constant):
-                return own[stand_ins[x]]
-            return given[x] if isinstance(x, Var) else x
-
-        out = parts(*map_leaves(number, eq.args), **map_leaves(number, eq.kwargs))
-        return out if isinstance(out, (tuple, list)) else (out,)
+        return _called(parts, eq, dict(zip(variables, numbers, strict=True)), own)
 
     specs = [None if v is None else v.spec for v in eq.outputs]
     try:
-        program, _, _ = record_function(
-            fn,
-            [v.spec for v in variables],
-            specs,
-            own,
-            name=eq.name,
-            source=eq.source,
-            given=list(stand_ins.values()),
-        )
+        ins = [v.spec for v in variables]
+        program, _ = record_function(fn, ins, specs, own, eq.source, given=eq.constants())
         turned = transpose(program, own)
     except (LinearizeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):

@@ -34,13 +34,13 @@ def nothing_known() -> Iterator[None]:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the names of the nodes that were called to be recorded."""
     names: list[str] = []
-    call = walk.Walk.call
+    call = walk.Walk.listened
 
     def noted(self: Any, node: Any, *more: Any) -> Any:
         names.append(node.name())
         return call(self, node, *more)
 
-    monkeypatch.setattr(walk.Walk, "call", noted)
+    monkeypatch.setattr(walk.Walk, "listened", noted)
     return names
 
 

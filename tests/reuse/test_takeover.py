@@ -149,7 +149,8 @@ def test_custom_functions_are_not_called_for_it() -> None:
 @pytest.mark.parametrize("make", [built_in])
 def test_the_walk_is_what_the_engine_computes(make: Any) -> None:
     def f(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return make(A, B)(x) * y.sum(), (x[:2, None] * y).float().cumsum(0) + y[0]
+        w = y.sin()  # receives one and the same gradient twice
+        return make(A, B)(x) * (w + w).sum(), (x[:2, None] * y).float().cumsum(0) + y[0]
 
     y = torch.randn(3, dtype=D)
     captured = capture(f, (X, y), {}, (0, 1))

@@ -38,6 +38,10 @@ def twice_there(x: torch.Tensor) -> torch.Tensor:
     return torch.sparse_coo_tensor(places, x[1, :3], (4, 4), check_invariants=True)
 
 
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x + x
+
+
 def check(f: Callable[..., Any], x: torch.Tensor, *, pushforward: bool = True) -> Any:
     """Compare both products with native gradients, one by one and in stacks."""
     t = x.clone().requires_grad_()
@@ -78,6 +82,12 @@ SPARSE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "there and back": lambda x: x.to_sparse().to_dense() * x,
     "to dense": lambda x: (coo(x).to_dense() @ x).sin(),
     "times dense": lambda x: torch.sparse.mm(coo(x.sin()), x.cos()),
+    "broadcast between": lambda x: torch.sparse.mm(
+        coo(x), torch.sparse.mm(twice_there(x), x)[:1].sin() * x
+    ),
+    "one gradient twice between": lambda x: torch.sparse.mm(
+        coo(x), doubled(torch.sparse.mm(twice_there(x), x).sin())
+    ),
     "by operator": lambda x: coo(x) @ x,
     "transposed": lambda x: coo(x).t() @ x,
     "sum": lambda x: torch.sparse.sum(x.to_sparse()) * x,

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from .._spaces.compare import largest
+from .compare import largest
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
 #: Sums numbers over the ranks that run a product together.
