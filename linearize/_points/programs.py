@@ -409,16 +409,15 @@ class PointPrograms:
         with self.lock:
             if self._dense is None:
                 outs, ins = self._specs
-                self._dense = Dense.of(ins, outs, limit, self._count_dense, transpose)
+                # A method of this object's would make a cycle.
+                taken = functools.partial(self._structures.count, "dense")
+                self._dense = Dense.of(ins, outs, limit, taken, transpose)
             return self._dense
 
     @property
     def forms(self) -> CompiledForms:
         """What was compiled for points of the same `Linearizer`."""
         return self._structures.forms
-
-    def _count_dense(self) -> None:
-        self._structures.count("dense")
 
     def count_compiled(self) -> None:
         """Take note that a program was compiled."""
