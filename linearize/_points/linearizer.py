@@ -287,31 +287,6 @@ class Linearizer:
         asked: _Asked | None,
         later: bool,
     ) -> Point:
-        point = self._made(args, kwargs, argnums, asked, later)
-        # Another rank may have forgotten what this one remembers, and would run f alone.
-        if asked is not None and point.in_space.group is None:
-            read = [*point.reads, *numbers(point.moving), *asked.state.stamps()]
-            stamps = [*asked.stamps, *read]
-            self._memo.put(asked.key, asked.structure, asked.state, point, asked.owners, stamps)
-        return point
-
-    def _made(
-        self,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        argnums: Sequence[int],
-        asked: _Asked | None,
-        later: bool,
-    ) -> Point:
-        def once() -> Point:
-            records = ContextRecords()
-            held = self._policy.check != "never"
-            point, ranks = run_of_f(records, lambda: run(records), held=held)
-            if records.communicates():
-                point.linearized(self._linearized)._lifetime.ranks = ranks
-            point.in_space.group = point.out_space.group = group_of_records(records)
-            return point
-
         def run(records: ContextRecords) -> Point:
             captured = capture(
                 self.f,
@@ -332,18 +307,37 @@ class Linearizer:
                 point.linearized(self._linearized)
             return point
 
+        point = self._with_room(lambda: self._by_all_ranks(run))
+        # Another rank may have forgotten what this one remembers, and would run f alone.
+        if asked is not None and point.in_space.group is None:
+            read = [*point.reads, *numbers(point.moving), *asked.state.stamps()]
+            stamps = [*asked.stamps, *read]
+            self._memo.put(asked.key, asked.structure, asked.state, point, asked.owners, stamps)
+        return point
+
+    def _by_all_ranks(self, run: Callable[[ContextRecords], Point]) -> Point:
+        """Run f, together with the ranks that it communicates with."""
+        records = ContextRecords()
+        held = self._policy.check != "never"
+        point, ranks = run_of_f(records, lambda: run(records), held=held)
+        if records.communicates():
+            point.linearized(self._linearized)._lifetime.ranks = ranks
+        point.in_space.group = point.out_space.group = group_of_records(records)
+        return point
+
+    def _with_room(self, make: Callable[[], Point]) -> Point:
+        """Make a point; where memory runs out, once more without those that are remembered."""
         try:
-            return once()
+            return make()
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-        # What the memo keeps is the first thing to give up; the error, with the frames that
-        # it holds, is gone by now.
+        # The error, with the frames that it holds, is gone by now.
         self._memo.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return once()
+        return make()
 
     def _linearized(self, captured: Capture) -> Linearization:
         point = Linearization(

@@ -35,7 +35,7 @@ from .._torch.ranks import (
     timeout_of,
 )
 from ..errors import DistributedError, LinearizeError
-from .word import post, posted, went_well
+from .failures import post, posted, went_well
 
 T = TypeVar("T")
 

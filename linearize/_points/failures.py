@@ -1,4 +1,4 @@
-"""What ranks leave in the store for others, who may wait for them in vain."""
+"""Failures of f on other ranks: left in the store for those who may wait in vain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from .._torch.ranks import distributed, store
 
 
-class _Word:
+class _Posted:
     """What ranks leave in the store when they fail in f and do not know who waits for them."""
 
     #: How many runs of f went well: word of a failure before the latest says nothing.
@@ -22,7 +22,7 @@ class _Word:
 
 def went_well() -> None:
     """Take note that f ran on all ranks."""
-    _Word.runs += 1
+    _Posted.runs += 1
 
 
 def _key(rank: int) -> str:
@@ -33,8 +33,8 @@ def post(failure: BaseException) -> None:
     """Leave word of a failure where others look when they wait in vain."""
     if not distributed():
         return
-    _Word.failures += 1
-    text = f"{_Word.runs} {_Word.failures} {type(failure).__name__}: {failure}"
+    _Posted.failures += 1
+    text = f"{_Posted.runs} {_Posted.failures} {type(failure).__name__}: {failure}"
     with contextlib.suppress(RuntimeError):  # whoever keeps the store is gone
         store().set(_key(dist.get_rank()), text)
 
@@ -50,7 +50,7 @@ def posted() -> str:
     told = []
     for rank, word in found.items():
         runs, _, text = word.decode().split(" ", 2)
-        if _Word.told.get(rank) != word and int(runs) >= _Word.runs:
+        if _Posted.told.get(rank) != word and int(runs) >= _Posted.runs:
             told.append(f"rank {rank}: {text}")
-    _Word.told |= found
+    _Posted.told |= found
     return f"; f failed on {'; '.join(told)}" if told else ""
