@@ -12,14 +12,10 @@ from torch.nn import functional as F
 
 import linearize as lz
 from linearize._execute import mapped
+from tests.support.functions import randn
 
 D = torch.float64
 Function = Callable[..., torch.Tensor]
-
-
-def randn(*shape: int, dtype: torch.dtype = D, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, dtype=dtype, generator=generator)
 
 
 def dense_jacobian(f: Function, x: torch.Tensor) -> torch.Tensor:

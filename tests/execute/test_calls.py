@@ -10,15 +10,11 @@ import torch
 
 import linearize as lz
 from linearize._torch.modes import set_grad_mode
+from tests.support.functions import randn
 
 D = torch.float64
 #: More than it takes until nothing is left to decide.
 MANY = 12
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, dtype=D, generator=generator)
 
 
 class Counted(torch.autograd.Function):

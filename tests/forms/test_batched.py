@@ -9,13 +9,9 @@ import torch
 from torch.nn import functional as F
 
 import linearize as lz
+from tests.support.functions import randn
 
 D = torch.float64
-
-
-def randn(*shape: int, dtype: torch.dtype = D, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, dtype=dtype, generator=generator)
 
 
 def test_batched_products_equal_single_ones() -> None:

@@ -10,14 +10,10 @@ import torch
 from torch.nn import functional as F
 
 import linearize as lz
+from tests.support.functions import randn
 
 D, C = torch.float64, torch.complex128
 K = 3
-
-
-def randn(*shape: int, dtype: torch.dtype = D, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, dtype=dtype, generator=generator)
 
 
 INDEX = torch.tensor([1, 1, 3, 4, 1, 6, 0])

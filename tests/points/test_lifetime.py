@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import linearize as lz
+from tests.support.functions import rand
 
 
 class Traced:
@@ -35,10 +36,6 @@ class Traced:
     def alive(self) -> set[str]:
         gc.collect()
         return {name for name, ref in self.refs.items() if ref() is not None}
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def test_closures_outlive_what_made_them() -> None:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import linearize as lz
 from linearize.errors import IgnoredHookWarning
+from tests.support.functions import rand
 
 # `torch.func.jvp`, the reference here, compiles something when it is first called.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -38,10 +39,6 @@ def random_state() -> Iterator[None]:
     """Seeding in a test must not reach the next one."""
     with torch.random.fork_rng(devices=[]):
         yield
-
-
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def like(tree: Any, seed: int = 1) -> Any:

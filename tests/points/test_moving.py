@@ -20,12 +20,9 @@ from torch.utils.hooks import RemovableHandle
 import linearize as lz
 from linearize import func
 from linearize.errors import IgnoredHookWarning, StalenessError
+from tests.support.functions import rand
 
 D = torch.float64
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(seed))
 
 
 # -- buffers that move without a version ---------------------------------------------------------

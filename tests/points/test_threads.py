@@ -12,6 +12,7 @@ import torch
 
 import linearize as lz
 from linearize.errors import ClosedError
+from tests.support.functions import rand
 
 PATIENCE = 60.0  # seconds; nothing here takes more than a moment unless it hangs
 
@@ -37,10 +38,6 @@ def together(n: int, call: Callable[[int], Any]) -> list[Any]:
         if isinstance(r, TimeoutError):
             raise r
     return results
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("match", ["identity", "value"])

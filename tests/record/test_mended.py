@@ -11,15 +11,11 @@ import torch
 from torch.nn import functional as F
 
 import linearize as lz
+from tests.support.functions import randn
 from tests.support.references import finite_difference
 
 D, C = torch.float64, torch.complex128
 Function = Callable[..., torch.Tensor]
-
-
-def randn(*shape: int, dtype: torch.dtype = D, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, dtype=dtype, generator=generator)
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

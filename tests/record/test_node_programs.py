@@ -14,13 +14,9 @@ import linearize as lz
 from linearize._record import walk
 from linearize._record.node_programs import NODE_PROGRAMS
 from tests.support.comparing import compare
+from tests.support.functions import randn as rand
 
 D, C = torch.float64, torch.complex128
-
-
-def rand(*shape: int, dtype: torch.dtype = D, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, dtype=dtype, generator=generator)
 
 
 @pytest.fixture(autouse=True)

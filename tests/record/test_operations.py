@@ -11,14 +11,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import linearize as lz
+from tests.support.functions import randn
 
 D = torch.float64
 C = torch.complex128
-
-
-def randn(*shape: int, dtype: torch.dtype = D, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, dtype=dtype, generator=generator)
 
 
 def check(f: Callable[..., Any], *primals: torch.Tensor, forward: bool = True) -> lz.Linearization:

@@ -27,13 +27,9 @@ from linearize._simplify.products import scale_products
 from linearize._spaces.space import TensorSpec
 from linearize._torch.names import aten
 from tests.support.comparing import compare
+from tests.support.functions import randn
 
 D = torch.float64
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, dtype=D, generator=generator)
 
 
 def simplified(f: Callable[..., Any], *primals: torch.Tensor) -> tuple[BoundProgram, BoundProgram]:

@@ -18,14 +18,10 @@ from linearize._simplify.copies import merge_copies
 from linearize._simplify.diagonals import fold_diagonals
 from linearize._simplify.passes import simplify
 from linearize._torch.names import aten
+from tests.support.functions import randn
 
 D = torch.float64
 C = torch.complex128
-
-
-def randn(*shape: int, dtype: torch.dtype = D, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, dtype=dtype, generator=generator)
 
 
 def chain(x: torch.Tensor) -> torch.Tensor:

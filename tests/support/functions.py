@@ -18,6 +18,11 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
+    """Return normal random numbers, others for each shape."""
+    return rand(*shape, seed=seed + sum(shape), dtype=dtype)
+
+
 def point(n: int = 6, dtype: torch.dtype = F64, seed: int = 0) -> torch.Tensor:
     """Return numbers of order one, away from zero."""
     generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,7 @@ from torch.autograd import Function
 import linearize as lz
 from linearize.errors import MissingDerivativeError, StalenessError, UnsupportedError
 from tests.support.comparing import CALLS, Counted, close
+from tests.support.functions import rand
 from tests.support.references import like
 
 D, C = torch.float64, torch.complex128
@@ -22,10 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
 ]
-
-
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = D) -> torch.Tensor:
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def coo(x: torch.Tensor) -> torch.Tensor:

@@ -13,15 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linearize as lz
+from tests.support.functions import randn
 
 D = torch.float64
 C = torch.complex128
 Function = Callable[..., torch.Tensor]
-
-
-def randn(*shape: int, dtype: torch.dtype = D, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, dtype=dtype, generator=generator)
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -17,15 +17,12 @@ from torch.nn.utils import parametrizations, parametrize
 
 import linearize as lz
 from tests.support.comparing import CALLS, Counted, close, compare, same_draws
+from tests.support.functions import rand
 from tests.support.references import like
 
 D = torch.float64
 # `torch.func.jvp`, a reference, compiles something when it is first called.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(seed))
 
 
 def built(make: Callable[[], nn.Module]) -> nn.Module:

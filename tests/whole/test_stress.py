@@ -28,13 +28,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 import linearize as lz
 from linearize.errors import ClosedError, CopyError
 from tests.support.comparing import CALLS, close, compare
+from tests.support.functions import rand
 
 D = torch.float64
 PACKAGE = str(Path(lz.__file__).parent)
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(seed))
 
 
 class Interrupt(BaseException):
