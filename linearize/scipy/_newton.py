@@ -101,19 +101,13 @@ def newton_krylov(
             M=_approximate_inverse(preconditioner, here, x.size),
         )
         products += counted.products
-        length = 1.0
-        while True:
-            trial = p.value(x + length * step)
-            runs += 1
-            size = float(np.linalg.norm(trial))
-            if size <= (1 - 1e-4 * length) * norm or length < 1e-8:
-                break
-            length /= 2
+        ahead, trial, size, tries = _line_search(p.value, x, step, norm)
+        runs += tries
         if not size < norm:
             message = "no step along the Newton direction reduces the norm of f"
             break
         forcing = min(max(0.9 * (size / norm) ** 2, 0.9 * forcing**2 * (forcing > 0.33)), 0.5)
-        x, residual, norm = x + length * step, trial, size
+        x, residual, norm = ahead, trial, size
         steps += 1
         tick()
         if _stops(callback, p.like_start(x), residual):
@@ -128,6 +122,23 @@ def newton_krylov(
         nfev=runs,
         njvp=products,
     )
+
+
+def _line_search(
+    f: Callable[[Array], Array], x: Array, step: Array, norm: float
+) -> tuple[Array, Array, float, int]:
+    """Halve a step until it reduces the norm of f enough, or is next to nothing.
+
+    Returns where it leads, f and its norm there, and how often f ran.
+    """
+    length, runs = 1.0, 0
+    while True:
+        ahead, runs = x + length * step, runs + 1
+        value = f(ahead)
+        size = float(np.linalg.norm(value))
+        if size <= (1 - 1e-4 * length) * norm or length < 1e-8:
+            return ahead, value, size, runs
+        length /= 2
 
 
 def _stops(callback: Callable[[Any, Array], object] | None, x: Any, residual: Array) -> bool:
