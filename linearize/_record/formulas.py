@@ -80,6 +80,8 @@ def det(node: Any, grads: Gradients) -> Gradients:
     if grad is None:
         return (None,)
     matrix = node._saved_A.detach()
+    if not matrix.numel():
+        return (grad[..., None, None] * matrix,)
     lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
     pivot = lu.diagonal(dim1=-2, dim2=-1)
     tiny = torch.finfo(lu.dtype).eps * lu.abs().amax((-2, -1), keepdim=True)[..., 0]

@@ -152,5 +152,11 @@ def _largest(tensors: Tensors) -> float:
 def over(tensors: Tensors, weights: Tensors) -> list[torch.Tensor | None]:
     """Return tensors divided by weights; None for what is None."""
     return [
-        None if t is None or w is None else t / w for t, w in zip(tensors, weights, strict=True)
+        None if t is None or w is None else _quotient(t, w)
+        for t, w in zip(tensors, weights, strict=True)
     ]
+
+
+def _quotient(t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    # PyTorch has no quotients of complex numbers in half precision.
+    return t * w.reciprocal() if t.dtype is torch.complex32 else t / w

@@ -377,3 +377,14 @@ def test_modes_see_the_product_only() -> None:
     with Seen():
         here.jvp_fn(X)
     assert Seen.names.count("aten.mv.default") == 1
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_complex_numbers_in_half_precision_are_checked_too() -> None:
+    """PyTorch cannot divide them, which weighs the sides of the check."""
+    x = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+    here = lz.Linearizer(lambda x: (2 * x).chalf()).at(x)
+    for _ in range(4):
+        torch.testing.assert_close(here.jvp_fn(x), (2 * x).chalf())
+        torch.testing.assert_close(here.vjp_fn(x.chalf())[0], 2 * x, rtol=1e-2, atol=1e-2)
+    here.check()

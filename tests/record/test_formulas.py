@@ -83,6 +83,16 @@ def test_singular_and_regular_matrices_may_stand_in_one_batch() -> None:
     assert lin.stats().reused == 1
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (3, 0, 0), (0, 2, 2)])
+def test_determinants_of_matrices_without_entries(shape: tuple[int, ...]) -> None:
+    a = torch.zeros(shape, dtype=torch.float64)
+    here = lz.Linearizer(torch.linalg.det).at(a)
+    for _ in range(4):
+        torch.testing.assert_close(here.jvp_fn(a), torch.zeros(shape[:-2], dtype=a.dtype))
+        (back,) = here.vjp_fn(torch.ones_like(here.value))
+        assert back.shape == shape
+
+
 def test_complex_determinants_have_their_cofactors() -> None:
     a = torch.complex(SINGULAR["rank one"], SINGULAR["rank one"].clone())
     v = torch.complex(numbers(2, 2), numbers(2, 2, seed=1))
