@@ -11,8 +11,6 @@ from tests.packages.published import CASES
 EXPECTED = {
     "xitorch: integrate.solve_ivp": MATRIX,
     "linear_operator: sqrt_inv_matmul": MATRIX,
-    # A stub in the place of a jvp: that is said.
-    "torchopt: accelerated Adam": ONE,
     # Its backward can be called once.
     "torch_geometric: GroupAddRev": REFUSED,
     # Solvers that break down for unit vectors, or are not linear.
