@@ -197,15 +197,17 @@ class Linearizer:
         if point is not None:
             return point
         run = _Run()
-        # Twice: an interrupt may come before the first has begun.
+        # Twice: an interrupt may come before the first has begun. The `return` stands behind both,
+        # as Python 3.12 leaves it out of what they guard.
         try:
             try:
                 known = self._awaited(asked, run)
-                return known or self._run(args, kwargs, argnums, asked, later)
+                point = known or self._run(args, kwargs, argnums, asked, later)
             finally:
                 self._end(asked.key, run)
         finally:
             self._end(asked.key, run)
+        return point
 
     def _awaited(self, asked: _Asked, mine: _Run) -> Point | None:
         """Return the point if another thread is about to make it; else it is ours to make."""
