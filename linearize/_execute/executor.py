@@ -94,7 +94,9 @@ class _Step:
 
     def arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments of a call."""
-        template, keywords = filled(self.call, values) if self.nested else self.call
+        if self.nested:
+            return filled(self.call, values)  # type: ignore[no-any-return]
+        template, keywords = self.call
         args = list(template)
         for i, slot in self.plain:
             args[i] = values[slot]

@@ -67,10 +67,11 @@ class Segments:
         self.program = program
         places: dict[Any, int] = {c: i for i, c in enumerate(program.constants)}
         self.parts: list[Stretch | _Call] = []
-        opaque = [id(eq) for eq in program.equations if isinstance(eq.op, Operation)]
+        opaque = (eq for eq in program.equations if isinstance(eq.op, Operation))
+        numbers = {eq: i for i, eq in enumerate(opaque)}
         for group in _groups(program):
             if isinstance(group[0].op, Operation):
-                self.parts.append(_Call(group[0], opaque.index(id(group[0])), places))
+                self.parts.append(_Call(group[0], numbers[group[0]], places))
             else:
                 self.parts.append(_stretch(program, group, copies, places))
         made = {v for part in self.parts if isinstance(part, Stretch) for v in part.outputs}
